@@ -22,6 +22,15 @@ struct Group {
   int64_t size = 1;
 };
 
+// The groups of one rank. A group of one has no name and costs nothing.
+struct Groups {
+  Group slice;  // m ranks that share a head group: neighbours
+  Group head;   // n ranks that share a slice
+  Group grid;   // all of them
+
+  int64_t slice_rank = 0, head_rank = 0;
+};
+
 enum class Collective : int64_t { all_gather, reduce_scatter, all_to_all };
 
 struct Flight;  // what the two halves of one exchange share
