@@ -1,0 +1,143 @@
+"""Builds two libraries: `_ops` (kernels and operators, no Python) and `_C` (a small pybind11 module).
+
+Environment: TLM_CUDA=0 leaves the CUDA sources out, FORCE_CUDA=1 makes their absence an error,
+TORCH_CUDA_ARCH_LIST picks the GPU architectures, MAX_JOBS limits the compilers run at once.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "two_level_mha"
+DEFAULT_ARCHS = ("8.0", "9.0a", "10.0")
+
+
+class Decision(NamedTuple):
+    value: str
+    why: str
+
+
+def nvcc_release() -> str:
+    """Release of the toolkit's compiler, as "13.0"."""
+    out = subprocess.run(
+        [f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    return re.search(r"release (\d+\.\d+)", out)[1]
+
+
+def decide_cuda() -> Decision:
+    """Whether the CUDA sources are compiled. No GPU is asked for: building needs none."""
+    forced = os.environ.get("FORCE_CUDA") == "1"
+    if os.environ.get("TLM_CUDA") == "0" and not forced:
+        return Decision("no", "TLM_CUDA=0")
+    if torch.version.cuda is None:
+        missing = f"torch {torch.__version__} was built without CUDA"
+    elif CUDA_HOME is None:
+        missing = "no CUDA toolkit found (set CUDA_HOME, or put nvcc on the PATH)"
+    elif nvcc_release().split(".")[0] != torch.version.cuda.split(".")[0]:
+        missing = f"nvcc {nvcc_release()} and torch's CUDA {torch.version.cuda} differ in the major version"
+    else:
+        why = "FORCE_CUDA=1" if forced else f"torch has CUDA {torch.version.cuda}"
+        return Decision("yes", f"{why}, nvcc {nvcc_release()} in {CUDA_HOME}")
+    if forced:
+        raise SystemExit(f"FORCE_CUDA=1, but {missing}")
+    return Decision("no", missing)
+
+
+def decide_archs() -> Decision:
+    """GPU architectures: TORCH_CUDA_ARCH_LIST, else those of DEFAULT_ARCHS that this nvcc can compile for."""
+    if archs := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return Decision(archs, "TORCH_CUDA_ARCH_LIST")
+    out = subprocess.run(
+        [f"{CUDA_HOME}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True
+    ).stdout
+    known = set(out.split())
+    archs = [arch for arch in DEFAULT_ARCHS if "compute_" + arch.rstrip("a").replace(".", "") in known]
+    return Decision(";".join(archs), f"default, as far as nvcc {nvcc_release()} goes")
+
+
+def decide() -> dict[str, Decision]:
+    """Everything that is decided here, in the order in which it is printed."""
+    decisions = {
+        "torch": Decision(torch.__version__, "installed; the package works with exactly this one"),
+        "compiler": Decision(get_cxx_compiler(), "CXX" if "CXX" in os.environ else "default"),
+        "CUDA": decide_cuda(),
+    }
+    if decisions["CUDA"].value == "yes":
+        decisions["architectures"] = decide_archs()
+        os.environ["TORCH_CUDA_ARCH_LIST"] = decisions["architectures"].value
+    return decisions
+
+
+def sources(cuda: bool) -> tuple[list[str], list[str]]:
+    """Sources of `_ops` and of `_C`, relative to the root, sorted. CUDA's own are *.cu and *_cuda.cpp."""
+    suffixes = (".cpp", ".cu") if cuda else (".cpp",)
+    found = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in suffixes)
+    python = str(Path("csrc", "python.cpp"))
+    return [f for f in found if f != python and (cuda or not f.endswith("_cuda.cpp"))], [python]
+
+
+def extensions(decisions: dict[str, Decision]) -> list:
+    cuda = decisions["CUDA"].value == "yes"
+    macros = [("TLM_WITH_CUDA", None)] if cuda else []
+    archs = decisions["architectures"].value if cuda else ""
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    cxx = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", *openmp]
+    ops, python = sources(cuda)
+    return [
+        (CUDAExtension if cuda else CppExtension)(
+            f"{PACKAGE}._ops",
+            ops,
+            define_macros=macros,
+            extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]} if cuda else {"cxx": cxx},
+            # The soname lets a C++ program link to a library whose name does not begin with "lib".
+            extra_link_args=[*openmp, "-Wl,-soname,_ops.abi3.so"] if openmp else [],
+            py_limited_api=True,
+        ),
+        CppExtension(
+            f"{PACKAGE}._C",
+            python,
+            define_macros=[*macros, ("TLM_ARCHS", f'"{archs}"')],
+            extra_compile_args={"cxx": ["-O2", "-g0"]},
+        ),
+    ]
+
+
+class Build(BuildExtension):
+    """Compiles, then puts beside the libraries what belongs to this build: headers, CMake config, decisions."""
+
+    def run(self) -> None:
+        super().run()
+        base = ROOT if self.inplace else Path(self.build_lib).resolve()
+        package = base / PACKAGE
+        copy_tree(ROOT / "csrc", package / "include" / PACKAGE, "*.h")
+        copy_tree(ROOT / "cmake", package / "share" / "cmake" / PACKAGE, "*.cmake")
+        facts = {name: list(decision) for name, decision in DECISIONS.items()}
+        (package / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def copy_tree(source: Path, target: Path, pattern: str) -> None:
+    """Makes `target` hold the files of `source` that match, and nothing else, in the same folders."""
+    shutil.rmtree(target, ignore_errors=True)
+    for file in source.rglob(pattern):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+os.chdir(ROOT)
+DECISIONS = decide()
+print(f"{PACKAGE}: configuration")
+for name, (value, why) in DECISIONS.items():
+    print(f"  {name:14} {value:16} ({why})")
+setup(ext_modules=extensions(DECISIONS), cmdclass={"build_ext": Build})
