@@ -1,8 +1,9 @@
 // Packing for one exchange inside a group of m ranks, and its adjoint.
 //
-// pack: a list of tensors -> one flat buffer (parts, N). Part t holds, tensor after tensor, what rank t shall receive:
-//   dim >= 0  the t-th of `parts` pieces of the tensor along `dim`; pieces are ceil(size / parts) long, zeros beyond
-//   dim == -1 all of the tensor (replicated to every part)
+// pack: a list of tensors -> one flat buffer (parts, N). Part t holds, tensor after tensor, what rank t shall
+// receive:
+//   dim >= 0  the t-th of `parts` pieces of the tensor along `dim`; pieces are ceil(size / parts) long, zeros
+//   beyond dim == -1 all of the tensor (replicated to every part)
 // unpack: a buffer (parts, N) whose part t came from rank t -> a list of tensors:
 //   dim >= 0  the pieces concatenated along `dim` (cut to `size`)
 //   dim == -1 the sum over the parts, in part order, accumulated in float32 (float64 for float64)
@@ -16,18 +17,16 @@
 
 #include <vector>
 
+#include "pack_index.h"
+
 namespace two_level_mha {
 
-// One tensor of an exchange as the kernels see it: contiguous, viewed as (outer, size, inner) around `dim`.
-struct Piece {
-  int64_t outer, size, inner;
-  int64_t chunk;   // rows of one chunk; a part holds `chunks` of them
-  int64_t chunks;  // 1, or 2 for zigzag, or 0 for replicated
-  int64_t offset;  // of this tensor in a part, in elements
-};
-
 at::Tensor pack_cpu(at::TensorList tensors, at::IntArrayRef dims, int64_t parts, bool zigzag);
-std::vector<at::Tensor> unpack_cpu(const at::Tensor& buffer, const std::vector<std::vector<int64_t>>& sizes, at::IntArrayRef dims,
-                                   int64_t parts, bool zigzag);
+std::vector<at::Tensor> unpack_cpu(const at::Tensor& buffer, const std::vector<std::vector<int64_t>>& sizes,
+                                   at::IntArrayRef dims, int64_t parts, bool zigzag);
+
+at::Tensor pack_cuda(at::TensorList tensors, at::IntArrayRef dims, int64_t parts, bool zigzag);
+std::vector<at::Tensor> unpack_cuda(const at::Tensor& buffer, const std::vector<std::vector<int64_t>>& sizes,
+                                    at::IntArrayRef dims, int64_t parts, bool zigzag);
 
 }  // namespace two_level_mha
