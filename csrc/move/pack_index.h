@@ -36,7 +36,7 @@ TLM_HOST_DEVICE Index source_row(const Piece& p, Index parts, Index part, Index 
 inline Piece make_piece(const int64_t* sizes, int64_t ndim, int64_t dim, int64_t parts, bool zigzag,
                         int64_t offset) {
   Piece p{1, 1, 1, 0, 0, offset};
-  for (int64_t i = 0; i < ndim; i++) (i < dim ? p.outer : i == dim || dim < 0 ? p.size : p.inner) *= sizes[i];
+  for (int64_t i = 0; i < ndim; i++) (i < dim ? p.outer : i == dim ? p.size : p.inner) *= sizes[i];
   if (dim < 0) return p;
   p.chunks = zigzag && dim == 2 ? 2 : 1;
   int64_t pieces = parts * p.chunks;

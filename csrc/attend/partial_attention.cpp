@@ -1,0 +1,279 @@
+// The op: checks, the dispatch table of kernels, shapes for tracing, autograd, autocast.
+#include "partial_attention.h"
+
+#include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "attention.h"
+#include "chunked.h"
+#include "cpu_blocked.h"
+#ifdef TLM_WITH_CUDA
+#include "aten_cuda.h"
+#endif
+
+namespace two_level_mha {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+namespace {
+
+// The arguments as the schema orders them, for the op and, after its tensors, for its backward.
+#define TLM_ATTEND_PARAMETERS                                                                             \
+  const std::optional<Tensor>&mask, std::optional<double> scale, std::optional<c10::SymInt> causal,       \
+      std::optional<c10::SymInt> window, double softcap, double dropout_p, const std::optional<Tensor>&seed, \
+      c10::SymIntArrayRef origin
+
+struct Kernel {
+  const char* name;
+  bool (*supports)(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams&);
+  Forward (*forward)(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams&);
+  Backward (*backward)(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q, const Tensor& k,
+                       const Tensor& v, const Tensor& out, const Tensor& logsumexp, const AttentionParams&);
+};
+
+bool blocked_supports(const Tensor& q, const Tensor&, const Tensor&, const AttentionParams&) {
+  return q.is_cpu() && q.scalar_type() != at::kDouble;
+}
+
+bool always(const Tensor&, const Tensor&, const Tensor&, const AttentionParams&) { return true; }
+
+Backward chunked_backward_without_mask(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
+                                       const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
+                                       const AttentionParams& params) {
+  return chunked_backward(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params, false);
+}
+
+// The first row that supports a call serves it. All rows keep one contract (attention.h), so the backward of one
+// follows the forward of another.
+constexpr Kernel kKernels[] = {
+#ifdef TLM_WITH_CUDA
+    {"aten_cuda", aten_cuda_supports, aten_cuda_forward, aten_cuda_backward},
+#endif
+    {"cpu_blocked", blocked_supports, blocked_forward, blocked_backward},
+    {"chunked", always, chunked_forward, chunked_backward_without_mask},
+};
+
+const Kernel& choose(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
+  for (const Kernel& kernel : kKernels)
+    if (kernel.supports(q, k, v, params)) return kernel;
+  TORCH_INTERNAL_ASSERT(false, "the last row of the table supports everything");
+}
+
+void check(const Tensor& q, const Tensor& k, const Tensor& v, TLM_ATTEND_PARAMETERS) {
+  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
+                    "q, k and v must be 4-D (B, heads, length, dim), got ", q.dim(), "-D, ", k.dim(), "-D and ", v.dim(),
+                    "-D");
+  TORCH_CHECK_VALUE(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
+                    "q, k and v must have one dtype, got ", q.scalar_type(), ", ", k.scalar_type(), " and ",
+                    v.scalar_type());
+  TORCH_CHECK_VALUE(at::isFloatingType(q.scalar_type()), "q must be floating point, got ", q.scalar_type());
+  TORCH_CHECK_VALUE(q.device() == k.device() && q.device() == v.device(), "q, k and v must be on one device, got ",
+                    q.device(), ", ", k.device(), " and ", v.device());
+  TORCH_CHECK_VALUE(q.sym_size(0) == k.sym_size(0) && q.sym_size(0) == v.sym_size(0),
+                    "q, k and v must have one batch size, got ", q.sym_size(0), ", ", k.sym_size(0), " and ",
+                    v.sym_size(0));
+  TORCH_CHECK_VALUE(k.sym_size(2) == v.sym_size(2), "k and v must have one length, got ", k.sym_size(2), " and ",
+                    v.sym_size(2));
+  TORCH_CHECK_VALUE(q.sym_size(3) == k.sym_size(3), "q and k must have one head dim, got ", q.sym_size(3), " and ",
+                    k.sym_size(3));
+  TORCH_CHECK_VALUE(k.sym_size(1) == v.sym_size(1) && k.sym_size(1) > 0 && q.sym_size(1) % k.sym_size(1) == 0,
+                    "the heads of k and v must be equal and divide those of q, got ", q.sym_size(1), " query heads, ",
+                    k.sym_size(1), " key heads and ", v.sym_size(1), " value heads");
+  TORCH_CHECK_VALUE(origin.size() == 3, "origin must be (batch, head, row), got ", origin.size(), " numbers");
+  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, "dropout_p must be in [0, 1], got ", dropout_p);
+  TORCH_CHECK_VALUE(softcap >= 0.0, "softcap must be positive, or 0 for none, got ", softcap);
+  TORCH_CHECK_VALUE(dropout_p == 0.0 || (seed && seed->numel() == 1 && seed->scalar_type() == at::kLong),
+                    "dropout_p > 0 needs seed, an int64 tensor of one element");
+  TORCH_CHECK_VALUE(!window || causal, "window needs causal");
+  if (!mask) return;
+  TORCH_CHECK_VALUE(mask->scalar_type() == at::kBool || at::isFloatingType(mask->scalar_type()),
+                    "attn_mask must be bool or floating point, got ", mask->scalar_type());
+  TORCH_CHECK_VALUE(mask->device() == q.device(), "attn_mask must be on ", q.device(), ", got ", mask->device());
+  TORCH_CHECK_VALUE(mask->dim() <= 4, "attn_mask must be broadcastable to (B, H, L, S), got ", mask->dim(), "-D");
+  const std::array<c10::SymInt, 4> full{q.sym_size(0), q.sym_size(1), q.sym_size(2), k.sym_size(2)};
+  for (int64_t dim = 0; dim < mask->dim(); ++dim) {
+    const auto size = mask->sym_size(dim), want = full[4 - mask->dim() + dim];
+    TORCH_CHECK_VALUE(size == 1 || size == want, "attn_mask must be broadcastable to (B, H, L, S) = (", full[0], ", ",
+                      full[1], ", ", full[2], ", ", full[3], "), got ", mask->sym_sizes());
+  }
+}
+
+Tensor four_d(Tensor mask) {
+  while (mask.dim() < 4) mask = mask.unsqueeze(0);
+  return mask;
+}
+
+AttentionParams concrete(const Tensor& q, TLM_ATTEND_PARAMETERS) {
+  AttentionParams params;
+  params.scale = scale.value_or(1.0 / std::sqrt(double(q.size(3))));
+  if (causal) params.causal = causal->expect_int();
+  if (window) params.window = window->expect_int();
+  params.softcap = softcap;
+  params.dropout_p = dropout_p;
+  if (mask) params.mask = four_d(*mask);
+  if (seed) params.seed = *seed;
+  for (size_t i = 0; i < 3; ++i) params.origin[i] = origin[i].expect_int();
+  return params;
+}
+
+#define TLM_ATTEND_ARGUMENTS mask, scale, causal, window, softcap, dropout_p, seed, origin
+
+std::tuple<Tensor, Tensor> forward_kernel(const Tensor& q, const Tensor& k, const Tensor& v, TLM_ATTEND_PARAMETERS) {
+  check(q, k, v, TLM_ATTEND_ARGUMENTS);
+  AttentionParams params = concrete(q, TLM_ATTEND_ARGUMENTS);
+  return choose(q, k, v, params).forward(q, k, v, params);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_kernel(const Tensor& grad_out,
+                                                           const std::optional<Tensor>& grad_logsumexp,
+                                                           const Tensor& q, const Tensor& k, const Tensor& v,
+                                                           const Tensor& out, const Tensor& logsumexp, bool mask_grad,
+                                                           TLM_ATTEND_PARAMETERS) {
+  AttentionParams params = concrete(q, TLM_ATTEND_ARGUMENTS);
+  Tensor grad_lse = grad_logsumexp.value_or(Tensor());
+  Backward grads = mask_grad ? chunked_backward(grad_out, grad_lse, q, k, v, out, logsumexp, params, true)
+                             : choose(q, k, v, params).backward(grad_out, grad_lse, q, k, v, out, logsumexp, params);
+  Tensor& dmask = std::get<3>(grads);
+  dmask = dmask.defined() ? dmask.view(mask->sizes()) : at::empty({0}, q.options());
+  return grads;
+}
+
+std::tuple<Tensor, Tensor> forward_meta(const Tensor& q, const Tensor& k, const Tensor& v, TLM_ATTEND_PARAMETERS) {
+  check(q, k, v, TLM_ATTEND_ARGUMENTS);
+  auto B = q.sym_size(0), H = q.sym_size(1), L = q.sym_size(2);
+  auto wide = q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  return {empty_rows(q, B, H, L, v.sym_size(3)), at::empty_symint({B, H, L}, wide)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const Tensor&, const std::optional<Tensor>&, const Tensor& q,
+                                                         const Tensor& k, const Tensor& v, const Tensor&, const Tensor&,
+                                                         bool mask_grad, TLM_ATTEND_PARAMETERS) {
+  auto rows = [](const Tensor& x) {
+    return empty_rows(x, x.sym_size(0), x.sym_size(1), x.sym_size(2), x.sym_size(3));
+  };
+  return {rows(q), rows(k), rows(v),
+          mask_grad ? at::empty_symint(mask->sym_sizes(), mask->options()) : at::empty({0}, q.options())};
+}
+
+using ForwardOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, TLM_ATTEND_PARAMETERS);
+using BackwardOp = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const std::optional<Tensor>&, const Tensor&,
+                                                              const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                              bool, TLM_ATTEND_PARAMETERS);
+
+const auto& forward_op() {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("two_level_mha::partial_attention", "")
+                       .typed<ForwardOp>();
+  return op;
+}
+
+const auto& backward_op() {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("two_level_mha::partial_attention_backward", "")
+                       .typed<BackwardOp>();
+  return op;
+}
+
+std::optional<Tensor> maybe(const Tensor& x) { return x.defined() ? std::optional<Tensor>(x) : std::nullopt; }
+
+struct PartialAttention : torch::autograd::Function<PartialAttention> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
+                               const std::optional<Tensor>& mask, std::optional<double> scale,
+                               std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window, double softcap,
+                               double dropout_p, const std::optional<Tensor>& seed, std::vector<c10::SymInt> origin) {
+    ctx->set_materialize_grads(false);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [out, logsumexp] = forward_op().call(q, k, v, TLM_ATTEND_ARGUMENTS);
+    ctx->save_for_backward({q, k, v, out, logsumexp, mask.value_or(Tensor()), seed.value_or(Tensor())});
+    auto& saved = ctx->saved_data;
+    saved["scale"] = scale;
+    saved["causal"] = causal;
+    saved["window"] = window;
+    saved["softcap"] = softcap;
+    saved["dropout_p"] = dropout_p;
+    saved["origin"] = origin;
+    saved["mask_grad"] = mask && mask->requires_grad();
+    return {out, logsumexp};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(11);
+    if (!grads[0].defined() && !grads[1].defined()) return result;
+    auto saved = ctx->get_saved_variables();
+    auto& data = ctx->saved_data;
+    auto symbol = [&](const char* name) {
+      return data[name].isNone() ? std::nullopt : std::optional<c10::SymInt>(data[name].toSymInt());
+    };
+    Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(saved[3]);
+    const bool mask_grad = data["mask_grad"].toBool();
+    auto [dq, dk, dv, dmask] = backward_op().call(
+        grad_out, maybe(grads[1]), saved[0], saved[1], saved[2], saved[3], saved[4], mask_grad, maybe(saved[5]),
+        data["scale"].toOptional<double>(), symbol("causal"), symbol("window"), data["softcap"].toDouble(),
+        data["dropout_p"].toDouble(), maybe(saved[6]), data["origin"].toSymIntVector());
+    result[0] = dq, result[1] = dk, result[2] = dv;
+    if (mask_grad) result[3] = dmask;
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor> forward_autograd(const Tensor& q, const Tensor& k, const Tensor& v, TLM_ATTEND_PARAMETERS) {
+  auto out = PartialAttention::apply(q, k, v, mask, scale, causal, window, softcap, dropout_p, seed, origin.vec());
+  return {out[0], out[1]};
+}
+
+template <c10::DispatchKey kKey, at::DeviceType kDevice>
+std::tuple<Tensor, Tensor> forward_autocast(const Tensor& q, const Tensor& k, const Tensor& v, TLM_ATTEND_PARAMETERS) {
+  c10::impl::ExcludeDispatchKeyGuard guard(kKey);
+  auto dtype = at::autocast::get_autocast_dtype(kDevice);
+  auto cast = [&](const Tensor& x) { return at::autocast::cached_cast(dtype, x, kDevice); };
+  return forward_op().call(cast(q), cast(k), cast(v), TLM_ATTEND_ARGUMENTS);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> partial_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& options) {
+  return forward_op().call(q, k, v, options.mask, options.scale, options.causal, options.window, options.softcap,
+                           options.dropout_p, options.seed, options.origin);
+}
+
+std::string kernel_for(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& options) {
+  const auto& o = options;
+  check(q, k, v, o.mask, o.scale, o.causal, o.window, o.softcap, o.dropout_p, o.seed, o.origin);
+  return choose(q, k, v, concrete(q, o.mask, o.scale, o.causal, o.window, o.softcap, o.dropout_p, o.seed, o.origin)).name;
+}
+
+TORCH_LIBRARY_IMPL(two_level_mha, CPU, library) {
+  library.impl("partial_attention", forward_kernel);
+  library.impl("partial_attention_backward", backward_kernel);
+}
+
+TORCH_LIBRARY_IMPL(two_level_mha, CUDA, library) {
+  library.impl("partial_attention", forward_kernel);
+  library.impl("partial_attention_backward", backward_kernel);
+}
+
+TORCH_LIBRARY_IMPL(two_level_mha, Meta, library) {
+  library.impl("partial_attention", forward_meta);
+  library.impl("partial_attention_backward", backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(two_level_mha, Autograd, library) {
+  library.impl("partial_attention", forward_autograd);
+  library.impl("partial_attention_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(two_level_mha, AutocastCPU, library) {
+  library.impl("partial_attention", forward_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
+}
+
+TORCH_LIBRARY_IMPL(two_level_mha, AutocastCUDA, library) {
+  library.impl("partial_attention", forward_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
+}
+
+}  // namespace two_level_mha

@@ -1,0 +1,39 @@
+// Sums over the whole grid, and the paper's hierarchical concatenation.
+#pragma once
+
+#include "../move/exchange.h"
+
+#include <optional>
+
+namespace two_level_mha {
+
+// The groups of one rank. A group of one has no name and costs nothing.
+struct Groups {
+  Group slice;  // m ranks that share a head group: neighbours
+  Group head;   // n ranks that share a slice
+  Group grid;   // all of them
+
+  int64_t slice_rank = 0, head_rank = 0;
+};
+
+// Below this many elements one flat all-reduce is cheaper than three smaller collectives.
+constexpr int64_t kFlatSumElements = 1 << 16;
+
+// y = sum of x over the grid, the same bits on every rank: reduce-scatter over the slices, all-reduce over the head
+// groups, all-gather over the slices; one flat all-reduce when small or when an axis has one rank.
+Tensor sum_over_grid(const Tensor& x, const Groups& groups, std::optional<at::ScalarType> reduce_dtype);
+
+// Forward: the sum over the grid. Backward: identity, since y and so its gradient are the same on every rank.
+Tensor reduce_replicated(const Tensor& x, const Groups& groups, std::optional<at::ScalarType> reduce_dtype);
+
+// Forward: identity, the tensors are the same on every rank. Backward: the sum over the grid, in one exchange for all.
+std::vector<Tensor> enter_replicated(const std::vector<Tensor>& xs, const Groups& groups,
+                                     std::optional<at::ScalarType> reduce_dtype);
+
+// (.., local, ..) -> (.., local * n, .., local * m, ..): `head_dim` of x is gathered over the head axis, `slice_dim`
+// over the slice axis. slices_first: the order of the two stages; heads first moves m times less between nodes.
+// replicated: every rank uses the result alike, so the adjoint is its own block; otherwise a reduce-scatter.
+Tensor hierarchical_all_gather(const Tensor& x, int64_t head_dim, int64_t slice_dim, const Groups& groups,
+                               bool slices_first, bool replicated);
+
+}  // namespace two_level_mha

@@ -1,0 +1,118 @@
+#include "exchange.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+namespace two_level_mha {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct Flight : torch::CustomClassHolder {
+  Tensor gradient;
+};
+
+namespace {
+
+// Boxed: torch 2.15 types the group as Any, 2.11 as str, and a typed call fits only one of them.
+Tensor call(const char* name, std::vector<c10::IValue> args) {
+  auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+  torch::jit::Stack stack(std::make_move_iterator(args.begin()), std::make_move_iterator(args.end()));
+  op.callBoxed(stack);
+  return stack[0].toTensor();
+}
+
+Tensor wait_tensor(const Tensor& x) { return call("_c10d_functional::wait_tensor", {x}); }
+
+Collective adjoint(Collective kind) {
+  switch (kind) {
+    case Collective::all_gather:
+      return Collective::reduce_scatter;
+    case Collective::reduce_scatter:
+      return Collective::all_gather;
+    default:
+      return Collective::all_to_all;
+  }
+}
+
+Tensor issue(Collective kind, const Tensor& buffer, const Group& group) {
+  Tensor x = buffer.contiguous();
+  if (kind == Collective::all_gather)
+    return call("_c10d_functional::all_gather_into_tensor", {x, group.size, group.name});
+  if (kind == Collective::reduce_scatter && !x.is_cpu())
+    return call("_c10d_functional::reduce_scatter_tensor", {x, std::string("sum"), group.size, group.name});
+  std::vector<int64_t> ones(group.size, 1);
+  return call("_c10d_functional::all_to_all_single", {x, ones, ones, group.name});
+}
+
+Tensor finish(Collective kind, const Tensor& started) {
+  Tensor x = wait_tensor(started);
+  return kind == Collective::reduce_scatter && x.is_cpu() ? x.sum(0, /*keepdim=*/true) : x;
+}
+
+c10::intrusive_ptr<Flight> flight(AutogradContext* ctx) {
+  return c10::static_intrusive_pointer_cast<Flight>(ctx->saved_data["flight"].toCapsule());
+}
+
+// A plain pair of functions dies in backward, where the gradient of the started tensor has the waited tensor's shape.
+// Here Wait.backward issues the adjoint into the shared flight and Start.backward waits for it there.
+struct Start : torch::autograd::Function<Start> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& buffer, int64_t kind, const Group& group,
+                        const c10::intrusive_ptr<Flight>& shared) {
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["flight"] = c10::IValue::make_capsule(shared);
+    ctx->saved_data["kind"] = kind;
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return issue(Collective(kind), buffer, group);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list) {
+    auto shared = flight(ctx);
+    variable_list grads(4);
+    if (shared->gradient.defined()) {
+      Tensor started = std::move(shared->gradient);
+      shared->gradient = Tensor();
+      grads[0] = finish(adjoint(Collective(ctx->saved_data["kind"].toInt())), started);
+    }
+    return grads;
+  }
+};
+
+struct Wait : torch::autograd::Function<Wait> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& started, int64_t kind, const Group& group,
+                        const c10::intrusive_ptr<Flight>& shared) {
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["flight"] = c10::IValue::make_capsule(shared);
+    ctx->saved_data["kind"] = kind;
+    ctx->saved_data["size"] = group.size;
+    ctx->saved_data["name"] = group.name;
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return finish(Collective(kind), started);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    Group group{ctx->saved_data["name"].toStringRef(), ctx->saved_data["size"].toInt()};
+    if (grads[0].defined())
+      flight(ctx)->gradient = issue(adjoint(Collective(ctx->saved_data["kind"].toInt())), grads[0], group);
+    return variable_list(4);
+  }
+};
+
+}  // namespace
+
+Exchange start(Collective kind, const Tensor& buffer, const Group& group) {
+  auto shared = c10::make_intrusive<Flight>();
+  return {Start::apply(buffer, int64_t(kind), group, shared), kind, group, shared};
+}
+
+Tensor Exchange::wait() const { return Wait::apply(started, int64_t(kind), group, flight); }
+
+Tensor run(Collective kind, const Tensor& buffer, const Group& group) {
+  return finish(kind, issue(kind, buffer, group));
+}
+
+Tensor sum_in_group(const Tensor& x, const Group& group) {
+  return wait_tensor(call("_c10d_functional::all_reduce", {x.contiguous(), std::string("sum"), group.name}));
+}
+
+}  // namespace two_level_mha

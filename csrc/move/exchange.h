@@ -1,0 +1,47 @@
+// Collectives inside one group of ranks, each as a start / wait pair with exact gradients.
+//
+// They run on buffers whose dim 0 counts parts:
+//   all_gather      (1, N) -> (g, N)   adjoint: reduce_scatter (the consumers differ between ranks)
+//   reduce_scatter  (g, N) -> (1, N)   adjoint: all_gather
+//   all_to_all      (g, N) -> (g, N)   adjoint: all_to_all
+// Gloo's own reduce_scatter sends as much as an all-reduce, so on the CPU it is an all_to_all and a local sum
+// in rank order.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+#include <vector>
+
+namespace two_level_mha {
+
+using at::Tensor;
+
+struct Group {
+  std::string name;  // as torch.distributed names it; empty for a group of one
+  int64_t size = 1;
+};
+
+enum class Collective : int64_t { all_gather, reduce_scatter, all_to_all };
+
+struct Flight;  // what the two halves of one exchange share
+
+// An exchange under way: other work may run until wait() is called, forward and (in the reverse order) backward.
+struct Exchange {
+  Tensor started;
+  Collective kind;
+  Group group;
+  c10::intrusive_ptr<Flight> flight;
+
+  Tensor wait() const;
+};
+
+Exchange start(Collective kind, const Tensor& buffer, const Group& group);
+
+// Sum over the group, in place of nothing: not differentiable, see combine/reduce.h for the differentiable forms.
+Tensor sum_in_group(const Tensor& x, const Group& group);
+
+// The same without autograd, for use inside autograd functions.
+Tensor run(Collective kind, const Tensor& buffer, const Group& group);
+
+}  // namespace two_level_mha
