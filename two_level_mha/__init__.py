@@ -4,5 +4,9 @@ from two_level_mha._load import PACKAGE, load
 
 load()
 
+from two_level_mha.mesh import Grid, GridError, init_mesh  # noqa: E402
+from two_level_mha.multihead import TwoLevelMultiheadAttention  # noqa: E402
+
 __version__ = "0.1.0"
+__all__ = ["Grid", "GridError", "TwoLevelMultiheadAttention", "init_mesh"]
 cmake_prefix_path = str(PACKAGE / "share" / "cmake")

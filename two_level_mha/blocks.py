@@ -1,0 +1,77 @@
+"""Weight blocks: DTensor storage on ("head", "slice"), plain local tensors in compute."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+# name -> (tensor dim dealt over the head axis, over the slice axis); None: replicated
+LAYOUTS = {
+    "q_weight": (0, 1),  # (h, d, D)
+    "k_weight": (0, 1),
+    "v_weight": (0, 1),
+    "q_bias": (0, 1),  # (h, d)
+    "k_bias": (0, 1),
+    "v_bias": (0, 1),
+    "bias_k": (0, 1),
+    "bias_v": (0, 1),
+    "out_weight": (1, 2),  # (D, h, d)
+    "out_bias": (None, None),  # (D,)
+}
+
+
+def placements(name: str, combine: str) -> list:
+    """Placements of parameter `name` on ("head", "slice"). combine="concat" replicates out_weight."""
+    dims = (None, None) if name == "out_weight" and combine == "concat" else LAYOUTS[name]
+    return [Replicate() if dim is None else Shard(dim) for dim in dims]
+
+
+def block(full: Tensor, name: str, mesh: DeviceMesh | None, combine: str) -> Tensor:
+    """`full`, the same on every rank, as this rank stores it: a DTensor, or a copy without a mesh.
+
+    A copy, so that a rank's block does not keep the storage of the whole alive.
+    """
+    if mesh is None:
+        return full.clone(memory_format=torch.contiguous_format)
+    local, layout = full, placements(name, combine)
+    for axis, placement in enumerate(layout):
+        if isinstance(placement, Shard):
+            size = full.shape[placement.dim] // mesh.size(axis)
+            local = local.narrow(placement.dim, size * mesh.get_local_rank(axis), size)
+    local = local.clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(local, mesh, layout, run_check=False)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor behind a block; a collective for a DTensor."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class _Local(torch.autograd.Function):
+    """All local blocks of a module at once: to_local() parameter by parameter costs several times as much."""
+
+    @staticmethod
+    def forward(ctx, *params):
+        ctx.specs = [p._spec for p in params]
+        return tuple(p._local_tensor.view_as(p._local_tensor) for p in params)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return tuple(
+            None if g is None else DTensor(g, spec, requires_grad=False)
+            for g, spec in zip(grads, ctx.specs, strict=True)
+        )
+
+
+def local_blocks(params: list[nn.Parameter | None]) -> list[Tensor | None]:
+    """The local tensors of parameters, in order; plain ones and None stay as they are."""
+    split = [p for p in params if isinstance(p, DTensor)]
+    if not split:
+        return params
+    if torch.compiler.is_compiling():
+        return [p.to_local() if isinstance(p, DTensor) else p for p in params]
+    if torch.is_grad_enabled():
+        locals_ = iter(_Local.apply(*split))
+    else:
+        locals_ = iter([p._local_tensor for p in split])
+    return [next(locals_) if isinstance(p, DTensor) else p for p in params]

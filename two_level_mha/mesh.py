@@ -1,0 +1,163 @@
+"""The grid of ranks: n head groups times m slices of the head dimension."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from two_level_mha import _C
+
+AXES = ("head", "slice")
+
+
+class GridError(ValueError):
+    """A grid, a mesh or an argument that does not fit; the message says what would."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """P = head_groups * slices ranks. Rank (i, j), number i * slices + j, owns head group i and slice j of every head.
+
+    Pure arithmetic: valid for a layer if head_groups divides its KV heads and slices divides its head_dim.
+    """
+
+    head_groups: int = 1
+    slices: int = 1
+
+    def __post_init__(self) -> None:
+        if self.head_groups < 1 or self.slices < 1:
+            raise GridError(
+                f"head_groups and slices must be positive, got head_groups={self.head_groups}, slices={self.slices}"
+            )
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.head_groups * self.slices
+
+    def check(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        """Raises GridError, with the grids that would do, unless this grid fits such a layer."""
+        if problem := _C.grid_problem(self.head_groups, self.slices, num_heads, num_kv_heads, head_dim):
+            raise GridError(problem)
+
+    @staticmethod
+    def candidates(ranks: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int = 1) -> list["Grid"]:
+        """The valid grids of `ranks` ranks, most head groups first; empty if there is none."""
+        found = _C.grid_candidates(ranks, num_heads, num_kv_heads or num_heads, head_dim)
+        return [Grid(n, m) for n, m in found]
+
+
+def init_mesh(
+    device_type: str,
+    grid: tuple[int, int] | None = None,
+    *,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+) -> DeviceMesh:
+    """A DeviceMesh over all ranks with axes ("head", "slice"), and the flattened axis "grid".
+
+    grid: (n, m); or None, then num_heads and head_dim choose it for the world size: most head groups first.
+    Raises ValueError if the process group is not initialised, GridError if the world size is not n * m or no grid fits.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise GridError(
+            "init_mesh needs an initialised process group: call torch.distributed.init_process_group first"
+        )
+    ranks = dist.get_world_size()
+    if grid is None:
+        if num_heads is None or head_dim is None:
+            raise GridError("init_mesh needs grid=(n, m), or num_heads and head_dim to choose one")
+        found = Grid.candidates(ranks, num_heads, num_kv_heads, head_dim)
+        if not found:
+            raise GridError(_C.grid_choices(ranks, num_heads, num_kv_heads or num_heads, head_dim))
+        grid = (found[0].head_groups, found[0].slices)
+    n, m = grid
+    if Grid(n, m).size != ranks:
+        pairs = ", ".join(f"({d}, {ranks // d})" for d in range(ranks, 0, -1) if ranks % d == 0)
+        raise GridError(
+            f"grid {n} x {m} needs {n * m} ranks, but the world size is {ranks}; grids of {ranks} ranks: {pairs}"
+        )
+    mesh = init_device_mesh(device_type, (n, m), mesh_dim_names=AXES)
+    if n * m > 1:
+        mesh._flatten("grid")
+    return mesh
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank is on its mesh, as the operators take it."""
+
+    grid: Grid = Grid()
+    head_group: int = 0  # i
+    slice: int = 0  # j
+    groups: tuple[str, str, str] = ("", "", "")  # names of the slice, head and grid groups
+    args: tuple = field(init=False)
+
+    def __post_init__(self) -> None:
+        numbers = [self.grid.head_groups, self.grid.slices, self.head_group, self.slice]
+        object.__setattr__(self, "args", (numbers, *self.groups))
+
+
+def place_on(mesh: DeviceMesh | None) -> Place:
+    """This rank's place. Raises GridError if the mesh is not one of "head" and "slice".
+
+    The first call on a mesh made elsewhere creates the group of the whole grid: a collective over its ranks.
+    """
+    if mesh is None:
+        return Place()
+    if tuple(mesh.mesh_dim_names or ()) != AXES:
+        raise GridError(
+            f'mesh must have the axes ("head", "slice"), got {mesh.mesh_dim_names}; use two_level_mha.init_mesh, '
+            'or take mesh["head", "slice"] of a bigger one'
+        )
+    n, m = mesh.shape
+    if n * m == 1:
+        return Place()
+    names = (mesh.get_group("slice"), mesh.get_group("head"), mesh._flatten("grid").get_group())
+    i, j = mesh.get_coordinate()
+    return Place(Grid(n, m), i, j, tuple(group.group_name for group in names))
+
+
+def grid_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The process group of the whole grid."""
+    return mesh._flatten("grid").get_group() if mesh.size() > 1 else mesh.get_group("head")
+
+
+def same_on_all_ranks(fields: dict[str, object], mesh: DeviceMesh | None, advice: str) -> None:
+    """Compares `fields` over the grid; raises the same GridError on every rank, naming the ranks and the field.
+
+    A collective. A value may be an exception: then it is what every rank raises.
+    """
+    if mesh is None or mesh.size() == 1:
+        for value in fields.values():
+            if isinstance(value, Exception):
+                raise value
+        return
+    group = grid_group(mesh)
+    everyone: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, fields, group=group)
+    for value in fields.values():  # this rank's own error keeps its class
+        if isinstance(value, Exception):
+            raise value
+    for rank, other in enumerate(everyone):
+        for name, value in other.items():
+            if isinstance(value, Exception):
+                raise GridError(f"rank {rank} of the grid: {value}")
+            mine = everyone[0].get(name)
+            if value != mine:
+                raise GridError(
+                    f"{name} differs between ranks of the grid: {mine} on rank 0, {value} on rank {rank}; {advice}"
+                )
+
+
+def digest(tensors: list[torch.Tensor]) -> str:
+    """A digest of the bytes, shapes and dtypes of tensors."""
+    import hashlib
+
+    state = hashlib.blake2b(digest_size=8)
+    for x in tensors:
+        state.update(f"{tuple(x.shape)}{x.dtype}".encode())
+        state.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return state.hexdigest()

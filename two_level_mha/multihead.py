@@ -1,0 +1,315 @@
+"""TwoLevelMultiheadAttention: nn.MultiheadAttention on n x m ranks."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.init import xavier_normal_, xavier_uniform_
+
+from two_level_mha.blocks import LAYOUTS, block, whole
+from two_level_mha.layer import GridAttention
+from two_level_mha.masks import UsageAssertionError, check_inputs, one_mask
+from two_level_mha.mesh import GridError, digest, same_on_all_ranks
+
+
+class _NoFastPath:
+    """Stands where nn.TransformerEncoder looks for in_proj_weight, so that it calls forward instead of bypassing it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return NotImplemented
+
+
+_NO_FAST_PATH = _NoFastPath()
+
+
+class TwoLevelMultiheadAttention(GridAttention):
+    """nn.MultiheadAttention, exactly, on the n * m ranks of a mesh; more ranks than heads are fine.
+
+    Rank (i, j) owns the weight blocks of head group i and slice j of the head dimension. Arguments are those of
+    nn.MultiheadAttention, and:
+
+    mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process. head_groups must divide
+        num_heads, slices must divide embed_dim // num_heads; else GridError.
+    scheme: "auto" or one of the exact "slices", "sequence" (the same numbers, other costs), or "independent": the
+        paper's literal per-slice softmax, which is another model (num_heads * m heads of width d / m).
+    combine: "reduce" (each rank keeps 1 / P of out_weight, partial outputs are summed) or "concat" (hierarchical
+        all-gather, out_weight replicated).
+    debug: compare inputs and arguments over the grid at every call instead of the first only; None reads TLM_DEBUG.
+    reduce_dtype: dtype of the sum over the grid, None (the output's) or torch.float32.
+
+    The same seed gives the same initial weights as nn.MultiheadAttention, on every grid.
+    """
+
+    _qkv_same_embed_dim = False  # nn.TransformerEncoderLayer's fast path reads the weights of a module that has True
+    in_proj_bias = None
+    in_proj_weight = _NO_FAST_PATH
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        mesh: DeviceMesh | None = None,
+        scheme: str = "auto",
+        combine: str = "reduce",
+        debug: bool | None = None,
+        reduce_dtype: torch.dtype | None = None,
+    ) -> None:
+        if embed_dim <= 0 or num_heads <= 0:
+            raise GridError(
+                f"embed_dim and num_heads must be greater than 0,"
+                f" got embed_dim={embed_dim} and num_heads={num_heads} instead"
+            )
+        if embed_dim % num_heads:
+            raise UsageAssertionError(
+                f"embed_dim must be divisible by num_heads, got embed_dim={embed_dim} and num_heads={num_heads}"
+            )
+        super().__init__(
+            num_heads=num_heads, num_kv_heads=num_heads, head_dim=embed_dim // num_heads, mesh=mesh, scheme=scheme,
+            combine=combine, debug=debug, reduce_dtype=reduce_dtype,
+        )  # fmt: skip
+        self.embed_dim = embed_dim
+        self.kdim = embed_dim if kdim is None else kdim
+        self.vdim = embed_dim if vdim is None else vdim
+        self.dropout = dropout
+        self.batch_first = batch_first
+        self.add_zero_attn = add_zero_attn
+        stock = _drawn_as_stock(embed_dim, self.kdim, self.vdim, bias, add_bias_kv, device, dtype)
+        self.store(from_stock(stock, num_heads))
+        self._register_load_state_dict_pre_hook(self._load_stock)
+
+    @property
+    def out_proj(self) -> SimpleNamespace:
+        """weight and bias of the output projection, as this rank stores them."""
+        return SimpleNamespace(weight=self.out_weight, bias=self.out_bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention.forward on its train-mode path, with the same result on every rank.
+
+        query (L, B, D), key (S, B, kdim), value (S, B, vdim), dims 0 and 1 swapped if batch_first, or unbatched without
+        B. key_padding_mask (B, S), attn_mask (L, S) or (B * num_heads, L, S): bool with True = ignore, or additive.
+        is_causal is a hint that stock defines only together with attn_mask; here the mask rules.
+        Returns the output like query, and the attention weights after dropout, (B, L, S), or (B, num_heads, L, S) if not
+        average_attn_weights, or None. A row that sees no key is NaN with need_weights, else out_proj's bias.
+        Raises ValueError (often also what stock raises) before anything is sent.
+        """
+        checked = (query, key, value, key_padding_mask, attn_mask, is_causal)
+        if self.compares():
+            self._compare_call(*checked, need_weights, average_attn_weights)
+        else:
+            check_inputs(self, *checked)
+        batched = query.dim() == 3
+        if not batched:
+            same_key, same_value = key is query, value is key
+            query = query.unsqueeze(0)
+            key = query if same_key else key.unsqueeze(0)
+            value = key if same_value else value.unsqueeze(0)
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        extra_keys = (self.bias_k is not None) + self.add_zero_attn
+        y, weights = self.attend(
+            query,
+            key,
+            value,
+            attn_mask=one_mask(self.num_heads, key_padding_mask, attn_mask, extra_keys),
+            dropout_p=self.dropout if self.training else 0.0,
+            batch_first=self.batch_first or not batched,
+            add_zero_attn=self.add_zero_attn,
+            need_weights=need_weights,
+            average_attn_weights=average_attn_weights,
+        )
+        if batched:
+            return y, weights
+        return y.squeeze(0), None if weights is None else weights.squeeze(0)
+
+    def _compare_call(self, query, key, value, key_padding_mask, attn_mask, is_causal, need_weights, average) -> None:
+        """The checks and the comparison in one: an error of one rank is raised on all."""
+        settings: dict[str, object] = {
+            "training": self.training, "grad mode": torch.is_grad_enabled(), "need_weights": need_weights,
+            "average_attn_weights": average, "is_causal": is_causal, "scheme": self.scheme, "combine": self.combine,
+        }  # fmt: skip
+        tensors = {"query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask,
+                   "attn_mask": attn_mask}  # fmt: skip
+        try:
+            check_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal)
+        except GridError as error:
+            same_on_all_ranks({"error": error}, self.mesh, "")
+        self.compare(tensors, settings)
+
+    @classmethod
+    def from_torch(
+        cls,
+        mha: nn.MultiheadAttention,
+        mesh: DeviceMesh | None = None,
+        *,
+        scheme: str = "auto",
+        combine: str = "reduce",
+        debug: bool | None = None,
+    ) -> "TwoLevelMultiheadAttention":
+        """The same layer on a grid. Raises GridError on every rank if mha's weights differ between ranks.
+
+        Weights are kept bit for bit, requires_grad and training mode too; a collective over the grid.
+        """
+        if not isinstance(mha, nn.MultiheadAttention):
+            raise GridError(f"mha must be an nn.MultiheadAttention, got {type(mha).__name__}")
+        if mesh is not None:
+            check_same_weights([mha], mesh, mha.dropout > 0.0)
+        source = mha.out_proj.weight
+        with torch.device("meta"):
+            ours = cls(
+                mha.embed_dim, mha.num_heads, mha.dropout, mha.in_proj_bias is not None, mha.bias_k is not None,
+                mha.add_zero_attn, mha.kdim, mha.vdim, mha.batch_first, dtype=source.dtype, mesh=mesh, scheme=scheme,
+                combine=combine, debug=debug,
+            )  # fmt: skip
+        state = {name: p.detach() for name, p in mha.named_parameters()}
+        trained = {name: p.requires_grad for name, p in mha.named_parameters()}
+        with torch.no_grad():
+            ours.store(from_stock(state, mha.num_heads), _trained(trained))
+        return ours.train(mha.training)
+
+    def to_torch(self) -> nn.MultiheadAttention:
+        """An nn.MultiheadAttention with the full weights, bit for bit; a collective over the grid."""
+        with torch.device("meta"):
+            mha = nn.MultiheadAttention(
+                self.embed_dim, self.num_heads, self.dropout, self.q_bias is not None, self.bias_k is not None,
+                self.add_zero_attn, self.kdim, self.vdim, self.batch_first, dtype=self.q_weight.dtype,
+            )  # fmt: skip
+        mha.load_state_dict(self.stock_state(), assign=True)
+        for name, p in mha.named_parameters():
+            ours = {"out_proj.weight": "out_weight", "out_proj.bias": "out_bias"}.get(name)
+            ours = ours or name.replace("in_proj", "q").replace("_proj", "")
+            p.requires_grad_(getattr(self, ours).requires_grad)
+        return mha.train(self.training)
+
+    def stock_state(self) -> dict[str, Tensor]:
+        """nn.MultiheadAttention's state dict with full tensors; a collective over the grid."""
+        with torch.no_grad():
+            full = {name: None if p is None else whole(p).detach() for name, p in self._parameters.items()}
+        return to_stock(full, packed=self.kdim == self.embed_dim == self.vdim)
+
+    def _load_stock(self, state: dict, prefix: str, *_) -> None:
+        """Lets load_state_dict take nn.MultiheadAttention's keys, and full tensors under ours."""
+        mine = {name: state[prefix + name] for name in LAYOUTS if prefix + name in state}
+        stock = {name: state[prefix + name] for name in STOCK_KEYS if prefix + name in state}
+        for name in ("bias_k", "bias_v"):  # the one name both have: (1, 1, E) in stock, (h, d) here
+            if name in stock:
+                (mine if stock[name].dim() == 3 else stock).pop(name)
+        for name in stock:
+            del state[prefix + name]
+        for name, x in (mine | from_stock(stock, self.num_heads)).items():
+            own = self._parameters.get(name)
+            split = isinstance(own, DTensor) and not isinstance(x, DTensor) and x.shape == own.shape
+            state[prefix + name] = block(x, name, self.mesh, self.combine) if split else x
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
+            f"grid=({self.place.grid.head_groups}, {self.place.grid.slices}), scheme={self.scheme!r}, "
+            f"combine={self.combine!r}"
+        )
+
+
+STOCK_KEYS = (
+    "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "out_proj.weight",
+    "out_proj.bias", "bias_k", "bias_v",
+)  # fmt: skip
+
+
+def check_same_weights(modules: list[nn.Module], mesh: DeviceMesh, random: bool) -> None:
+    """Raises GridError on every rank if parameters (meta ones aside) or the random generator differ over the grid."""
+    params = [p for module in modules for p in module.parameters() if not p.is_meta]
+    fields: dict[str, object] = {"the source parameters": digest(params)}
+    if random:
+        fields["the state of torch's random generator"] = digest([torch.get_rng_state()])
+    same_on_all_ranks(fields, mesh, "seed every rank alike before building the model, or broadcast it first")
+
+
+def _drawn_as_stock(E: int, kdim: int, vdim: int, bias: bool, bias_kv: bool, device, dtype) -> dict[str, Tensor]:
+    """The tensors nn.MultiheadAttention would draw, in its order."""
+    factory = {"device": device, "dtype": dtype}
+    out_proj = nn.Linear(E, E, bias=bias, **factory)
+    state: dict[str, Tensor] = {"out_proj.weight": out_proj.weight.detach()}
+    with torch.no_grad():
+        if kdim == vdim == E:
+            state["in_proj_weight"] = xavier_uniform_(torch.empty(3 * E, E, **factory))
+        else:
+            for name, width in (("q", E), ("k", kdim), ("v", vdim)):
+                state[f"{name}_proj_weight"] = xavier_uniform_(torch.empty(E, width, **factory))
+        if bias:
+            state["in_proj_bias"] = torch.zeros(3 * E, **factory)
+            state["out_proj.bias"] = torch.zeros(E, **factory)
+        if bias_kv:
+            state["bias_k"] = xavier_normal_(torch.empty(1, 1, E, **factory))
+            state["bias_v"] = xavier_normal_(torch.empty(1, 1, E, **factory))
+    return state
+
+
+def from_stock(state: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
+    """nn.MultiheadAttention's tensors as ours: views with whole heads, (3 E, E) -> three (h, d, E)."""
+    full: dict[str, Tensor] = {}
+    heads = (num_heads, -1)
+    for name, packed in (("weight", state.get("in_proj_weight")), ("bias", state.get("in_proj_bias"))):
+        if packed is not None:
+            for letter, part in zip("qkv", packed.chunk(3), strict=True):
+                full[f"{letter}_{name}"] = part.unflatten(0, heads)
+    for letter in "qkv":
+        if (weight := state.get(f"{letter}_proj_weight")) is not None:
+            full[f"{letter}_weight"] = weight.unflatten(0, heads)
+    for name in ("bias_k", "bias_v"):
+        if (bias := state.get(name)) is not None:
+            full[name] = bias.reshape(heads)
+    if (weight := state.get("out_proj.weight")) is not None:
+        full["out_weight"] = weight.unflatten(1, heads)
+    if (bias := state.get("out_proj.bias")) is not None:
+        full["out_bias"] = bias
+    return full
+
+
+def to_stock(full: dict[str, Tensor | None], packed: bool) -> dict[str, Tensor]:
+    """The inverse of from_stock."""
+    state: dict[str, Tensor] = {}
+    weights = [full[f"{letter}_weight"].flatten(0, 1) for letter in "qkv"]
+    if packed:
+        state["in_proj_weight"] = torch.cat(weights)
+    else:
+        state |= {f"{letter}_proj_weight": weight for letter, weight in zip("qkv", weights, strict=True)}
+    if full.get("q_bias") is not None:
+        state["in_proj_bias"] = torch.cat([full[f"{letter}_bias"].flatten() for letter in "qkv"])
+    for name in ("bias_k", "bias_v"):
+        if full.get(name) is not None:
+            state[name] = full[name].reshape(1, 1, -1)
+    state["out_proj.weight"] = full["out_weight"].flatten(1)
+    if full.get("out_bias") is not None:
+        state["out_proj.bias"] = full["out_bias"]
+    return state
+
+
+def _trained(stock: dict[str, bool]) -> dict[str, bool]:
+    """requires_grad of our parameters from stock's."""
+    ours = {
+        f"{letter}_weight": stock.get("in_proj_weight", stock.get(f"{letter}_proj_weight", True)) for letter in "qkv"
+    }
+    ours |= {f"{letter}_bias": stock.get("in_proj_bias", True) for letter in "qkv"}
+    ours |= {name: stock.get(name, True) for name in ("bias_k", "bias_v")}
+    return ours | {"out_weight": stock["out_proj.weight"], "out_bias": stock.get("out_proj.bias", True)}
