@@ -38,12 +38,15 @@ bool sum_flat(const Tensor& x, const Groups& groups) {
 // The gather of one stage: x of any shape -> (g, ...).
 Tensor gather_stage(const Tensor& x, const Group& group) {
   if (group.size == 1) return x.unsqueeze(0);
-  return run(Collective::all_gather, x.unsqueeze(0), group);
+  auto sizes = x.sym_sizes().vec();
+  sizes.insert(sizes.begin(), group.size);
+  return run(Collective::all_gather, x.reshape({1, -1}), group).view_symint(sizes);
 }
 
 Tensor scatter_stage(const Tensor& parts, const Group& group) {
   if (group.size == 1) return parts.squeeze(0);
-  return run(Collective::reduce_scatter, parts, group).squeeze(0);
+  auto sizes = parts.sym_sizes().slice(1).vec();
+  return run(Collective::reduce_scatter, parts.reshape({group.size, -1}), group).view_symint(sizes);
 }
 
 struct ReduceReplicated : torch::autograd::Function<ReduceReplicated> {

@@ -7,15 +7,6 @@
 
 namespace two_level_mha {
 
-// The groups of one rank. A group of one has no name and costs nothing.
-struct Groups {
-  Group slice;  // m ranks that share a head group: neighbours
-  Group head;   // n ranks that share a slice
-  Group grid;   // all of them
-
-  int64_t slice_rank = 0, head_rank = 0;
-};
-
 // Below this many elements one flat all-reduce is cheaper than three smaller collectives.
 constexpr int64_t kFlatSumElements = 1 << 16;
 

@@ -10,10 +10,6 @@ namespace two_level_mha {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct Flight : torch::CustomClassHolder {
-  Tensor gradient;
-};
-
 namespace {
 
 // Boxed: torch 2.15 types the group as Any, 2.11 as str, and a typed call fits only one of them.
@@ -37,8 +33,12 @@ Collective adjoint(Collective kind) {
   }
 }
 
+// Nothing to send: every rank knows it alike, and not every backend takes an empty tensor.
+bool empty(const Tensor& x) { return x.sym_numel().maybe_as_int() == 0; }
+
 Tensor issue(Collective kind, const Tensor& buffer, const Group& group) {
   Tensor x = buffer.contiguous();
+  if (empty(x)) return kind == Collective::all_gather ? x.expand_symint({group.size, x.sym_size(1)}).clone() : x.clone();
   if (kind == Collective::all_gather)
     return call("_c10d_functional::all_gather_into_tensor", {x, group.size, group.name});
   if (kind == Collective::reduce_scatter && !x.is_cpu())
@@ -48,8 +48,9 @@ Tensor issue(Collective kind, const Tensor& buffer, const Group& group) {
 }
 
 Tensor finish(Collective kind, const Tensor& started) {
-  Tensor x = wait_tensor(started);
-  return kind == Collective::reduce_scatter && x.is_cpu() ? x.sum(0, /*keepdim=*/true) : x;
+  Tensor x = empty(started) ? started.clone() : wait_tensor(started);
+  const bool summed_here = x.is_cpu() || empty(x);
+  return kind == Collective::reduce_scatter && summed_here ? x.sum(0, /*keepdim=*/true) : x;
 }
 
 c10::intrusive_ptr<Flight> flight(AutogradContext* ctx) {
@@ -112,6 +113,7 @@ Tensor run(Collective kind, const Tensor& buffer, const Group& group) {
 }
 
 Tensor sum_in_group(const Tensor& x, const Group& group) {
+  if (group.size == 1 || empty(x)) return x;
   return wait_tensor(call("_c10d_functional::all_reduce", {x.contiguous(), std::string("sum"), group.name}));
 }
 

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
 
 #include <string>
 #include <vector>
@@ -22,9 +23,21 @@ struct Group {
   int64_t size = 1;
 };
 
+// The groups of one rank. A group of one has no name and costs nothing.
+struct Groups {
+  Group slice;  // m ranks that share a head group: neighbours
+  Group head;   // n ranks that share a slice
+  Group grid;   // all of them
+
+  int64_t slice_rank = 0, head_rank = 0;
+};
+
 enum class Collective : int64_t { all_gather, reduce_scatter, all_to_all };
 
-struct Flight;  // what the two halves of one exchange share
+// What the two halves of one exchange share: the gradient under way.
+struct Flight : torch::CustomClassHolder {
+  Tensor gradient;
+};
 
 // An exchange under way: other work may run until wait() is called, forward and (in the reverse order) backward.
 struct Exchange {

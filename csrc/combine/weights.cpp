@@ -1,0 +1,71 @@
+#include "weights.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "../move/pack.h"
+#include "reduce.h"
+
+namespace two_level_mha {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+namespace {
+
+// The whole slice group holds the same weights: the gradient of the copies that are not `kept` is dropped.
+struct KeepGradient : torch::autograd::Function<KeepGradient> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, bool kept) {
+    ctx->saved_data["kept"] = kept;
+    return x.view_as(x);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    return {ctx->saved_data["kept"].toBool() ? grads[0] : at::zeros_like(grads[0]), Tensor()};
+  }
+};
+
+// Pieces dealt out along `dim` over the slice group -> the whole, used alike by every rank: the adjoint is one's own.
+struct GatherDealt : torch::autograd::Function<GatherDealt> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, std::vector<c10::SymInt> whole, int64_t dim, bool zigzag,
+                        const Group& group, int64_t slice) {
+    ctx->saved_data["where"] = std::vector<int64_t>{dim, zigzag, group.size, slice};
+    ctx->saved_data["sizes"] = std::vector<c10::SymInt>(x.sym_sizes().vec());
+    at::AutoDispatchBelowADInplaceOrView guard;
+    Tensor buffer = run(Collective::all_gather, x.reshape({1, -1}), group);
+    return unpack(buffer, whole, {dim}, group.size, zigzag)[0];
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto where = ctx->saved_data["where"].toIntVector();
+    Tensor parts = pack({grads[0]}, {where[0]}, where[2], where[1]);
+    Tensor mine = parts.select(0, where[3]).view_symint(ctx->saved_data["sizes"].toSymIntVector());
+    return {mine, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+}  // namespace
+
+Tensor gather_weights(const Tensor& weights, const SchemeRow& row, const Place& place, const c10::SymInt& batch,
+                      const c10::SymInt& length, bool zigzag, bool average) {
+  const int64_t n = place.grid.head_groups, m = place.grid.slices, heads = weights.size(1) * n;
+  if (!row.exact) {  // h * m heads of width d / m, each on one rank
+    if (average)
+      return reduce_replicated(weights.sum(1), place.groups, place.reduce_dtype) / double(heads * m);
+    return hierarchical_all_gather(weights.unsqueeze(2), 1, 2, place.groups, false, true).flatten(1, 2);
+  }
+  Tensor whole = weights;
+  if (m > 1 && row.q == Move::replicate) {
+    whole = KeepGradient::apply(weights, place.slice == 0);
+  } else if (m > 1) {
+    std::vector<c10::SymInt> sizes = weights.sym_sizes().vec();
+    sizes[int64_t(row.q)] = row.q == Move::batch ? batch : length;
+    whole = GatherDealt::apply(weights, sizes, int64_t(row.q), zigzag, place.groups.slice, place.slice);
+  }
+  Groups head_axis;
+  head_axis.head = head_axis.grid = place.groups.head;
+  head_axis.head_rank = place.head_group;
+  if (average) return n == 1 ? whole.mean(1) : reduce_replicated(whole.sum(1), head_axis, place.reduce_dtype) / double(heads);
+  return hierarchical_all_gather(whole, 1, 2, head_axis, false, true);
+}
+
+}  // namespace two_level_mha

@@ -1,0 +1,21 @@
+#pragma once
+
+#include "grid.h"
+#include "move/exchange.h"
+#include "schemes.h"
+
+#include <optional>
+
+namespace two_level_mha {
+
+// Where this rank is and how its layer runs; the same on every rank but for the two coordinates.
+struct Place {
+  Grid grid;
+  int64_t head_group = 0, slice = 0;  // (i, j)
+  Groups groups;
+  Scheme scheme = Scheme::automatic;
+  bool causal = false;  // sequence deals the rows out as balanced pairs of chunks
+  std::optional<at::ScalarType> reduce_dtype;
+};
+
+}  // namespace two_level_mha

@@ -1,0 +1,180 @@
+"""What the package computes, written down in one process and in whole tensors: slow, short and for any dtype.
+
+Tests compare against it in float64. B batch, L queries, S keys, D embed_dim, h heads, k KV heads, d head_dim.
+"""
+
+import torch
+from torch import Tensor
+
+NEG_INF = float("-inf")
+
+
+def visible(num_queries: int, num_keys: int, causal: int | None, window: int | None, device=None) -> Tensor:
+    """(L, S) bool, True = attend: row l sees key s if s <= l + causal and, windowed, s > l + causal - window.
+
+    causal=0 and causal=1 for L = 3, S = 4:   1 0 0 0    1 1 0 0
+                                              1 1 0 0    1 1 1 0
+                                              1 1 1 0    1 1 1 1
+    """
+    row_L1 = torch.arange(num_queries, device=device)[:, None]
+    key_1S = torch.arange(num_keys, device=device)[None, :]
+    if causal is None:
+        return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    seen_LS = key_1S <= row_L1 + causal
+    if window is not None:
+        seen_LS = seen_LS & (key_1S > row_L1 + causal - window)
+    return seen_LS
+
+
+def attention(
+    q_BHLD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSE: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: int | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    keep_BHLS: Tensor | None = None,
+    empty_rows: str = "zero",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact attention: out (B, H, L, E), logsumexp (B, H, L) and the weights after dropout (B, H, L, S).
+
+    scores = softcap * tanh(scale * q k^T / softcap) + mask;  out = dropout(softmax(scores)) v
+
+    mask: bool (True = attend) or additive, broadcastable to (B, H, L, S).
+    keep_BHLS: the dropout mask, True = kept; kept weights are divided by 1 - dropout_p.
+    empty_rows: a row that sees no key gives "zero" (no gradient, logsumexp -inf) or "nan", as softmax does.
+    GQA: query head x reads KV head x // (H / K).
+    """
+    num_queries, num_keys = q_BHLD.shape[2], k_BKSD.shape[2]
+    repeats = q_BHLD.shape[1] // k_BKSD.shape[1]
+    k_BHSD, v_BHSE = k_BKSD.repeat_interleave(repeats, 1), v_BKSE.repeat_interleave(repeats, 1)
+    scores_BHLS = (q_BHLD @ k_BHSD.mT) * (q_BHLD.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores_BHLS = softcap * torch.tanh(scores_BHLS / softcap)
+    if mask is not None and mask.dtype == torch.bool:
+        scores_BHLS = scores_BHLS.masked_fill(~mask, NEG_INF)
+    elif mask is not None:
+        scores_BHLS = scores_BHLS + mask
+    seen_LS = visible(num_queries, num_keys, causal, window, q_BHLD.device)
+    scores_BHLS = scores_BHLS.masked_fill(~seen_LS, NEG_INF)
+    if empty_rows == "zero":
+        empty_BHL1 = (scores_BHLS == NEG_INF).all(-1, keepdim=True)
+        scores_BHLS = scores_BHLS.masked_fill(empty_BHL1, 0.0)
+        weights_BHLS = torch.softmax(scores_BHLS, -1).masked_fill(empty_BHL1, 0.0)
+        logsumexp_BHL = torch.logsumexp(scores_BHLS, -1).masked_fill(empty_BHL1.squeeze(-1), NEG_INF)
+    else:
+        weights_BHLS = torch.softmax(scores_BHLS, -1)
+        logsumexp_BHL = torch.logsumexp(scores_BHLS, -1)
+    if keep_BHLS is not None:
+        weights_BHLS = weights_BHLS * keep_BHLS / (1.0 - dropout_p)
+    return weights_BHLS @ v_BHSE, logsumexp_BHL, weights_BHLS
+
+
+def project(x_BLD: Tensor, weight_hdD: Tensor, bias_hd: Tensor | None = None) -> Tensor:
+    """x (B, L, D) through weights (h, d, D) to heads (B, h, L, d)."""
+    y_BhLd = torch.einsum("bld,hed->bhle", x_BLD, weight_hdD)
+    return y_BhLd if bias_hd is None else y_BhLd + bias_hd[:, None, :]
+
+
+def multihead_attention(
+    query_BLD: Tensor,
+    key_BSD: Tensor,
+    value_BSD: Tensor,
+    *,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    out_weight: Tensor,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    out_bias: Tensor | None = None,
+    bias_k: Tensor | None = None,
+    bias_v: Tensor | None = None,
+    add_zero_attn: bool = False,
+    mask: Tensor | None = None,
+    slices: int = 1,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """A whole layer on unsplit weights; returns y (B, L, D) and the weights after dropout (B, h, L, S').
+
+    Weights are q (h, d, D), k and v (k, d, D), out (D, h, d); biases (h or k, d); bias_k, bias_v (k, d).
+    mask is True = attend or additive (nn.MultiheadAttention's bool masks are its negation), over the S given
+    keys: the columns that bias_k / bias_v and add_zero_attn append are visible to every row. `options` go to
+    `attention`: empty_rows="nan" is nn.MultiheadAttention with need_weights=True, "zero" with
+    need_weights=False.
+
+    slices=m is the model of scheme "independent" instead: every rank runs softmax on its own slice of d,
+    which is exact attention with h * m heads of width d / m and scale 1 / sqrt(d / m). With m = 1 nothing
+    changes.
+    """
+    if slices > 1:
+        q_weight, k_weight, v_weight = (_slice_heads(w, slices) for w in (q_weight, k_weight, v_weight))
+        q_bias, k_bias, v_bias, bias_k, bias_v = (
+            None if b is None else _slice_heads(b, slices) for b in (q_bias, k_bias, v_bias, bias_k, bias_v)
+        )
+        out_weight = out_weight.unflatten(2, (slices, -1)).flatten(1, 2)
+    q_BHLE = project(query_BLD, q_weight, q_bias)
+    k_BKSE = project(key_BSD, k_weight, k_bias)
+    v_BKSE = project(value_BSD, v_weight, v_bias)
+    repeats = q_BHLE.shape[1] // k_BKSE.shape[1]
+    if slices > 1:  # head (x, j) reads KV head (x // repeats, j): spell the heads out
+        owner = torch.arange(q_BHLE.shape[1], device=q_BHLE.device)
+        owner = owner // slices // repeats * slices + owner % slices
+        k_BKSE, v_BKSE = k_BKSE[:, owner], v_BKSE[:, owner]
+        bias_k, bias_v = (None if b is None else b[owner] for b in (bias_k, bias_v))
+        if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
+            mask = mask.repeat_interleave(slices, 1)
+    extra = 0
+    if bias_k is not None:
+        k_BKSE, v_BKSE = (_append(x, b) for x, b in ((k_BKSE, bias_k), (v_BKSE, bias_v)))
+        extra += 1
+    if add_zero_attn:
+        k_BKSE, v_BKSE = (_append(x, x.new_zeros(x.shape[1], x.shape[3])) for x in (k_BKSE, v_BKSE))
+        extra += 1
+    if mask is not None and extra:
+        columns = mask.expand(*mask.shape[:-1], key_BSD.shape[1])
+        mask = torch.nn.functional.pad(columns, (0, extra), value=True if mask.dtype == torch.bool else 0.0)
+    o_BHLE, _, weights_BHLS = attention(q_BHLE, k_BKSE, v_BKSE, mask=mask, **options)
+    y_BLD = torch.einsum("bhle,dhe->bld", o_BHLE, out_weight)
+    return (y_BLD if out_bias is None else y_BLD + out_bias), weights_BHLS
+
+
+def stock_parameters(mha: torch.nn.MultiheadAttention) -> dict[str, Tensor]:
+    """The parameters of an nn.MultiheadAttention under the names and shapes of `multihead_attention`.
+
+    Views, so that gradients reach the module's own parameters.
+    """
+    heads, width = mha.num_heads, mha.head_dim
+    if mha._qkv_same_embed_dim:
+        q, k, v = mha.in_proj_weight.chunk(3)
+    else:
+        q, k, v = mha.q_proj_weight, mha.k_proj_weight, mha.v_proj_weight
+    found = {
+        "q_weight": q.unflatten(0, (heads, width)),
+        "k_weight": k.unflatten(0, (heads, width)),
+        "v_weight": v.unflatten(0, (heads, width)),
+        "out_weight": mha.out_proj.weight.unflatten(1, (heads, width)),
+    }
+    if mha.in_proj_bias is not None:
+        for name, bias in zip(("q_bias", "k_bias", "v_bias"), mha.in_proj_bias.chunk(3), strict=True):
+            found[name] = bias.view(heads, width)
+        found["out_bias"] = mha.out_proj.bias
+    if mha.bias_k is not None:
+        found["bias_k"], found["bias_v"] = mha.bias_k.view(heads, width), mha.bias_v.view(heads, width)
+    return found
+
+
+def _slice_heads(weight: Tensor, slices: int) -> Tensor:
+    """(h, d, ...) to (h * m, d / m, ...): head x's slice j becomes head x * m + j."""
+    if weight.shape[1] % slices:
+        raise ValueError(f"slices must divide head_dim: {slices} does not divide {weight.shape[1]}")
+    return weight.unflatten(1, (slices, weight.shape[1] // slices)).flatten(0, 1)
+
+
+def _append(x_BKSE: Tensor, column_KE: Tensor) -> Tensor:
+    return torch.cat([x_BKSE, column_KE[None, :, None].expand(x_BKSE.shape[0], -1, 1, -1)], 2)
