@@ -1,8 +1,8 @@
 #include <ATen/ops/empty.h>
 
 #include "../cuda/launch.h"
-#include "dropout.cuh"
 #include "dropout.h"
+#include "dropout_kernel.cuh"
 #include "dropout_mask.h"
 
 namespace two_level_mha {

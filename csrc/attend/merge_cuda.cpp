@@ -3,8 +3,8 @@
 #include <cuda_fp16.h>
 
 #include "../cuda/launch.h"
-#include "merge.cuh"
 #include "merge.h"
+#include "merge_kernel.cuh"
 
 namespace two_level_mha {
 

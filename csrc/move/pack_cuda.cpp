@@ -2,8 +2,8 @@
 #include <ATen/ops/empty.h>
 
 #include "../cuda/launch.h"
-#include "pack.cuh"
 #include "pack.h"
+#include "pack_kernel.cuh"
 
 namespace two_level_mha {
 

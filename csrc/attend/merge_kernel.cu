@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "../cuda/grid_stride.cuh"
-#include "merge.cuh"
+#include "merge_kernel.cuh"
 #include "merge_row.h"
 
 namespace two_level_mha {

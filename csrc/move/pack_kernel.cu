@@ -2,7 +2,7 @@
 #include <cuda_fp16.h>
 
 #include "../cuda/grid_stride.cuh"
-#include "pack.cuh"
+#include "pack_kernel.cuh"
 
 namespace two_level_mha {
 

@@ -1,6 +1,6 @@
 #include "../cuda/grid_stride.cuh"
-#include "dropout.cuh"
 #include "dropout.h"
+#include "dropout_kernel.cuh"
 
 namespace two_level_mha {
 
