@@ -14,6 +14,9 @@ namespace two_level_mha {
 
 // outs (parts, B, H, L, Dv), logsumexps (parts, B, H, L), float32, or float64 with float64 outs, in which the
 // sums are taken -> out (B, H, L, Dv) in the dtype of outs, logsumexp (B, H, L).
+// The op: differentiable, any device.
+std::tuple<at::Tensor, at::Tensor> merge_partials(const at::Tensor& outs, const at::Tensor& logsumexps);
+
 std::tuple<at::Tensor, at::Tensor> merge_partials_cpu(const at::Tensor& outs, const at::Tensor& logsumexps);
 std::tuple<at::Tensor, at::Tensor> merge_partials_cuda(const at::Tensor& outs, const at::Tensor& logsumexps);
 
