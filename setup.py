@@ -93,13 +93,15 @@ def extensions(decisions: dict[str, Decision]) -> list:
     archs = decisions["architectures"].value if cuda else ""
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     cxx = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", *openmp]
+    # torch switches the conversions of half types off; our kernels use them.
+    nvcc = ["-O3", *(f"-U__CUDA_NO_{kind}_CONVERSIONS__" for kind in ("HALF", "BFLOAT16"))]
     ops, python = sources(cuda)
     return [
         (CUDAExtension if cuda else CppExtension)(
             f"{PACKAGE}._ops",
             ops,
             define_macros=macros,
-            extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]} if cuda else {"cxx": cxx},
+            extra_compile_args={"cxx": cxx, "nvcc": nvcc} if cuda else {"cxx": cxx},
             # The soname lets a C++ program link to a library whose name does not begin with "lib".
             extra_link_args=[*openmp, "-Wl,-soname,_ops.abi3.so"] if openmp else [],
             py_limited_api=True,

@@ -17,7 +17,10 @@ if(NOT TARGET two_level_mha::ops)
     IMPORTED_LOCATION "${_tlm_library}"
     IMPORTED_SONAME "_ops.abi3.so"
     INTERFACE_INCLUDE_DIRECTORIES "${_tlm_package}/include"
-    INTERFACE_LINK_LIBRARIES "${TORCH_LIBRARIES}")
+    INTERFACE_LINK_LIBRARIES "${TORCH_LIBRARIES}"
+    # A wheel of torch finds its own NVIDIA libraries when it runs; the linker may meet older ones of the system.
+    # Without new tags the program's rpath, which names torch's folder, holds for the operator library as well.
+    INTERFACE_LINK_OPTIONS "-Wl,--allow-shlib-undefined,--disable-new-dtags")
 endif()
 unset(_tlm_package)
 unset(_tlm_library)

@@ -1,0 +1,130 @@
+// Runs the units of csrc/move/pack_units.h, which are what the CUDA kernels run, on the host, against
+// pack.h's contract written down plainly. A failure localises index arithmetic, strides or the choice of the
+// unit's width.
+#include "../../csrc/move/pack_units.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+using namespace two_level_mha;
+
+namespace {
+
+struct Tensor {
+  std::vector<float> data;
+  int64_t size[4], stride[4], dim;
+
+  float& at(int64_t a, int64_t b, int64_t c, int64_t d) {
+    return data[a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3]];
+  }
+};
+
+// Part `part` of the contract, element after element, in the order of the buffer.
+template <typename Visit>
+void walk(const Tensor& t, int64_t parts, int64_t part, bool zigzag, Visit visit) {
+  int64_t extent[4] = {t.size[0], t.size[1], t.size[2], t.size[3]};
+  bool two = zigzag && t.dim == 2;
+  int64_t chunk = 0;
+  if (t.dim >= 0) {
+    int64_t pieces = two ? 2 * parts : parts;
+    chunk = (t.size[t.dim] + pieces - 1) / pieces;
+    extent[t.dim] = two ? 2 * chunk : chunk;
+  }
+  int64_t i[4];
+  for (i[0] = 0; i[0] < extent[0]; i[0]++)
+    for (i[1] = 0; i[1] < extent[1]; i[1]++)
+      for (i[2] = 0; i[2] < extent[2]; i[2]++)
+        for (i[3] = 0; i[3] < extent[3]; i[3]++) {
+          int64_t at[4] = {i[0], i[1], i[2], i[3]};
+          bool inside = true;
+          if (t.dim >= 0) {
+            int64_t which = i[t.dim] < chunk ? part : 2 * parts - 1 - part;
+            at[t.dim] = which * chunk + i[t.dim] % chunk;
+            inside = at[t.dim] < t.size[t.dim];
+          }
+          visit(at, inside);
+        }
+}
+
+template <int kBytes>
+void run(bool pack, const PackParams& p) {
+  for (uint32_t i = 0; i < (uint32_t)(p.parts * p.part_units); i++)
+    pack ? PackWork<kBytes>{p}(i) : UnpackWork<kBytes, float, float>{p}(i);
+}
+
+int64_t run_units(bool pack, PackParams p) {
+  int64_t bytes = make_units(p, sizeof(float));
+  if (bytes == 16) run<16>(pack, p);
+  if (bytes == 8) run<8>(pack, p);
+  if (bytes == 4) run<4>(pack, p);
+  return bytes;
+}
+
+void expect(float got, float want, const char* what, int seed) {
+  if (got == want) return;
+  std::printf("%s, case %d: got %g, want %g\n", what, seed, got, want);
+  std::exit(1);
+}
+
+int64_t one_case(int seed) {
+  std::mt19937 random(seed);
+  auto pick = [&](int64_t low, int64_t high) { return low + (int64_t)(random() % (high - low + 1)); };
+  int64_t parts = pick(1, 5), count = pick(1, 4);
+  bool zigzag = pick(0, 1), wide = pick(0, 1);
+  std::vector<Tensor> tensors(count);
+  PackParams p{nullptr, parts, 0, (int32_t)count, {}};
+  for (int64_t n = 0; n < count; n++) {
+    Tensor& t = tensors[n];
+    for (int d = 0; d < 4; d++) t.size[d] = pick(d == 3 ? 1 : 0, 5);
+    if (wide) t.size[3] = 4 * parts * pick(1, 2);
+    t.dim = pick(-1, 3);
+    int order[4] = {0, 1, 2, 3};
+    if (pick(0, 1)) std::swap(order[1], order[2]);  // heads and rows swapped, as a projection leaves them
+    if (!wide && pick(0, 1)) std::swap(order[2], order[3]);  // last dim strided
+    int64_t step = 1;
+    for (int d = 3; d >= 0; d--) t.stride[order[d]] = step, step *= t.size[order[d]];
+    t.data.resize(step + 4);
+    for (float& x : t.data) x = (float)pick(-99, 99);
+    p.tensors[n] = make_packed(t.data.data(), t.size, t.stride, 4, t.dim, parts, zigzag, p.part_units);
+    p.part_units += piece_count(p.tensors[n].piece);
+  }
+  std::vector<float> buffer(parts * p.part_units, -1000.f);
+  p.buffer = (char*)buffer.data();
+  int64_t bytes = run_units(true, p);
+
+  size_t at = 0;
+  for (int64_t part = 0; part < parts; part++)
+    for (Tensor& t : tensors)
+      walk(t, parts, part, zigzag, [&](const int64_t* i, bool inside) {
+        expect(buffer[at++], inside ? t.at(i[0], i[1], i[2], i[3]) : 0.f, "pack", seed);
+      });
+  expect((float)buffer.size(), (float)at, "size of a part", seed);
+
+  for (float& x : buffer) x = (float)pick(-99, 99);
+  std::vector<Tensor> want = tensors;
+  for (Tensor& t : want) std::fill(t.data.begin(), t.data.end(), 0.f);
+  at = 0;
+  for (int64_t part = 0; part < parts; part++)
+    for (Tensor& t : want)
+      walk(t, parts, part, zigzag, [&](const int64_t* i, bool inside) {
+        float x = buffer[at++];
+        if (inside) t.at(i[0], i[1], i[2], i[3]) += x;
+      });
+  for (Tensor& t : tensors) std::fill(t.data.begin(), t.data.end(), 0.f);
+  run_units(false, p);
+  for (int64_t n = 0; n < count; n++)
+    for (size_t i = 0; i < want[n].data.size(); i++)
+      expect(tensors[n].data[i], want[n].data[i], "unpack", seed);
+  return bytes;
+}
+
+}  // namespace
+
+int main() {
+  int widths[17] = {};
+  for (int seed = 0; seed < 20000; seed++) widths[one_case(seed)]++;
+  std::printf("20000 cases right; units of 16, 8, 4 bytes: %d, %d, %d\n", widths[16], widths[8], widths[4]);
+  return widths[16] > 0 && widths[8] > 0 && widths[4] > 0 ? 0 : 1;
+}

@@ -1,0 +1,92 @@
+"""merge_partials and dropout_keep_mask: what decode with a split cache and dropout across grids rest on."""
+
+import math
+
+import pytest
+import torch
+
+import two_level_mha  # noqa: F401  registers the ops
+
+merge = torch.ops.two_level_mha.merge_partials
+keep_mask = torch.ops.two_level_mha.dropout_keep_mask
+
+
+def parts(dtype=torch.float64, size=(3, 2, 4, 5, 7)):
+    """Outputs and logsumexps of three parts; part 1 sees nothing for head 2, no part for row 3 of (1, 1)."""
+    generator = torch.Generator().manual_seed(0)
+    outs = torch.randn(size, dtype=torch.float64, generator=generator)
+    lses = torch.randn(size[:-1], dtype=torch.float64, generator=generator) * 5
+    lses[1, 0, 2] = -math.inf
+    lses[:, 1, 1, 3] = -math.inf
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return outs.to(dtype), lses.to(wide)
+
+
+def reference(outs, lses):
+    lse = torch.logsumexp(lses, 0)
+    weight = torch.where(lses == -math.inf, 0.0, torch.exp(lses - lse))
+    return (weight.unsqueeze(-1) * outs).sum(0), lse
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_merge_equals_formula(dtype):
+    """Localises weights, accumulation or the empty rows."""
+    outs, lses = parts(dtype)
+    out, lse = merge(outs, lses)
+    want_out, want_lse = reference(outs.double(), lses.double())
+    tolerance = 1e-13 if dtype == torch.float64 else max(torch.finfo(dtype).eps, 2e-6)
+    torch.testing.assert_close(out.double(), want_out, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-6, rtol=1e-6)
+    assert out.dtype == dtype
+    assert torch.equal(out[1, 1, 3], torch.zeros(7, dtype=dtype))
+    assert lse[1, 1, 3] == -math.inf
+
+
+def test_merge_of_one_part_is_that_part():
+    """E: nothing is computed when there is nothing to merge."""
+    outs, lses = parts()
+    out, lse = merge(outs[:1], lses[:1])
+    seen = lses[0] != -math.inf
+    assert torch.equal(out[seen], outs[0][seen])
+    assert torch.equal(lse, lses[0])
+
+
+def test_part_that_saw_nothing_may_hold_anything():
+    """A NaN in a part without keys reaches neither the output nor a gradient."""
+    outs, lses = parts()
+    outs[1, 0, 2] = math.nan
+    outs.requires_grad_(), lses.requires_grad_()
+    out, lse = merge(outs, lses)
+    out.sum().backward()
+    assert not out.isnan().any()
+    assert not outs.grad.isnan().any()
+    assert not lses.grad.isnan().any()
+
+
+def test_merge_gradients_and_registration():
+    """Localises the backward formula, fake kernel or schema."""
+    generator = torch.Generator().manual_seed(0)
+    outs = torch.randn(3, 1, 2, 3, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    lses = torch.randn(3, 1, 2, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda o, s: merge(o, s), (outs, lses))
+    torch.library.opcheck(merge.default, (outs, lses))
+
+
+@pytest.mark.parametrize(
+    "outs, lses",
+    [((3, 1, 2, 4), (3, 1, 2)), ((3, 1, 2, 4, 5), (3, 1, 2, 3)), ((0, 1, 2, 4, 5), (0, 1, 2, 4))],
+)
+def test_merge_refuses_wrong_shapes(outs, lses):
+    """User errors are ValueErrors that name the argument."""
+    with pytest.raises(ValueError, match="outs|part"):
+        merge(torch.zeros(outs), torch.zeros(lses))
+
+
+def test_dropout_mask_is_a_function_of_global_indices():
+    """E: a block drawn alone equals the block of the whole. Localises origin or the index order."""
+    seed = torch.tensor([1234])
+    whole = keep_mask(seed, 0.3, [2, 3, 40, 50], [0, 0, 0])
+    assert torch.equal(keep_mask(seed, 0.3, [1, 2, 30, 50], [1, 1, 10]), whole[1:, 1:, 10:])
+    assert torch.equal(keep_mask(seed, 0.3, [2, 3, 40, 20], [0, 0, 0]), whole[..., :20])
+    assert abs(whole.double().mean().item() - 0.7) < 0.02
+    assert not torch.equal(keep_mask(seed + 1, 0.3, [2, 3, 40, 50], [0, 0, 0]), whole)
