@@ -114,7 +114,7 @@ def extensions(decisions: dict[str, Decision]) -> list:
 
 
 class Build(BuildExtension):
-    """Compiles, then puts beside the libraries what belongs to this build: headers, CMake config, decisions."""
+    """Compiles, then puts beside the libraries what belongs to them: headers, CMake config, decisions."""
 
     def run(self) -> None:
         super().run()

@@ -1,7 +1,6 @@
 // Everything a C++ program needs: the grid, the scheme table and the ops as functions. Link two_level_mha::ops.
 #pragma once
 
-#include "attend/merge.h"
 #include "attend/partial_attention.h"
 #include "combine/reduce.h"
 #include "grid.h"

@@ -26,7 +26,7 @@ def ops_library() -> Path:
 
 
 def load() -> None:
-    """Registers the operators. Raises ImportError if they were built for another torch than the running one."""
+    """Registers the operators. Raises ImportError if they were built for another torch than runs."""
     built = build_decisions()["torch"][0]
     if built != torch.__version__:
         raise ImportError(

@@ -1,5 +1,5 @@
-// Counter-based dropout: whether element (batch, head, row, column) survives depends on the seed and on those four
-// global indices alone, so that every grid, scheme, device and block order draws the same mask.
+// Counter-based dropout: whether element (batch, head, row, column) survives depends on the seed and on those
+// four global indices alone, so that every grid, scheme, device and block order draws the same mask.
 //
 // A row is hashed once to 64 bits (splitmix64, Steele et al. 2014), an element costs one 32-bit finaliser
 // ("lowbias32", C. Wellons 2018) of its column mixed with both halves of the row's hash.
@@ -7,11 +7,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define TLM_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define TLM_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "../host_device.h"
 
 namespace two_level_mha {
 

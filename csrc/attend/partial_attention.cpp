@@ -12,6 +12,7 @@
 #include "attention.h"
 #include "chunked.h"
 #include "cpu_blocked.h"
+#include "dropout_mask.h"
 #ifdef TLM_WITH_CUDA
 #include "aten_cuda.h"
 #endif
@@ -37,10 +38,6 @@ struct Kernel {
                        const Tensor& v, const Tensor& out, const Tensor& logsumexp, const AttentionParams&);
 };
 
-bool blocked_supports(const Tensor& q, const Tensor&, const Tensor&, const AttentionParams&) {
-  return q.is_cpu() && q.scalar_type() != at::kDouble;
-}
-
 bool always(const Tensor&, const Tensor&, const Tensor&, const AttentionParams&) { return true; }
 
 Backward chunked_backward_without_mask(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
@@ -55,7 +52,6 @@ constexpr Kernel kKernels[] = {
 #ifdef TLM_WITH_CUDA
     {"aten_cuda", aten_cuda_supports, aten_cuda_forward, aten_cuda_backward},
 #endif
-    {"cpu_blocked", blocked_supports, blocked_forward, blocked_backward},
     {"chunked", always, chunked_forward, chunked_backward_without_mask},
 };
 
@@ -248,17 +244,37 @@ std::string kernel_for(const Tensor& q, const Tensor& k, const Tensor& v, const 
   return choose(q, k, v, concrete(q, o.mask, o.scale, o.causal, o.window, o.softcap, o.dropout_p, o.seed, o.origin)).name;
 }
 
+Tensor dropout_keep_mask(const Tensor& seed, double p, c10::SymIntArrayRef sizes, c10::SymIntArrayRef origin) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("two_level_mha::dropout_keep_mask", "")
+                       .typed<Tensor(const Tensor&, double, c10::SymIntArrayRef, c10::SymIntArrayRef)>();
+  return op.call(seed, p, sizes, origin);
+}
+
+namespace {
+
+Tensor dropout_meta(const Tensor& seed, double, c10::SymIntArrayRef sizes, c10::SymIntArrayRef) {
+  return at::empty_symint(sizes, seed.options().dtype(at::kBool));
+}
+
+}  // namespace
+
 TORCH_LIBRARY_IMPL(two_level_mha, CPU, library) {
+  library.impl("dropout_keep_mask", dropout_keep_mask_cpu);
   library.impl("partial_attention", forward_kernel);
   library.impl("partial_attention_backward", backward_kernel);
 }
 
 TORCH_LIBRARY_IMPL(two_level_mha, CUDA, library) {
+#ifdef TLM_WITH_CUDA
+  library.impl("dropout_keep_mask", dropout_keep_mask_cuda);
+#endif
   library.impl("partial_attention", forward_kernel);
   library.impl("partial_attention_backward", backward_kernel);
 }
 
 TORCH_LIBRARY_IMPL(two_level_mha, Meta, library) {
+  library.impl("dropout_keep_mask", dropout_meta);
   library.impl("partial_attention", forward_meta);
   library.impl("partial_attention_backward", backward_meta);
 }

@@ -10,10 +10,6 @@ namespace two_level_mha {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct Flight : torch::CustomClassHolder {
-  Tensor gradient;
-};
-
 namespace {
 
 // Boxed: torch 2.15 types the group as Any, 2.11 as str, and a typed call fits only one of them.

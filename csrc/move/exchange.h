@@ -9,6 +9,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/ivalue.h>
 
 #include <string>
 #include <vector>
@@ -33,7 +34,10 @@ struct Groups {
 
 enum class Collective : int64_t { all_gather, reduce_scatter, all_to_all };
 
-struct Flight;  // what the two halves of one exchange share
+// What the two halves of one exchange share: the gradient under way.
+struct Flight : torch::CustomClassHolder {
+  Tensor gradient;
+};
 
 // An exchange under way: other work may run until wait() is called, forward and (in the reverse order) backward.
 struct Exchange {

