@@ -42,8 +42,9 @@ def summed(elements, n, m):
     if n == 1 or m == 1 or elements < FLAT_SUM_ELEMENTS:
         return Fraction(2 * (P - 1) * elements, P)
     padded = ceil_to(elements, m)
-    return Fraction((m - 1) * padded, m) + Fraction(2 * (n - 1) * padded, n * m) + Fraction((m - 1) * padded,
-    m)
+    return (
+        Fraction((m - 1) * padded, m) + Fraction(2 * (n - 1) * padded, n * m) + Fraction((m - 1) * padded, m)
+    )
 
 
 def combined(case, n, m):
@@ -124,7 +125,7 @@ def test_sums_travel_in_reduce_dtype(pool):
     """E. Localises: reduce_dtype: the sums and only the sums go in it."""
     case = Case(dtype=torch.bfloat16, reduce_dtype=torch.float32, bias=False)
     B, L, D = case.batch, case.length, case.embed_dim
-    for ((forward, _, dtypes), (backward, *_)),  in pool.run(sent, 4, 2, 2, [case]):
+    for (((forward, _, dtypes), (backward, *_)),) in pool.run(sent, 4, 2, 2, [case]):
         assert dtypes == {torch.bfloat16, torch.float32}
         total = 2 * moved_in(case, 2, 2) + 4 * summed(B * L * D, 2, 2)
         assert forward == total and backward == total

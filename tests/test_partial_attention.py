@@ -96,9 +96,7 @@ def by_reference(q, k, v, attn_mask=None, seed=None, origin=(0, 0, 0), dropout_p
     if dropout_p:
         sizes = [q.shape[0], q.shape[1], q.shape[2], k.shape[2]]
         keep = ops.dropout_keep_mask(seed, dropout_p, sizes, list(origin))
-    return reference.attention(
-        q, k, v, mask=attn_mask, dropout_p=dropout_p, keep_BHLS=keep, **options
-    )[:2]
+    return reference.attention(q, k, v, mask=attn_mask, dropout_p=dropout_p, keep_BHLS=keep, **options)[:2]
 
 
 def gradients(function, inputs, weights):
@@ -182,14 +180,14 @@ def test_ratio_to_stock(sizes, feature, dtype):
         )
 
     truth = values(lambda *x: by_reference(*x, **{**options, "attn_mask": wide_mask})[0], wide)
-    for name, x, y, z in zip(
+    for name, mine, theirs, exact in zip(
         ("out", "dq", "dk", "dv"),
         values(lambda *x: attend(*x, **options)[0], (q, k, v)),
         values(stock, (q, k, v)),
         truth,
         strict=True,
     ):
-        assert relative(x, z) <= 2 * relative(y, z) + torch.finfo(dtype).eps / 100, name
+        assert relative(mine, exact) <= 2 * relative(theirs, exact) + torch.finfo(dtype).eps / 100, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -115,7 +115,12 @@ def make(case: Case, seed: int = 0) -> tuple[dict[str, Tensor], list[Tensor], Te
     """Weights, inputs, mask, the loss's weight (B, L, D) and the dropout seed; all ranks alike."""
     torch.manual_seed(seed)
     weights, inputs, mask = make_weights(case), make_inputs(case), make_mask(case)
-    return weights, inputs, mask, random((case.batch, case.length, case.embed_dim), case.dtype),
+    return (
+        weights,
+        inputs,
+        mask,
+        random((case.batch, case.length, case.embed_dim), case.dtype),
+    )
     torch.tensor([99])
 
 
