@@ -115,13 +115,8 @@ def make(case: Case, seed: int = 0) -> tuple[dict[str, Tensor], list[Tensor], Te
     """Weights, inputs, mask, the loss's weight (B, L, D) and the dropout seed; all ranks alike."""
     torch.manual_seed(seed)
     weights, inputs, mask = make_weights(case), make_inputs(case), make_mask(case)
-    return (
-        weights,
-        inputs,
-        mask,
-        random((case.batch, case.length, case.embed_dim), case.dtype),
-    )
-    torch.tensor([99])
+    weight = random((case.batch, case.length, case.embed_dim), case.dtype)
+    return weights, inputs, mask, weight, torch.tensor([99])
 
 
 def leaves(weights: dict[str, Tensor], inputs: list[Tensor], mask: Tensor | None) -> dict[str, Tensor]:
@@ -184,13 +179,16 @@ def block(name: str, x: Tensor, case: Case, at: Place) -> Tensor:
 def split(case: Case, at: Place, seed: int = 0, **mutation) -> dict[str, Tensor]:
     """The layer on this rank by the ops: output and the gradients of its blocks.
 
-    mutation: `blocks` = another Place whose blocks are taken, `scale`, or fields of `at` to pretend.
+    mutation: `blocks` = another Place whose projections are taken, `scale`, or fields of `at` to pretend.
     """
     weights, inputs, mask, weight, dropout_seed = make(case, seed)
     owner = mutation.pop("blocks", at)
     scale = mutation.pop("scale", None)
     at = replace(at, **mutation)
-    leaf = leaves({name: block(name, x, case, owner) for name, x in weights.items()}, inputs, mask)
+    blocks = {
+        name: block(name, x, case, at if name == "out_weight" else owner) for name, x in weights.items()
+    }
+    leaf = leaves(blocks, inputs, mask)
     return finish(run(case, at, leaf, mask, dropout_seed, scale), weight, leaf)
 
 
