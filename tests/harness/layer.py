@@ -1,0 +1,255 @@
+"""One attention layer, whole or as the block of one rank, straight through the ops of the pass.
+
+Distributed tests build the whole layer on every rank from the same seed, cut the rank's blocks, run enter and
+leave, and compare values and gradients with blocks of the reference's.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from two_level_mha import reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a layer: sizes, scheme and features. `mask` is a name, see `make_mask`."""
+
+    scheme: str = "slices"
+    combine: str = "reduce"
+    heads: int = 12
+    kv_heads: int = 12
+    head_dim: int = 8
+    embed_dim: int = 10
+    batch: int = 2
+    length: int = 6
+    keys: int | None = None  # None: key = value = query
+    mask: str = "none"
+    causal: int | None = None
+    window: int | None = None
+    softcap: float = 0.0
+    dropout: float = 0.0
+    extra_keys: bool = False  # add_bias_kv and add_zero_attn
+    bias: bool = True
+    batch_first: bool = True
+    dtype: torch.dtype = torch.float64
+    reduce_dtype: torch.dtype | None = None
+
+    @property
+    def all_keys(self) -> int:
+        return (self.keys or self.length) + 2 * self.extra_keys
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is on the grid, as the ops take it."""
+
+    n: int
+    m: int
+    i: int
+    j: int
+    slice_group: str = ""
+    head_group: str = ""
+    grid_group: str = ""
+
+    @property
+    def arguments(self) -> tuple:
+        return [self.n, self.m, self.i, self.j], self.slice_group, self.head_group, self.grid_group
+
+
+@lru_cache
+def place(n: int, m: int) -> Place:
+    """This rank on an (n, m) grid over the whole world."""
+    if n * m == 1:
+        return Place(1, 1, 0, 0)
+    mesh = init_device_mesh("cpu", (n, m), mesh_dim_names=("head", "slice"))
+    i, j = mesh.get_coordinate()
+    slice_group, head_group = mesh.get_group("slice"), mesh.get_group("head")
+    names = (group.group_name for group in (slice_group, head_group, dist.group.WORLD))
+    return Place(n, m, i, j, *names)
+
+
+def make_weights(case: Case) -> dict[str, Tensor]:
+    h, k, d, D = case.heads, case.kv_heads, case.head_dim, case.embed_dim
+    shapes = {"q_weight": (h, d, D), "k_weight": (k, d, D), "v_weight": (k, d, D), "out_weight": (D, h, d)}
+    if case.bias:
+        shapes |= {"q_bias": (h, d), "k_bias": (k, d), "v_bias": (k, d), "out_bias": (D,)}
+    if case.extra_keys:
+        shapes |= {"bias_k": (k, d), "bias_v": (k, d)}
+    return {name: random(shape, case.dtype) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+
+
+def make_inputs(case: Case) -> list[Tensor]:
+    """The distinct inputs, (B, L, D): one, or query, key and value."""
+    lengths = [case.length] if case.keys is None else [case.length, case.keys, case.keys]
+    return [random((case.batch, length, case.embed_dim), case.dtype) for length in lengths]
+
+
+def make_mask(case: Case) -> Tensor | None:
+    """By name; with extra keys over the given keys only. "bias" is trained,
+    the others are bool or constant.
+    """
+    shape = (case.batch, case.heads, case.length, case.keys or case.length)
+    if case.mask == "none":
+        return None
+    if case.mask == "padding":
+        return (torch.arange(shape[3]) < shape[3] - 2).expand(shape[0], 1, 1, shape[3])
+    if case.mask == "empty rows":
+        mask = torch.rand(shape[0], 1, *shape[2:]) < 0.7
+        mask[0, :, 1] = False
+        return mask
+    if case.mask == "bias":
+        return random((1, *shape[1:]), case.dtype)
+    raise ValueError(case.mask)
+
+
+def random(shape, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def make(case: Case, seed: int = 0) -> tuple[dict[str, Tensor], list[Tensor], Tensor | None, Tensor, Tensor]:
+    """Weights, inputs, mask, the loss's weight (B, L, D) and the dropout seed; all ranks alike."""
+    torch.manual_seed(seed)
+    weights, inputs, mask = make_weights(case), make_inputs(case), make_mask(case)
+    weight = random((case.batch, case.length, case.embed_dim), case.dtype)
+    return weights, inputs, mask, weight, torch.tensor([99])
+
+
+def leaves(weights: dict[str, Tensor], inputs: list[Tensor], mask: Tensor | None) -> dict[str, Tensor]:
+    """Everything that gets a gradient, by name, as leaves."""
+    found = {**weights, **dict(zip(("query", "key", "value"), inputs, strict=False))}
+    if mask is not None and mask.is_floating_point():
+        found["mask"] = mask
+    return {name: x.detach().clone().requires_grad_() for name, x in found.items()}
+
+
+def finish(y_BLD: Tensor, weight: Tensor, leaf: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The output and the gradient of every leaf, by name."""
+    grads = torch.autograd.grad((y_BLD * weight).sum(), list(leaf.values()), allow_unused=True)
+    found = {"y": y_BLD.detach()}
+    for (name, x), grad in zip(leaf.items(), grads, strict=True):
+        found[name] = torch.zeros_like(x) if grad is None else grad
+    return found
+
+
+def whole(case: Case, m: int = 1, seed: int = 0) -> dict[str, Tensor]:
+    """The unsplit layer by the reference: output and gradients. m matters to scheme "independent" only."""
+    weights, inputs, mask, weight, dropout_seed = make(case, seed)
+    leaf = leaves(weights, inputs, mask)
+    xs = [leaf[name] for name in ("query", "key", "value") if name in leaf]
+    xs = xs * 3 if len(xs) == 1 else xs
+    keep = None
+    if case.dropout:
+        sizes = [case.batch, case.heads, case.length, case.all_keys]
+        keep = torch.ops.two_level_mha.dropout_keep_mask(dropout_seed, case.dropout, sizes)
+    y_BLD, _ = reference.multihead_attention(
+        *xs,
+        **{name: leaf[name] for name in weights},
+        add_zero_attn=case.extra_keys,
+        mask=leaf.get("mask", mask),
+        slices=m if case.scheme == "independent" else 1,
+        causal=case.causal,
+        window=case.window,
+        softcap=case.softcap,
+        dropout_p=case.dropout,
+        keep_BHLS=keep,
+    )
+    return finish(y_BLD, weight, leaf)
+
+
+def block(name: str, x: Tensor, case: Case, at: Place) -> Tensor:
+    """What rank (i, j) holds of a whole parameter or gradient;
+    anything that is not split is returned whole.
+    """
+    if name == "out_weight":
+        if case.combine == "concat":
+            return x
+        head, width = 1, 2
+    elif name in ("q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias", "bias_k", "bias_v"):
+        head, width = 0, 1
+    else:
+        return x
+    return x.chunk(at.n, head)[at.i].chunk(at.m, width)[at.j].contiguous()
+
+
+def split(case: Case, at: Place, seed: int = 0, **mutation) -> dict[str, Tensor]:
+    """The layer on this rank by the ops: output and the gradients of its blocks.
+
+    mutation: `blocks` = another Place whose projections are taken, `scale`, or fields of `at` to pretend.
+    """
+    weights, inputs, mask, weight, dropout_seed = make(case, seed)
+    owner = mutation.pop("blocks", at)
+    scale = mutation.pop("scale", None)
+    at = replace(at, **mutation)
+    blocks = {
+        name: block(name, x, case, at if name == "out_weight" else owner) for name, x in weights.items()
+    }
+    leaf = leaves(blocks, inputs, mask)
+    return finish(run(case, at, leaf, mask, dropout_seed, scale), weight, leaf)
+
+
+def run(
+    case: Case,
+    at: Place,
+    leaf: dict[str, Tensor],
+    mask: Tensor | None,
+    dropout_seed: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """enter and leave on a rank's leaves; y (B, L, D)."""
+    ops = torch.ops.two_level_mha
+    xs = [leaf[name] for name in ("query", "key", "value") if name in leaf]
+    if not case.batch_first:
+        xs = [x.transpose(0, 1) for x in xs]
+    xs = xs * 3 if len(xs) == 1 else xs
+    names = ("q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias", "bias_k", "bias_v")
+    q, k, v = ops.enter(
+        *xs,
+        *(leaf.get(name) for name in names),
+        case.extra_keys,
+        case.batch_first,
+        case.causal is not None,
+        *at.arguments,
+        case.scheme,
+        case.reduce_dtype,
+    )
+    attn_mask = leaf.get("mask", mask)
+    if attn_mask is not None and case.extra_keys:
+        attn_mask = torch.nn.functional.pad(attn_mask, (0, 2), value=float(attn_mask.dtype == torch.bool))
+    y = ops.leave(
+        q,
+        k,
+        v,
+        leaf["out_weight"],
+        leaf.get("out_bias"),
+        attn_mask,
+        case.batch,
+        case.length,
+        scale,
+        case.causal,
+        case.window,
+        case.softcap,
+        case.dropout,
+        dropout_seed if case.dropout else None,
+        case.batch_first,
+        *at.arguments,
+        case.scheme,
+        case.combine,
+        case.reduce_dtype,
+    )
+    return y if case.batch_first else y.transpose(0, 1)
+
+
+def errors(case: Case, at: Place, seed: int = 0, **mutation) -> dict[str, float]:
+    """Largest absolute difference between this rank's results and its blocks of the whole layer's,
+    by name.
+    """
+    expected = whole(case, at.m, seed)
+    return {
+        name: (x - block(name, expected[name], case, at)).abs().max().item()
+        for name, x in split(case, at, seed, **mutation).items()
+    }
