@@ -177,7 +177,7 @@ def search(args: argparse.Namespace, device_type: str) -> int:
     batches = payload[0]
 
     start = time.perf_counter()
-    with record_collectives() as sent:
+    with record_collectives() as record:
         e_BD = embed(model, batches, device, progress="embedding" if rank == 0 else None)
     seconds = time.perf_counter() - start
 
@@ -190,7 +190,7 @@ def search(args: argparse.Namespace, device_type: str) -> int:
         report(args, whole, count_parameters(model), e_BD.cpu(), sentences, reference.config)
         print(
             f"\n{len(sentences) + 1} sentences on {n * m} ranks ({device_type}) in {seconds:.1f} s; "
-            f"each rank sent {sent.bytes / 1e6:.2f} MB in {sent.count} collectives"
+            f"each rank sent {record.sent() / 1e6:.2f} MB in {len(record.calls)} collectives"
         )
         print(f"every rank holds the same embeddings, bit for bit: {'yes' if same else 'NO'}")
         print(f"largest difference from the unmodified model: {difference:.2e} (allowed: {TOLERANCE:.0e})")
@@ -247,18 +247,7 @@ def main() -> int:
     n, m = args.grid
     local = int(os.environ.get("LOCAL_WORLD_SIZE", n * m))
     device_type = "cuda" if torch.cuda.device_count() >= local else "cpu"
-    if "RANK" not in os.environ:
-        return launch(args, device_type)
-    world = int(os.environ["WORLD_SIZE"])
-    if world != n * m:
-        if os.environ["RANK"] == "0":
-            print(
-                f"error: --grid {n}x{m} needs {n * m} ranks, but {world} were started: "
-                f"use --nproc-per-node {n * m}, or a grid whose product is {world}",
-                file=sys.stderr,
-            )
-        return 2
-    return search(args, device_type)
+    return (search if "RANK" in os.environ else launch)(args, device_type)
 
 
 if __name__ == "__main__":
