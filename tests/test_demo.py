@@ -1,5 +1,5 @@
-"""The demo as a user runs it: real model, real sentences, 16 ranks. A failure here with all other tests green is in the
-script, in `parallelize` on BERT, or in starting the ranks.
+"""The demo as a user runs it: real model, real sentences, 16 ranks. A failure here with all other tests
+green is in the script, in `parallelize` on BERT, or in starting the ranks.
 """
 
 import os

@@ -1,5 +1,5 @@
-"""A minute's check that an installation works: the module against nn.MultiheadAttention, forward and backward, in one
-process and on four ranks. Run on the oldest supported torch too.
+"""A minute's check that an installation works: the module against nn.MultiheadAttention, forward and
+backward, in one process and on four ranks. Run on the oldest supported torch too.
 """
 
 import pytest
