@@ -29,7 +29,7 @@ CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 .PHONY: demo test test-slow smoke bench lint format build clean FORCE
 
 demo: $(BUILD_STAMP)
-	$(PYTHON) examples/semantic_search.py --grid $(GRID) --query '$(subst ','\'',$(QUERY))'
+	$(PYTHON) examples/semantic_search.py --grid $(GRID) --query '$(subst ','\'',$(value QUERY))'
 
 test: $(BUILD_STAMP)
 	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS) tests
