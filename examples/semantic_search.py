@@ -26,7 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel
 from transformers.utils import logging as transformers_logging
 
 import two_level_mha as tlm
@@ -229,8 +229,15 @@ def report(args, whole: dict, mine: dict, e_BD: torch.Tensor, sentences: list[st
 def launch(args: argparse.Namespace, device_type: str) -> int:
     """Starts n*m ranks of `search` here. Forked ranks share the imports above: seconds, not a minute."""
     n, m = args.grid
+    config = BertConfig.from_pretrained(model_path(), local_files_only=True)
+    heads = config.num_attention_heads
+    try:
+        tlm.Grid(n, m).check(heads, heads, config.hidden_size // heads)
+    except tlm.GridError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     fork = sys.platform == "linux" and device_type == "cpu"
-    config = LaunchConfig(
+    ranks = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=n * m,
@@ -242,7 +249,7 @@ def launch(args: argparse.Namespace, device_type: str) -> int:
         start_method="fork" if fork else "spawn",
     )
     try:
-        codes = elastic_launch(config, search)(args, device_type)
+        codes = elastic_launch(ranks, search)(args, device_type)
     except ChildFailedError as error:
         print(error, file=sys.stderr)
         return 1
