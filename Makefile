@@ -26,16 +26,19 @@ SOURCES := setup.py pyproject.toml $(shell find csrc cmake -type f 2>/dev/null)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow bench lint format build clean FORCE
+.PHONY: demo test test-slow smoke bench lint format build clean FORCE
 
 demo: $(BUILD_STAMP)
-	$(PYTHON) examples/semantic_search.py --grid $(GRID) --query '$(subst ','\'',$(QUERY))'
+	$(PYTHON) examples/semantic_search.py --grid $(GRID) --query '$(subst ','\'',$(value QUERY))'
 
 test: $(BUILD_STAMP)
-	$(PYTHON) -m pytest -q -m "not slow" $(PYTEST_ARGS) tests
+	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS) tests
 
 test-slow: $(BUILD_STAMP)
-	$(PYTHON) -m pytest -q -m slow $(PYTEST_ARGS) tests
+	$(PYTHON) -m pytest -m slow $(PYTEST_ARGS) tests
+
+smoke: $(BUILD_STAMP)
+	$(PYTHON) -m pytest -m smoke $(PYTEST_ARGS) tests
 
 bench: $(BUILD_STAMP)
 	@mkdir -p benchmarks/results

