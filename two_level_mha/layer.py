@@ -41,7 +41,7 @@ class GridAttention(nn.Module):
         debug: bool | None,
         reduce_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # a subclass may also inherit from the class it replaces, whose __init__ must not run
         if scheme not in SCHEMES:
             raise GridError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
         if combine not in COMBINES:
