@@ -65,7 +65,8 @@ def integer_weights(case):
 def run_integers(case, weights, at, blocks=None, **mutation):
     from harness.layer import block, run
 
-    leaf = {name: block(name, x, case, blocks or at) for name, x in weights.items()}
+    owner = blocks or at
+    leaf = {name: block(name, x, case, at if name == "out_weight" else owner) for name, x in weights.items()}
     leaf["query"] = torch.randint(-4, 5, (case.batch, case.length, 4)).to(case.dtype)
     scale = mutation.pop("scale", None)
     return run(case, replace(at, **mutation), leaf, None, torch.tensor([0]), scale)
