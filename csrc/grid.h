@@ -1,4 +1,5 @@
-// The (n, m) grid of ranks: which blocks exist, who owns them, which grids are valid. Pure arithmetic, no torch.
+// The (n, m) grid of ranks: which blocks exist, who owns them, which grids are valid. Pure arithmetic, no
+// torch.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,8 @@ struct Heads {
   int64_t head_dim;      // d
 };
 
-// P = head_groups * slices ranks; rank r = i * slices + j owns head group i and slice j of the head dimension.
+// P = head_groups * slices ranks; rank r = i * slices + j owns head group i and slice j of the head
+// dimension.
 struct Grid {
   int64_t head_groups = 1;  // n
   int64_t slices = 1;       // m
@@ -24,9 +26,7 @@ struct Grid {
   int64_t rank(int64_t head_group, int64_t slice) const { return head_group * slices + slice; }
   int64_t head_group(int64_t rank) const { return rank / slices; }
   int64_t slice(int64_t rank) const { return rank % slices; }
-  std::string text() const {
-    return "(" + std::to_string(head_groups) + ", " + std::to_string(slices) + ")";
-  }
+  std::string text() const { return "(" + std::to_string(head_groups) + ", " + std::to_string(slices) + ")"; }
 
   // Every weight block has one owner, and the KV cache is never duplicated: n divides k, m divides d.
   bool valid(const Heads& heads) const {
@@ -44,7 +44,8 @@ struct Grid {
     return found;
   }
 
-  // The numbers of ranks nearest to `ranks`, below and above, that have a valid grid (0: none above within 4x).
+  // The numbers of ranks nearest to `ranks`, below and above, that have a valid grid (0: none above within
+  // 4x).
   static std::pair<int64_t, int64_t> nearest(int64_t ranks, const Heads& heads) {
     int64_t below = ranks - 1, above = ranks + 1;
     while (below > 0 && candidates(below, heads).empty()) --below;

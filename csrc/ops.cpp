@@ -1,7 +1,7 @@
 // Every op of the package: its schema, with a comment, and the ops that are compositions of others.
 //
-// Letters: B batch, L query length, S key length, D embed dim, h, H query heads of all and of a group, K KV heads of a
-// group, d, E head dim and its slice, n head groups, m slices.
+// Letters: B batch, L query length, S key length, D embed dim, h, H query heads of all and of a group, K KV
+// heads of a group, d, E head dim and its slice, n head groups, m slices.
 #include "ops.h"
 
 #include <ATen/ATen.h>
@@ -14,24 +14,28 @@ namespace {
 Place make_place(at::IntArrayRef grid, const std::string& slice_group, const std::string& head_group,
                  const std::string& grid_group, const std::string& scheme, bool causal,
                  std::optional<at::ScalarType> reduce_dtype) {
-  TORCH_CHECK_VALUE(grid.size() == 4, "grid must be (head_groups, slices, head_group, slice), got ", grid.size(),
-                    " numbers");
+  TORCH_CHECK_VALUE(grid.size() == 4, "grid must be (head_groups, slices, head_group, slice), got ",
+                    grid.size(), " numbers");
   Place place;
   place.grid = {grid[0], grid[1]};
   place.head_group = grid[2];
   place.slice = grid[3];
-  place.groups = {{slice_group, grid[1]}, {head_group, grid[0]}, {grid_group, grid[0] * grid[1]}, grid[3], grid[2]};
+  place.groups = {
+      {slice_group, grid[1]}, {head_group, grid[0]}, {grid_group, grid[0] * grid[1]}, grid[3], grid[2]};
   place.scheme = scheme_from_name(scheme);
   place.causal = causal;
   place.reduce_dtype = reduce_dtype;
   return place;
 }
 
-std::tuple<Tensor, Tensor, Tensor> qkv_projection_op(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& q_weight, const Tensor& k_weight,
-    const Tensor& v_weight, const std::optional<Tensor>& q_bias, const std::optional<Tensor>& k_bias,
-    const std::optional<Tensor>& v_bias, bool batch_first) {
-  return qkv_projection(query, key, value, {q_weight, k_weight, v_weight, q_bias, k_bias, v_bias}, batch_first);
+std::tuple<Tensor, Tensor, Tensor> qkv_projection_op(const Tensor& query, const Tensor& key,
+                                                     const Tensor& value, const Tensor& q_weight,
+                                                     const Tensor& k_weight, const Tensor& v_weight,
+                                                     const std::optional<Tensor>& q_bias,
+                                                     const std::optional<Tensor>& k_bias,
+                                                     const std::optional<Tensor>& v_bias, bool batch_first) {
+  return qkv_projection(query, key, value, {q_weight, k_weight, v_weight, q_bias, k_bias, v_bias},
+                        batch_first);
 }
 
 Tensor all_gather_op(const Tensor& x, int64_t dim, int64_t group_size, std::string group) {
@@ -42,14 +46,16 @@ Tensor all_gather_op(const Tensor& x, int64_t dim, int64_t group_size, std::stri
 
 Tensor reduce_scatter_op(const Tensor& x, int64_t dim, int64_t group_size, std::string group) {
   if (group_size == 1) return x;
-  Tensor parts = x.movedim(dim, 0).unflatten_symint(0, {c10::SymInt(group_size), x.sym_size(dim) / group_size});
+  Tensor parts =
+      x.movedim(dim, 0).unflatten_symint(0, {c10::SymInt(group_size), x.sym_size(dim) / group_size});
   return start(Collective::reduce_scatter, parts, {group, group_size}).wait().squeeze(0).movedim(0, dim);
 }
 
-Tensor all_to_all_op(const Tensor& x, int64_t split_dim, int64_t cat_dim, int64_t group_size, std::string group) {
+Tensor all_to_all_op(const Tensor& x, int64_t split_dim, int64_t cat_dim, int64_t group_size,
+                     std::string group) {
   if (group_size == 1) return x;
-  Tensor parts =
-      x.unflatten_symint(split_dim, {c10::SymInt(group_size), x.sym_size(split_dim) / group_size}).movedim(split_dim, 0);
+  Tensor parts = x.unflatten_symint(split_dim, {c10::SymInt(group_size), x.sym_size(split_dim) / group_size})
+                     .movedim(split_dim, 0);
   Tensor moved = start(Collective::all_to_all, parts, {group, group_size}).wait();
   return moved.movedim(0, cat_dim).flatten(cat_dim, cat_dim + 1);
 }
@@ -61,17 +67,19 @@ Tensor all_reduce_op(const Tensor& x, int64_t group_size, std::string group) {
 }
 
 Tensor hierarchical_all_gather_op(const Tensor& x, int64_t head_dim, int64_t slice_dim, at::IntArrayRef grid,
-                                  std::string slice_group, std::string head_group, bool slices_first, bool replicated) {
+                                  std::string slice_group, std::string head_group, bool slices_first,
+                                  bool replicated) {
   Groups groups = make_place(grid, slice_group, head_group, "", "auto", false, std::nullopt).groups;
   return hierarchical_all_gather(x, head_dim, slice_dim, groups, slices_first, replicated);
 }
 
 std::tuple<Tensor, Tensor, Tensor> enter_op(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& q_weight, const Tensor& k_weight,
-    const Tensor& v_weight, const std::optional<Tensor>& q_bias, const std::optional<Tensor>& k_bias,
-    const std::optional<Tensor>& v_bias, const std::optional<Tensor>& bias_k, const std::optional<Tensor>& bias_v,
-    bool add_zero_attn, bool batch_first, bool causal, at::IntArrayRef grid, std::string slice_group,
-    std::string head_group, std::string grid_group, std::string scheme, std::optional<at::ScalarType> reduce_dtype) {
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& q_weight,
+    const Tensor& k_weight, const Tensor& v_weight, const std::optional<Tensor>& q_bias,
+    const std::optional<Tensor>& k_bias, const std::optional<Tensor>& v_bias,
+    const std::optional<Tensor>& bias_k, const std::optional<Tensor>& bias_v, bool add_zero_attn,
+    bool batch_first, bool causal, at::IntArrayRef grid, std::string slice_group, std::string head_group,
+    std::string grid_group, std::string scheme, std::optional<at::ScalarType> reduce_dtype) {
   Place place = make_place(grid, slice_group, head_group, grid_group, scheme, causal, reduce_dtype);
   return enter(query, key, value, {q_weight, k_weight, v_weight, q_bias, k_bias, v_bias},
                {bias_k, bias_v, add_zero_attn}, place, batch_first);
@@ -83,24 +91,25 @@ struct LeaveArguments {
   Place place;
 };
 
-#define TLM_LEAVE_PARAMETERS                                                                                           \
-  const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &out_weight, const std::optional<Tensor>&out_bias,   \
-      const std::optional<Tensor>&attn_mask, c10::SymInt batch, c10::SymInt length, std::optional<double> scale,       \
-      std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window, double softcap, double dropout_p,          \
-      const std::optional<Tensor>&seed, bool batch_first, at::IntArrayRef grid, std::string slice_group,               \
-      std::string head_group, std::string grid_group, std::string scheme, std::string combine,                         \
+#define TLM_LEAVE_PARAMETERS                                                                                 \
+  const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &out_weight,                               \
+      const std::optional<Tensor>&out_bias, const std::optional<Tensor>&attn_mask, c10::SymInt batch,        \
+      c10::SymInt length, std::optional<double> scale, std::optional<c10::SymInt> causal,                    \
+      std::optional<c10::SymInt> window, double softcap, double dropout_p, const std::optional<Tensor>&seed, \
+      bool batch_first, at::IntArrayRef grid, std::string slice_group, std::string head_group,               \
+      std::string grid_group, std::string scheme, std::string combine,                                       \
       std::optional<at::ScalarType> reduce_dtype
 
 LeaveArguments leave_arguments(TLM_LEAVE_PARAMETERS) {
-  TORCH_CHECK_VALUE(combine == "reduce" || combine == "concat", "combine must be 'reduce' or 'concat', got '", combine,
-                    "'");
+  TORCH_CHECK_VALUE(combine == "reduce" || combine == "concat", "combine must be 'reduce' or 'concat', got '",
+                    combine, "'");
   return {{attn_mask, scale, causal, window, softcap, dropout_p, seed},
           {out_weight, out_bias, combine == "concat", batch_first, batch, length},
           make_place(grid, slice_group, head_group, grid_group, scheme, causal.has_value(), reduce_dtype)};
 }
 
-#define TLM_LEAVE_ARGUMENTS                                                                                          \
-  q, k, v, out_weight, out_bias, attn_mask, batch, length, scale, causal, window, softcap, dropout_p, seed,          \
+#define TLM_LEAVE_ARGUMENTS                                                                                 \
+  q, k, v, out_weight, out_bias, attn_mask, batch, length, scale, causal, window, softcap, dropout_p, seed, \
       batch_first, grid, slice_group, head_group, grid_group, scheme, combine, reduce_dtype
 
 Tensor leave_op(TLM_LEAVE_PARAMETERS) {
@@ -116,16 +125,17 @@ std::tuple<Tensor, Tensor> leave_with_weights_op(TLM_LEAVE_PARAMETERS, bool aver
 }  // namespace
 
 TORCH_LIBRARY(two_level_mha, library) {
-  // A rank's own heads and slice of q, k, v: x W^T + b, (B, L, D) and (H, E, D) -> (B, H, L, E). One GEMM when the
-  // three inputs are one tensor of many tokens.
+  // A rank's own heads and slice of q, k, v: x W^T + b, (B, L, D) and (H, E, D) -> (B, H, L, E). One GEMM
+  // when the three inputs are one tensor of many tokens.
   library.def(
-      "qkv_projection(Tensor query, Tensor key, Tensor value, Tensor q_weight, Tensor k_weight, Tensor v_weight, "
+      "qkv_projection(Tensor query, Tensor key, Tensor value, Tensor q_weight, Tensor k_weight, Tensor "
+      "v_weight, "
       "Tensor? q_bias=None, Tensor? k_bias=None, Tensor? v_bias=None, bool batch_first=True) "
       "-> (Tensor, Tensor, Tensor)",
       qkv_projection_op);
 
-  // softmax(softcap(scale q k^T) + mask) v and its logsumexp, for whatever part of the keys, values or rows is given;
-  // csrc/attend/attention.h is the contract.
+  // softmax(softcap(scale q k^T) + mask) v and its logsumexp, for whatever part of the keys, values or rows
+  // is given; csrc/attend/attention.h is the contract.
   library.def(
       "partial_attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask=None, *, float? scale=None, "
       "SymInt? causal=None, SymInt? window=None, float softcap=0., float dropout_p=0., Tensor? seed=None, "
@@ -133,38 +143,47 @@ TORCH_LIBRARY(two_level_mha, library) {
 
   // Gradients of q, k, v, and of attn_mask if mask_grad, else an empty tensor.
   library.def(
-      "partial_attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "partial_attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, "
       "Tensor logsumexp, bool mask_grad, Tensor? attn_mask=None, *, float? scale=None, SymInt? causal=None, "
-      "SymInt? window=None, float softcap=0., float dropout_p=0., Tensor? seed=None, SymInt[] origin=[0, 0, 0]) "
+      "SymInt? window=None, float softcap=0., float dropout_p=0., Tensor? seed=None, SymInt[] origin=[0, 0, "
+      "0]) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 
   // Which elements dropout keeps: bool of `sizes` (b, h, l, s), whose element [0, 0, 0] is global `origin`
   // (batch, head, row).
   library.def("dropout_keep_mask(Tensor seed, float p, SymInt[] sizes, SymInt[] origin=[0, 0, 0]) -> Tensor");
 
-  // Attention over all keys from attention over disjoint parts of them: (parts, B, H, L, Dv) and (parts, B, H, L).
+  // Attention over all keys from attention over disjoint parts of them: (parts, B, H, L, Dv) and (parts, B,
+  // H, L).
   library.def("merge_partials(Tensor outs, Tensor logsumexps) -> (Tensor out, Tensor logsumexp)");
 
-  // 4-D tensors into one buffer (parts, N) and back; csrc/move/pack.h is the contract. Each is the other's adjoint.
+  // 4-D tensors into one buffer (parts, N) and back; csrc/move/pack.h is the contract. Each is the other's
+  // adjoint.
   library.def("pack(Tensor[] tensors, int[] dims, int parts, bool zigzag=False) -> Tensor");
   library.def("unpack(Tensor buffer, SymInt[] sizes, int[] dims, int parts, bool zigzag=False) -> Tensor[]");
 
-  // Concatenation along dim over the group. Adjoint: reduce_scatter, since each rank uses the whole in its own way.
+  // Concatenation along dim over the group. Adjoint: reduce_scatter, since each rank uses the whole in its
+  // own way.
   library.def("all_gather(Tensor x, int dim, int group_size, str group) -> Tensor", all_gather_op);
 
   // A rank's piece along dim of the sum over the group. Adjoint: all_gather.
   library.def("reduce_scatter(Tensor x, int dim, int group_size, str group) -> Tensor", reduce_scatter_op);
 
-  // Pieces along split_dim are exchanged and concatenated along cat_dim. Adjoint: the same with the dims swapped.
-  library.def("all_to_all(Tensor x, int split_dim, int cat_dim, int group_size, str group) -> Tensor", all_to_all_op);
+  // Pieces along split_dim are exchanged and concatenated along cat_dim. Adjoint: the same with the dims
+  // swapped.
+  library.def("all_to_all(Tensor x, int split_dim, int cat_dim, int group_size, str group) -> Tensor",
+              all_to_all_op);
 
   // The sum over the group, used alike by every rank. Adjoint: identity.
   library.def("all_reduce(Tensor x, int group_size, str group) -> Tensor", all_reduce_op);
 
-  // head_dim gathered over the head axis and slice_dim over the slice axis, head axis first unless slices_first; grid is
-  // (n, m, i, j). replicated: every rank uses the whole alike, the adjoint is its own block; else a reduce-scatter.
+  // head_dim gathered over the head axis and slice_dim over the slice axis, head axis first unless
+  // slices_first; grid is (n, m, i, j). replicated: every rank uses the whole alike, the adjoint is its own
+  // block; else a reduce-scatter.
   library.def(
-      "hierarchical_all_gather(Tensor x, int head_dim, int slice_dim, int[] grid, str slice_group, str head_group, "
+      "hierarchical_all_gather(Tensor x, int head_dim, int slice_dim, int[] grid, str slice_group, str "
+      "head_group, "
       "bool slices_first=False, bool replicated=False) -> Tensor",
       hierarchical_all_gather_op);
 
@@ -172,23 +191,30 @@ TORCH_LIBRARY(two_level_mha, library) {
   library.def(
       "enter(Tensor query, Tensor key, Tensor value, Tensor q_weight, Tensor k_weight, Tensor v_weight, "
       "Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, Tensor? bias_k, Tensor? bias_v, bool add_zero_attn, "
-      "bool batch_first, bool causal, int[] grid, str slice_group, str head_group, str grid_group, str scheme, "
+      "bool batch_first, bool causal, int[] grid, str slice_group, str head_group, str grid_group, str "
+      "scheme, "
       "ScalarType? reduce_dtype) -> (Tensor, Tensor, Tensor)",
       enter_op);
 
   // Second half: attend, move back, combine.
   library.def(
-      "leave(Tensor q, Tensor k, Tensor v, Tensor out_weight, Tensor? out_bias, Tensor? attn_mask, SymInt batch, "
-      "SymInt length, float? scale, SymInt? causal, SymInt? window, float softcap, float dropout_p, Tensor? seed, "
-      "bool batch_first, int[] grid, str slice_group, str head_group, str grid_group, str scheme, str combine, "
+      "leave(Tensor q, Tensor k, Tensor v, Tensor out_weight, Tensor? out_bias, Tensor? attn_mask, SymInt "
+      "batch, "
+      "SymInt length, float? scale, SymInt? causal, SymInt? window, float softcap, float dropout_p, Tensor? "
+      "seed, "
+      "bool batch_first, int[] grid, str slice_group, str head_group, str grid_group, str scheme, str "
+      "combine, "
       "ScalarType? reduce_dtype) -> Tensor",
       leave_op);
 
   // The same and the attention weights, (B, h, L, S) or averaged over the heads (B, L, S).
   library.def(
-      "leave_with_weights(Tensor q, Tensor k, Tensor v, Tensor out_weight, Tensor? out_bias, Tensor? attn_mask, "
-      "SymInt batch, SymInt length, float? scale, SymInt? causal, SymInt? window, float softcap, float dropout_p, "
-      "Tensor? seed, bool batch_first, int[] grid, str slice_group, str head_group, str grid_group, str scheme, "
+      "leave_with_weights(Tensor q, Tensor k, Tensor v, Tensor out_weight, Tensor? out_bias, Tensor? "
+      "attn_mask, "
+      "SymInt batch, SymInt length, float? scale, SymInt? causal, SymInt? window, float softcap, float "
+      "dropout_p, "
+      "Tensor? seed, bool batch_first, int[] grid, str slice_group, str head_group, str grid_group, str "
+      "scheme, "
       "str combine, ScalarType? reduce_dtype, bool average) -> (Tensor, Tensor)",
       leave_with_weights_op);
 }

@@ -20,9 +20,10 @@ struct Layout {
   bool zigzag;
   c10::SymInt B, L;
 
-  Layout(const Place& place, const c10::SymInt& batch, const c10::SymInt& length, const c10::SymInt& keys, int64_t H,
-         int64_t K, int64_t d, const Tensor& like)
-      : row(scheme_row(resolve_scheme(place.scheme, CallSizes<c10::SymInt>{batch, length, keys, H, K, d, place.grid.slices},
+  Layout(const Place& place, const c10::SymInt& batch, const c10::SymInt& length, const c10::SymInt& keys,
+         int64_t H, int64_t K, int64_t d, const Tensor& like)
+      : row(scheme_row(resolve_scheme(place.scheme,
+                                      CallSizes<c10::SymInt>{batch, length, keys, H, K, d, place.grid.slices},
                                       like.element_size(), profile_for(like.is_cuda())))),
         m(place.grid.slices),
         j(place.slice),
@@ -54,7 +55,8 @@ std::vector<Tensor> move_in(std::vector<Tensor> xs, const std::vector<Move>& mov
   if (moving.empty() || layout.m == 1) return xs;
   const int64_t m = layout.m;
   Tensor packed = pack(moving, dims, all_replicated ? 1 : m, layout.zigzag);
-  Tensor buffer = start(all_replicated ? Collective::all_gather : Collective::all_to_all, packed, group).wait();
+  Tensor buffer =
+      start(all_replicated ? Collective::all_gather : Collective::all_to_all, packed, group).wait();
   std::vector<c10::SymInt> sizes;
   for (size_t i = 0; i < moving.size(); ++i)
     for (int64_t dim = 0; dim < 4; ++dim) {
@@ -75,13 +77,15 @@ Tensor move_out(const Tensor& o, const Layout& layout, const Group& group) {
   if (layout.row.out == Move::keep || layout.m == 1) return o;
   Tensor packed = pack({o}, {3}, layout.m, false);
   Tensor buffer = start(Collective::all_to_all, packed, group).wait();
-  auto whole = layout.row.out == Move::rows
-                   ? std::vector<c10::SymInt>{o.sym_size(0), o.sym_size(1), layout.L, o.sym_size(3) / layout.m}
-                   : std::vector<c10::SymInt>{layout.B, o.sym_size(1), o.sym_size(2), o.sym_size(3) / layout.m};
+  auto whole =
+      layout.row.out == Move::rows
+          ? std::vector<c10::SymInt>{o.sym_size(0), o.sym_size(1), layout.L, o.sym_size(3) / layout.m}
+          : std::vector<c10::SymInt>{layout.B, o.sym_size(1), o.sym_size(2), o.sym_size(3) / layout.m};
   return unpack(buffer, whole, {int64_t(layout.row.out)}, layout.m, layout.zigzag)[0];
 }
 
-// The part of a mask dim that piece `index` of `pieces` covers, padded at the end so that every piece is full.
+// The part of a mask dim that piece `index` of `pieces` covers, padded at the end so that every piece is
+// full.
 Tensor mask_piece(const Tensor& mask, int64_t dim, const c10::SymInt& first, const c10::SymInt& count,
                   const c10::SymInt& padded) {
   if (mask.sym_size(dim) == 1) return mask;
@@ -103,7 +107,8 @@ Tensor attend_local(const Tensor& q, const Tensor& k, const Tensor& v, Attend at
     mask = enter_replicated({mask}, place.groups, place.reduce_dtype)[0];
     if (mask.size(1) != 1) mask = mask.narrow(1, H * place.head_group, H);
     if (layout.row.q == Move::batch && m > 1)
-      mask = mask_piece(mask, 0, ceil_div(layout.B, m) * layout.j, ceil_div(layout.B, m), ceil_div(layout.B, m) * m);
+      mask = mask_piece(mask, 0, ceil_div(layout.B, m) * layout.j, ceil_div(layout.B, m),
+                        ceil_div(layout.B, m) * m);
     attend.mask = mask;
   }
   if (layout.row.q == Move::batch && m > 1) attend.origin[0] = ceil_div(layout.B, m) * layout.j;
@@ -130,7 +135,8 @@ Layout layout_of(const Tensor& q, const Tensor& k, const Output& output, const P
 Tensor combine(const Tensor& o, const Output& output, const Place& place) {
   Tensor y;
   if (output.concat) {
-    Tensor whole = hierarchical_all_gather(o, 1, 3, place.groups, /*slices_first=*/false, /*replicated=*/true);
+    Tensor whole =
+        hierarchical_all_gather(o, 1, 3, place.groups, /*slices_first=*/false, /*replicated=*/true);
     y = out_projection(whole, output.weight, output.bias);
   } else if (place.grid.size() == 1) {
     y = out_projection(o, output.weight, output.bias);
@@ -144,8 +150,8 @@ Tensor combine(const Tensor& o, const Output& output, const Place& place) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> enter(const Tensor& query, const Tensor& key, const Tensor& value,
-                                         const QkvWeights& weights, const ExtraKeys& extra, const Place& place,
-                                         bool batch_first) {
+                                         const QkvWeights& weights, const ExtraKeys& extra,
+                                         const Place& place, bool batch_first) {
   std::vector<Tensor> inputs{query};
   const bool own_key = !key.is_same(query), own_value = !value.is_same(query) && !value.is_same(key);
   if (own_key) inputs.push_back(key);
@@ -157,7 +163,10 @@ std::tuple<Tensor, Tensor, Tensor> enter(const Tensor& query, const Tensor& key,
   auto with_extra = [&](const Tensor& x, const std::optional<Tensor>& bias) {
     std::vector<Tensor> rows{x};
     auto one = [&](const Tensor& row) {
-      return row.to(x.scalar_type()).unsqueeze(1).unsqueeze(0).expand_symint({x.sym_size(0), x.sym_size(1), 1, x.sym_size(3)});
+      return row.to(x.scalar_type())
+          .unsqueeze(1)
+          .unsqueeze(0)
+          .expand_symint({x.sym_size(0), x.sym_size(1), 1, x.sym_size(3)});
     };
     if (bias) rows.push_back(one(*bias));
     if (extra.zero) rows.push_back(one(at::zeros({x.size(1), x.size(3)}, x.options())));
@@ -165,8 +174,8 @@ std::tuple<Tensor, Tensor, Tensor> enter(const Tensor& query, const Tensor& key,
   };
   k = with_extra(k, extra.bias_k);
   v = with_extra(v, extra.bias_v);
-  Layout layout(place, q.sym_size(0), q.sym_size(2), k.sym_size(2), q.size(1), k.size(1), q.size(3) * place.grid.slices,
-                q);
+  Layout layout(place, q.sym_size(0), q.sym_size(2), k.sym_size(2), q.size(1), k.size(1),
+                q.size(3) * place.grid.slices, q);
   auto moved = move_in({q, k, v}, {layout.row.q, layout.row.k, layout.row.v}, layout, place.groups.slice);
   return {moved[0], moved[1], moved[2]};
 }
@@ -181,8 +190,9 @@ Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& at
   return combine(move_out(o, layout, place.groups.slice), output, place);
 }
 
-std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend,
-                                              const Output& output, const Place& place, bool average) {
+std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
+                                              const Attend& attend, const Output& output, const Place& place,
+                                              bool average) {
   Layout layout = layout_of(q, k, output, place);
   std::vector<Tensor> weights;
   Tensor o = attend_local(q, k, v, attend, place, layout,

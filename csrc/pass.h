@@ -3,8 +3,8 @@
 //   enter: project (local) -> move into the scheme's layout            norm, rotary and cache act after it
 //   leave: attend (local) -> move back to d-slices -> combine          over the grid
 //
-// Every tensor of a rank (i, j) in between is its own: query heads and KV heads of head group i, and, where the scheme
-// deals them out, the rows or batches of slice j.
+// Every tensor of a rank (i, j) in between is its own: query heads and KV heads of head group i, and, where
+// the scheme deals them out, the rows or batches of slice j.
 #pragma once
 
 #include "attend/partial_attention.h"
@@ -21,8 +21,8 @@ struct ExtraKeys {
 
 // Inputs (B, L or S, D) replicated over the grid, (L or S, B, D) if not batch_first -> q, k, v of this rank.
 std::tuple<Tensor, Tensor, Tensor> enter(const Tensor& query, const Tensor& key, const Tensor& value,
-                                         const QkvWeights& weights, const ExtraKeys& extra, const Place& place,
-                                         bool batch_first);
+                                         const QkvWeights& weights, const ExtraKeys& extra,
+                                         const Place& place, bool batch_first);
 
 // How the output is put together.
 struct Output {
@@ -33,14 +33,15 @@ struct Output {
   c10::SymInt batch, length;  // B and L of the whole call
 };
 
-// q, k, v as `enter` left them; attend.mask is the whole call's, broadcastable to (B, h, L, S) -> y (B, L, D), the same
-// bits on every rank.
+// q, k, v as `enter` left them; attend.mask is the whole call's, broadcastable to (B, h, L, S) -> y (B, L,
+// D), the same bits on every rank.
 Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend, const Output& output,
              const Place& place);
 
-// The same and the attention weights after dropout: (B, h, L, S), or their mean over the heads (B, L, S). A row that
-// sees no key is NaN, as in nn.MultiheadAttention with need_weights=True.
-std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend,
-                                              const Output& output, const Place& place, bool average);
+// The same and the attention weights after dropout: (B, h, L, S), or their mean over the heads (B, L, S). A
+// row that sees no key is NaN, as in nn.MultiheadAttention with need_weights=True.
+std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
+                                              const Attend& attend, const Output& output, const Place& place,
+                                              bool average);
 
 }  // namespace two_level_mha

@@ -16,9 +16,12 @@ struct Profile {
 // flops: what a good attention kernel reaches, not the peak.
 inline constexpr Profile kProfiles[] = {
     {"cpu", 60'000'000'000, 2'000'000'000, 1'000'000, "Gloo over loopback, one core a rank; measured, +-2x"},
-    {"cuda", 400'000'000'000'000, 350'000'000'000, 20'000, "H100 SXM data sheet, NVLink 450 GB/s a way; assumed"},
+    {"cuda", 400'000'000'000'000, 350'000'000'000, 20'000,
+     "H100 SXM data sheet, NVLink 450 GB/s a way; assumed"},
 };
 
-inline const Profile& profile_for(bool cuda) { return kProfiles[cuda ? 1 : 0]; }
+inline const Profile& profile_for(bool cuda) {
+  return kProfiles[cuda ? 1 : 0];
+}
 
 }  // namespace two_level_mha

@@ -44,14 +44,14 @@ std::vector<std::pair<std::string, bool>> schemes() {
   return names;
 }
 
-std::string resolve(const std::string& scheme, int64_t B, int64_t L, int64_t S, int64_t H, int64_t K, int64_t d, int64_t m,
-                    int64_t element_size, bool cuda) {
+std::string resolve(const std::string& scheme, int64_t B, int64_t L, int64_t S, int64_t H, int64_t K,
+                    int64_t d, int64_t m, int64_t element_size, bool cuda) {
   CallSizes<int64_t> sizes{B, L, S, H, K, d, m};
   return scheme_row(resolve_scheme(scheme_from_name(scheme), sizes, element_size, profile_for(cuda))).name;
 }
 
-std::tuple<int64_t, int64_t, int64_t> cost(const std::string& scheme, int64_t B, int64_t L, int64_t S, int64_t H,
-                                           int64_t K, int64_t d, int64_t m, bool causal) {
+std::tuple<int64_t, int64_t, int64_t> cost(const std::string& scheme, int64_t B, int64_t L, int64_t S,
+                                           int64_t H, int64_t K, int64_t d, int64_t m, bool causal) {
   CallSizes<int64_t> sizes{B, L, S, H, K, d, m};
   auto found = scheme_cost(scheme_from_name(scheme), sizes, causal);
   return {found.flops, found.elements, found.collectives};
@@ -62,7 +62,8 @@ std::tuple<int64_t, int64_t, int64_t> cost(const std::string& scheme, int64_t B,
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "What was compiled in: torch (version), cuda (yes or no), archs (GPU architectures), compiler.");
-  m.def("grid_problem", &grid_problem, "Empty if the grid fits, else the rule that broke and the grids that would do.");
+  m.def("grid_problem", &grid_problem,
+        "Empty if the grid fits, else the rule that broke and the grids that would do.");
   m.def("grid_candidates", &grid_candidates, "Valid (n, m) for a number of ranks.");
   m.def("grid_choices", &grid_choices, "A sentence with the valid grids for a number of ranks, and near it.");
   m.def("schemes", &schemes, "(name, exact) of every scheme.");

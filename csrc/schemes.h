@@ -1,7 +1,8 @@
 // The table of schemes: in which layout Q, K, V and O are when attention runs, and what moving there costs.
 //
-// Letters as everywhere: B batch, L query length, S key length, d head_dim; H = h / n query heads and K = k / n KV heads
-// of a rank's group; m ranks in a slice group, each holding E = d / m of every head's dimension after projection.
+// Letters as everywhere: B batch, L query length, S key length, d head_dim; H = h / n query heads and K = k /
+// n KV heads of a rank's group; m ranks in a slice group, each holding E = d / m of every head's dimension
+// after projection.
 #pragma once
 
 #include <array>
@@ -13,7 +14,8 @@
 
 namespace two_level_mha {
 
-// How a tensor (B, heads, length, E) moves inside the slice group; the value is the dim that is dealt out (see pack.h).
+// How a tensor (B, heads, length, E) moves inside the slice group; the value is the dim that is dealt out
+// (see pack.h).
 enum class Move : int64_t { keep = -2, replicate = -1, batch = 0, rows = 2 };
 
 enum class Scheme : int64_t { automatic, independent, slices, sequence };
@@ -63,8 +65,8 @@ struct CallSizes {
 
 template <class I>
 struct Cost {
-  I flops;        // of attention itself, forward, one rank, no mask (2 per multiply-add)
-  I elements;     // sent by one rank in the forward exchanges inside its slice group
+  I flops;     // of attention itself, forward, one rank, no mask (2 per multiply-add)
+  I elements;  // sent by one rank in the forward exchanges inside its slice group
   int64_t collectives;
 };
 
@@ -91,21 +93,24 @@ Cost<I> scheme_cost(Scheme scheme, const CallSizes<I>& s, bool zigzag = false) {
   const SchemeRow& row = scheme_row(scheme);
   const int64_t E = s.d / s.m;
   auto sent = [&](Move move, int64_t heads, const I& length) {
-    return move == Move::batch ? elements_sent<I>(move, s.B, length * (heads * E), s.m)
-                               : elements_sent<I>(move, length, s.B * (heads * E), s.m, zigzag && move == Move::rows);
+    return move == Move::batch
+               ? elements_sent<I>(move, s.B, length * (heads * E), s.m)
+               : elements_sent<I>(move, length, s.B * (heads * E), s.m, zigzag && move == Move::rows);
   };
   const bool whole = row.q != Move::keep;  // q and k have the whole d
   const int64_t width = (whole ? s.d : E) + (row.v == Move::keep ? E : s.d);
   const I rows = row.q == Move::rows ? ceil_div(s.L, s.m) : s.L;
   const I batch = row.q == Move::batch ? ceil_div(s.B, s.m) : s.B;
-  Cost<I> cost{batch * rows * s.S * (2 * s.H * width),
-               sent(row.q, s.H, s.L) + sent(row.k, s.K, s.S) + sent(row.v, s.K, s.S) + sent(row.out, s.H, s.L),
-               (row.q != Move::keep) + (row.out != Move::keep)};
+  Cost<I> cost{
+      batch * rows * s.S * (2 * s.H * width),
+      sent(row.q, s.H, s.L) + sent(row.k, s.K, s.S) + sent(row.v, s.K, s.S) + sent(row.out, s.H, s.L),
+      (row.q != Move::keep) + (row.out != Move::keep)};
   if (s.m == 1) cost.elements = I(0), cost.collectives = 0;
   return cost;
 }
 
-// Seconds times profile.flops, so that SymInts stay integers: FLOPs + bytes and latencies in FLOPs of the same duration.
+// Seconds times profile.flops, so that SymInts stay integers: FLOPs + bytes and latencies in FLOPs of the
+// same duration.
 template <class I>
 I predicted_flops(const Cost<I>& cost, int64_t element_size, const Profile& profile) {
   return cost.flops + cost.elements * (element_size * (profile.flops / profile.bandwidth)) +
@@ -114,7 +119,8 @@ I predicted_flops(const Cost<I>& cost, int64_t element_size, const Profile& prof
 
 // The exact scheme with the smallest prediction; the earlier row wins a tie.
 template <class I>
-Scheme resolve_scheme(Scheme requested, const CallSizes<I>& sizes, int64_t element_size, const Profile& profile) {
+Scheme resolve_scheme(Scheme requested, const CallSizes<I>& sizes, int64_t element_size,
+                      const Profile& profile) {
   if (requested != Scheme::automatic) return requested;
   if (sizes.m == 1) return Scheme::slices;
   Scheme best = Scheme::automatic;

@@ -18,20 +18,24 @@ namespace two_level_mha {
 
 using at::Tensor;
 
-// Layout of the tensors beside it: q (B, H, L, D), k (B, K, S, D), v (B, K, S, Dv), H % K == 0 and query head x reads
-// KV head x / (H / K). Strides are free, except that the last dim is contiguous; Dv may differ from D.
+// Layout of the tensors beside it: q (B, H, L, D), k (B, K, S, D), v (B, K, S, Dv), H % K == 0 and query head
+// x reads KV head x / (H / K). Strides are free, except that the last dim is contiguous; Dv may differ from
+// D.
 struct AttentionParams {
   double scale = 1.0;
   std::optional<int64_t> causal;  // row l sees key s only if s <= l + *causal
   std::optional<int64_t> window;  // and only if s > l + *causal - *window; needs causal
   double softcap = 0.0;           // c > 0: x becomes c * tanh(x / c) before the mask is added
-  Tensor mask;  // undefined, or 4-D broadcastable to (B, H, L, S): bool (true = attend) or additive floating point
+  Tensor mask;  // undefined, or 4-D broadcastable to (B, H, L, S): bool (true = attend) or additive floating
+                // point
   double dropout_p = 0.0;
-  Tensor seed;                             // int64, one element, on q's device; defined if dropout_p > 0
-  std::array<int64_t, 3> origin{0, 0, 0};  // global (batch, head, row) of element [0, 0, 0]: keys the dropout mask
+  Tensor seed;  // int64, one element, on q's device; defined if dropout_p > 0
+  std::array<int64_t, 3> origin{0, 0,
+                                0};  // global (batch, head, row) of element [0, 0, 0]: keys the dropout mask
 };
 
-using Forward = std::tuple<Tensor, Tensor>;                   // out, logsumexp (float32; float64 for float64 input)
-using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dq, dk, dv, dmask (undefined unless asked for)
+using Forward = std::tuple<Tensor, Tensor>;  // out, logsumexp (float32; float64 for float64 input)
+using Backward =
+    std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dq, dk, dv, dmask (undefined unless asked for)
 
 }  // namespace two_level_mha

@@ -15,7 +15,9 @@ constexpr int64_t kBlockElements = 1 << 22;  // of scores at a time, over all ba
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Half precision is computed in float32.
-Tensor wide(const Tensor& x) { return x.scalar_type() == at::kDouble ? x : x.to(at::kFloat); }
+Tensor wide(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? x : x.to(at::kFloat);
+}
 
 // Everything of a call that does not depend on the block.
 struct Call {
@@ -29,7 +31,8 @@ struct Call {
     q = grouped(q_);
     k = wide(k_).unsqueeze(2);
     v = wide(v_).unsqueeze(2);
-    block = std::clamp<int64_t>(kBlockElements / std::max<int64_t>(B * H * S, 1), 16, std::max<int64_t>(L, 16));
+    block =
+        std::clamp<int64_t>(kBlockElements / std::max<int64_t>(B * H * S, 1), 16, std::max<int64_t>(L, 16));
   }
   Tensor grouped(const Tensor& x) const { return wide(x).unflatten(1, {K, H / K}); }
 };
@@ -39,7 +42,8 @@ struct Block {
   const Call& call;
   int64_t row, rows, key, keys;
 
-  Block(const Call& c, int64_t first) : call(c), row(first), rows(std::min(c.block, c.L - first)), key(0), keys(c.S) {
+  Block(const Call& c, int64_t first)
+      : call(c), row(first), rows(std::min(c.block, c.L - first)), key(0), keys(c.S) {
     if (!c.params.causal) return;
     const int64_t last_key = row + rows + *c.params.causal;
     if (c.params.window) key = std::clamp<int64_t>(row + *c.params.causal - *c.params.window + 1, 0, c.S);
@@ -58,7 +62,9 @@ struct Block {
     if (m.size(3) != 1) m = m.narrow(3, key, keys);
     return m;
   }
-  Tensor group_heads(const Tensor& m) const { return m.size(1) == 1 ? m.unsqueeze(2) : m.unflatten(1, {call.K, call.H / call.K}); }
+  Tensor group_heads(const Tensor& m) const {
+    return m.size(1) == 1 ? m.unsqueeze(2) : m.unflatten(1, {call.K, call.H / call.K});
+  }
 
   // scores before the mask, and tanh(x / c) where there is a soft cap
   std::pair<Tensor, Tensor> raw_scores() const {
@@ -89,13 +95,16 @@ struct Block {
     const auto& p = call.params;
     if (p.dropout_p == 0.0) return Tensor();
     // the counter starts at column 0
-    Tensor kept = dropout_keep_mask(p.seed, p.dropout_p, std::vector<c10::SymInt>{call.B, call.H, rows, key + keys},
-                                    std::vector<c10::SymInt>{p.origin[0], p.origin[1], p.origin[2] + row});
+    Tensor kept =
+        dropout_keep_mask(p.seed, p.dropout_p, std::vector<c10::SymInt>{call.B, call.H, rows, key + keys},
+                          std::vector<c10::SymInt>{p.origin[0], p.origin[1], p.origin[2] + row});
     return group_heads(kept.narrow(3, key, keys)).to(dtype).div_(1.0 - p.dropout_p);
   }
 };
 
-Tensor safe(const Tensor& logsumexp) { return logsumexp.masked_fill(logsumexp == -kInfinity, 0.0).unsqueeze(-1); }
+Tensor safe(const Tensor& logsumexp) {
+  return logsumexp.masked_fill(logsumexp == -kInfinity, 0.0).unsqueeze(-1);
+}
 
 }  // namespace
 
@@ -119,9 +128,9 @@ Forward chunked_forward(const Tensor& q, const Tensor& k, const Tensor& v, const
   return {out, logsumexp};
 }
 
-Backward chunked_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q, const Tensor& k,
-                          const Tensor& v, const Tensor& out, const Tensor& logsumexp, const AttentionParams& params,
-                          bool mask_grad) {
+Backward chunked_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
+                          const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
+                          const AttentionParams& params, bool mask_grad) {
   Call call(q, k, v, params);
   Tensor go = call.grouped(grad_out), lse = logsumexp.unflatten(1, {call.K, call.H / call.K});
   Tensor delta = (go * call.grouped(out)).sum(-1);

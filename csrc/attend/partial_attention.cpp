@@ -25,8 +25,8 @@ using torch::autograd::variable_list;
 namespace {
 
 // The arguments as the schema orders them, for the op and, after its tensors, for its backward.
-#define TLM_ATTEND_PARAMETERS                                                                             \
-  const std::optional<Tensor>&mask, std::optional<double> scale, std::optional<c10::SymInt> causal,       \
+#define TLM_ATTEND_PARAMETERS                                                                                \
+  const std::optional<Tensor>&mask, std::optional<double> scale, std::optional<c10::SymInt> causal,          \
       std::optional<c10::SymInt> window, double softcap, double dropout_p, const std::optional<Tensor>&seed, \
       c10::SymIntArrayRef origin
 
@@ -38,16 +38,18 @@ struct Kernel {
                        const Tensor& v, const Tensor& out, const Tensor& logsumexp, const AttentionParams&);
 };
 
-bool always(const Tensor&, const Tensor&, const Tensor&, const AttentionParams&) { return true; }
+bool always(const Tensor&, const Tensor&, const Tensor&, const AttentionParams&) {
+  return true;
+}
 
 Backward chunked_backward_without_mask(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
-                                       const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
-                                       const AttentionParams& params) {
+                                       const Tensor& k, const Tensor& v, const Tensor& out,
+                                       const Tensor& logsumexp, const AttentionParams& params) {
   return chunked_backward(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params, false);
 }
 
-// The first row that supports a call serves it. All rows keep one contract (attention.h), so the backward of one
-// follows the forward of another.
+// The first row that supports a call serves it. All rows keep one contract (attention.h), so the backward of
+// one follows the forward of another.
 constexpr Kernel kKernels[] = {
 #ifdef TLM_WITH_CUDA
     {"aten_cuda", aten_cuda_supports, aten_cuda_forward, aten_cuda_backward},
@@ -63,24 +65,25 @@ const Kernel& choose(const Tensor& q, const Tensor& k, const Tensor& v, const At
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, TLM_ATTEND_PARAMETERS) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
-                    "q, k and v must be 4-D (B, heads, length, dim), got ", q.dim(), "-D, ", k.dim(), "-D and ", v.dim(),
-                    "-D");
+                    "q, k and v must be 4-D (B, heads, length, dim), got ", q.dim(), "-D, ", k.dim(),
+                    "-D and ", v.dim(), "-D");
   TORCH_CHECK_VALUE(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
                     "q, k and v must have one dtype, got ", q.scalar_type(), ", ", k.scalar_type(), " and ",
                     v.scalar_type());
   TORCH_CHECK_VALUE(at::isFloatingType(q.scalar_type()), "q must be floating point, got ", q.scalar_type());
-  TORCH_CHECK_VALUE(q.device() == k.device() && q.device() == v.device(), "q, k and v must be on one device, got ",
-                    q.device(), ", ", k.device(), " and ", v.device());
+  TORCH_CHECK_VALUE(q.device() == k.device() && q.device() == v.device(),
+                    "q, k and v must be on one device, got ", q.device(), ", ", k.device(), " and ",
+                    v.device());
   TORCH_CHECK_VALUE(q.sym_size(0) == k.sym_size(0) && q.sym_size(0) == v.sym_size(0),
                     "q, k and v must have one batch size, got ", q.sym_size(0), ", ", k.sym_size(0), " and ",
                     v.sym_size(0));
-  TORCH_CHECK_VALUE(k.sym_size(2) == v.sym_size(2), "k and v must have one length, got ", k.sym_size(2), " and ",
-                    v.sym_size(2));
-  TORCH_CHECK_VALUE(q.sym_size(3) == k.sym_size(3), "q and k must have one head dim, got ", q.sym_size(3), " and ",
-                    k.sym_size(3));
+  TORCH_CHECK_VALUE(k.sym_size(2) == v.sym_size(2), "k and v must have one length, got ", k.sym_size(2),
+                    " and ", v.sym_size(2));
+  TORCH_CHECK_VALUE(q.sym_size(3) == k.sym_size(3), "q and k must have one head dim, got ", q.sym_size(3),
+                    " and ", k.sym_size(3));
   TORCH_CHECK_VALUE(k.sym_size(1) == v.sym_size(1) && k.sym_size(1) > 0 && q.sym_size(1) % k.sym_size(1) == 0,
-                    "the heads of k and v must be equal and divide those of q, got ", q.sym_size(1), " query heads, ",
-                    k.sym_size(1), " key heads and ", v.sym_size(1), " value heads");
+                    "the heads of k and v must be equal and divide those of q, got ", q.sym_size(1),
+                    " query heads, ", k.sym_size(1), " key heads and ", v.sym_size(1), " value heads");
   TORCH_CHECK_VALUE(origin.size() == 3, "origin must be (batch, head, row), got ", origin.size(), " numbers");
   TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, "dropout_p must be in [0, 1], got ", dropout_p);
   TORCH_CHECK_VALUE(softcap >= 0.0, "softcap must be positive, or 0 for none, got ", softcap);
@@ -90,13 +93,15 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, TLM_ATTEND_PARAMET
   if (!mask) return;
   TORCH_CHECK_VALUE(mask->scalar_type() == at::kBool || at::isFloatingType(mask->scalar_type()),
                     "attn_mask must be bool or floating point, got ", mask->scalar_type());
-  TORCH_CHECK_VALUE(mask->device() == q.device(), "attn_mask must be on ", q.device(), ", got ", mask->device());
-  TORCH_CHECK_VALUE(mask->dim() <= 4, "attn_mask must be broadcastable to (B, H, L, S), got ", mask->dim(), "-D");
+  TORCH_CHECK_VALUE(mask->device() == q.device(), "attn_mask must be on ", q.device(), ", got ",
+                    mask->device());
+  TORCH_CHECK_VALUE(mask->dim() <= 4, "attn_mask must be broadcastable to (B, H, L, S), got ", mask->dim(),
+                    "-D");
   const std::array<c10::SymInt, 4> full{q.sym_size(0), q.sym_size(1), q.sym_size(2), k.sym_size(2)};
   for (int64_t dim = 0; dim < mask->dim(); ++dim) {
     const auto size = mask->sym_size(dim), want = full[4 - mask->dim() + dim];
-    TORCH_CHECK_VALUE(size == 1 || size == want, "attn_mask must be broadcastable to (B, H, L, S) = (", full[0], ", ",
-                      full[1], ", ", full[2], ", ", full[3], "), got ", mask->sym_sizes());
+    TORCH_CHECK_VALUE(size == 1 || size == want, "attn_mask must be broadcastable to (B, H, L, S) = (",
+                      full[0], ", ", full[1], ", ", full[2], ", ", full[3], "), got ", mask->sym_sizes());
   }
 }
 
@@ -120,7 +125,8 @@ AttentionParams concrete(const Tensor& q, TLM_ATTEND_PARAMETERS) {
 
 #define TLM_ATTEND_ARGUMENTS mask, scale, causal, window, softcap, dropout_p, seed, origin
 
-std::tuple<Tensor, Tensor> forward_kernel(const Tensor& q, const Tensor& k, const Tensor& v, TLM_ATTEND_PARAMETERS) {
+std::tuple<Tensor, Tensor> forward_kernel(const Tensor& q, const Tensor& k, const Tensor& v,
+                                          TLM_ATTEND_PARAMETERS) {
   check(q, k, v, TLM_ATTEND_ARGUMENTS);
   AttentionParams params = concrete(q, TLM_ATTEND_ARGUMENTS);
   return choose(q, k, v, params).forward(q, k, v, params);
@@ -129,27 +135,30 @@ std::tuple<Tensor, Tensor> forward_kernel(const Tensor& q, const Tensor& k, cons
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_kernel(const Tensor& grad_out,
                                                            const std::optional<Tensor>& grad_logsumexp,
                                                            const Tensor& q, const Tensor& k, const Tensor& v,
-                                                           const Tensor& out, const Tensor& logsumexp, bool mask_grad,
-                                                           TLM_ATTEND_PARAMETERS) {
+                                                           const Tensor& out, const Tensor& logsumexp,
+                                                           bool mask_grad, TLM_ATTEND_PARAMETERS) {
   AttentionParams params = concrete(q, TLM_ATTEND_ARGUMENTS);
   Tensor grad_lse = grad_logsumexp.value_or(Tensor());
-  Backward grads = mask_grad ? chunked_backward(grad_out, grad_lse, q, k, v, out, logsumexp, params, true)
-                             : choose(q, k, v, params).backward(grad_out, grad_lse, q, k, v, out, logsumexp, params);
+  Backward grads =
+      mask_grad ? chunked_backward(grad_out, grad_lse, q, k, v, out, logsumexp, params, true)
+                : choose(q, k, v, params).backward(grad_out, grad_lse, q, k, v, out, logsumexp, params);
   Tensor& dmask = std::get<3>(grads);
   dmask = dmask.defined() ? dmask.view(mask->sizes()) : at::empty({0}, q.options());
   return grads;
 }
 
-std::tuple<Tensor, Tensor> forward_meta(const Tensor& q, const Tensor& k, const Tensor& v, TLM_ATTEND_PARAMETERS) {
+std::tuple<Tensor, Tensor> forward_meta(const Tensor& q, const Tensor& k, const Tensor& v,
+                                        TLM_ATTEND_PARAMETERS) {
   check(q, k, v, TLM_ATTEND_ARGUMENTS);
   auto B = q.sym_size(0), H = q.sym_size(1), L = q.sym_size(2);
   auto wide = q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   return {empty_rows(q, B, H, L, v.sym_size(3)), at::empty_symint({B, H, L}, wide)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const Tensor&, const std::optional<Tensor>&, const Tensor& q,
-                                                         const Tensor& k, const Tensor& v, const Tensor&, const Tensor&,
-                                                         bool mask_grad, TLM_ATTEND_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const Tensor&, const std::optional<Tensor>&,
+                                                         const Tensor& q, const Tensor& k, const Tensor& v,
+                                                         const Tensor&, const Tensor&, bool mask_grad,
+                                                         TLM_ATTEND_PARAMETERS) {
   auto rows = [](const Tensor& x) {
     return empty_rows(x, x.sym_size(0), x.sym_size(1), x.sym_size(2), x.sym_size(3));
   };
@@ -157,10 +166,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const Tensor&, const st
           mask_grad ? at::empty_symint(mask->sym_sizes(), mask->options()) : at::empty({0}, q.options())};
 }
 
-using ForwardOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, TLM_ATTEND_PARAMETERS);
-using BackwardOp = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const std::optional<Tensor>&, const Tensor&,
-                                                              const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                              bool, TLM_ATTEND_PARAMETERS);
+using ForwardOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                             TLM_ATTEND_PARAMETERS);
+using BackwardOp = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const std::optional<Tensor>&,
+                                                              const Tensor&, const Tensor&, const Tensor&,
+                                                              const Tensor&, const Tensor&, bool,
+                                                              TLM_ATTEND_PARAMETERS);
 
 const auto& forward_op() {
   static auto op = c10::Dispatcher::singleton()
@@ -176,13 +187,16 @@ const auto& backward_op() {
   return op;
 }
 
-std::optional<Tensor> maybe(const Tensor& x) { return x.defined() ? std::optional<Tensor>(x) : std::nullopt; }
+std::optional<Tensor> maybe(const Tensor& x) {
+  return x.defined() ? std::optional<Tensor>(x) : std::nullopt;
+}
 
 struct PartialAttention : torch::autograd::Function<PartialAttention> {
   static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
                                const std::optional<Tensor>& mask, std::optional<double> scale,
-                               std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window, double softcap,
-                               double dropout_p, const std::optional<Tensor>& seed, std::vector<c10::SymInt> origin) {
+                               std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
+                               double softcap, double dropout_p, const std::optional<Tensor>& seed,
+                               std::vector<c10::SymInt> origin) {
     ctx->set_materialize_grads(false);
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [out, logsumexp] = forward_op().call(q, k, v, TLM_ATTEND_ARGUMENTS);
@@ -208,23 +222,27 @@ struct PartialAttention : torch::autograd::Function<PartialAttention> {
     };
     Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(saved[3]);
     const bool mask_grad = data["mask_grad"].toBool();
-    auto [dq, dk, dv, dmask] = backward_op().call(
-        grad_out, maybe(grads[1]), saved[0], saved[1], saved[2], saved[3], saved[4], mask_grad, maybe(saved[5]),
-        data["scale"].toOptional<double>(), symbol("causal"), symbol("window"), data["softcap"].toDouble(),
-        data["dropout_p"].toDouble(), maybe(saved[6]), data["origin"].toSymIntVector());
+    auto [dq, dk, dv, dmask] =
+        backward_op().call(grad_out, maybe(grads[1]), saved[0], saved[1], saved[2], saved[3], saved[4],
+                           mask_grad, maybe(saved[5]), data["scale"].toOptional<double>(), symbol("causal"),
+                           symbol("window"), data["softcap"].toDouble(), data["dropout_p"].toDouble(),
+                           maybe(saved[6]), data["origin"].toSymIntVector());
     result[0] = dq, result[1] = dk, result[2] = dv;
     if (mask_grad) result[3] = dmask;
     return result;
   }
 };
 
-std::tuple<Tensor, Tensor> forward_autograd(const Tensor& q, const Tensor& k, const Tensor& v, TLM_ATTEND_PARAMETERS) {
-  auto out = PartialAttention::apply(q, k, v, mask, scale, causal, window, softcap, dropout_p, seed, origin.vec());
+std::tuple<Tensor, Tensor> forward_autograd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            TLM_ATTEND_PARAMETERS) {
+  auto out =
+      PartialAttention::apply(q, k, v, mask, scale, causal, window, softcap, dropout_p, seed, origin.vec());
   return {out[0], out[1]};
 }
 
 template <c10::DispatchKey kKey, at::DeviceType kDevice>
-std::tuple<Tensor, Tensor> forward_autocast(const Tensor& q, const Tensor& k, const Tensor& v, TLM_ATTEND_PARAMETERS) {
+std::tuple<Tensor, Tensor> forward_autocast(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            TLM_ATTEND_PARAMETERS) {
   c10::impl::ExcludeDispatchKeyGuard guard(kKey);
   auto dtype = at::autocast::get_autocast_dtype(kDevice);
   auto cast = [&](const Tensor& x) { return at::autocast::cached_cast(dtype, x, kDevice); };
@@ -233,18 +251,22 @@ std::tuple<Tensor, Tensor> forward_autocast(const Tensor& q, const Tensor& k, co
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> partial_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& options) {
-  return forward_op().call(q, k, v, options.mask, options.scale, options.causal, options.window, options.softcap,
-                           options.dropout_p, options.seed, options.origin);
+std::tuple<Tensor, Tensor> partial_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const Attend& options) {
+  return forward_op().call(q, k, v, options.mask, options.scale, options.causal, options.window,
+                           options.softcap, options.dropout_p, options.seed, options.origin);
 }
 
 std::string kernel_for(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& options) {
   const auto& o = options;
   check(q, k, v, o.mask, o.scale, o.causal, o.window, o.softcap, o.dropout_p, o.seed, o.origin);
-  return choose(q, k, v, concrete(q, o.mask, o.scale, o.causal, o.window, o.softcap, o.dropout_p, o.seed, o.origin)).name;
+  return choose(q, k, v,
+                concrete(q, o.mask, o.scale, o.causal, o.window, o.softcap, o.dropout_p, o.seed, o.origin))
+      .name;
 }
 
-Tensor dropout_keep_mask(const Tensor& seed, double p, c10::SymIntArrayRef sizes, c10::SymIntArrayRef origin) {
+Tensor dropout_keep_mask(const Tensor& seed, double p, c10::SymIntArrayRef sizes,
+                         c10::SymIntArrayRef origin) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("two_level_mha::dropout_keep_mask", "")
                        .typed<Tensor(const Tensor&, double, c10::SymIntArrayRef, c10::SymIntArrayRef)>();

@@ -10,7 +10,8 @@ namespace two_level_mha {
 
 using at::Tensor;
 
-// The arguments of the op that are not q, k, v; attention.h says what they mean. mask is broadcastable to (B, H, L, S).
+// The arguments of the op that are not q, k, v; attention.h says what they mean. mask is broadcastable to (B,
+// H, L, S).
 struct Attend {
   std::optional<Tensor> mask;
   std::optional<double> scale;  // default 1 / sqrt(D)
@@ -21,7 +22,8 @@ struct Attend {
 };
 
 // -> out (B, H, L, Dv), logsumexp (B, H, L)
-std::tuple<Tensor, Tensor> partial_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& options);
+std::tuple<Tensor, Tensor> partial_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const Attend& options);
 
 // One value for each row of the dispatch table that would serve this call, the first of which is taken.
 std::string kernel_for(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& options);

@@ -13,7 +13,8 @@ Tensor hide(Tensor scores, const Attend& attend) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   if (attend.mask) {
     const Tensor& mask = *attend.mask;
-    scores = mask.scalar_type() == at::kBool ? scores.masked_fill(mask.logical_not(), -kInfinity) : scores + mask;
+    scores =
+        mask.scalar_type() == at::kBool ? scores.masked_fill(mask.logical_not(), -kInfinity) : scores + mask;
   }
   if (attend.causal) {
     auto options = scores.options().dtype(at::kLong);
@@ -32,13 +33,15 @@ std::tuple<Tensor, Tensor> attention_with_weights(const Tensor& q, const Tensor&
                                                   const Attend& attend) {
   const int64_t groups = q.size(1) / k.size(1);
   auto every_head = [&](const Tensor& x) { return groups == 1 ? x : x.repeat_interleave(groups, 1); };
-  Tensor scores = at::matmul(q, every_head(k).transpose(-1, -2)) * attend.scale.value_or(1.0 / std::sqrt(double(q.size(3))));
+  Tensor scores = at::matmul(q, every_head(k).transpose(-1, -2)) *
+                  attend.scale.value_or(1.0 / std::sqrt(double(q.size(3))));
   if (attend.softcap > 0.0) scores = at::tanh(scores / attend.softcap) * attend.softcap;
   Tensor weights = at::softmax(hide(scores, attend), -1);
   if (attend.dropout_p > 0.0) {
     std::vector<c10::SymInt> sizes = weights.sym_sizes().vec();
     Tensor keep = dropout_keep_mask(*attend.seed, attend.dropout_p, sizes, attend.origin);
-    weights = attend.dropout_p < 1.0 ? weights * keep.to(weights.scalar_type()) / (1.0 - attend.dropout_p) : weights * 0.0;
+    weights = attend.dropout_p < 1.0 ? weights * keep.to(weights.scalar_type()) / (1.0 - attend.dropout_p)
+                                     : weights * 0.0;
   }
   weights = weights.to(v.scalar_type());
   return {at::matmul(weights, every_head(v)), weights};

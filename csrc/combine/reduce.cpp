@@ -55,7 +55,9 @@ struct ReduceReplicated : torch::autograd::Function<ReduceReplicated> {
     at::AutoDispatchBelowADInplaceOrView guard;
     return sum_over_grid(x, groups, reduce_dtype);
   }
-  static variable_list backward(AutogradContext*, variable_list grads) { return {grads[0], Tensor(), Tensor()}; }
+  static variable_list backward(AutogradContext*, variable_list grads) {
+    return {grads[0], Tensor(), Tensor()};
+  }
 };
 
 struct EnterReplicated : torch::autograd::Function<EnterReplicated> {
@@ -90,14 +92,15 @@ struct EnterReplicated : torch::autograd::Function<EnterReplicated> {
 };
 
 struct HierarchicalAllGather : torch::autograd::Function<HierarchicalAllGather> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, int64_t head_dim, int64_t slice_dim, const Groups& groups,
-                        bool slices_first, bool replicated) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, int64_t head_dim, int64_t slice_dim,
+                        const Groups& groups, bool slices_first, bool replicated) {
     save(ctx, groups);
     ctx->saved_data["dims"] = std::vector<int64_t>{head_dim, slice_dim, slices_first, replicated};
     at::AutoDispatchBelowADInplaceOrView guard;
     // (n, m, ...) whichever stage came first
-    Tensor parts = slices_first ? gather_stage(gather_stage(x.contiguous(), groups.slice), groups.head)
-                                : gather_stage(gather_stage(x.contiguous(), groups.head), groups.slice).transpose(0, 1);
+    Tensor parts =
+        slices_first ? gather_stage(gather_stage(x.contiguous(), groups.slice), groups.head)
+                     : gather_stage(gather_stage(x.contiguous(), groups.head), groups.slice).transpose(0, 1);
     std::vector<int64_t> order;
     std::vector<c10::SymInt> sizes;
     for (int64_t dim = 0; dim < x.dim(); ++dim) {
@@ -141,9 +144,10 @@ struct HierarchicalAllGather : torch::autograd::Function<HierarchicalAllGather> 
         sizes.push_back(size);
       }
       Tensor parts = grads[0].reshape_symint(sizes).permute(order);  // (n, m, ...)
-      grad = dims[2] ? scatter_stage(scatter_stage(parts.contiguous(), groups.head).contiguous(), groups.slice)
-                     : scatter_stage(scatter_stage(parts.transpose(0, 1).contiguous(), groups.slice).contiguous(),
-                                     groups.head);
+      grad = dims[2]
+                 ? scatter_stage(scatter_stage(parts.contiguous(), groups.head).contiguous(), groups.slice)
+                 : scatter_stage(scatter_stage(parts.transpose(0, 1).contiguous(), groups.slice).contiguous(),
+                                 groups.head);
     }
     return {grad, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
@@ -160,7 +164,8 @@ Tensor sum_over_grid(const Tensor& x, const Groups& groups, std::optional<at::Sc
     const int64_t m = groups.slice.size;
     auto elements = y.sym_numel();
     auto padded = (elements + (m - 1)) / m * m;
-    Tensor flat = at::constant_pad_nd_symint(y.reshape(-1), {0, padded - elements}).view_symint({m, padded / m});
+    Tensor flat =
+        at::constant_pad_nd_symint(y.reshape(-1), {0, padded - elements}).view_symint({m, padded / m});
     Tensor mine = run(Collective::reduce_scatter, flat, groups.slice);
     Tensor all = run(Collective::all_gather, sum_in_group(mine, groups.head), groups.slice);
     y = all.view(-1).narrow_symint(0, 0, elements).view_symint(x.sym_sizes());

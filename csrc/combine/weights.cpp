@@ -25,10 +25,11 @@ struct KeepGradient : torch::autograd::Function<KeepGradient> {
   }
 };
 
-// Pieces dealt out along `dim` over the slice group -> the whole, used alike by every rank: the adjoint is one's own.
+// Pieces dealt out along `dim` over the slice group -> the whole, used alike by every rank: the adjoint is
+// one's own.
 struct GatherDealt : torch::autograd::Function<GatherDealt> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, std::vector<c10::SymInt> whole, int64_t dim, bool zigzag,
-                        const Group& group, int64_t slice) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, std::vector<c10::SymInt> whole, int64_t dim,
+                        bool zigzag, const Group& group, int64_t slice) {
     ctx->saved_data["where"] = std::vector<int64_t>{dim, zigzag, group.size, slice};
     ctx->saved_data["sizes"] = std::vector<c10::SymInt>(x.sym_sizes().vec());
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -45,8 +46,8 @@ struct GatherDealt : torch::autograd::Function<GatherDealt> {
 
 }  // namespace
 
-Tensor gather_weights(const Tensor& weights, const SchemeRow& row, const Place& place, const c10::SymInt& batch,
-                      const c10::SymInt& length, bool zigzag, bool average) {
+Tensor gather_weights(const Tensor& weights, const SchemeRow& row, const Place& place,
+                      const c10::SymInt& batch, const c10::SymInt& length, bool zigzag, bool average) {
   const int64_t n = place.grid.head_groups, m = place.grid.slices, heads = weights.size(1) * n;
   if (!row.exact) {  // h * m heads of width d / m, each on one rank
     if (average)
@@ -64,7 +65,9 @@ Tensor gather_weights(const Tensor& weights, const SchemeRow& row, const Place& 
   Groups head_axis;
   head_axis.head = head_axis.grid = place.groups.head;
   head_axis.head_rank = place.head_group;
-  if (average) return n == 1 ? whole.mean(1) : reduce_replicated(whole.sum(1), head_axis, place.reduce_dtype) / double(heads);
+  if (average)
+    return n == 1 ? whole.mean(1)
+                  : reduce_replicated(whole.sum(1), head_axis, place.reduce_dtype) / double(heads);
   return hierarchical_all_gather(whole, 1, 2, head_axis, false, true);
 }
 

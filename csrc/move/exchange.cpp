@@ -20,7 +20,9 @@ Tensor call(const char* name, std::vector<c10::IValue> args) {
   return stack[0].toTensor();
 }
 
-Tensor wait_tensor(const Tensor& x) { return call("_c10d_functional::wait_tensor", {x}); }
+Tensor wait_tensor(const Tensor& x) {
+  return call("_c10d_functional::wait_tensor", {x});
+}
 
 Collective adjoint(Collective kind) {
   switch (kind) {
@@ -34,11 +36,14 @@ Collective adjoint(Collective kind) {
 }
 
 // Nothing to send: every rank knows it alike, and not every backend takes an empty tensor.
-bool empty(const Tensor& x) { return x.sym_numel().maybe_as_int() == 0; }
+bool empty(const Tensor& x) {
+  return x.sym_numel().maybe_as_int() == 0;
+}
 
 Tensor issue(Collective kind, const Tensor& buffer, const Group& group) {
   Tensor x = buffer.contiguous();
-  if (empty(x)) return kind == Collective::all_gather ? x.expand_symint({group.size, x.sym_size(1)}).clone() : x.clone();
+  if (empty(x))
+    return kind == Collective::all_gather ? x.expand_symint({group.size, x.sym_size(1)}).clone() : x.clone();
   if (kind == Collective::all_gather)
     return call("_c10d_functional::all_gather_into_tensor", {x, group.size, group.name});
   if (kind == Collective::reduce_scatter && !x.is_cpu())
@@ -57,8 +62,9 @@ c10::intrusive_ptr<Flight> flight(AutogradContext* ctx) {
   return c10::static_intrusive_pointer_cast<Flight>(ctx->saved_data["flight"].toCapsule());
 }
 
-// A plain pair of functions dies in backward, where the gradient of the started tensor has the waited tensor's shape.
-// Here Wait.backward issues the adjoint into the shared flight and Start.backward waits for it there.
+// A plain pair of functions dies in backward, where the gradient of the started tensor has the waited
+// tensor's shape. Here Wait.backward issues the adjoint into the shared flight and Start.backward waits for
+// it there.
 struct Start : torch::autograd::Function<Start> {
   static Tensor forward(AutogradContext* ctx, const Tensor& buffer, int64_t kind, const Group& group,
                         const c10::intrusive_ptr<Flight>& shared) {
@@ -106,7 +112,9 @@ Exchange start(Collective kind, const Tensor& buffer, const Group& group) {
   return {Start::apply(buffer, int64_t(kind), group, shared), kind, group, shared};
 }
 
-Tensor Exchange::wait() const { return Wait::apply(started, int64_t(kind), group, flight); }
+Tensor Exchange::wait() const {
+  return Wait::apply(started, int64_t(kind), group, flight);
+}
 
 Tensor run(Collective kind, const Tensor& buffer, const Group& group) {
   return finish(kind, issue(kind, buffer, group));

@@ -39,7 +39,8 @@ struct Flight : torch::CustomClassHolder {
   Tensor gradient;
 };
 
-// An exchange under way: other work may run until wait() is called, forward and (in the reverse order) backward.
+// An exchange under way: other work may run until wait() is called, forward and (in the reverse order)
+// backward.
 struct Exchange {
   Tensor started;
   Collective kind;
@@ -51,7 +52,8 @@ struct Exchange {
 
 Exchange start(Collective kind, const Tensor& buffer, const Group& group);
 
-// Sum over the group, in place of nothing: not differentiable, see combine/reduce.h for the differentiable forms.
+// Sum over the group, in place of nothing: not differentiable, see combine/reduce.h for the differentiable
+// forms.
 Tensor sum_in_group(const Tensor& x, const Group& group);
 
 // The same without autograd, for use inside autograd functions.

@@ -35,8 +35,8 @@ I part_elements(c10::ArrayRef<I> sizes, int64_t dim, int64_t parts, bool zigzag)
 
 }  // namespace
 
-std::vector<Piece> make_pieces(const std::vector<std::vector<int64_t>>& sizes, at::IntArrayRef dims, int64_t parts,
-                               bool zigzag) {
+std::vector<Piece> make_pieces(const std::vector<std::vector<int64_t>>& sizes, at::IntArrayRef dims,
+                               int64_t parts, bool zigzag) {
   std::vector<Piece> pieces;
   int64_t offset = 0;
   for (size_t i = 0; i < sizes.size(); ++i) {
@@ -48,9 +48,11 @@ std::vector<Piece> make_pieces(const std::vector<std::vector<int64_t>>& sizes, a
 
 namespace {
 
-// Copies the rows of one dealt tensor between its own memory and part `part` of a buffer, inner runs at a time.
+// Copies the rows of one dealt tensor between its own memory and part `part` of a buffer, inner runs at a
+// time.
 template <bool kPack>
-void copy_part(char* tensor, char* part_start, const Piece& piece, int64_t part, int64_t parts, int64_t bytes) {
+void copy_part(char* tensor, char* part_start, const Piece& piece, int64_t part, int64_t parts,
+               int64_t bytes) {
   const int64_t run = piece.inner * bytes;
   for (int64_t o = 0; o < piece.outer; ++o)
     for (int64_t c = 0; c < piece.chunks; ++c) {
@@ -68,7 +70,8 @@ void copy_part(char* tensor, char* part_start, const Piece& piece, int64_t part,
 }
 
 void check_arguments(size_t tensors, at::IntArrayRef dims, int64_t parts) {
-  TORCH_CHECK_VALUE(tensors == dims.size(), "dims must have one entry per tensor (", tensors, "), got ", dims.size());
+  TORCH_CHECK_VALUE(tensors == dims.size(), "dims must have one entry per tensor (", tensors, "), got ",
+                    dims.size());
   TORCH_CHECK_VALUE(parts >= 1, "parts must be positive, got ", parts);
 }
 
@@ -101,8 +104,8 @@ Tensor pack_cpu(at::TensorList tensors, at::IntArrayRef dims, int64_t parts, boo
   return buffer;
 }
 
-std::vector<Tensor> unpack_cpu(const Tensor& buffer, const std::vector<std::vector<int64_t>>& sizes, at::IntArrayRef dims,
-                               int64_t parts, bool zigzag) {
+std::vector<Tensor> unpack_cpu(const Tensor& buffer, const std::vector<std::vector<int64_t>>& sizes,
+                               at::IntArrayRef dims, int64_t parts, bool zigzag) {
   check_arguments(sizes.size(), dims, parts);
   Tensor from = buffer.contiguous();
   const int64_t bytes = from.element_size(), elements = from.size(1);
@@ -118,8 +121,8 @@ std::vector<Tensor> unpack_cpu(const Tensor& buffer, const std::vector<std::vect
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
         copy_part<false>(static_cast<char*>(x.data_ptr()),
-                         static_cast<char*>(from.data_ptr()) + (t * elements + pieces[i].offset) * bytes, pieces[i], t,
-                         parts, bytes);
+                         static_cast<char*>(from.data_ptr()) + (t * elements + pieces[i].offset) * bytes,
+                         pieces[i], t, parts, bytes);
     });
     out.push_back(x);
   }
@@ -137,12 +140,12 @@ std::vector<std::vector<I>> split_sizes(c10::ArrayRef<I> flat) {
   return sizes;
 }
 
-using UnpackFunction = std::vector<Tensor> (*)(const Tensor&, const std::vector<std::vector<int64_t>>&, at::IntArrayRef,
-                                               int64_t, bool);
+using UnpackFunction = std::vector<Tensor> (*)(const Tensor&, const std::vector<std::vector<int64_t>>&,
+                                               at::IntArrayRef, int64_t, bool);
 
 template <UnpackFunction kUnpack>
-std::vector<Tensor> unpack_flat(const Tensor& buffer, at::IntArrayRef sizes, at::IntArrayRef dims, int64_t parts,
-                                bool zigzag) {
+std::vector<Tensor> unpack_flat(const Tensor& buffer, at::IntArrayRef sizes, at::IntArrayRef dims,
+                                int64_t parts, bool zigzag) {
   return kUnpack(buffer, split_sizes<int64_t>(sizes), dims, parts, zigzag);
 }
 
@@ -154,8 +157,8 @@ Tensor pack_meta(at::TensorList tensors, at::IntArrayRef dims, int64_t parts, bo
   return at::empty_symint({parts, elements}, tensors[0].options());
 }
 
-std::vector<Tensor> unpack_meta(const Tensor& buffer, c10::SymIntArrayRef sizes, at::IntArrayRef dims, int64_t parts,
-                                bool) {
+std::vector<Tensor> unpack_meta(const Tensor& buffer, c10::SymIntArrayRef sizes, at::IntArrayRef dims,
+                                int64_t parts, bool) {
   std::vector<Tensor> out;
   auto all = split_sizes<c10::SymInt>(sizes);
   check_arguments(all.size(), dims, parts);
@@ -173,7 +176,8 @@ std::vector<c10::SymInt> flat_sizes(at::TensorList tensors) {
 }
 
 struct Pack : torch::autograd::Function<Pack> {
-  static Tensor forward(AutogradContext* ctx, at::TensorList tensors, std::vector<int64_t> dims, int64_t parts, bool zigzag) {
+  static Tensor forward(AutogradContext* ctx, at::TensorList tensors, std::vector<int64_t> dims,
+                        int64_t parts, bool zigzag) {
     ctx->saved_data["sizes"] = flat_sizes(tensors);
     ctx->saved_data["dims"] = dims;
     ctx->saved_data["parts"] = parts;
@@ -182,8 +186,9 @@ struct Pack : torch::autograd::Function<Pack> {
     return pack(tensors, dims, parts, zigzag);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    auto out = unpack(grads[0], ctx->saved_data["sizes"].toSymIntVector(), ctx->saved_data["dims"].toIntVector(),
-                      ctx->saved_data["parts"].toInt(), ctx->saved_data["zigzag"].toBool());
+    auto out =
+        unpack(grads[0], ctx->saved_data["sizes"].toSymIntVector(), ctx->saved_data["dims"].toIntVector(),
+               ctx->saved_data["parts"].toInt(), ctx->saved_data["zigzag"].toBool());
     out.resize(out.size() + 3);
     return out;
   }
@@ -209,8 +214,8 @@ Tensor pack_autograd(at::TensorList tensors, at::IntArrayRef dims, int64_t parts
   return Pack::apply(tensors, dims.vec(), parts, zigzag);
 }
 
-std::vector<Tensor> unpack_autograd(const Tensor& buffer, c10::SymIntArrayRef sizes, at::IntArrayRef dims, int64_t parts,
-                                    bool zigzag) {
+std::vector<Tensor> unpack_autograd(const Tensor& buffer, c10::SymIntArrayRef sizes, at::IntArrayRef dims,
+                                    int64_t parts, bool zigzag) {
   return Unpack::apply(buffer, sizes.vec(), dims.vec(), parts, zigzag);
 }
 
@@ -223,8 +228,8 @@ Tensor pack(at::TensorList tensors, at::IntArrayRef dims, int64_t parts, bool zi
   return op.call(tensors, dims, parts, zigzag);
 }
 
-std::vector<Tensor> unpack(const Tensor& buffer, c10::SymIntArrayRef sizes, at::IntArrayRef dims, int64_t parts,
-                           bool zigzag) {
+std::vector<Tensor> unpack(const Tensor& buffer, c10::SymIntArrayRef sizes, at::IntArrayRef dims,
+                           int64_t parts, bool zigzag) {
   static auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("two_level_mha::unpack", "")

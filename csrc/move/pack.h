@@ -22,13 +22,14 @@
 namespace two_level_mha {
 
 // The geometry of the kernels for tensors of these sizes.
-std::vector<Piece> make_pieces(const std::vector<std::vector<int64_t>>& sizes, at::IntArrayRef dims, int64_t parts,
-                               bool zigzag);
+std::vector<Piece> make_pieces(const std::vector<std::vector<int64_t>>& sizes, at::IntArrayRef dims,
+                               int64_t parts, bool zigzag);
 
-// The ops: differentiable, any device. Tensors are 4-D; `sizes` of unpack is their shapes, one after the other.
+// The ops: differentiable, any device. Tensors are 4-D; `sizes` of unpack is their shapes, one after the
+// other.
 at::Tensor pack(at::TensorList tensors, at::IntArrayRef dims, int64_t parts, bool zigzag);
-std::vector<at::Tensor> unpack(const at::Tensor& buffer, c10::SymIntArrayRef sizes, at::IntArrayRef dims, int64_t parts,
-                               bool zigzag);
+std::vector<at::Tensor> unpack(const at::Tensor& buffer, c10::SymIntArrayRef sizes, at::IntArrayRef dims,
+                               int64_t parts, bool zigzag);
 
 at::Tensor pack_cpu(at::TensorList tensors, at::IntArrayRef dims, int64_t parts, bool zigzag);
 std::vector<at::Tensor> unpack_cpu(const at::Tensor& buffer, const std::vector<std::vector<int64_t>>& sizes,

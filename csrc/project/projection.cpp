@@ -6,8 +6,8 @@ namespace two_level_mha {
 
 namespace {
 
-// From this many tokens on one GEMM over concatenated weights beats three, each of which reads X again; below it the
-// copy of the weights costs more than it saves.
+// From this many tokens on one GEMM over concatenated weights beats three, each of which reads X again; below
+// it the copy of the weights costs more than it saves.
 constexpr int64_t kOneGemmTokens = 256;
 
 bool many_tokens(const Tensor& x) {

@@ -16,7 +16,8 @@ struct QkvWeights {
   std::optional<Tensor> q_bias, k_bias, v_bias;
 };
 
-// query (B, L, Dq), key (B, S, Dk), value (B, S, Dv); with batch_first = false the first two dims are swapped.
+// query (B, L, Dq), key (B, S, Dk), value (B, S, Dv); with batch_first = false the first two dims are
+// swapped.
 // -> q (B, H, L, E), k (B, K, S, E), v (B, K, S, E), views of memory ordered as the inputs were.
 std::tuple<Tensor, Tensor, Tensor> qkv_projection(const Tensor& query, const Tensor& key, const Tensor& value,
                                                   const QkvWeights& weights, bool batch_first);
