@@ -111,8 +111,8 @@ class TwoLevelMultiheadAttention(GridAttention):
         query (L, B, D), key (S, B, kdim), value (S, B, vdim), dims 0 and 1 swapped if batch_first, or unbatched without
         B. key_padding_mask (B, S), attn_mask (L, S) or (B * num_heads, L, S): bool with True = ignore, or additive.
         is_causal is a hint that stock defines only together with attn_mask; here the mask rules.
-        Returns the output like query, and the attention weights after dropout, (B, L, S), or (B, num_heads, L, S) if not
-        average_attn_weights, or None. A row that sees no key is NaN with need_weights, else out_proj's bias.
+        Returns the output like query, and the attention weights after dropout, (B, L, S), or (B, num_heads, L, S) if
+        not average_attn_weights, or None. A row that sees no key is NaN with need_weights, else out_proj's bias.
         Raises ValueError (often also what stock raises) before anything is sent.
         """
         checked = (query, key, value, key_padding_mask, attn_mask, is_causal)
