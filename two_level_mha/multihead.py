@@ -76,6 +76,8 @@ class TwoLevelMultiheadAttention(GridAttention):
             raise UsageAssertionError(
                 f"embed_dim must be divisible by num_heads, got embed_dim={embed_dim} and num_heads={num_heads}"
             )
+        if not 0.0 <= dropout <= 1.0:
+            raise GridError(f"dropout probability has to be between 0 and 1, but got {dropout}")
         super().__init__(
             num_heads=num_heads, num_kv_heads=num_heads, head_dim=embed_dim // num_heads, mesh=mesh, scheme=scheme,
             combine=combine, debug=debug, reduce_dtype=reduce_dtype,
@@ -153,7 +155,7 @@ class TwoLevelMultiheadAttention(GridAttention):
                    "attn_mask": attn_mask}  # fmt: skip
         try:
             check_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal)
-        except GridError as error:
+        except Exception as error:  # whatever it is, the others would wait for this rank
             same_on_all_ranks({"error": error}, self.mesh, "")
         self.compare(tensors, settings)
 
