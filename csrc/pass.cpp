@@ -91,7 +91,9 @@ Tensor mask_piece(const Tensor& mask, int64_t dim, const c10::SymInt& first, con
   if (mask.sym_size(dim) == 1) return mask;
   std::vector<c10::SymInt> pad(2 * (4 - dim), 0);
   pad.back() = padded - mask.sym_size(dim);
-  return at::constant_pad_nd_symint(mask, pad).narrow_symint(dim, first, count);
+  // True = attend: a padded row that saw no key would send NaN into the gradients
+  return at::constant_pad_nd_symint(mask, pad, mask.scalar_type() == at::kBool ? 1 : 0)
+      .narrow_symint(dim, first, count);
 }
 
 using Core = std::function<Tensor(const Tensor& q, const Tensor& k, const Tensor& v, const Attend&)>;

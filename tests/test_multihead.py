@@ -89,10 +89,14 @@ def on_ranks(pool, function, grid, *args):
     return pool.run(function, grid[0] * grid[1], grid, *args, timeout=120)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_stock_contract(pool, grid):
+SLICES, SEQUENCE = {"scheme": "slices"}, {"scheme": "sequence", "combine": "concat"}
+
+
+@pytest.mark.parametrize(
+    ("grid", "options"), [(None, [{}]), ((2, 2), [SLICES, SEQUENCE]), ((1, 4), [SEQUENCE]), ((4, 2), [SLICES])]
+)
+def test_stock_contract(pool, grid, options):
     """A failure names the feature; in one process it is the masks or the layouts, on a grid only the pass."""
-    options = [{"scheme": "slices"}, {"scheme": "sequence", "combine": "concat"}] if grid else [{}]
     for failed in on_ranks(pool, contract, grid, CALLS, options):
         assert not failed, "\n".join(failed)
 
