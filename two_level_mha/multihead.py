@@ -133,7 +133,8 @@ class TwoLevelMultiheadAttention(GridAttention):
             key,
             value,
             attn_mask=one_mask(self.num_heads, key_padding_mask, attn_mask, extra_keys),
-            dropout_p=self.dropout if self.training else 0.0,
+            # asked first: a float passed to an op would be specialised by torch.compile in a second pass
+            dropout_p=self.dropout if self.training and self.dropout > 0.0 else 0.0,
             batch_first=self.batch_first or not batched,
             add_zero_attn=self.add_zero_attn,
             need_weights=need_weights,
