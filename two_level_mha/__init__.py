@@ -4,6 +4,7 @@ from two_level_mha._load import PACKAGE, load
 
 load()
 
+from two_level_mha.checkpoint import full_state_dict  # noqa: E402
 from two_level_mha.convert import parallelize  # noqa: E402
 from two_level_mha.mesh import Grid, GridError, init_mesh  # noqa: E402
 from two_level_mha.multihead import TwoLevelMultiheadAttention  # noqa: E402
@@ -15,6 +16,7 @@ __all__ = [
     "GridError",
     "TwoLevelMultiheadAttention",
     "clip_grad_norm_",
+    "full_state_dict",
     "init_mesh",
     "parallelize",
     "param_groups",

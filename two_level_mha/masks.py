@@ -72,22 +72,23 @@ def _check_dtypes(mha, query, key, value, key_padding_mask, attn_mask) -> None:
                 f"use {name}.bool() (True = ignore) or an additive floating mask"
             )
     weight = mha.q_weight
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not torch.is_autocast_enabled(query.device.type) and x.dtype != weight.dtype:
-            raise UsageRuntimeError(
-                f"{name} has dtype {x.dtype}, but the module's weights are {weight.dtype}: convert one of them, or run "
-                "under torch.autocast"
-            )
     tensors = {"query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
     for name, x in tensors.items():
         if x is not None and x.device != weight.device:
             raise UsageRuntimeError(f"{name} is on {x.device}, but the module is on {weight.device}: move one of them")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise UsageRuntimeError(
+                f"{name} has dtype {x.dtype}, but the module's weights are {weight.dtype}: convert one of them, or run "
+                "under torch.autocast"
+            )
 
 
 def _check_shapes(mha, query, key, value, key_padding_mask, attn_mask) -> None:
     if query.shape[-1] != mha.embed_dim:
         raise UsageAssertionError(f"was expecting embedding dimension of {mha.embed_dim}, but got {query.shape[-1]}")
-    if mha.kdim == mha.embed_dim == mha.vdim:
+    packed = mha.kdim == mha.embed_dim == mha.vdim
+    if packed:
         if key.shape != value.shape:
             raise UsageAssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
     elif key.shape[:-1] != value.shape[:-1]:
@@ -95,8 +96,13 @@ def _check_shapes(mha, query, key, value, key_padding_mask, attn_mask) -> None:
             f"key's sequence and batch dims {key.shape[:2]} do not match value's {value.shape[:2]}"
         )
     for name, x, width in (("key", key, mha.kdim), ("value", value, mha.vdim)):
-        if x.shape[-1] != width:
+        if x.shape[-1] != width and packed:
             raise UsageRuntimeError(f"{name} must have width {width}, got {x.shape[-1]} (shape {tuple(x.shape)})")
+        if x.shape[-1] != width:
+            raise UsageAssertionError(
+                f"expecting {name} weights shape of {(mha.embed_dim, x.shape[-1])}, but got"
+                f" {torch.Size((mha.embed_dim, width))}: {name} must have width {width}, got {x.shape[-1]}"
+            )
     batched = query.dim() == 3
     batch_dim, length_dim = (0, 1) if mha.batch_first else (1, 0)
     B = query.shape[batch_dim] if batched else 1

@@ -76,6 +76,8 @@ class TwoLevelMultiheadAttention(GridAttention):
             raise UsageAssertionError(
                 f"embed_dim must be divisible by num_heads, got embed_dim={embed_dim} and num_heads={num_heads}"
             )
+        if not 0.0 <= dropout <= 1.0:
+            raise GridError(f"dropout probability has to be between 0 and 1, but got {dropout}")
         super().__init__(
             num_heads=num_heads, num_kv_heads=num_heads, head_dim=embed_dim // num_heads, mesh=mesh, scheme=scheme,
             combine=combine, debug=debug, reduce_dtype=reduce_dtype,
@@ -121,8 +123,8 @@ class TwoLevelMultiheadAttention(GridAttention):
         query (L, B, D), key (S, B, kdim), value (S, B, vdim), dims 0 and 1 swapped if batch_first, or unbatched without
         B. key_padding_mask (B, S), attn_mask (L, S) or (B * num_heads, L, S): bool with True = ignore, or additive.
         is_causal is a hint that stock defines only together with attn_mask; here the mask rules.
-        Returns the output like query, and the attention weights after dropout, (B, L, S), or (B, num_heads, L, S) if not
-        average_attn_weights, or None. A row that sees no key is NaN with need_weights, else out_proj's bias.
+        Returns the output like query, and the attention weights after dropout, (B, L, S), or (B, num_heads, L, S) if
+        not average_attn_weights, or None. A row that sees no key is NaN with need_weights, else out_proj's bias.
         Raises ValueError (often also what stock raises) before anything is sent.
         """
         checked = (query, key, value, key_padding_mask, attn_mask, is_causal)
@@ -163,7 +165,7 @@ class TwoLevelMultiheadAttention(GridAttention):
                    "attn_mask": attn_mask}  # fmt: skip
         try:
             check_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal)
-        except GridError as error:
+        except Exception as error:  # whatever it is, the others would wait for this rank
             same_on_all_ranks({"error": error}, self.mesh, "")
         self.compare(tensors, settings)
 

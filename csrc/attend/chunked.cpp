@@ -98,7 +98,8 @@ struct Block {
     Tensor kept =
         dropout_keep_mask(p.seed, p.dropout_p, std::vector<c10::SymInt>{call.B, call.H, rows, key + keys},
                           std::vector<c10::SymInt>{p.origin[0], p.origin[1], p.origin[2] + row});
-    return group_heads(kept.narrow(3, key, keys)).to(dtype).div_(1.0 - p.dropout_p);
+    Tensor factor = group_heads(kept.narrow(3, key, keys)).to(dtype);
+    return p.dropout_p < 1.0 ? factor.div_(1.0 - p.dropout_p) : factor;  // at 1 nothing is kept
   }
 };
 

@@ -15,8 +15,10 @@ Tensor hide(Tensor scores, const Attend& attend) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   if (attend.mask) {
     const Tensor& mask = *attend.mask;
-    scores =
-        mask.scalar_type() == at::kBool ? scores.masked_fill(mask.logical_not(), -kInfinity) : scores + mask;
+    // Added, not filled in, so that the NaN of a row without keys reaches the gradients, as in stock.
+    scores = scores + (mask.scalar_type() == at::kBool
+                           ? at::zeros({1}, scores.options()).masked_fill(mask.logical_not(), -kInfinity)
+                           : mask);
   }
   if (attend.causal) {
     auto options = scores.options().dtype(at::kLong);

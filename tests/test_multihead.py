@@ -1,0 +1,420 @@
+"""TwoLevelMultiheadAttention keeps nn.MultiheadAttention's whole contract: against stock's train-mode path in
+float64 (level T), values and gradients, in one process and on real Gloo grids.
+"""
+
+import copy
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from harness.calls import EMBED, HEADS, Call, everything, make_inputs, mesh, off, stock_layer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import two_level_mha as tlm
+from two_level_mha.blocks import whole
+
+GRIDS = [None, (2, 2), (1, 4), (4, 2)]
+FLOAT64 = {"dtype": torch.float64}
+
+CALLS = {
+    "self": Call(),
+    "no weights": Call(need_weights=False),
+    "each head's weights": Call(average=False),
+    "batch first": Call({"batch_first": True}, keys=7),
+    "cross": Call(keys=7, need_weights=False),
+    "widths": Call({"kdim": 6, "vdim": 10}, keys=7),
+    "width of keys": Call({"kdim": 6, "batch_first": True}, keys=7, need_weights=False),
+    "no bias": Call({"bias": False}),
+    "no bias, widths": Call({"bias": False, "kdim": 6, "vdim": 10, "add_bias_kv": True}, keys=7),
+    "bias_kv": Call({"add_bias_kv": True}, attn_mask="bool2"),
+    "zero key": Call({"add_zero_attn": True}, padding="bool", average=False),
+    "both extra keys": Call({"add_bias_kv": True, "add_zero_attn": True}, keys=7, attn_mask="float3", padding="float"),
+    "both extra keys, no weights": Call(
+        {"add_bias_kv": True, "add_zero_attn": True, "batch_first": True}, attn_mask="bool3", need_weights=False
+    ),
+    "bool masks": Call(keys=7, attn_mask="bool2", padding="bool"),
+    "bool mask of each head": Call(keys=7, attn_mask="bool3", average=False),
+    "float mask": Call(attn_mask="float2", need_weights=False),
+    "float mask of each head": Call(keys=7, attn_mask="float3", padding="float", need_weights=False),
+    "mixed masks": Call(attn_mask="float2", padding="bool"),
+    "mixed masks, the other way": Call(attn_mask="bool2", padding="float", need_weights=False),
+    "causal": Call(attn_mask="causal", is_causal=True),
+    "causal, no weights": Call(attn_mask="causal", is_causal=True, need_weights=False),
+    "causal and padding": Call(attn_mask="causal", padding="bool", is_causal=True, need_weights=False),
+    "float causal": Call(attn_mask="float causal", is_causal=True),
+    "unbatched": Call(batch=None),
+    "unbatched, batch first, masks": Call({"batch_first": True}, None, keys=7, attn_mask="bool3", padding="bool"),
+    "unbatched, no weights": Call(batch=None, keys=7, attn_mask="float2", need_weights=False),
+    "empty row, weights": Call(attn_mask="bool2", empty_row=True),
+    "empty row, no weights": Call(attn_mask="bool3", empty_row=True, need_weights=False),
+    "no sequence in the batch": Call(batch=0),
+    "no query": Call(length=0, keys=7),
+    "no query, no weights": Call({"batch_first": True}, length=0, keys=7, need_weights=False),
+    "one query": Call(length=1, keys=5, need_weights=False),
+}
+
+
+def random_call(seed: int) -> Call:
+    """Any legal combination."""
+    rng = random.Random(seed)
+    flags = {name: rng.random() < 0.4 for name in ("batch_first", "add_bias_kv", "add_zero_attn")}
+    keys = rng.choice([None, 1, 6, 9])
+    widths = {"kdim": rng.choice([None, 6]), "vdim": rng.choice([None, 10])} if keys else {}
+    mask = rng.choice([None, "bool2", "bool3", "float2", "float3"])
+    return Call(
+        {**flags, **widths, "bias": rng.random() < 0.7}, batch=rng.choice([None, 1, 4]), length=rng.choice([1, 5, 8]),
+        keys=keys, attn_mask=mask, padding=rng.choice([None, "bool", "float"]) if keys != 1 else None,
+        need_weights=rng.random() < 0.5, average=rng.random() < 0.5,
+    )  # fmt: skip
+
+
+COMBINATIONS = {f"combination {seed}": random_call(seed) for seed in range(40)}
+
+
+def contract(grid, calls: dict[str, Call], options: list[dict]) -> list[str]:
+    return [
+        f"{name}, {option}: {found}"
+        for name, call in calls.items()
+        for option in options
+        if (found := off(call, grid, **option))
+    ]
+
+
+def on_ranks(pool, function, grid, *args):
+    """The results of function(grid, *args), one per rank; in this process without a grid."""
+    if grid is None:
+        return [function(None, *args)]
+    return pool.run(function, grid[0] * grid[1], grid, *args, timeout=120)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_stock_contract(pool, grid):
+    """A failure names the feature; in one process it is the masks or the layouts, on a grid only the pass."""
+    options = [{"scheme": "slices"}, {"scheme": "sequence", "combine": "concat"}] if grid else [{}]
+    for failed in on_ranks(pool, contract, grid, CALLS, options):
+        assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("grid", [None, (2, 2)])
+def test_combinations(pool, grid):
+    """Features that work alone and not together."""
+    for failed in on_ranks(pool, contract, grid, COMBINATIONS, [{}]):
+        assert not failed, "\n".join(failed)
+
+
+# -- Keys that are not there, rows that see nothing
+
+
+def no_keys(grid) -> list[float]:
+    found = []
+    for need_weights in (False, True):
+        for batch_first in (False, True):
+            call = Call({"batch_first": batch_first}, keys=0, need_weights=need_weights)
+            stock = stock_layer(call)
+            results = everything(tlm.TwoLevelMultiheadAttention.from_torch(stock, mesh(grid)), call)
+            assert results["y"].shape == ((3, 5, EMBED) if batch_first else (5, 3, EMBED))
+            assert not need_weights or results["weights"].shape == (3, 5, 0)
+            found.append((results["y"] - stock.out_proj.bias).abs().max().item())
+            found += [results[f"d {name}"].abs().sum().item() for name in ("query", "q_weight", "v_weight")]
+    return found
+
+
+@pytest.mark.parametrize("grid", [None, (2, 2)])
+def test_no_keys_gives_the_output_bias(pool, grid):
+    for found in on_ranks(pool, no_keys, grid):
+        assert max(found) == 0.0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_row_without_weights_is_the_output_bias(training):
+    call = Call(attn_mask="bool2", empty_row=True, need_weights=False)
+    stock = stock_layer(call)
+    ours = tlm.TwoLevelMultiheadAttention.from_torch(stock).train(training)
+    (x,), mask, _ = make_inputs(call, stock)
+    with torch.no_grad():
+        y, weights = ours(x, x, x, attn_mask=mask, need_weights=False)
+        assert weights is None and torch.equal(y[1], stock.out_proj.bias.expand(3, EMBED))
+        assert ours(x, x, x, attn_mask=mask)[0][1].isnan().all()
+
+
+def test_padding_that_hides_every_key():
+    """A wholly padded sequence touches only itself."""
+    call = Call({"batch_first": True}, need_weights=False)
+    stock = stock_layer(call)
+    x = torch.randn(3, 5, EMBED, **FLOAT64)
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[1] = True
+    ours = tlm.TwoLevelMultiheadAttention.from_torch(stock)
+    for mask in (padding, torch.zeros(3, 5, **FLOAT64).masked_fill(padding, float("-inf"))):
+        results = [layer(x, x, x, key_padding_mask=mask, need_weights=False)[0] for layer in (stock, ours)]
+        torch.testing.assert_close(*results, rtol=0, atol=1e-10)
+
+
+# -- Dropout
+
+
+def dropped(grid, p: float) -> list[dict]:
+    """Every result with dropout, for need_weights on and off, from one seed."""
+    found = []
+    for need_weights in (True, False):
+        call = Call({"dropout": p}, keys=7, need_weights=need_weights, average=False)
+        for scheme in ("slices", "sequence"):
+            torch.manual_seed(0)
+            layer = tlm.TwoLevelMultiheadAttention.from_torch(stock_layer(call), mesh(grid), scheme=scheme)
+            found.append(everything(layer, call))
+    return found
+
+
+@pytest.mark.parametrize("grid", GRIDS[1:])
+def test_dropout_is_the_same_on_every_grid(pool, grid):
+    """The mask belongs to (batch, head, row, column), not to the rank."""
+    expected = dropped(None, 0.5)
+    assert (expected[0]["weights"] == 0).any()
+    for found in on_ranks(pool, dropped, grid, 0.5):
+        for ours, one in zip(found, expected, strict=True):
+            for name in one:
+                torch.testing.assert_close(ours[name], one[name], rtol=0, atol=1e-10, msg=name)
+
+
+def test_dropout_statistics():
+    """Half of the weights survive, doubled; another call drops others; eval drops none."""
+    torch.manual_seed(0)
+    layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, dropout=0.5, **FLOAT64)
+    x = torch.randn(64, 8, EMBED, **FLOAT64)
+    first, second = (layer(x, x, x, average_attn_weights=False)[1] for _ in range(2))
+    kept = layer.eval()(x, x, x, average_attn_weights=False)[1]
+    for weights in (first, second):
+        alive = weights != 0
+        assert abs(alive.double().mean().item() - 0.5) < 5 * 0.5 / weights.numel() ** 0.5
+        torch.testing.assert_close(weights[alive], 2 * kept[alive])
+    assert 0.45 < ((first != 0) == (second != 0)).double().mean().item() < 0.55
+    assert (kept != 0).all()
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_dropout_of_everything(need_weights):
+    """p = 1 is the output bias, with finite gradients."""
+    layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, dropout=1.0, **FLOAT64)
+    x = torch.randn(5, 3, EMBED, **FLOAT64, requires_grad=True)
+    y, _ = layer(x, x, x, need_weights=need_weights)
+    y.sum().backward()
+    assert torch.equal(y, layer.out_bias.expand_as(y)) and torch.equal(x.grad, torch.zeros_like(x))
+
+
+def recomputed(grid) -> list[float]:
+    call = Call({"dropout": 0.5})
+    layer = tlm.TwoLevelMultiheadAttention.from_torch(stock_layer(call), mesh(grid))
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        x = torch.randn(5, 3, EMBED, **FLOAT64, requires_grad=True)
+        layer.zero_grad()
+        y, _ = checkpoint(layer, x, x, x, use_reentrant=False) if recompute else layer(x, x, x)
+        y.square().sum().backward()
+        results.append([y, x.grad, whole(layer.q_weight.grad), whole(layer.out_weight.grad)])
+    return [(a - b).abs().max().item() for a, b in zip(*results, strict=True)]
+
+
+@pytest.mark.parametrize("grid", [None, (2, 2)])
+def test_activation_checkpointing_redraws_the_same_dropout(pool, grid):
+    for found in on_ranks(pool, recomputed, grid):
+        assert max(found) == 0.0
+
+
+# -- Low precision
+
+
+def rounding(grid, dtype, need_weights, autocast) -> list[tuple[str, float, float]]:
+    """Relative L2 errors of ours and of stock against float64, and whether dtypes agree."""
+    exact_call = Call(length=33, need_weights=need_weights)
+    call = exact_call if autocast else replace(exact_call, dtype=dtype)
+    if autocast:
+        call = replace(call, dtype=torch.float32)
+    exact = everything(stock_layer(exact_call), exact_call)
+    stock = stock_layer(call)
+    ours = tlm.TwoLevelMultiheadAttention.from_torch(stock, mesh(grid))
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        found = [everything(layer, call) for layer in (ours, stock)]
+    errors = []
+    for name, x in exact.items():
+        assert found[0][name].dtype == found[1][name].dtype, name
+        if name != "d k_bias":  # zero but for rounding
+            errors.append((name, *(((y[name].double() - x).norm() / x.norm()).item() for y in found)))
+    return errors
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", [None, (2, 2)])
+def test_low_precision(pool, grid, dtype, autocast):
+    """Level R, as a module's dtype and under autocast; the dtype of every result is stock's."""
+    for need_weights in (True, False):
+        for errors in on_ranks(pool, rounding, grid, dtype, need_weights, autocast):
+            bad = [error for error in errors if not error[1] <= 2 * error[2]]
+            assert not bad, bad
+
+
+# -- Construction, conversion
+
+
+VARIANTS = [
+    {"bias": bias, "add_bias_kv": bias_kv, **widths, "dtype": dtype}
+    for bias in (True, False)
+    for bias_kv in (True, False)
+    for widths in ({}, {"kdim": 6, "vdim": 10}, {"kdim": 6})
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+def initial(grid) -> list[str]:
+    failed = []
+    for options in VARIANTS:
+        torch.manual_seed(5)
+        stock, expected_rng = nn.MultiheadAttention(EMBED, HEADS, **options), torch.get_rng_state()
+        torch.manual_seed(5)
+        ours, rng = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, **options, mesh=mesh(grid)), torch.get_rng_state()
+        state = ours.stock_state()
+        same = list(state) == list(stock.state_dict()) and torch.equal(rng, expected_rng)
+        if not same or any(not torch.equal(x, state[name]) for name, x in stock.state_dict().items()):
+            failed.append(str(options))
+    return failed
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_same_seed_same_weights(pool, grid):
+    """Level E: bit for bit, and the generator is left where stock leaves it."""
+    for failed in on_ranks(pool, initial, grid):
+        assert not failed, failed
+
+
+def converted(grid) -> list[str]:
+    failed = []
+    for options in VARIANTS:
+        stock = nn.MultiheadAttention(EMBED, HEADS, 0.25, batch_first=True, add_zero_attn=True, **options)
+        stock = stock.train(options["bias"])
+        for index, p in enumerate(stock.parameters()):
+            p.requires_grad_(index % 2 == 0)
+        back = tlm.TwoLevelMultiheadAttention.from_torch(stock, mesh(grid)).to_torch()
+        mine, theirs = dict(back.named_parameters()), dict(stock.named_parameters())
+        same = list(mine) == list(theirs) and list(back.state_dict()) == list(stock.state_dict())
+        same &= all(torch.equal(mine[name], p) for name, p in theirs.items())
+        same &= all(mine[name].requires_grad == p.requires_grad for name, p in theirs.items())
+        attributes = ("training", "dropout", "batch_first", "add_zero_attn", "kdim", "vdim", "embed_dim", "num_heads")
+        same &= all(getattr(back, name) == getattr(stock, name) for name in attributes)
+        if not same:
+            failed.append(str(options))
+    return failed
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_round_trip(pool, grid):
+    """from_torch, to_torch: bits, requires_grad, mode and attributes."""
+    for failed in on_ranks(pool, converted, grid):
+        assert not failed, failed
+
+
+def loaded(grid) -> None:
+    """Stock's keys and full own keys load, alone and under a parent, strictly; own ones load as saved."""
+    options = {"add_bias_kv": True, "kdim": 6}
+    source = stock_layer(Call(options))
+    names = ("attention", "norm")
+    parents = {
+        "stock": nn.ModuleDict(zip(names, (source, nn.LayerNorm(4)), strict=True)),
+        "ours": nn.ModuleDict(
+            zip(names, (tlm.TwoLevelMultiheadAttention(EMBED, HEADS, **options, **FLOAT64, mesh=mesh(grid)),
+                        nn.LayerNorm(4)), strict=True)
+        ),
+    }  # fmt: skip
+
+    def check(what):
+        state = parents["ours"]["attention"].stock_state()
+        assert all(torch.equal(x, state[name]) for name, x in source.state_dict().items()), what
+        with torch.no_grad():
+            for p in parents["ours"].parameters():
+                p.zero_()
+
+    ours = parents["ours"]["attention"]
+    ours.load_state_dict(source.state_dict())
+    own_full = {name: whole(x).clone() for name, x in ours.state_dict().items()}
+    own = {name: x.clone() for name, x in ours.state_dict().items()}
+    check("stock keys")
+    missing = parents["ours"].load_state_dict(parents["stock"].state_dict())
+    assert not missing.missing_keys and not missing.unexpected_keys
+    check("stock keys under a parent")
+    ours.load_state_dict(own_full)
+    check("full own keys")
+    ours.load_state_dict(own)
+    check("own keys")
+    ours.load_state_dict(source.state_dict(), assign=True)
+    check("assign")
+    incomplete = source.state_dict()
+    del incomplete["out_proj.bias"]
+    with pytest.raises(RuntimeError, match="out_bias"):
+        ours.load_state_dict(incomplete)
+    wrong = source.state_dict() | {"out_proj.weight": torch.zeros(8, 16)}
+    with pytest.raises(RuntimeError, match="size mismatch for out_weight"):
+        ours.load_state_dict(wrong)
+
+
+@pytest.mark.parametrize("grid", [None, (2, 2), (4, 2)])
+def test_load_state_dict(pool, grid):
+    on_ranks(pool, loaded, grid)
+
+
+def copies(grid, directory) -> None:
+    """deepcopy, torch.save of the state dict and dtype changes leave a working layer."""
+    call = Call()
+    stock = stock_layer(call)
+    ours = tlm.TwoLevelMultiheadAttention.from_torch(stock, mesh(grid))
+    expected = everything(stock, call)
+
+    def check(layer, what):
+        for name, x in everything(layer, call).items():
+            torch.testing.assert_close(x, expected[name], rtol=0, atol=1e-10, msg=f"{what}: {name}")
+
+    check(copy.deepcopy(ours), "deepcopy")
+    rank = torch.distributed.get_rank() if grid else 0
+    path = f"{directory}/{grid}-{rank}.pt"
+    torch.save(ours.state_dict(), path)
+    fresh = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, **FLOAT64, mesh=mesh(grid))
+    fresh.load_state_dict(torch.load(path, weights_only=False))
+    check(fresh, "save and load")
+    single = tlm.TwoLevelMultiheadAttention.from_torch(copy.deepcopy(stock).float(), mesh(grid)).double()
+    assert single.q_weight.dtype == torch.float64
+    torch.testing.assert_close(everything(single, call)["y"], expected["y"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [None, (2, 2)])
+def test_copies(pool, grid, tmp_path):
+    on_ranks(pool, copies, grid, str(tmp_path))
+
+
+def on_meta(grid) -> None:
+    with torch.device("meta"):
+        layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, mesh=mesh(grid), **FLOAT64)
+    assert all(p.is_meta for p in layer.parameters())
+    stock = stock_layer(Call())
+    layer.to_empty(device="cpu").load_state_dict(stock.state_dict())
+    x = torch.randn(5, 3, EMBED, **FLOAT64)
+    torch.testing.assert_close(layer(x, x, x)[0], stock(x, x, x)[0], rtol=0, atol=1e-10)
+    explicit = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, mesh=mesh(grid), device="meta")
+    assert explicit.out_weight.is_meta and explicit.out_weight.shape == (EMBED, HEADS, EMBED // HEADS)
+
+
+@pytest.mark.parametrize("grid", [None, (2, 2)])
+def test_meta_construction(pool, grid):
+    on_ranks(pool, on_meta, grid)
+
+
+def test_parameters_per_rank(pool):
+    """1 / (n m) of the whole with combine="reduce", the output bias aside."""
+    for grid in ((2, 2), (4, 2)):
+        for sizes in on_ranks(pool, local_sizes, grid):
+            assert sizes == (4 * EMBED**2 + 3 * EMBED) // (grid[0] * grid[1]) + EMBED
+
+
+def local_sizes(grid) -> int:
+    layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, mesh=mesh(grid))
+    return sum(p.to_local().numel() for p in layer.parameters())
