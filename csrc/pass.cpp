@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include "sizes.h"
+
 #include <functional>
 
 #include "attend/weights.h"
@@ -101,13 +103,13 @@ using Core = std::function<Tensor(const Tensor& q, const Tensor& k, const Tensor
 // Runs `core` on the rows this rank holds, with its part of the mask and the global indices of its rows.
 Tensor attend_local(const Tensor& q, const Tensor& k, const Tensor& v, Attend attend, const Place& place,
                     const Layout& layout, const Core& core) {
-  const int64_t H = q.size(1), m = layout.m;
+  const int64_t H = fixed_size(q, 1), m = layout.m;
   attend.origin[1] = H * place.head_group;
   if (attend.mask) {
     Tensor mask = *attend.mask;
     while (mask.dim() < 4) mask = mask.unsqueeze(0);
     mask = enter_replicated({mask}, place.groups, place.reduce_dtype)[0];
-    if (mask.size(1) != 1) mask = mask.narrow(1, H * place.head_group, H);
+    if (fixed_size(mask, 1) != 1) mask = mask.narrow(1, H * place.head_group, H);
     if (layout.row.q == Move::batch && m > 1)
       mask = mask_piece(mask, 0, ceil_div(layout.B, m) * layout.j, ceil_div(layout.B, m),
                         ceil_div(layout.B, m) * m);
@@ -130,8 +132,8 @@ Tensor attend_local(const Tensor& q, const Tensor& k, const Tensor& v, Attend at
 }
 
 Layout layout_of(const Tensor& q, const Tensor& k, const Output& output, const Place& place) {
-  const int64_t d = output.weight.size(2) * (output.concat ? 1 : place.grid.slices);
-  return Layout(place, output.batch, output.length, k.sym_size(2), q.size(1), k.size(1), d, q);
+  const int64_t d = fixed_size(output.weight, 2) * (output.concat ? 1 : place.grid.slices);
+  return Layout(place, output.batch, output.length, k.sym_size(2), fixed_size(q, 1), fixed_size(k, 1), d, q);
 }
 
 Tensor combine(const Tensor& o, const Output& output, const Place& place) {
@@ -171,13 +173,13 @@ std::tuple<Tensor, Tensor, Tensor> enter(const Tensor& query, const Tensor& key,
           .expand_symint({x.sym_size(0), x.sym_size(1), 1, x.sym_size(3)});
     };
     if (bias) rows.push_back(one(*bias));
-    if (extra.zero) rows.push_back(one(at::zeros({x.size(1), x.size(3)}, x.options())));
+    if (extra.zero) rows.push_back(one(at::zeros({fixed_size(x, 1), fixed_size(x, 3)}, x.options())));
     return rows.size() == 1 ? x : at::cat(rows, 2);
   };
   k = with_extra(k, extra.bias_k);
   v = with_extra(v, extra.bias_v);
-  Layout layout(place, q.sym_size(0), q.sym_size(2), k.sym_size(2), q.size(1), k.size(1),
-                q.size(3) * place.grid.slices, q);
+  Layout layout(place, q.sym_size(0), q.sym_size(2), k.sym_size(2), fixed_size(q, 1), fixed_size(k, 1),
+                fixed_size(q, 3) * place.grid.slices, q);
   auto moved = move_in({q, k, v}, {layout.row.q, layout.row.k, layout.row.v}, layout, place.groups.slice);
   return {moved[0], moved[1], moved[2]};
 }

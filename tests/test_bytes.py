@@ -42,9 +42,7 @@ def summed(elements, n, m):
     if n == 1 or m == 1 or elements < FLAT_SUM_ELEMENTS:
         return Fraction(2 * (P - 1) * elements, P)
     padded = ceil_to(elements, m)
-    return (
-        Fraction((m - 1) * padded, m) + Fraction(2 * (n - 1) * padded, n * m) + Fraction((m - 1) * padded, m)
-    )
+    return Fraction((m - 1) * padded, m) + Fraction(2 * (n - 1) * padded, n * m) + Fraction((m - 1) * padded, m)
 
 
 def combined(case, n, m):
@@ -67,10 +65,7 @@ def sent(n, m, cases):
             (y * weight).sum().backward()
         dtypes = {call.dtype for call in record.calls}
         found.append(
-            [
-                (record.sent(backward=backward), record.counts(backward=backward), dtypes)
-                for backward in (False, True)
-            ]
+            [(record.sent(backward=backward), record.counts(backward=backward), dtypes) for backward in (False, True)]
         )
     return found
 
@@ -107,9 +102,7 @@ def test_bytes_are_the_table(pool, grid):
 def test_numbers_of_collectives(pool):
     """E. Localises: exchanges that should be packed into one and are not."""
     cases = [
-        Case(scheme=scheme, combine=combine)
-        for scheme in ("slices", "sequence")
-        for combine in ("reduce", "concat")
+        Case(scheme=scheme, combine=combine) for scheme in ("slices", "sequence") for combine in ("reduce", "concat")
     ]
     expected = [
         ({"all_gather": 1, "all_reduce": 1}, {"all_to_all": 1, "all_reduce": 1}),

@@ -54,7 +54,14 @@ def test_one_process(scheme, dynamic, most):
     assert error <= 1e-10
 
 
-@pytest.mark.parametrize("scheme, dynamic, most", GRAPHS)
+@pytest.mark.parametrize(
+    "scheme, dynamic, most",
+    [
+        # compiling on four ranks takes 10 to 25 s a row
+        pytest.param(*row, marks=[] if row in (GRAPHS[0], GRAPHS[4]) else pytest.mark.slow)
+        for row in GRAPHS
+    ],
+)
 def test_four_ranks(pool, scheme, dynamic, most):
     """Localises: the same where exchanges, padding and storage as DTensor take part."""
     results = pool.run(compiled_over_lengths, 4, 2, 2, scheme, dynamic, timeout=300)

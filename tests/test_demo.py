@@ -19,9 +19,7 @@ NEAREST = "Bats find insects in the dark by listening to the echoes of their own
 def run(command: list[str], timeout: float) -> subprocess.CompletedProcess:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=timeout, env=environment
-    )
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=timeout, env=environment)
 
 
 def difference(output: str) -> float:

@@ -109,9 +109,7 @@ def test_a_whole_move_in_one_process(zigzag):
     """
     m, length, width = 3, 8, 2
     x_BHLD = integers((2, 2, length, m * width))
-    sent = [
-        ops.pack([x_BHLD[..., j * width : (j + 1) * width].contiguous()], [2], m, zigzag) for j in range(m)
-    ]
+    sent = [ops.pack([x_BHLD[..., j * width : (j + 1) * width].contiguous()], [2], m, zigzag) for j in range(m)]
     padded = len(rows_of(length, 2, m, 0, zigzag))
     for t in range(m):
         received = torch.stack([buffer[t] for buffer in sent])

@@ -154,9 +154,7 @@ def test_float64_gradient_of_a_bias(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("feature", ["none", "causal", "bias", "bool mask", "padding"])
-@pytest.mark.parametrize(
-    "sizes", [(2, 4, 4, 96, 96, 64, 64), (1, 4, 2, 70, 133, 48, 48), (1, 2, 2, 130, 40, 32, 32)]
-)
+@pytest.mark.parametrize("sizes", [(2, 4, 4, 96, 96, 64, 64), (1, 4, 2, 70, 133, 48, 48), (1, 2, 2, 130, 40, 32, 32)])
 def test_ratio_to_stock(sizes, feature, dtype):
     """R. Localises: precision inside a kernel (accumulation, exp, casts):
     error at most twice stock SDPA's.
@@ -175,9 +173,7 @@ def test_ratio_to_stock(sizes, feature, dtype):
         return out, *torch.autograd.grad(out, inputs, weight.to(out.dtype))
 
     def stock(*x):
-        return F.scaled_dot_product_attention(
-            *x, attn_mask=mask, is_causal=feature == "causal", enable_gqa=True
-        )
+        return F.scaled_dot_product_attention(*x, attn_mask=mask, is_causal=feature == "causal", enable_gqa=True)
 
     truth = values(lambda *x: by_reference(*x, **{**options, "attn_mask": wide_mask})[0], wide)
     for name, mine, theirs, exact in zip(
@@ -204,9 +200,7 @@ def test_low_precision_features_against_the_reference(feature, dtype):
         weights = torch.randn(*q.shape[:3], v.shape[3]).to(dtype), torch.randn(q.shape[:3])
         ours = gradients(lambda *x, o=options: attend(*x, **o), (q, k, v), weights)
         wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-        theirs = gradients(
-            lambda *x, o={**options, "attn_mask": wide_mask}: by_reference(*x, **o), wide, weights
-        )
+        theirs = gradients(lambda *x, o={**options, "attn_mask": wide_mask}: by_reference(*x, **o), wide, weights)
         for name, x, y in zip(NAMES, ours, theirs, strict=False):
             hidden = y == NEG_INF
             assert torch.equal(x == NEG_INF, hidden), name
@@ -313,8 +307,7 @@ def test_run_to_run(dtype):
     """E. Localises: an order of summation that depends on threads."""
     q, k, v = make((1, 3, 1, 150, 200, 32, 16), dtype)
     first, second = (
-        (out, *torch.autograd.grad(out.sum(), (q, k, v)))
-        for out in (attend(q, k, v, causal=50)[0] for _ in range(2))
+        (out, *torch.autograd.grad(out.sum(), (q, k, v))) for out in (attend(q, k, v, causal=50)[0] for _ in range(2))
     )
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
@@ -387,8 +380,7 @@ def test_merge_of_parts_is_the_whole(cuts):
 
     def merged(q, k, v):
         parts = [
-            attend(q, k[:, :, a:b], v[:, :, a:b], mask[..., a:b])
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            attend(q, k[:, :, a:b], v[:, :, a:b], mask[..., a:b]) for a, b in zip(bounds, bounds[1:], strict=False)
         ]
         return ops.merge_partials(torch.stack([o for o, _ in parts]), torch.stack([x for _, x in parts]))
 

@@ -21,12 +21,8 @@ def test_attention_is_stock_sdpa(num_kv_heads, mask):
     given = {"bool": torch.rand(2, 1, 5, 7) < 0.7, "bias": random(1, 4, 5, 7)}.get(mask)
     if mask == "bool":
         given[..., 0] = True
-    ours, logsumexp, weights = reference.attention(
-        q, k, v, mask=given, causal=0 if mask == "causal" else None
-    )
-    stock = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=given, is_causal=mask == "causal", enable_gqa=True
-    )
+    ours, logsumexp, weights = reference.attention(q, k, v, mask=given, causal=0 if mask == "causal" else None)
+    stock = F.scaled_dot_product_attention(q, k, v, attn_mask=given, is_causal=mask == "causal", enable_gqa=True)
     torch.testing.assert_close(ours, stock, **CLOSE)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(logsumexp), **CLOSE)
 
@@ -51,9 +47,7 @@ def test_empty_rows_and_no_keys():
     assert torch.equal(out, torch.zeros_like(out)) and (logsumexp == float("-inf")).all()
 
 
-@pytest.mark.parametrize(
-    "extra", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 6, "vdim": 10}]
-)
+@pytest.mark.parametrize("extra", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 6, "vdim": 10}])
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("mask", ["none", "bool", "float"])
 def test_layer_is_stock_multihead_attention(extra, need_weights, mask):
@@ -81,9 +75,7 @@ def test_layer_is_stock_multihead_attention(extra, need_weights, mask):
     torch.testing.assert_close(ours, stock, **CLOSE)
     if need_weights:
         torch.testing.assert_close(all_weights.mean(1), weights, **CLOSE)
-    for mine, theirs in zip(
-        torch.autograd.grad(ours.square().sum(), list(mha.parameters())), gradients, strict=True
-    ):
+    for mine, theirs in zip(torch.autograd.grad(ours.square().sum(), list(mha.parameters())), gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-10)
 
 
@@ -95,15 +87,11 @@ def test_independent_is_narrower_heads():
     weights = {name: random(h, width, 5) for name, h in (("q_weight", 4), ("k_weight", 2), ("v_weight", 2))}
     out_weight = random(5, heads, width)
     x = random(2, 3, 5)
-    ours, _ = reference.multihead_attention(
-        x, x, x, **weights, out_weight=out_weight, slices=slices, causal=0
-    )
+    ours, _ = reference.multihead_attention(x, x, x, **weights, out_weight=out_weight, slices=slices, causal=0)
     expected = torch.zeros_like(ours)
     for j in range(slices):
         cut = slice(j * width // slices, (j + 1) * width // slices)
         one = {name: w[:, cut] for name, w in weights.items()}
-        expected += reference.multihead_attention(x, x, x, **one, out_weight=out_weight[:, :, cut], causal=0)[
-            0
-        ]
+        expected += reference.multihead_attention(x, x, x, **one, out_weight=out_weight[:, :, cut], causal=0)[0]
     torch.testing.assert_close(ours, expected, **CLOSE)
     assert kv_heads * 2 == heads

@@ -88,9 +88,7 @@ def test_against_the_unsplit_layer(pool, scheme, grid):
 def test_every_combination_against_the_unsplit_layer(pool, scheme, grid):
     """T. Localises: as above, when only a combination of features, GQA, combine and bias fails."""
     cases = [
-        replace(
-            Case(scheme=scheme, combine=combine, kv_heads=kv_heads(grid[0], grouped), bias=bias), **options
-        )
+        replace(Case(scheme=scheme, combine=combine, kv_heads=kv_heads(grid[0], grouped), bias=bias), **options)
         for (feature, options), combine, grouped, bias in itertools.product(
             FEATURES.items(), COMBINES, (False, True), (False, True)
         )
@@ -117,8 +115,7 @@ def test_half_precision_sums(pool, scheme):
     """
     case = Case(scheme=scheme, dtype=torch.bfloat16, embed_dim=64, length=32, bias=False)
     plain, wide = (
-        pool.run(relative_error, 8, 2, 4, replace(case, reduce_dtype=dtype))
-        for dtype in (None, torch.float32)
+        pool.run(relative_error, 8, 2, 4, replace(case, reduce_dtype=dtype)) for dtype in (None, torch.float32)
     )
     assert max(wide) <= max(plain) * 1.05 and max(wide) < 4 * torch.finfo(torch.bfloat16).eps
 

@@ -10,65 +10,73 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from two_level_mha.integrations.projected import probe_inputs, projected_like
-from two_level_mha.mesh import GridError
-from two_level_mha.multihead import TwoLevelMultiheadAttention, check_same_weights
-from two_level_mha.rest import split_rest
+from two_level_mha.integrations.projected import (
+    ProjectedAttention,
+    heads_of,
+    probe_inputs,
+    projected_like,
+    take_stock_keys,
+)
+from two_level_mha.mesh import Grid, GridError, place_on, same_on_all_ranks
+from two_level_mha.multihead import STOCK_KEYS, TwoLevelMultiheadAttention, check_same_weights
+from two_level_mha.rest import HOOKS, changed_linear, has_hooks, split_rest
 
 _PROJECTION_NAMES = {
     "query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin", "c_attn", "qkv", "qkv_proj",
     "in_proj", "Wqkv", "query_key_value", "q", "k", "v",
 }  # fmt: skip
-_HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Family:
-    """One structure of attention: how to recognise it, what its projections are, how to replace and to call it."""
+    """One structure of attention: how to recognise it, where its projections are, how to replace and to call it."""
 
     name: str
-    matches: Callable[[nn.Module, nn.Module], bool]  # (module, parent)
-    projections: Callable[[nn.Module, nn.Module], dict[str, nn.Module]]
+    matches: Callable[[nn.Module, nn.Module | None], bool]  # (module, parent)
+    paths: dict[str, str]  # projections that are linears of their own: q, k, v, o -> path inside the module
     replace: Callable[..., nn.Module]  # (module, projections, mesh, **options)
-    inputs: Callable[[nn.Module, torch.dtype], tuple[tuple, dict]]
-    out_in_parent: bool = False  # the output projection belongs to the parent: output.dense
+    inputs: Callable[[nn.Module, torch.dtype], list[tuple[tuple, dict]]]
+    out_in_parent: bool = False  # the path of o starts at the parent
+
+    def projections(self, module: nn.Module, parent: nn.Module) -> dict[str, nn.Module]:
+        owners = {"o": parent} if self.out_in_parent else {}
+        return {letter: owners.get(letter, module).get_submodule(path) for letter, path in self.paths.items()}
 
 
-def _is_bert(module: nn.Module, parent: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("query", "key", "value", "scaling", "num_attention_heads")) and hasattr(
-        getattr(parent, "output", None), "dense"
-    )
-
-
-def _is_vit(module: nn.Module, parent: nn.Module) -> bool:
-    names = ("q_proj", "k_proj", "v_proj", "o_proj", "scaling", "num_attention_heads")
+def _has(module: nn.Module, *names: str) -> bool:
     return all(hasattr(module, name) for name in names)
 
 
-def _torch_inputs(mha: nn.MultiheadAttention, dtype: torch.dtype) -> tuple[tuple, dict]:
+def _is_bert(module: nn.Module, parent: nn.Module | None) -> bool:
+    known = _has(module, "query", "key", "value", "scaling", "num_attention_heads")
+    return known and hasattr(getattr(parent, "output", None), "dense")
+
+
+def _is_vit(module: nn.Module, parent: nn.Module | None) -> bool:
+    return _has(module, "q_proj", "k_proj", "v_proj", "o_proj", "scaling", "num_attention_heads")
+
+
+def _torch_inputs(mha: nn.MultiheadAttention, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
     widths = (mha.embed_dim, mha.kdim, mha.vdim)
     query, key, value = (torch.randn(*((2, n) if mha.batch_first else (n, 2)), w, dtype=dtype)
                          for n, w in zip((4, 5, 5), widths, strict=True))  # fmt: skip
     hidden_BS = torch.zeros(2, 5, dtype=torch.bool)
     hidden_BS[1, 3:] = True
-    return (query, key, value), {"key_padding_mask": hidden_BS}
+    return [((query, key, value), {"key_padding_mask": hidden_BS})]
 
 
 FAMILIES = (
     Family(
         "nn.MultiheadAttention",
         lambda module, parent: isinstance(module, nn.MultiheadAttention),
-        lambda module, parent: {"o": module.out_proj},
+        {"o": "out_proj"},
         lambda module, projections, mesh, **options: TwoLevelMultiheadAttention.from_torch(module, mesh, **options),
         _torch_inputs,
     ),
     Family(
         "BERT",
         _is_bert,
-        lambda module, parent: {"q": module.query, "k": module.key, "v": module.value, "o": parent.output.dense},
+        {"q": "query", "k": "key", "v": "value", "o": "output.dense"},
         projected_like,
         probe_inputs,
         out_in_parent=True,
@@ -76,7 +84,7 @@ FAMILIES = (
     Family(
         "ViT",
         _is_vit,
-        lambda module, parent: {"q": module.q_proj, "k": module.k_proj, "v": module.v_proj, "o": module.o_proj},
+        {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
         projected_like,
         probe_inputs,
     ),
@@ -85,13 +93,24 @@ FAMILIES = (
 
 @dataclass
 class Found:
-    """An attention module and every place where the model refers to it."""
+    """An attention module, and every place where the model refers to it."""
 
-    name: str
     module: nn.Module
-    parent: nn.Module
     family: Family
     projections: dict[str, nn.Module]
+    places: list[tuple[nn.Module, str]]  # parent and name of the child
+
+    name: str  # the first place
+
+    @property
+    def parent(self) -> nn.Module:
+        return self.places[0][0]
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Heads, key/value heads, head_dim."""
+        if isinstance(self.module, nn.MultiheadAttention):
+            return self.module.num_heads, self.module.num_heads, self.module.head_dim
+        return heads_of(self.module, self.projections)
 
 
 def parallelize(
@@ -109,87 +128,121 @@ def parallelize(
     original's numbers on a small random input, once per class and configuration, or GridError names it.
     rest: also split the MLPs of nn.TransformerEncoderLayer / DecoderLayer, BERT and ViT over the flattened grid, by
     torch's ColwiseParallel and RowwiseParallel, where P divides their width.
-    A collective over the grid. Raises GridError, before anything is changed, when nothing is found, when an attention
-    is found that is not supported, or when the ranks' weights differ.
+    A collective over the grid. Raises GridError, on every rank and before anything is changed, when nothing is found,
+    when an attention is found that is not supported, when the grid does not fit one, or when the ranks' arguments or
+    weights differ. Rank 0 prints what was split. Attributes, hooks and the training mode of the originals are kept, and
+    load_state_dict takes the original model's state dict.
     """
-    found = _find(model)
     options = {"scheme": scheme, "combine": combine, "debug": debug}
+    grid = place_on(mesh).grid
+    found, refusal = [], None
+    try:
+        found = _find(model)
+        _check_grid(found, grid)
+        _probe_all(found, options)
+    except GridError as error:
+        refusal = error
+    arguments = {"refusal": refusal, "scheme": scheme, "combine": combine, "rest": rest}
+    same_on_all_ranks(arguments, mesh, "call parallelize alike on every rank")
     if mesh is not None:
-        check_same_weights([model], mesh, any(getattr(m, "p", 0) for m in model.modules() if isinstance(m, nn.Dropout)))
-    probed: set = set()
+        check_same_weights([model], mesh, any(_dropout(module) > 0.0 for module in model.modules()))
     for one in found:
-        features = _features(one)
-        if features not in probed:
-            _probe(one, options)
-            probed.add(features)
-    for one in found:
-        _replace(model, one, mesh, options)
-    split = split_rest(model, mesh) if rest and mesh is not None and mesh.size() > 1 else []
+        _replace(one, mesh, options)
+    split = split_rest(model, mesh) if rest and grid.size > 1 else []
     if mesh is not None and mesh.get_rank() == 0:
-        print(_report(model, [one.name for one in found], split), flush=True)
+        print(_report(model, len(found), len(split)), flush=True)
     return model
 
 
+def _dropout(module: nn.Module) -> float:
+    values = (getattr(module, name, 0.0) for name in ("p", "dropout", "attention_dropout"))
+    return max(value if isinstance(value, float) else 0.0 for value in values)
+
+
 def _looks_like_attention(module: nn.Module) -> bool:
-    if isinstance(module, nn.MultiheadAttention):
-        return True
-    children = dict(module.named_children())
-    return "Attention" in type(module).__name__ and bool(_PROJECTION_NAMES & children.keys())
+    return "Attention" in type(module).__name__ and bool(_PROJECTION_NAMES & module._modules.keys())
 
 
 def _find(model: nn.Module) -> list[Found]:
     """Every attention of the model. Raises GridError, naming it, for one that is not supported."""
-    owners: dict[int, set[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(p), set()).add(name)
+    owners: dict[int, list[str]] = {}  # parameter -> modules that own it; a module used in several places is one
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for name, module in model.named_modules():
+        for p in module._parameters.values():
+            owners.setdefault(id(p), []).append(name)
+        for child_name, child in module._modules.items():
+            places.setdefault(child, []).append((module, child_name))
     found: list[Found] = []
     for name, module in model.named_modules():
-        if not _looks_like_attention(module):
+        parent = places[module][0][0] if name else None
+        family = next((f for f in FAMILIES if f.matches(module, parent)), None)
+        if family is None and not _looks_like_attention(module):
             continue
-        parent = model.get_submodule(name.rpartition(".")[0])
         where = f"{name or 'the model'} ({type(module).__name__})"
         if not name:
-            raise GridError(f"{where} is itself an attention: use TwoLevelMultiheadAttention.from_torch")
-        family = next((f for f in FAMILIES if f.matches(module, parent)), None)
+            raise GridError(
+                f"{where} is itself an attention, and has no place in a model: put it into an nn.ModuleList, or use "
+                "TwoLevelMultiheadAttention.from_torch"
+            )
         if family is None:
             raise GridError(
                 f"{where} looks like attention of a structure that is not supported; supported: "
                 + ", ".join(f.name for f in FAMILIES)
             )
-        projections = family.projections(module, parent)
-        if problem := _problem(module, projections, owners):
+        one = Found(module, family, family.projections(module, parent), places[module], name)
+        if problem := _problem(one, owners):
             raise GridError(f"{where} is not supported: {problem}")
-        found.append(Found(name, module, parent, family, projections))
+        found.append(one)
     if not found:
-        raise GridError(f"no attention was found in {type(model).__name__}; supported: {[f.name for f in FAMILIES]}")
+        supported = ", ".join(f.name for f in FAMILIES)
+        raise GridError(f"no attention was found in {type(model).__name__}; supported: {supported}")
     return found
 
 
-def _problem(module: nn.Module, projections: dict[str, nn.Module], owners: dict[int, set[str]]) -> str | None:
+def _check_grid(found: list[Found], grid: Grid) -> None:
+    for one in found:
+        try:
+            grid.check(*one.sizes())
+        except GridError as error:
+            raise GridError(f"{one.name} ({type(one.module).__name__}): {error}") from None
+
+
+def _problem(one: Found, owners: dict[int, list[str]]) -> str | None:
     """Why a module of a known structure cannot be replaced, or None."""
+    module = one.module
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    if problem := changed_linear(module):
+        return f"it {problem}"
     if isinstance(module, nn.MultiheadAttention) and type(module) is not nn.MultiheadAttention:
-        return f"it is a subclass of nn.MultiheadAttention ({type(module).__module__}.{type(module).__name__})"
+        return f"it is a subclass of nn.MultiheadAttention ({kind})"
     if "CrossAttention" in type(module).__name__:
         return "it is cross-attention"
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
     if implementation not in ("sdpa", "eager"):
         return f'its attention implementation is {implementation!r}: call model.set_attn_implementation("sdpa") first'
     plain = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    for letter, projection in projections.items():
-        what = f"its {letter} projection"
+    for letter, projection in one.projections.items():
+        what = f"its {letter} projection, {one.family.paths[letter]},"
+        if problem := changed_linear(projection):
+            return f"{what} {problem}"
         if type(projection) not in plain:
             return (
                 f"{what} is a {type(projection).__module__}.{type(projection).__name__}, not a plain nn.Linear (merge "
                 "adapters, or undo quantisation, first)"
             )
-        if hasattr(projection, "parametrizations"):
-            return f"{what} is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
-        if any(getattr(projection, hooks) for hooks in _HOOKS):
+        if has_hooks(projection):
             return f"{what} has hooks, which would no longer run: remove them first"
-    params = [*module.parameters(), *(p for projection in projections.values() for p in projection.parameters())]
-    for p in params:
-        if len(modules := {name.rpartition(".")[0] for name in owners[id(p)]}) > 1:
-            return f"it shares a parameter between {', '.join(sorted(modules))}: untie it first"
+    known = {id(p) for projection in one.projections.values() for p in projection.parameters()}
+    for name, p in [*module.named_parameters(), *((path, p) for path, projection in one.projections.items()
+                                                   for p in projection.parameters())]:  # fmt: skip
+        if len(owners[id(p)]) > 1:
+            return f"it shares a parameter between {', '.join(owners[id(p)])}: untie it first"
+        if isinstance(p, DTensor):
+            return "its parameters are DTensors already"
+        if id(p) not in known and name not in STOCK_KEYS:
+            return f"it has a parameter that {one.family.name} attention has not: {name}"
+    if one.family.out_in_parent and len({id(parent) for parent, _ in one.places}) > 1:
+        return f"it is used in several places, with an output projection ({one.family.paths['o']}) at each"
     return None
 
 
@@ -197,54 +250,75 @@ def _features(one: Found) -> tuple:
     """What makes two modules of one class behave differently."""
     settings = {k: v for k, v in vars(one.module).items() if isinstance(v, (int, float, bool, str)) and k[0] != "_"}
     settings.pop("layer_idx", None)
-    shapes = tuple((k, tuple(p.weight.shape), p.bias is None) for k, p in one.projections.items())
+    shapes = tuple((letter, tuple(p.weight.shape), p.bias is None) for letter, p in one.projections.items())
+    own = tuple((name, tuple(p.shape)) for name, p in one.module.named_parameters())
     implementation = getattr(getattr(one.module, "config", None), "_attn_implementation", None)
-    return type(one.module), implementation, shapes, tuple(sorted(settings.items()))
+    return type(one.module), implementation, shapes, own, tuple(sorted(settings.items()))
+
+
+def _probe_all(found: list[Found], options: dict) -> None:
+    """Probes one module of each kind."""
+    first = {}
+    for one in found:
+        first.setdefault(_features(one), one)
+    for one in first.values():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
+            torch.manual_seed(0)
+            _probe(one, options)
 
 
 def _probe(one: Found, options: dict) -> None:
-    """Runs a copy of the original and its replacement on a small random input; raises GridError if they differ."""
-    module = one.module
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        first = next(module.parameters())
-        original, projections = copy.deepcopy((module, one.projections))
-        if first.is_meta:
-            for part in (original, *projections.values()):
-                part.to_empty(device="cpu")
-                for p in part.parameters():
-                    p.normal_(std=p.shape[-1] ** -0.5)
-        for part in (original, *projections.values()):
-            part.cpu().float().eval()
-        ours = one.family.replace(original, projections, None, **options).eval()
-        args, kwargs = one.family.inputs(original, torch.float32)
-        # outputs that are not projected yet are projected here
-        expected = original(*args, **kwargs)[0]
-        if one.family.out_in_parent:
-            expected = projections["o"](expected)
+    """Runs a copy of the original and its replacement on small random inputs; raises GridError if they differ.
+
+    The copy has random weights in float64, whatever the original has: zeros or tiny weights would hide a difference.
+    """
+    where, known = f"{one.name} ({type(one.module).__name__})", one.family.name
+    original, projections = copy.deepcopy((one.module, one.projections))
+    for part in [*original.modules(), *projections.values()]:
+        for hooks in HOOKS:
+            getattr(part, hooks).clear()
+    for part in (original, *projections.values()):
+        if any(p.is_meta for p in part.parameters()):
+            part.to_empty(device="cpu")
+        part.cpu().double().eval()
+        for p in part.parameters():
+            p.normal_(std=p.shape[-1] ** -0.5)
+    ours = one.family.replace(original, projections, None, **options).eval()
+    for args, kwargs in one.family.inputs(original, torch.float64):
+        try:
+            expected = original(*args, **kwargs)[0]
+            if one.family.out_in_parent:
+                expected = projections["o"](expected)
+        except Exception as error:
+            raise GridError(
+                f"{where} has the structure of {known} attention, but cannot be called like it: {error!r}"
+            ) from error
         got = ours(*args, **kwargs)[0]
-    difference = (expected - got).abs().max().item() if expected.shape == got.shape else float("inf")
-    if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
-        raise GridError(
-            f"{one.name} ({type(module).__name__}) has the structure of {one.family.name} attention, but its numbers "
-            f"differ from it by {difference:.1e} on a small input: it does something else, and is not supported"
-        )
+        difference = (expected - got).abs().max().item() if expected.shape == got.shape else float("inf")
+        if not difference <= 1e-6 * expected.abs().max().item():  # some take the softmax in float32
+            raise GridError(
+                f"{where} has the structure of {known} attention, but its numbers differ from it by {difference:.1e} "
+                "on a small input: it does something else, and is not supported"
+            )
 
 
-def _replace(model: nn.Module, one: Found, mesh: DeviceMesh | None, options: dict) -> None:
+def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
     ours = one.family.replace(one.module, one.projections, mesh, **options).train(one.module.training)
     for name, value in vars(one.module).items():  # what others may read or hook stays
-        if name in _HOOKS or (not name.startswith("_") and name not in vars(ours)):
+        if name in HOOKS or (not name.startswith("_") and name not in vars(ours)):
             vars(ours)[name] = value
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module is one.module:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, ours)
+    for parent, child in one.places:
+        setattr(parent, child, ours)
     if one.family.out_in_parent:
-        one.parent.output.dense = nn.Identity()
+        holder, _, linear = one.family.paths["o"].rpartition(".")
+        setattr(one.parent.get_submodule(holder), linear, nn.Identity())
+    if isinstance(ours, ProjectedAttention):
+        child = one.places[0][1]
+        owner, prefix = (one.parent, f"{child}.") if one.family.out_in_parent else (ours, "")
+        take_stock_keys(owner, prefix, one.family.paths)
 
 
-def _report(model: nn.Module, attentions: list[str], mlps: list[str]) -> str:
+def _report(model: nn.Module, attentions: int, mlps: int) -> str:
     """Parameters per rank, split and whole, and what stayed whole, by class name."""
     split = whole = total = 0
     stayed: dict[str, int] = {}
@@ -259,7 +333,7 @@ def _report(model: nn.Module, attentions: list[str], mlps: list[str]) -> str:
             stayed[kind] = stayed.get(kind, 0) + p.numel()
     largest = sorted(stayed.items(), key=lambda item: -item[1])[:6]
     return (
-        f"two_level_mha: {len(attentions)} attention modules and {len(mlps)} MLPs split; parameters per rank "
+        f"two_level_mha: {attentions} attention modules and {mlps} MLPs split; parameters per rank "
         f"{split + whole:,} of {total:,}: {split:,} split, {whole:,} whole ("
         + ", ".join(f"{name} {count:,}" for name, count in largest)
         + (", ..." if len(stayed) > len(largest) else "")

@@ -93,6 +93,16 @@ class TwoLevelMultiheadAttention(GridAttention):
         self._register_load_state_dict_pre_hook(self._load_stock)
 
     @property
+    def dropout(self) -> float:
+        """Probability with which an attention weight is dropped in training."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, p: float) -> None:
+        self._dropout = p
+        self._drops = p > 0.0  # forward asks this bool: torch.compile(dynamic=True) traces twice if it meets the float
+
+    @property
     def out_proj(self) -> SimpleNamespace:
         """weight and bias of the output projection, as this rank stores them."""
         return SimpleNamespace(weight=self.out_weight, bias=self.out_bias)
@@ -135,7 +145,7 @@ class TwoLevelMultiheadAttention(GridAttention):
             key,
             value,
             attn_mask=one_mask(self.num_heads, key_padding_mask, attn_mask, extra_keys),
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self.dropout if self.training and self._drops else 0.0,
             batch_first=self.batch_first or not batched,
             add_zero_attn=self.add_zero_attn,
             need_weights=need_weights,

@@ -29,11 +29,14 @@ def param_groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
 
 
 @torch.no_grad()
-def clip_grad_norm_(params: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2.0) -> Tensor:
+def clip_grad_norm_(
+    params: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> Tensor:
     """torch.nn.utils.clip_grad_norm_ for parameters of mixed kinds: scales gradients in place, returns the norm.
 
-    The norm is that of the unsplit model's gradients; gradients of replicated parameters count once. A collective where
-    there are DTensors.
+    The norm is that of the unsplit model's gradients, a plain tensor on every rank; gradients of replicated parameters
+    count once. error_if_nonfinite: RuntimeError, on every rank and before anything is scaled, if it is infinite or NaN.
+    A collective where there are DTensors.
     """
     params = [params] if isinstance(params, Tensor) else list(params)
     kinds = _kinds(p for p in params if p.grad is not None)
@@ -42,6 +45,11 @@ def clip_grad_norm_(params: Iterable[Tensor] | Tensor, max_norm: float, norm_typ
     norms = [get_total_norm([p.grad for p in kind], norm_type) for kind in kinds]
     full = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     total = torch.linalg.vector_norm(torch.stack([norm.to(full[0].device) for norm in full]), norm_type)
+    if error_if_nonfinite and not torch.isfinite(total):
+        raise RuntimeError(
+            f"the norm of order {norm_type} of the gradients is non-finite ({total.item()}), so they cannot be clipped "
+            "(error_if_nonfinite=False scales them by it anyway)"
+        )
     for kind in kinds:
         clip_grads_with_norm_(kind, max_norm, total)
     return total

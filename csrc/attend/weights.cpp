@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include "../sizes.h"
+
 #include <cmath>
 #include <limits>
 
@@ -33,10 +35,10 @@ Tensor hide(Tensor scores, const Attend& attend) {
 
 std::tuple<Tensor, Tensor> attention_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
                                                   const Attend& attend) {
-  const int64_t groups = q.size(1) / k.size(1);
+  const int64_t groups = fixed_size(q, 1) / fixed_size(k, 1);
   auto every_head = [&](const Tensor& x) { return groups == 1 ? x : x.repeat_interleave(groups, 1); };
   Tensor scores = at::matmul(q, every_head(k).transpose(-1, -2)) *
-                  attend.scale.value_or(1.0 / std::sqrt(double(q.size(3))));
+                  attend.scale.value_or(1.0 / std::sqrt(double(fixed_size(q, 3))));
   if (attend.softcap > 0.0) scores = at::tanh(scores / attend.softcap) * attend.softcap;
   Tensor weights = at::softmax(hide(scores, attend), -1);
   if (attend.dropout_p > 0.0) {

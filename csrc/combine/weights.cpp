@@ -4,6 +4,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "../sizes.h"
+
 #include "../move/pack.h"
 #include "reduce.h"
 
@@ -48,7 +50,7 @@ struct GatherDealt : torch::autograd::Function<GatherDealt> {
 
 Tensor gather_weights(const Tensor& weights, const SchemeRow& row, const Place& place,
                       const c10::SymInt& batch, const c10::SymInt& length, bool zigzag, bool average) {
-  const int64_t n = place.grid.head_groups, m = place.grid.slices, heads = weights.size(1) * n;
+  const int64_t n = place.grid.head_groups, m = place.grid.slices, heads = fixed_size(weights, 1) * n;
   if (!row.exact) {  // h * m heads of width d / m, each on one rank
     if (average)
       return reduce_replicated(weights.sum(1), place.groups, place.reduce_dtype) / double(heads * m);

@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include "../sizes.h"
+
 namespace two_level_mha {
 
 namespace {
@@ -17,7 +19,7 @@ bool many_tokens(const Tensor& x) {
 
 // (B, L, heads * E) -> (B, heads, L, E); (L, B, ..) when not batch_first
 Tensor split_heads(const Tensor& x, int64_t heads, bool batch_first) {
-  Tensor parts = x.unflatten(-1, {heads, x.size(-1) / heads});
+  Tensor parts = x.unflatten(-1, {heads, fixed_size(x, -1) / heads});
   return batch_first ? parts.transpose(1, 2) : parts.permute({1, 2, 0, 3});
 }
 
@@ -26,7 +28,7 @@ std::optional<Tensor> flat(const std::optional<Tensor>& bias) {
 }
 
 Tensor project(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool batch_first) {
-  return split_heads(at::linear(x, weight.flatten(0, 1), flat(bias)), weight.size(0), batch_first);
+  return split_heads(at::linear(x, weight.flatten(0, 1), flat(bias)), fixed_size(weight, 0), batch_first);
 }
 
 }  // namespace
@@ -42,10 +44,11 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection(const Tensor& query, const Ten
   std::optional<Tensor> bias;
   if (w.q_bias) bias = at::cat({w.q_bias->reshape(-1), w.k_bias->reshape(-1), w.v_bias->reshape(-1)});
   Tensor qkv = at::linear(query, weight, bias);
-  const int64_t q_width = w.q.size(0) * w.q.size(1), kv_width = w.k.size(0) * w.k.size(1);
-  return {split_heads(qkv.narrow(-1, 0, q_width), w.q.size(0), batch_first),
-          split_heads(qkv.narrow(-1, q_width, kv_width), w.k.size(0), batch_first),
-          split_heads(qkv.narrow(-1, q_width + kv_width, kv_width), w.v.size(0), batch_first)};
+  const int64_t q_width = fixed_size(w.q, 0) * fixed_size(w.q, 1),
+                kv_width = fixed_size(w.k, 0) * fixed_size(w.k, 1);
+  return {split_heads(qkv.narrow(-1, 0, q_width), fixed_size(w.q, 0), batch_first),
+          split_heads(qkv.narrow(-1, q_width, kv_width), fixed_size(w.k, 0), batch_first),
+          split_heads(qkv.narrow(-1, q_width + kv_width, kv_width), fixed_size(w.v, 0), batch_first)};
 }
 
 Tensor out_projection(const Tensor& o, const Tensor& weight, const std::optional<Tensor>& bias) {

@@ -185,9 +185,7 @@ def split(case: Case, at: Place, seed: int = 0, **mutation) -> dict[str, Tensor]
     owner = mutation.pop("blocks", at)
     scale = mutation.pop("scale", None)
     at = replace(at, **mutation)
-    blocks = {
-        name: block(name, x, case, at if name == "out_weight" else owner) for name, x in weights.items()
-    }
+    blocks = {name: block(name, x, case, at if name == "out_weight" else owner) for name, x in weights.items()}
     leaf = leaves(blocks, inputs, mask)
     return finish(run(case, at, leaf, mask, dropout_seed, scale), weight, leaf)
 

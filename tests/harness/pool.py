@@ -143,9 +143,7 @@ class Pool:
         if len(results) < world_size:
             missing = sorted(set(range(world_size)) - set(results))
             stacks = self.ranks[world_size].stacks()
-            self._fail(
-                world_size, f"{what}: time-out, ranks {missing} of {world_size} did not answer\n{stacks}"
-            )
+            self._fail(world_size, f"{what}: time-out, ranks {missing} of {world_size} did not answer\n{stacks}")
         return [results[rank] for rank in range(world_size)]
 
     def _fail(
@@ -181,9 +179,7 @@ class Pool:
             except (EOFError, OSError):
                 self._fail(world_size, f"rank {rank} of {world_size} died at its start", dead=[rank])
             if not ready:
-                self._fail(
-                    world_size, f"no rendezvous of {world_size} ranks\n{self.ranks[world_size].stacks()}"
-                )
+                self._fail(world_size, f"no rendezvous of {world_size} ranks\n{self.ranks[world_size].stacks()}")
 
     def _stop(self, world_size: int) -> list[int]:
         ranks = self.ranks.pop(world_size)

@@ -48,9 +48,7 @@ def answer(request: bytes) -> bytes:
         sys.path[:], module, name, args = pickle.loads(request)
         result = getattr(importlib.import_module(module), name)(*pickle.loads(args))
         return pickle.dumps(("ok", to_cpu(result)))
-    except (
-        BaseException
-    ) as error:  # SystemExit and pytest's outcomes too: a rank lives until its channel closes
+    except BaseException as error:  # SystemExit and pytest's outcomes too: a rank lives until its channel closes
         return pickle.dumps(("error", traceback.format_exc(), picklable(error)))
     finally:
         sys.stdout.flush()
