@@ -111,6 +111,7 @@ def full_states(grid) -> tuple[dict, dict]:
     return state, single
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 @pytest.mark.parametrize("grid", [None, (2, 2), (4, 2)])
 def test_full_state_dict(pool, grid):
     """Stock's keys and values on rank 0, nothing elsewhere; and back."""

@@ -123,6 +123,7 @@ def test_equals_stock(pool, grid, kind):
         assert not failed, "\n".join(failed)
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_encoder_copies_its_layer():
     """A layer replaced first, then copied by nn.TransformerEncoder, under inference_mode."""
     layer = nn.TransformerEncoderLayer(**SIZES, batch_first=True)
