@@ -5,11 +5,13 @@
 
 namespace two_level_mha {
 
+bool blocked_supports(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params);
+
 Forward blocked_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params);
 
 // grad_logsumexp may be undefined. The mask's gradient is not computed here.
-Backward blocked_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q, const Tensor& k,
-                          const Tensor& v, const Tensor& out, const Tensor& logsumexp,
+Backward blocked_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
+                          const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
                           const AttentionParams& params);
 
 }  // namespace two_level_mha
