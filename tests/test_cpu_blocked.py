@@ -1,4 +1,4 @@
-"""The blocked CPU kernel beyond what every kernel is asked for: block borders, half types, skipped blocks, threads."""
+"""The blocked CPU kernel alone: block borders, half types, skipped blocks, threads."""
 
 import itertools
 
@@ -92,7 +92,7 @@ def test_masks_over_several_blocks(name):
     expected = results(ours, *(x.double() for x in inputs), mask=wide)
     mine = results(ours, *inputs, mask=mask)
     assert all(x.isfinite().all() for x in mine)
-    # Rows hidden by finite numbers are uniform; their logsumexp cannot hold log(n) beside those, so no gradients.
+    # Rows hidden by finite numbers are uniform; their logsumexp has no room for log(n), so no gradients.
     checked = 1 if name == "lowest finite" else 4
     for x, y in list(zip(mine, expected, strict=True))[:checked]:
         assert relative(x, y) <= 1e-5
