@@ -5,6 +5,8 @@
 
 namespace two_level_mha {
 
+bool blocked_supports(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params);
+
 Forward blocked_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params);
 
 // grad_logsumexp may be undefined. The mask's gradient is not computed here.

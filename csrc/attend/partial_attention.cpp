@@ -54,6 +54,7 @@ constexpr Kernel kKernels[] = {
 #ifdef TLM_WITH_CUDA
     {"aten_cuda", aten_cuda_supports, aten_cuda_forward, aten_cuda_backward},
 #endif
+    {"cpu_blocked", blocked_supports, blocked_forward, blocked_backward},
     {"chunked", always, chunked_forward, chunked_backward_without_mask},
 };
 

@@ -1,0 +1,60 @@
+"""What every benchmark shares: interleaved timing and results on disk with the machine they came from."""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent
+CPU_FLAGS = ("avx512f", "avx512_bf16", "amx_bf16")
+
+
+def interleaved_ms(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each function; they take turns, so that a busy machine slows all alike."""
+    times = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if repeat:  # the first round warms up
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(of_one) for name, of_one in times.items()}
+
+
+def cpu_info() -> dict[str, str]:
+    """The fields of the first processor in /proc/cpuinfo, empty where there is none."""
+    file = Path("/proc/cpuinfo")
+    if not file.exists():
+        return {}
+    first = file.read_text().split("\n\n")[0]
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def machine() -> dict:
+    """CPU model and flags, torch, python, commit, threads."""
+    info = cpu_info()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return {
+        "cpu": info.get("model name", platform.processor()),
+        "flags": {flag: flag in info.get("flags", "").split() for flag in CPU_FLAGS},
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_results(name: str, rows: list[dict]) -> Path:
+    """Writes results/NAME.json: the machine, then one row for each case."""
+    path = ROOT / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    return path

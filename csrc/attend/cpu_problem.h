@@ -1,0 +1,82 @@
+// One call of the blocked CPU attention: its sizes, its constants, and which keys a row can see.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "attention.h"
+#include "cpu_mask.h"
+#include "cpu_panels.h"
+#include "dropout.h"
+
+namespace two_level_mha {
+
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+  Range within(Range other) const {
+    const int64_t first = std::clamp(begin, other.begin, other.end);
+    return {first, std::clamp(end, first, other.end)};
+  }
+};
+
+struct Problem {
+  int64_t B, H, K, group, L, S, D, Dv;
+  int64_t block_rows, block_keys;
+  // Scores are kept as raw products and `unit` (times log2 e) turns them to natural ones inside the
+  // exponential, unless something needs them natural before: then unit is 1.
+  bool natural;
+  float scale, unit, softcap;
+  std::optional<int64_t> causal, window;
+  MaskView mask;
+  int64_t seed;
+  uint32_t threshold;
+  float keep_scale;  // 1 / (1 - p), 1 without dropout
+  bool dropout;
+  std::array<int64_t, 3> origin;
+
+  Problem(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params);
+
+  float unit_log2() const { return unit * 1.44269504f; }
+  int64_t row_blocks() const { return ceil_div(L, block_rows); }
+  int64_t key_blocks() const { return ceil_div(S, block_keys); }
+
+  // Keys that row l sees, and rows that see key s, as far as causal and window say.
+  Range keys_of(int64_t row) const {
+    if (!causal) return {0, S};
+    return Range{window ? row + *causal - *window + 1 : 0, row + *causal + 1}.within({0, S});
+  }
+  Range keys_of(Range rows) const { return {keys_of(rows.begin).begin, keys_of(rows.end - 1).end}; }
+  Range rows_of(int64_t key) const {
+    if (!causal) return {0, L};
+    return Range{key - *causal, window ? key - *causal + *window : L}.within({0, L});
+  }
+  Range rows_of(Range keys) const { return {rows_of(keys.begin).begin, rows_of(keys.end - 1).end}; }
+
+  DropoutRow dropout_of(int64_t batch, int64_t head, int64_t row) const {
+    return dropout_row(seed, origin[0] + batch, origin[1] + head, origin[2] + row);
+  }
+};
+
+// Rows of one head of a 4-D tensor.
+template <class T>
+Rows<T> head_rows(const Tensor& x, int64_t batch, int64_t head) {
+  using Element = std::remove_const_t<T>;
+  return {x.data_ptr<Element>() + batch * x.stride(0) + head * x.stride(1), x.stride(2)};
+}
+
+// x with rows that a gemm can read in place. An expanded gradient, of a sum for one, has none.
+inline Tensor with_rows(const Tensor& x) {
+  return x.stride(-1) == 1 && x.stride(-2) >= x.size(-1) ? x : x.contiguous();
+}
+
+// Calls run(T, C): T is the element type of the tensors, C what the gemms read. The CPU multiplies float16 as
+// float32, and so bfloat16 where it has no instruction for it.
+template <class Run>
+auto by_type(at::ScalarType type, const Run& run) {
+  if (type == at::kFloat) return run(float{}, float{});
+  if (type == at::kHalf) return run(c10::Half{}, float{});
+  if (at::native::cpublas::could_pack(at::kBFloat16)) return run(c10::BFloat16{}, c10::BFloat16{});
+  return run(c10::BFloat16{}, float{});
+}
+
+}  // namespace two_level_mha

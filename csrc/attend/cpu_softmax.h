@@ -1,0 +1,53 @@
+// Passes over one row of a block of scores. A row of the forward runs over keys; a row of the backward
+// belongs to one key and runs over queries, so that logsumexp and delta lie along it.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+
+namespace two_level_mha {
+
+struct RunningSoftmax {
+  float max, sum;
+};
+
+// Raw products to natural scores: s = softcap(scale * s) + bias, softcap == 0 for none, bias null for none.
+// Where `slope` is given it receives the derivative of the soft cap.
+void natural_scores(float* s, int64_t n, float scale, float softcap, const float* bias, float* slope);
+
+// p = exp(unit * s - max), where unit * log(2) == c, updates the running max (in units of s) and sum, and
+// returns what earlier results must be multiplied by. A row of -inf gives p = 0.
+float softmax_step(const float* s, int64_t n, float c, RunningSoftmax& running, float* p);
+float softmax_step(const float* s, int64_t n, float c, RunningSoftmax& running, c10::BFloat16* p);
+
+// p = exp2(c * (s - logsumexp)) and ds = p * (dp - delta)
+void softmax_grad(const float* s, const float* dp, const float* logsumexp, const float* delta, int64_t n,
+                  float c, float* p, float* ds);
+void softmax_grad(const float* s, const float* dp, const float* logsumexp, const float* delta, int64_t n,
+                  float c, c10::BFloat16* p, c10::BFloat16* ds);
+
+// dp = (dp - delta) * slope
+void through_softcap(float* dp, const float* delta, const float* slope, int64_t n);
+
+// x is kept where the dropout mask of one row and columns column .. column + n keeps it, else 0.
+void drop_columns(float* x, int64_t n, uint32_t low, uint32_t high, uint32_t column, uint32_t threshold);
+void drop_columns(c10::BFloat16* x, int64_t n, uint32_t low, uint32_t high, uint32_t column,
+                  uint32_t threshold);
+
+// The bits of the mask of one column and n rows: all ones where kept.
+void keep_bits(const uint32_t* low, const uint32_t* high, int64_t n, uint32_t column, uint32_t threshold,
+               uint32_t* bits);
+void drop_rows(float* x, int64_t n, const uint32_t* bits, float factor = 1.f);
+void drop_rows(c10::BFloat16* x, int64_t n, const uint32_t* bits);
+
+void scale_row(const float* x, int64_t n, float factor, float* out);
+void scale_row(const float* x, int64_t n, float factor, c10::BFloat16* out);
+void scale_row(const float* x, int64_t n, float factor, c10::Half* out);
+
+float dot(const float* a, const float* b, int64_t n);
+float dot(const c10::BFloat16* a, const c10::BFloat16* b, int64_t n);
+float dot(const c10::Half* a, const c10::Half* b, int64_t n);
+
+}  // namespace two_level_mha

@@ -1,0 +1,172 @@
+"""The blocked CPU kernel alone: block borders, half types, skipped blocks, threads."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import two_level_mha  # noqa: F401 (registers the ops)
+
+attend = torch.ops.two_level_mha.partial_attention
+
+# relative L2 error against float64
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+# (B, H, K, L, S, D, Dv): block borders, odd widths, groups, fewer heads than threads, one of everything
+SIZES = {
+    "tails": (1, 2, 2, 300, 513, 64, 64),
+    "odd widths, gqa": (2, 4, 2, 77, 90, 33, 17),
+    "wide": (1, 3, 1, 257, 256, 512, 130),
+    "one head": (1, 1, 1, 600, 600, 64, 32),
+    "one of everything": (1, 1, 1, 1, 1, 1, 1),
+}
+
+
+def make(sizes, dtype):
+    B, H, K, L, S, D, Dv = sizes
+    shapes = [(B, H, L, D), (B, K, S, D), (B, K, S, Dv), (B, H, L, Dv)]
+    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def results(function, q, k, v, g, **options):
+    """Output and gradients; the weights of the loss are g."""
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = function(*inputs, **options)
+    return out.detach(), *torch.autograd.grad(out, inputs, g.to(out.dtype))
+
+
+def ours(q, k, v, **options):
+    return attend(q, k, v, **options)[0]
+
+
+def relative(x, y):
+    return ((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30)).item()
+
+
+def assert_close(tensors, expected, tolerance):
+    for name, x, y in zip(("out", "dq", "dk", "dv"), tensors, expected, strict=True):
+        assert relative(x, y) <= tolerance, name
+
+
+@pytest.mark.parametrize("causal", [None, 0, 5, -40, 10_000])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_against_float64(sizes, dtype, causal):
+    inputs = make(SIZES[sizes], dtype)
+    expected = results(ours, *(x.double() for x in inputs), causal=causal)
+    assert_close(results(ours, *inputs, causal=causal), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_error_at_most_twice_that_of_sdpa(dtype, causal):
+    inputs = make((1, 2, 2, 400, 400, 64, 64), dtype)
+    expected = results(F.scaled_dot_product_attention, *(x.double() for x in inputs), is_causal=causal)
+    stock = results(F.scaled_dot_product_attention, *inputs, is_causal=causal)
+    mine = results(ours, *inputs, causal=0 if causal else None)
+    for name, x, y, true in zip(("out", "dq", "dk", "dv"), mine, stock, expected, strict=True):
+        assert relative(x, true) <= 2 * relative(y, true), name
+
+
+def masks(L, S):
+    keep = torch.rand(1, 1, L, S) < 0.5
+    keep[..., :256] = False
+    keep[:, :, 10] = False
+    bias = torch.randn(1, 4, L, S)
+    return {
+        "whole blocks hidden": keep,
+        "bias": bias,
+        "bias by columns": bias.transpose(2, 3).contiguous().transpose(2, 3),
+        "padding": (torch.arange(S) < 290).expand(1, 1, 1, S),
+        "one number a row": torch.randn(1, 1, L, 1),
+        "lowest finite": torch.where(keep, 0.0, torch.finfo(torch.float32).min),
+    }
+
+
+@pytest.mark.parametrize("name", masks(1, 300))
+def test_masks_over_several_blocks(name):
+    mask = masks(300, 400)[name]
+    inputs = make((1, 4, 2, 300, 400, 24, 40), torch.float32)
+    wide = mask if mask.dtype == torch.bool else mask.double()
+    expected = results(ours, *(x.double() for x in inputs), mask=wide)
+    mine = results(ours, *inputs, mask=mask)
+    assert all(x.isfinite().all() for x in mine)
+    # Rows hidden by finite numbers are uniform; their logsumexp has no room for log(n), so no gradients.
+    checked = 1 if name == "lowest finite" else 4
+    for x, y in list(zip(mine, expected, strict=True))[:checked]:
+        assert relative(x, y) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": 100, "window": 33},
+        {"softcap": 1.5},
+        {"softcap": 50.0},
+        {"dropout_p": 0.3, "seed": 7, "origin": [1, 2, 3]},
+        {"scale": -0.3},
+        {"scale": 0.0},
+        {"causal": 110, "window": 90, "softcap": 2.0, "dropout_p": 0.25, "seed": 7},
+    ],
+    ids=str,
+)
+def test_features_over_several_blocks(options):
+    if "seed" in options:
+        options = options | {"seed": torch.tensor([options["seed"]])}
+    inputs = make((1, 4, 2, 300, 400, 24, 40), torch.float32)
+    expected = results(ours, *(x.double() for x in inputs), **options)
+    mine = results(ours, *inputs, **options)
+    for name, x, y in zip(("out", "dq", "dk", "dv"), mine, expected, strict=True):
+        assert (x.double() - y).norm() <= 1e-5 * y.norm() + 1e-12, name
+
+
+def test_gradient_expanded_from_a_sum():
+    q, k, v, _ = make((1, 2, 2, 40, 50, 16, 8), torch.float32)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    whole = torch.autograd.grad(ours(*inputs).sum(), inputs)
+    out = ours(*inputs)
+    for x, y in zip(whole, torch.autograd.grad(out, inputs, torch.ones_like(out)), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_strided_inputs():
+    B, H, L, D = 2, 3, 70, 16
+    packed = torch.randn(B, L, 3, H, D + 1)
+    views = [packed[:, :, i, :, :D].transpose(1, 2) for i in range(3)]
+    g = torch.randn(B, L, H, D).transpose(1, 2)
+    strided = results(ours, *views, g)
+    for x, y in zip(strided, results(ours, *(x.contiguous() for x in views), g.contiguous()), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("empty", ["B", "L", "S"])
+def test_empty(empty):
+    sizes = dict(zip(("B", "H", "K", "L", "S", "D", "Dv"), (1, 2, 2, 3, 3, 4, 4), strict=True)) | {empty: 0}
+    inputs = make(tuple(sizes.values()), torch.float32)
+    assert all((x == 0).all() for x in results(ours, *inputs))
+    if empty == "S":
+        assert (attend(*inputs[:3])[1] == float("-inf")).all()
+
+
+def test_nan_propagates():
+    q = torch.randn(1, 2, 5, 4)
+    one = q.clone()
+    one[0, 0, 2, 1] = float("nan")
+    hit = torch.tensor([[[True] * 5, [False] * 5]])
+    assert torch.equal(attend(q, one, q)[0].isnan().any(-1), hit)
+    assert attend(q, torch.full_like(q, float("nan")), q)[0].isnan().all()
+
+
+def test_runs_and_threads_give_the_same_bits():
+    threads = torch.get_num_threads()
+    inputs = make((1, 4, 4, 300, 300, 32, 16), torch.float32)
+    try:
+        found = []
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            found.append(results(ours, *inputs, causal=0))
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in itertools.pairwise(found):
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
