@@ -382,3 +382,23 @@ def test_random_state_is_left_alone():
     torch.manual_seed(5)
     tlm.parallelize(model, None)
     assert torch.equal(torch.rand(3), expected)
+
+
+def whole_mlps() -> tuple[list[bool], dict[str, float]]:
+    """Of five layers the first four are unusual."""
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(16, 4, 24, 0.0, batch_first=True).double() for _ in range(5)]
+    layers[0].linear1.register_forward_hook(lambda module, args, y: y * 2)
+    layers[1].linear2.weight = layers[2].linear2.weight
+    layers[3].__class__ = type("MyLayer", (nn.TransformerEncoderLayer,), {})
+    model = nn.Sequential(*layers)
+    mesh, x_BLD = tlm.init_mesh("cpu", (2, 2)), torch.randn(2, 5, 16, dtype=torch.float64)
+    split = [isinstance(layer.linear1.weight, DTensor) for layer in quietly(copy.deepcopy(model), mesh)]
+    return split, errors(model, (x_BLD,), {}, mesh)
+
+
+def test_unusual_mlps_stay_whole(pool):
+    """Hooks, tied weights or a forward of the user's own: the MLP is left alone, the model is the same."""
+    for split, found in pool.run(whole_mlps, 4):
+        assert split == [False, False, False, False, True]
+        check([found])
