@@ -84,7 +84,7 @@ def masks(L, S):
     }
 
 
-@pytest.mark.parametrize("name", masks(1, 300))
+@pytest.mark.parametrize("name", masks(300, 400))
 def test_masks_over_several_blocks(name):
     mask = masks(300, 400)[name]
     inputs = make((1, 4, 2, 300, 400, 24, 40), torch.float32)
