@@ -89,8 +89,8 @@ def test_masks_over_several_blocks(name):
     mask = masks(300, 400)[name]
     inputs = make((1, 4, 2, 300, 400, 24, 40), torch.float32)
     wide = mask if mask.dtype == torch.bool else mask.double()
-    expected = results(ours, *(x.double() for x in inputs), mask=wide)
-    mine = results(ours, *inputs, mask=mask)
+    expected = results(ours, *(x.double() for x in inputs), attn_mask=wide)
+    mine = results(ours, *inputs, attn_mask=mask)
     assert all(x.isfinite().all() for x in mine)
     # Rows hidden by finite numbers are uniform; their logsumexp has no room for log(n), so no gradients.
     checked = 1 if name == "lowest finite" else 4
