@@ -1,5 +1,6 @@
 """The attention op on the CPU against stock: scaled_dot_product_attention, and the same with V padded by
-zeros to the width of Q and K. The ratio is that of the faster of the two to ours; the floor is what it must reach.
+zeros to the width of Q and K. The ratio is that of the faster of the two to ours; the floor is what it must
+reach.
 
     python benchmarks/partial_attention.py [--case TEXT] [--repeats N] [--threads N]
 """
