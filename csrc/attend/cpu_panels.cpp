@@ -64,6 +64,21 @@ TLM_HOST_DEVICE void transpose_body(const C* x, int64_t n, int64_t width, C* out
 
 }  // namespace
 
+bool multiplies_bfloat16() {
+  static const bool works = [] {
+    const BFloat16 rows[2] = {}, panel[2 * kTile] = {};
+    float out[kTile];
+    try {
+      at::native::cpublas::brgemm(1, kTile, 2, 2, kTile, kTile, false, rows, panel, out, true);
+    } catch (const c10::Error&) {
+      return false;
+    }
+    at::native::cpublas::brgemm_release();
+    return true;
+  }();
+  return works;
+}
+
 template <class T, class C>
 void copy_rows(Rows<const T> x, int64_t n, int64_t n_padded, int64_t width, C* out) {
   const int64_t wide = packed_width<C>(width);

@@ -79,6 +79,10 @@ void pack(const c10::BFloat16* x, int64_t n, int64_t width, c10::BFloat16* out);
 void transpose(const float* x, int64_t n, int64_t width, float* out);
 void transpose(const c10::BFloat16* x, int64_t n, int64_t width, c10::BFloat16* out);
 
+// Whether brgemm multiplies interleaved bfloat16 on this CPU. Found by trying: cpublas::could_pack asks for
+// AMX, which brgemm does not need.
+bool multiplies_bfloat16();
+
 // C (M, N) (+)= A (M, K) B with B in panels. C has N columns.
 template <class C>
 void gemm(int64_t M, int64_t N, int64_t K, const C* A, const C* B, float* out, bool add) {

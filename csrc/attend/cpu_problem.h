@@ -75,7 +75,7 @@ template <class Run>
 auto by_type(at::ScalarType type, const Run& run) {
   if (type == at::kFloat) return run(float{}, float{});
   if (type == at::kHalf) return run(c10::Half{}, float{});
-  if (at::native::cpublas::could_pack(at::kBFloat16)) return run(c10::BFloat16{}, c10::BFloat16{});
+  if (multiplies_bfloat16()) return run(c10::BFloat16{}, c10::BFloat16{});
   return run(c10::BFloat16{}, float{});
 }
 
