@@ -167,6 +167,7 @@ def search(args: argparse.Namespace, device_type: str) -> int:
     rank = dist.get_rank()
     whole = count_parameters(reference)
     try:
+        torch.manual_seed(0)  # dropout draws from it, so the ranks of a grid must agree
         mesh = tlm.init_mesh(device_type, (n, m))
         model = tlm.parallelize(
             load_model().to(device), mesh, scheme=args.scheme, combine=args.combine, rest=True
