@@ -1,5 +1,6 @@
 """What every benchmark shares: interleaved timing and results on disk with the machine they came from."""
 
+import argparse
 import json
 import platform
 import statistics
@@ -58,3 +59,27 @@ def write_results(name: str, rows: list[dict]) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     return path
+
+
+def run_cases(
+    name: str,
+    description: str,
+    cases: dict[str, object],
+    run: Callable[[object, int], dict],
+    line: Callable[[dict], str],
+    repeats: int,
+) -> None:
+    """A benchmark's command line: runs the cases it asks for, prints a line for each, writes results/NAME.json."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--case", default="", help="run only the cases whose name contains this")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows = []
+    for case_name, case in cases.items():
+        if args.case in case_name:
+            rows.append(run(case, args.repeats))
+            print(line(rows[-1]), flush=True)
+    print(write_results(name, rows))

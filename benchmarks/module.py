@@ -6,11 +6,10 @@ limit is what it must not exceed.
 Letters: B batch, L length, D embed_dim, h heads.
 """
 
-import argparse
 from typing import NamedTuple
 
 import torch
-from common import interleaved_ms, write_results
+from common import interleaved_ms, run_cases
 from torch import nn
 
 import two_level_mha as tlm
@@ -75,19 +74,8 @@ def line(row: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default="", help="run only the cases whose name contains this")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    rows = []
-    for case in CASES:
-        if args.case in case.name:
-            rows.append(run(case, args.repeats))
-            print(line(rows[-1]), flush=True)
-    print(write_results("module", rows))
+    cases = {case.name: case for case in CASES}
+    run_cases("module", __doc__.splitlines()[0], cases, run, line, repeats=9)
 
 
 if __name__ == "__main__":
