@@ -12,8 +12,10 @@ namespace two_level_mha {
 namespace {
 
 Place make_place(at::IntArrayRef grid, const std::string& slice_group, const std::string& head_group,
-                 const std::string& grid_group, const std::string& scheme, bool causal,
-                 std::optional<at::ScalarType> reduce_dtype) {
+                 const std::string& grid_group, const std::string& scheme, bool whole_heads,
+                 const std::string& combine, bool causal, std::optional<at::ScalarType> reduce_dtype) {
+  TORCH_CHECK_VALUE(combine == "reduce" || combine == "concat", "combine must be 'reduce' or 'concat', got '",
+                    combine, "'");
   TORCH_CHECK_VALUE(grid.size() == 4, "grid must be (head_groups, slices, head_group, slice), got ",
                     grid.size(), " numbers");
   Place place;
@@ -23,7 +25,14 @@ Place make_place(at::IntArrayRef grid, const std::string& slice_group, const std
   place.groups = {
       {slice_group, grid[1]}, {head_group, grid[0]}, {grid_group, grid[0] * grid[1]}, grid[3], grid[2]};
   place.scheme = scheme_from_name(scheme);
+  const Storage storage =
+      place.scheme == Scheme::automatic ? Storage::either : scheme_row(place.scheme).storage;
+  TORCH_CHECK_VALUE(storage == Storage::either || (storage == Storage::whole_heads) == whole_heads,
+                    "scheme '", scheme, "' needs the query side stored by ",
+                    storage == Storage::whole_heads ? "whole heads" : "slices of every head");
   place.causal = causal;
+  place.whole_heads = whole_heads;
+  place.concat = combine == "concat";
   place.reduce_dtype = reduce_dtype;
   return place;
 }
@@ -69,7 +78,8 @@ Tensor all_reduce_op(const Tensor& x, int64_t group_size, std::string group) {
 Tensor hierarchical_all_gather_op(const Tensor& x, int64_t head_dim, int64_t slice_dim, at::IntArrayRef grid,
                                   std::string slice_group, std::string head_group, bool slices_first,
                                   bool replicated) {
-  Groups groups = make_place(grid, slice_group, head_group, "", "auto", false, std::nullopt).groups;
+  Groups groups =
+      make_place(grid, slice_group, head_group, "", "auto", false, "reduce", false, std::nullopt).groups;
   return hierarchical_all_gather(x, head_dim, slice_dim, groups, slices_first, replicated);
 }
 
@@ -79,10 +89,12 @@ std::tuple<Tensor, Tensor, Tensor> enter_op(
     const std::optional<Tensor>& k_bias, const std::optional<Tensor>& v_bias,
     const std::optional<Tensor>& bias_k, const std::optional<Tensor>& bias_v, bool add_zero_attn,
     bool batch_first, bool causal, at::IntArrayRef grid, std::string slice_group, std::string head_group,
-    std::string grid_group, std::string scheme, std::optional<at::ScalarType> reduce_dtype) {
-  Place place = make_place(grid, slice_group, head_group, grid_group, scheme, causal, reduce_dtype);
+    std::string grid_group, std::string scheme, bool whole_heads, std::string combine,
+    std::optional<at::ScalarType> reduce_dtype, c10::SymInt position) {
+  Place place = make_place(grid, slice_group, head_group, grid_group, scheme, whole_heads, combine, causal,
+                           reduce_dtype);
   return enter(query, key, value, {q_weight, k_weight, v_weight, q_bias, k_bias, v_bias},
-               {bias_k, bias_v, add_zero_attn}, place, batch_first);
+               {bias_k, bias_v, add_zero_attn}, place, batch_first, position);
 }
 
 struct LeaveArguments {
@@ -97,20 +109,20 @@ struct LeaveArguments {
       c10::SymInt length, std::optional<double> scale, std::optional<c10::SymInt> causal,                    \
       std::optional<c10::SymInt> window, double softcap, double dropout_p, const std::optional<Tensor>&seed, \
       bool batch_first, at::IntArrayRef grid, std::string slice_group, std::string head_group,               \
-      std::string grid_group, std::string scheme, std::string combine,                                       \
-      std::optional<at::ScalarType> reduce_dtype
+      std::string grid_group, std::string scheme, bool whole_heads, std::string combine,                     \
+      std::optional<at::ScalarType> reduce_dtype, c10::SymInt position, c10::SymInt first_key
 
 LeaveArguments leave_arguments(TLM_LEAVE_PARAMETERS) {
-  TORCH_CHECK_VALUE(combine == "reduce" || combine == "concat", "combine must be 'reduce' or 'concat', got '",
-                    combine, "'");
   return {{attn_mask, scale, causal, window, softcap, dropout_p, seed},
-          {out_weight, out_bias, combine == "concat", batch_first, batch, length},
-          make_place(grid, slice_group, head_group, grid_group, scheme, causal.has_value(), reduce_dtype)};
+          {out_weight, out_bias, batch_first, batch, length, position, first_key},
+          make_place(grid, slice_group, head_group, grid_group, scheme, whole_heads, combine,
+                     causal.has_value(), reduce_dtype)};
 }
 
 #define TLM_LEAVE_ARGUMENTS                                                                                 \
   q, k, v, out_weight, out_bias, attn_mask, batch, length, scale, causal, window, softcap, dropout_p, seed, \
-      batch_first, grid, slice_group, head_group, grid_group, scheme, combine, reduce_dtype
+      batch_first, grid, slice_group, head_group, grid_group, scheme, whole_heads, combine, reduce_dtype,   \
+      position, first_key
 
 Tensor leave_op(TLM_LEAVE_PARAMETERS) {
   auto a = leave_arguments(TLM_LEAVE_ARGUMENTS);
@@ -120,6 +132,23 @@ Tensor leave_op(TLM_LEAVE_PARAMETERS) {
 std::tuple<Tensor, Tensor> leave_with_weights_op(TLM_LEAVE_PARAMETERS, bool average) {
   auto a = leave_arguments(TLM_LEAVE_ARGUMENTS);
   return leave_with_weights(q, k, v, a.attend, a.output, a.place, average);
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> deal_rows_op(
+    at::TensorList xs, const Tensor& q, const Tensor& k, const Tensor& out_weight, c10::SymInt batch,
+    c10::SymInt length, bool causal, at::IntArrayRef grid, std::string slice_group, std::string head_group,
+    std::string grid_group, std::string scheme, bool whole_heads, std::string combine, c10::SymInt position) {
+  Place place = make_place(grid, slice_group, head_group, grid_group, scheme, whole_heads, combine, causal,
+                           std::nullopt);
+  auto dealt = deal_rows(xs.vec(), q, k, {out_weight, std::nullopt, true, batch, length, position}, place);
+  return {dealt.queries, dealt.keys};
+}
+
+std::vector<Tensor> replicated_op(at::TensorList xs, int64_t group_size, std::string group,
+                                  std::optional<at::ScalarType> reduce_dtype) {
+  Groups groups;
+  groups.head = groups.grid = {group, group_size};
+  return enter_replicated(xs.vec(), groups, reduce_dtype);
 }
 
 }  // namespace
@@ -187,24 +216,26 @@ TORCH_LIBRARY(two_level_mha, library) {
       "bool slices_first=False, bool replicated=False) -> Tensor",
       hierarchical_all_gather_op);
 
-  // First half of the pass: project, move. grid is (n, m, i, j).
+  // First half of the pass: project, move. grid is (n, m, i, j); whole_heads: q_weight, q_bias and out_weight
+  // are stored by whole heads, (H / m, d, D) and so on. position: of the first token, for scheme "position".
   library.def(
       "enter(Tensor query, Tensor key, Tensor value, Tensor q_weight, Tensor k_weight, Tensor v_weight, "
       "Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, Tensor? bias_k, Tensor? bias_v, bool add_zero_attn, "
       "bool batch_first, bool causal, int[] grid, str slice_group, str head_group, str grid_group, str "
-      "scheme, "
-      "ScalarType? reduce_dtype) -> (Tensor, Tensor, Tensor)",
+      "scheme, bool whole_heads, str combine, ScalarType? reduce_dtype, SymInt position=0) "
+      "-> (Tensor, Tensor, Tensor)",
       enter_op);
 
-  // Second half: attend, move back, combine.
+  // Second half: attend, move back, combine. k and v as `enter` gave them, or those of a cache in the same
+  // layout; causal counts positions, first_key is the position of the first key and of the mask's first
+  // column.
   library.def(
       "leave(Tensor q, Tensor k, Tensor v, Tensor out_weight, Tensor? out_bias, Tensor? attn_mask, SymInt "
       "batch, "
       "SymInt length, float? scale, SymInt? causal, SymInt? window, float softcap, float dropout_p, Tensor? "
       "seed, "
-      "bool batch_first, int[] grid, str slice_group, str head_group, str grid_group, str scheme, str "
-      "combine, "
-      "ScalarType? reduce_dtype) -> Tensor",
+      "bool batch_first, int[] grid, str slice_group, str head_group, str grid_group, str scheme, bool "
+      "whole_heads, str combine, ScalarType? reduce_dtype, SymInt position=0, SymInt first_key=0) -> Tensor",
       leave_op);
 
   // The same and the attention weights, (B, h, L, S) or averaged over the heads (B, L, S).
@@ -214,9 +245,25 @@ TORCH_LIBRARY(two_level_mha, library) {
       "SymInt batch, SymInt length, float? scale, SymInt? causal, SymInt? window, float softcap, float "
       "dropout_p, "
       "Tensor? seed, bool batch_first, int[] grid, str slice_group, str head_group, str grid_group, str "
-      "scheme, "
-      "str combine, ScalarType? reduce_dtype, bool average) -> (Tensor, Tensor)",
+      "scheme, bool whole_heads, str combine, ScalarType? reduce_dtype, SymInt position=0, SymInt "
+      "first_key=0, "
+      "bool average=True) -> (Tensor, Tensor)",
       leave_with_weights_op);
+
+  // Tensors (B or 1, 1, L, ..) that go with tokens, such as rotary angles -> the rows of this rank's q, and
+  // of its k.
+  library.def(
+      "deal_rows(Tensor[] xs, Tensor q, Tensor k, Tensor out_weight, SymInt batch, SymInt length, bool "
+      "causal, "
+      "int[] grid, str slice_group, str head_group, str grid_group, str scheme, bool whole_heads, str "
+      "combine, "
+      "SymInt position=0) -> (Tensor[] queries, Tensor[] keys)",
+      deal_rows_op);
+
+  // Identity on tensors that are the same on every rank and are used differently by each. Adjoint: the sum
+  // over the group, in one exchange.
+  library.def("replicated(Tensor[] xs, int group_size, str group, ScalarType? reduce_dtype=None) -> Tensor[]",
+              replicated_op);
 }
 
 }  // namespace two_level_mha

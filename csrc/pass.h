@@ -9,32 +9,29 @@
 
 #include "attend/partial_attention.h"
 #include "place.h"
-#include "project/projection.h"
+#include "project/whole.h"
 
 namespace two_level_mha {
 
-// Extra keys every query sees (nn.MultiheadAttention's add_bias_kv, add_zero_attn); biases (K, E).
-struct ExtraKeys {
-  std::optional<Tensor> bias_k, bias_v;
-  bool zero = false;
-};
-
 // Inputs (B, L or S, D) replicated over the grid, (L or S, B, D) if not batch_first -> q, k, v of this rank.
+// position: of the first token among all, which decides the owners of new keys with scheme "position".
 std::tuple<Tensor, Tensor, Tensor> enter(const Tensor& query, const Tensor& key, const Tensor& value,
                                          const QkvWeights& weights, const ExtraKeys& extra,
-                                         const Place& place, bool batch_first);
+                                         const Place& place, bool batch_first,
+                                         const c10::SymInt& position = 0);
 
 // How the output is put together.
 struct Output {
-  Tensor weight;               // (D, H, E); concat: (D, h, d), the whole
+  Tensor weight;               // (D, H, E) or whole heads (D, H / m, d); place.concat: (D, h, d), the whole
   std::optional<Tensor> bias;  // (D,)
-  bool concat = false;
   bool batch_first = true;
   c10::SymInt batch, length;  // B and L of the whole call
+  c10::SymInt position = 0;   // as `enter` was given it
+  c10::SymInt first_key = 0;  // position of the first key, and of the mask's first column
 };
 
-// q, k, v as `enter` left them; attend.mask is the whole call's, broadcastable to (B, h, L, S) -> y (B, L,
-// D), the same bits on every rank.
+// q, k, v as `enter` left them, or k and v those of a cache in the same layout; attend.mask is the whole
+// call's, broadcastable to (B, h, L, S) -> y (B, L, D), the same bits on every rank.
 Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend, const Output& output,
              const Place& place);
 
@@ -43,5 +40,13 @@ Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& at
 std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
                                               const Attend& attend, const Output& output, const Place& place,
                                               bool average);
+
+// Tensors (B or 1, 1, L, ..) that go with tokens, such as rotary angles -> the rows that q and k of this rank
+// are.
+struct DealtRows {
+  std::vector<Tensor> queries, keys;
+};
+DealtRows deal_rows(const std::vector<Tensor>& xs, const Tensor& q, const Tensor& k, const Output& output,
+                    const Place& place);
 
 }  // namespace two_level_mha

@@ -14,7 +14,10 @@ struct Place {
   int64_t head_group = 0, slice = 0;  // (i, j)
   Groups groups;
   Scheme scheme = Scheme::automatic;
-  bool causal = false;  // sequence deals the rows out as balanced pairs of chunks
+  bool causal = false;  // rows are dealt out as balanced pairs of chunks
+  bool whole_heads =
+      false;            // how the query side is stored: W_Q (H / m, d, D) instead of (H, E, D), W_O alike
+  bool concat = false;  // combine="concat"
   std::optional<at::ScalarType> reduce_dtype;
 };
 

@@ -38,10 +38,11 @@ std::string grid_choices(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t
   return Grid::choices(ranks, {heads, kv_heads, head_dim});
 }
 
-std::vector<std::pair<std::string, bool>> schemes() {
-  std::vector<std::pair<std::string, bool>> names;
-  for (const SchemeRow& row : kSchemes) names.emplace_back(row.name, row.exact);
-  return names;
+std::vector<std::tuple<std::string, bool, std::string>> schemes() {
+  constexpr const char* kStorages[] = {"slices", "whole heads", "either"};
+  std::vector<std::tuple<std::string, bool, std::string>> rows;
+  for (const SchemeRow& row : kSchemes) rows.emplace_back(row.name, row.exact, kStorages[int(row.storage)]);
+  return rows;
 }
 
 std::string resolve(const std::string& scheme, int64_t B, int64_t L, int64_t S, int64_t H, int64_t K,
@@ -66,7 +67,9 @@ PYBIND11_MODULE(_C, m) {
         "Empty if the grid fits, else the rule that broke and the grids that would do.");
   m.def("grid_candidates", &grid_candidates, "Valid (n, m) for a number of ranks.");
   m.def("grid_choices", &grid_choices, "A sentence with the valid grids for a number of ranks, and near it.");
-  m.def("schemes", &schemes, "(name, exact) of every scheme.");
+  m.def("schemes", &schemes, "(name, exact, storage) of every scheme.");
+  m.def("whole_heads_fit", &whole_heads_fit,
+        "Whether H query and K KV heads can be stored as whole heads on m.");
   m.def("resolve_scheme", &resolve, "The scheme that scheme='auto' takes for a call of these sizes.");
   m.def("scheme_cost", &cost, "(FLOPs, elements sent, collectives) of a scheme's forward, per rank.");
 }

@@ -10,7 +10,7 @@ import torch
 from harness.layer import Case, errors, place
 
 GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2), (2, 4), (3, 2)]
-SCHEMES = ["independent", "slices", "sequence", "auto"]
+SCHEMES = ["independent", "slices", "sequence", "batch", "heads", "weights", "auto"]
 COMBINES = ["reduce", "concat"]
 
 # What changes which rows, keys or numbers meet: each meets every scheme on every grid.
@@ -37,10 +37,11 @@ def run_cases(n, m, cases):
     return [errors(case, place(n, m)) for case in cases]
 
 
-def kv_heads(n, grouped):
-    if not grouped:
-        return 12
-    return 6 if n == 3 else 4
+def heads(scheme, n, m, grouped):
+    """Query and KV heads that the grid takes; for whole heads, each side of the rule in turn."""
+    if scheme == "heads":
+        return {"heads": 8 * n, "kv_heads": n * max(1, m // 2) if grouped else n * m}
+    return {"kv_heads": 12 if not grouped else 6 if n == 3 else 4}
 
 
 def check(pool, grid, cases, timeout):
@@ -74,9 +75,9 @@ def test_against_the_unsplit_layer(pool, scheme, grid):
         base = Case(
             scheme=scheme,
             combine=COMBINES[at % 2],
-            kv_heads=kv_heads(grid[0], at % 3 != 0),
             bias=at % 4 != 3,
             batch_first=at % 5 != 4,
+            **heads(scheme, *grid, at % 3 != 0),
         )
         cases.append(replace(base, **options))
     check(pool, grid, cases, timeout=120)
@@ -88,7 +89,7 @@ def test_against_the_unsplit_layer(pool, scheme, grid):
 def test_every_combination_against_the_unsplit_layer(pool, scheme, grid):
     """T. Localises: as above, when only a combination of features, GQA, combine and bias fails."""
     cases = [
-        replace(Case(scheme=scheme, combine=combine, kv_heads=kv_heads(grid[0], grouped), bias=bias), **options)
+        replace(Case(scheme=scheme, combine=combine, bias=bias, **heads(scheme, *grid, grouped)), **options)
         for (feature, options), combine, grouped, bias in itertools.product(
             FEATURES.items(), COMBINES, (False, True), (False, True)
         )

@@ -20,23 +20,33 @@ LAYOUTS = {
 }
 
 
-def placements(name: str, combine: str) -> list:
-    """Placements of parameter `name` on ("head", "slice"). combine="concat" replicates out_weight."""
-    dims = (None, None) if name == "out_weight" and combine == "concat" else LAYOUTS[name]
+QUERY_SIDE = ("q_weight", "q_bias", "out_weight")
+
+
+def placements(name: str, combine: str, whole_heads: bool = False) -> list:
+    """Placements of parameter `name` on ("head", "slice").
+
+    combine="concat" replicates out_weight; whole_heads deals the query side along heads over both axes.
+    """
+    dims = LAYOUTS[name]
+    if name == "out_weight" and combine == "concat":
+        dims = (None, None)
+    elif whole_heads and name in QUERY_SIDE:
+        dims = (dims[0], dims[0])
     return [Replicate() if dim is None else Shard(dim) for dim in dims]
 
 
-def block(full: Tensor, name: str, mesh: DeviceMesh | None, combine: str) -> Tensor:
+def block(full: Tensor, name: str, mesh: DeviceMesh | None, combine: str, whole_heads: bool = False) -> Tensor:
     """`full`, the same on every rank, as this rank stores it: a DTensor, or a copy without a mesh.
 
     A copy, so that a rank's block does not keep the storage of the whole alive.
     """
     if mesh is None:
         return full.clone(memory_format=torch.contiguous_format)
-    local, layout = full, placements(name, combine)
+    local, layout = full, placements(name, combine, whole_heads)
     for axis, placement in enumerate(layout):
         if isinstance(placement, Shard):
-            size = full.shape[placement.dim] // mesh.size(axis)
+            size = local.shape[placement.dim] // mesh.size(axis)
             local = local.narrow(placement.dim, size * mesh.get_local_rank(axis), size)
     local = local.clone(memory_format=torch.contiguous_format)
     return DTensor.from_local(local, mesh, layout, run_check=False)

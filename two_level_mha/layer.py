@@ -5,6 +5,7 @@ E its slice.
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,17 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha import _C
 from two_level_mha.blocks import LAYOUTS, block, local_blocks
-from two_level_mha.mesh import GridError, digest, place_on, same_on_all_ranks
+from two_level_mha.mesh import Grid, GridError, digest, place_on, same_on_all_ranks
 
-SCHEMES = ("auto", *(name for name, _ in _C.schemes()))
+CACHED = "position"  # the scheme of a KV cache dealt by position: not for a call without one
+SCHEMES = ("auto", *(name for name, _, _ in _C.schemes() if name != CACHED))
 COMBINES = ("reduce", "concat")
 REDUCE_DTYPES = (None, torch.float32)
 
 _ops = torch.ops.two_level_mha
+
+Deal = Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]]
+Between = Callable[[Tensor, Tensor, Tensor, Deal], tuple[Tensor, Tensor, Tensor]]
 
 
 class GridAttention(nn.Module):
@@ -50,6 +55,7 @@ class GridAttention(nn.Module):
             raise GridError(f"reduce_dtype must be None or torch.float32, got {reduce_dtype}")
         self.place = place_on(mesh)
         self.place.grid.check(num_heads, num_kv_heads, head_dim)
+        self.whole_heads = _stores_whole_heads(scheme, num_heads, num_kv_heads, self.place.grid)
         self.mesh = mesh
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scheme, self.combine, self.debug, self.reduce_dtype = scheme, combine, debug, reduce_dtype
@@ -62,8 +68,12 @@ class GridAttention(nn.Module):
             if tensor is None:
                 self.register_parameter(name, None)
             else:
-                kept = block(tensor, name, self.mesh, self.combine)
+                kept = self.block(tensor, name)
                 self.register_parameter(name, nn.Parameter(kept, (requires_grad or {}).get(name, True)))
+
+    def block(self, full: Tensor, name: str) -> Tensor:
+        """`full`, the same on every rank, as this module stores parameter `name`."""
+        return block(full, name, self.mesh, self.combine, self.whole_heads)
 
     def compares(self) -> bool:
         """Whether this call compares its inputs over the grid: the first one, and all with debug."""
@@ -91,33 +101,65 @@ class GridAttention(nn.Module):
         attn_mask: Tensor | None = None,
         scale: float | None = None,
         causal: int | None = None,
+        window: int | None = None,
+        softcap: float = 0.0,
         dropout_p: float = 0.0,
         batch_first: bool = True,
         add_zero_attn: bool = False,
         need_weights: bool = False,
         average_attn_weights: bool = True,
+        between: Between | None = None,
+        scheme: str | None = None,
+        position: int = 0,
+        first_key: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """Exact attention of (B, L, D) over (B, S, Dk), (B, S, Dv); (L, B, D) and so on if not batch_first.
 
         attn_mask: bool (True = attend) or additive, broadcastable to (B, h, L, S). causal: row l sees keys up to
-        l + causal. Returns y in the layout of query, and the weights (B, h, L, S), or (B, L, S) averaged, or None.
+        position l + causal, and with window only those after l + causal - window. Returns y in the layout of query,
+        and the weights (B, h, L, S), or (B, L, S) averaged, or None.
+        between: what acts where d is whole; given q, k, v of this rank and `deal`, it returns them changed, k and v
+        perhaps as those of a cache. deal(xs) gives the rows of tensors (B or 1, 1, L, ..) that go with q, and with k.
+        scheme overrides the module's, for a cache; position: of the first token; first_key: of the first cached key.
         """
         # nn.Module finds parameters by a slow path
         p = self._parameters
         q_w, k_w, v_w, q_b, k_b, v_b, bias_k, bias_v, out_w, out_b = local_blocks([p[name] for name in LAYOUTS])
-        place = self.place.args
+        place = (*self.place.args, scheme or self.scheme, self.whole_heads, self.combine)
         q, k, v = _ops.enter(
             query, key, value, q_w, k_w, v_w, q_b, k_b, v_b, bias_k, bias_v, add_zero_attn, batch_first,
-            causal is not None, *place, self.scheme, self.reduce_dtype,
+            causal is not None, *place, self.reduce_dtype, position,
         )  # fmt: skip
+        batch, length = (query.shape[0], query.shape[1]) if batch_first else (query.shape[1], query.shape[0])
+        if between is not None:
+
+            def deal(xs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+                return _ops.deal_rows(xs, q, k, out_w, batch, length, causal is not None, *place, position)
+
+            q, k, v = between(q, k, v, deal)
         seed = None
         if dropout_p > 0.0:
             seed = torch.randint(2**62, (1,), device=query.device)
-        batch, length = (query.shape[0], query.shape[1]) if batch_first else (query.shape[1], query.shape[0])
         arguments = (
-            q, k, v, out_w, out_b, attn_mask, batch, length, scale, causal, None, 0.0, dropout_p, seed, batch_first,
-            *place, self.scheme, self.combine, self.reduce_dtype,
+            q, k, v, out_w, out_b, attn_mask, batch, length, scale, causal, window, softcap, dropout_p, seed,
+            batch_first, *place, self.reduce_dtype, position, first_key,
         )  # fmt: skip
         if need_weights:
             return _ops.leave_with_weights(*arguments, average_attn_weights)
         return _ops.leave(*arguments), None
+
+    def replicated(self, xs: list[Tensor]) -> list[Tensor]:
+        """Parameters that every rank holds and uses for its own rows and heads: their gradients become the sum."""
+        return _ops.replicated(xs, self.place.grid.size, self.place.groups[2], self.reduce_dtype)
+
+
+def _stores_whole_heads(scheme: str, h: int, k: int, grid: Grid) -> bool:
+    """Whether the query side is stored by whole heads. Raises GridError where scheme "heads" cannot."""
+    H, K, m = h // grid.head_groups, k // grid.head_groups, grid.slices
+    fits = _C.whole_heads_fit(H, K, m)
+    if scheme == "heads" and not fits:
+        raise GridError(
+            f"scheme 'heads' deals the {H} query heads of a head group, with {K} key/value heads, to {m} slices: "
+            f"slices must divide {H}, and slices must divide {K} or the other way round; take another grid or scheme"
+        )
+    return scheme == "heads" or (scheme == "auto" and k < h and fits)

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.init import xavier_normal_, xavier_uniform_
 
-from two_level_mha.blocks import LAYOUTS, block, whole
+from two_level_mha.blocks import LAYOUTS, whole
 from two_level_mha.layer import GridAttention
 from two_level_mha.masks import UsageAssertionError, check_inputs, one_mask
 from two_level_mha.mesh import GridError, digest, same_on_all_ranks
@@ -33,8 +33,9 @@ class TwoLevelMultiheadAttention(GridAttention):
 
     mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process. head_groups must divide
         num_heads, slices must divide embed_dim // num_heads; else GridError.
-    scheme: "auto" or one of the exact "slices", "sequence" (the same numbers, other costs), or "independent": the
-        paper's literal per-slice softmax, which is another model (num_heads * m heads of width d / m).
+    scheme: "auto" or one of the exact "slices", "sequence", "batch", "heads", "weights" (the same numbers, other
+        costs), or "independent": the paper's literal per-slice softmax, which is another model (num_heads * m heads of
+        width d / m).
     combine: "reduce" (each rank keeps 1 / P of out_weight, partial outputs are summed) or "concat" (hierarchical
         all-gather, out_weight replicated).
     debug: compare inputs and arguments over the grid at every call instead of the first only; None reads TLM_DEBUG.
@@ -232,7 +233,7 @@ class TwoLevelMultiheadAttention(GridAttention):
         for name, x in (mine | from_stock(stock, self.num_heads)).items():
             own = self._parameters.get(name)
             split = isinstance(own, DTensor) and not isinstance(x, DTensor) and x.shape == own.shape
-            state[prefix + name] = block(x, name, self.mesh, self.combine) if split else x
+            state[prefix + name] = self.block(x, name) if split else x
 
     def extra_repr(self) -> str:
         return (

@@ -48,28 +48,31 @@ struct GatherDealt : torch::autograd::Function<GatherDealt> {
 
 }  // namespace
 
-Tensor gather_weights(const Tensor& weights, const SchemeRow& row, const Place& place,
-                      const c10::SymInt& batch, const c10::SymInt& length, bool zigzag, bool average) {
-  const int64_t n = place.grid.head_groups, m = place.grid.slices, heads = fixed_size(weights, 1) * n;
-  if (!row.exact) {  // h * m heads of width d / m, each on one rank
+Tensor gather_weights(const Tensor& weights, const Layout& layout, const Place& place, bool average) {
+  const int64_t n = place.grid.head_groups, m = layout.m, local = fixed_size(weights, 1);
+  // heads of this rank alone: whole heads, or those of d / m width of "independent"
+  const bool whole_heads = layout.scheme == Scheme::heads;
+  if (whole_heads || layout.scheme == Scheme::independent) {
     if (average)
-      return reduce_replicated(weights.sum(1), place.groups, place.reduce_dtype) / double(heads * m);
-    return hierarchical_all_gather(weights.unsqueeze(2), 1, 2, place.groups, false, true).flatten(1, 2);
+      return reduce_replicated(weights.sum(1), place.groups, place.reduce_dtype) / double(local * n * m);
+    return hierarchical_all_gather(weights.unsqueeze(whole_heads ? 1 : 2), 1, 2, place.groups, false, true)
+        .flatten(1, 2);
   }
   Tensor whole = weights;
-  if (m > 1 && row.q == Move::replicate) {
-    whole = KeepGradient::apply(weights, place.slice == 0);
-  } else if (m > 1) {
+  const int64_t dim = layout.dealt_dim();
+  if (dim >= 0) {
     std::vector<c10::SymInt> sizes = weights.sym_sizes().vec();
-    sizes[int64_t(row.q)] = row.q == Move::batch ? batch : length;
-    whole = GatherDealt::apply(weights, sizes, int64_t(row.q), zigzag, place.groups.slice, place.slice);
+    sizes[dim] = dim == 0 ? layout.shape.batch : layout.shape.length;
+    whole = GatherDealt::apply(weights, sizes, dim, layout.zigzag, place.groups.slice, place.slice);
+  } else if (m > 1) {
+    whole = KeepGradient::apply(weights, place.slice == 0);
   }
   Groups head_axis;
   head_axis.head = head_axis.grid = place.groups.head;
   head_axis.head_rank = place.head_group;
   if (average)
     return n == 1 ? whole.mean(1)
-                  : reduce_replicated(whole.sum(1), head_axis, place.reduce_dtype) / double(heads);
+                  : reduce_replicated(whole.sum(1), head_axis, place.reduce_dtype) / double(local * n);
   return hierarchical_all_gather(whole, 1, 2, head_axis, false, true);
 }
 

@@ -40,6 +40,10 @@ class Case:
     reduce_dtype: torch.dtype | None = None
 
     @property
+    def whole_heads(self) -> bool:
+        return self.scheme == "heads"
+
+    @property
     def all_keys(self) -> int:
         return (self.keys or self.length) + 2 * self.extra_keys
 
@@ -173,6 +177,8 @@ def block(name: str, x: Tensor, case: Case, at: Place) -> Tensor:
         head, width = 0, 1
     else:
         return x
+    if case.whole_heads and name in ("q_weight", "q_bias", "out_weight"):
+        width = head
     return x.chunk(at.n, head)[at.i].chunk(at.m, width)[at.j].contiguous()
 
 
@@ -213,6 +219,8 @@ def run(
         case.causal is not None,
         *at.arguments,
         case.scheme,
+        case.whole_heads,
+        case.combine,
         case.reduce_dtype,
     )
     attn_mask = leaf.get("mask", mask)
@@ -236,6 +244,7 @@ def run(
         case.batch_first,
         *at.arguments,
         case.scheme,
+        case.whole_heads,
         case.combine,
         case.reduce_dtype,
     )

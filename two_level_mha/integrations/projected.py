@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from two_level_mha.blocks import block
 from two_level_mha.layer import GridAttention
 from two_level_mha.masks import UsageRuntimeError
 from two_level_mha.mesh import GridError
@@ -125,7 +124,7 @@ def _take_stock_keys(owner: nn.Module, state: dict, prefix: str, *_, child: str,
             if x is not None:
                 own = ours._parameters.get(name)
                 split = isinstance(own, DTensor) and not isinstance(x, DTensor) and x.shape == own.shape
-                state[prefix + child + name] = block(x, name, ours.mesh, ours.combine) if split else x
+                state[prefix + child + name] = ours.block(x, name) if split else x
 
 
 def probe_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:

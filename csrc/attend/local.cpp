@@ -1,0 +1,58 @@
+#include "local.h"
+
+#include <ATen/ATen.h>
+
+#include "../combine/reduce.h"
+#include "../sizes.h"
+
+namespace two_level_mha {
+
+namespace {
+
+// The heads, sequences and keys of the mask that this rank attends to; its rows stay whole.
+Tensor local_mask(Tensor mask, const c10::SymInt& first_head, int64_t heads, const c10::SymInt& first_cyclic,
+                  const Place& place, const Layout& layout) {
+  while (mask.dim() < 4) mask = mask.unsqueeze(0);
+  mask = enter_replicated({mask}, place.groups, place.reduce_dtype)[0];
+  if (fixed_size(mask, 1) != 1) mask = mask.narrow_symint(1, first_head, heads);
+  if (layout.row.k == Move::cyclic && layout.m > 1 && mask.sym_size(3) != 1)
+    mask = mask.slice_symint(3, first_cyclic, std::nullopt, layout.m);
+  const int64_t dim = layout.dealt_dim();
+  if (dim < 0 || mask.sym_size(dim) == 1) return mask;
+  // True = attend: a padded row that saw no key would send NaN into the gradients
+  return deal(mask, layout, mask.scalar_type() == at::kBool ? 1 : 0);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attend_local(const Tensor& q, const Tensor& k, const Tensor& v, Attend attend,
+                                        const c10::SymInt& first_key, const Place& place,
+                                        const Layout& layout, const Core& core) {
+  const int64_t m = layout.m, H = fixed_size(q, 1);
+  const bool own_heads = layout.scheme == Scheme::heads && m > 1, cyclic = layout.row.k == Move::cyclic;
+  const auto first_cyclic = cyclic ? layout.first_cyclic(first_key) : c10::SymInt(0);
+  attend.origin[1] = own_heads ? H * (place.head_group * m + layout.j) : H * place.head_group;
+  if (attend.mask) attend.mask = local_mask(*attend.mask, attend.origin[1], H, first_cyclic, place, layout);
+  if (attend.causal) attend.causal = *attend.causal - first_key - first_cyclic;
+  if (cyclic) attend.key_stride = m;
+  auto runs = layout.runs();
+  if (layout.dealt_dim() == 0) attend.origin[0] = runs[0].first;
+  if (layout.dealt_dim() != 2) return core(q, k, v, attend);
+
+  std::vector<Tensor> outs, seconds;
+  c10::SymInt at_row(0);
+  for (const auto& [first, count] : runs) {
+    Attend here = attend;
+    if (here.causal) here.causal = *here.causal + first;
+    here.origin[2] = first;
+    if (here.mask && here.mask->sym_size(2) != 1) here.mask = here.mask->narrow_symint(2, at_row, count);
+    auto [out, second] = core(q.narrow_symint(2, at_row, count), k, v, here);
+    outs.push_back(out);
+    seconds.push_back(second);
+    at_row = at_row + count;
+  }
+  if (outs.size() == 1) return {outs[0], seconds[0]};
+  return {at::cat(outs, 2), at::cat(seconds, 2)};
+}
+
+}  // namespace two_level_mha

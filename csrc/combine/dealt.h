@@ -1,0 +1,21 @@
+// Entering and leaving the pass with tokens dealt out over the slice group (scheme "weights"): the gradients
+// and the outputs of a rank are complete but for the sum over the head groups.
+#pragma once
+
+#include "../move/layout.h"
+
+namespace two_level_mha {
+
+// Forward: this rank's tokens of (B, L, D), each the same on every rank. Backward: summed over the head axis
+// and gathered over the slice axis, in one exchange for all.
+std::vector<Tensor> enter_dealt(const std::vector<Tensor>& xs, const Layout& layout, const Place& place);
+
+// Forward: this rank's tokens, summed over the head axis and gathered over the slice axis -> (B, L, D), the
+// same bits on every rank. Backward: this rank's tokens of the gradient.
+Tensor reduce_dealt(const Tensor& y, const Layout& layout, const Place& place);
+
+// Forward: rows (B, K, S / m, d) of every rank -> all of them. Backward: their sum over the ranks' uses.
+std::vector<Tensor> gather_rows(const std::vector<Tensor>& xs, const c10::SymInt& rows, const Layout& layout,
+                                const Group& group);
+
+}  // namespace two_level_mha
