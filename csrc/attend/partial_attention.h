@@ -19,6 +19,7 @@ struct Attend {
   double softcap = 0.0, dropout_p = 0.0;
   std::optional<Tensor> seed;
   std::array<c10::SymInt, 3> origin{0, 0, 0};
+  c10::SymInt key_stride = 1;
 };
 
 // -> out (B, H, L, Dv), logsumexp (B, H, L)
