@@ -106,6 +106,9 @@ def test_masks_over_several_blocks(name):
     "options",
     [
         {"causal": 100, "window": 33},
+        {"causal": 500, "key_stride": 3},
+        {"causal": 900, "window": 150, "key_stride": 3},
+        {"causal": -50, "key_stride": 2},
         {"softcap": 1.5},
         {"softcap": 50.0},
         {"dropout_p": 0.3, "seed": 7, "origin": [1, 2, 3]},

@@ -51,6 +51,9 @@ def features(name, sizes, dtype=torch.float64):
         "causal offset": {"causal": max(S - L, 1)},
         "causal, rows before the first key": {"causal": -2},
         "window": {"causal": S // 2, "window": 3},
+        "key stride": {"causal": S, "key_stride": 3},
+        "key stride, rows before the first key": {"causal": -2, "key_stride": 2},
+        "key stride and window": {"causal": 2 * S - L, "window": S, "key_stride": 2},
         "softcap": {"softcap": 1.5},
         "bool mask": {"attn_mask": keep},
         "padding": {"attn_mask": (torch.arange(S) < S - S // 3).expand(B, 1, 1, S)},
@@ -79,6 +82,9 @@ FEATURES = [
     "causal offset",
     "causal, rows before the first key",
     "window",
+    "key stride",
+    "key stride, rows before the first key",
+    "key stride and window",
     "softcap",
     "bool mask",
     "padding",
@@ -391,6 +397,18 @@ def test_merge_of_parts_is_the_whole(cuts):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_merge_of_every_mth_key_is_the_whole(dtype, window):
+    """T / R. Localises: key_stride, by the way a cache uses it: token p on rank p % m, causal seen from there."""
+    L, S, m = 70, 200, 3
+    q, k, v = make((1, 4, 2, L, S, 8, 5), dtype, grad=False)
+    parts = [attend(q, k[:, :, j::m], v[:, :, j::m], causal=S - L - j, window=window, key_stride=m) for j in range(m)]
+    merged = ops.merge_partials(torch.stack([out for out, _ in parts]), torch.stack([x for _, x in parts]))
+    for mine, whole in zip(merged, attend(q, k, v, causal=S - L, window=window), strict=True):
+        assert relative(mine, whole) <= (1e-12 if dtype == torch.float64 else 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("feature", ["none", "bias", "everything"])
@@ -447,6 +465,9 @@ def test_autocast(dtype):
         ({"dropout_p": 1.5}, "dropout_p"),
         ({"window": 2}, "causal"),
         ({"softcap": -1.0}, "softcap"),
+        ({"origin": [0, 0]}, "origin"),
+        ({"key_stride": 0}, "key_stride"),
+        ({"key_stride": 2, "dropout_p": 0.5, "seed": torch.tensor([1])}, "key_stride"),
     ],
 )
 def test_errors(change, message):

@@ -31,6 +31,8 @@ def test_causal_offset_and_window_by_hand():
     """Localises: `reference.visible`, on a picture small enough to read."""
     seen = reference.visible(3, 5, causal=1, window=2).int().tolist()
     assert seen == [[1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]
+    every_third = reference.visible(4, 3, causal=2, window=5, key_stride=3).int().tolist()  # keys at 0, 3, 6
+    assert every_third == [[1, 0, 0], [1, 1, 0], [1, 1, 0], [0, 1, 0]]
 
 
 def test_empty_rows_and_no_keys():

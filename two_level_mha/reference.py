@@ -9,15 +9,18 @@ from torch import Tensor
 NEG_INF = float("-inf")
 
 
-def visible(num_queries: int, num_keys: int, causal: int | None, window: int | None, device=None) -> Tensor:
-    """(L, S) bool, True = attend: row l sees key s if s <= l + causal and, windowed, s > l + causal - window.
+def visible(
+    num_queries: int, num_keys: int, causal: int | None, window: int | None, device=None, key_stride: int = 1
+) -> Tensor:
+    """(L, S) bool, True = attend: row l sees key s, which stands at p = s * key_stride, if p <= l + causal and,
+    windowed, p > l + causal - window.
 
     causal=0 and causal=1 for L = 3, S = 4:   1 0 0 0    1 1 0 0
                                               1 1 0 0    1 1 1 0
                                               1 1 1 0    1 1 1 1
     """
     row_L1 = torch.arange(num_queries, device=device)[:, None]
-    key_1S = torch.arange(num_keys, device=device)[None, :]
+    key_1S = key_stride * torch.arange(num_keys, device=device)[None, :]
     if causal is None:
         return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
     seen_LS = key_1S <= row_L1 + causal
@@ -38,6 +41,7 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     keep_BHLS: Tensor | None = None,
+    key_stride: int = 1,
     empty_rows: str = "zero",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Exact attention: out (B, H, L, E), logsumexp (B, H, L) and the weights after dropout (B, H, L, S).
@@ -46,6 +50,7 @@ def attention(
 
     mask: bool (True = attend) or additive, broadcastable to (B, H, L, S).
     keep_BHLS: the dropout mask, True = kept; kept weights are divided by 1 - dropout_p.
+    key_stride: causal and window count positions, of which the keys are every key_stride-th.
     empty_rows: a row that sees no key gives "zero" (no gradient, logsumexp -inf) or "nan", as softmax does.
     GQA: query head x reads KV head x // (H / K).
     """
@@ -59,7 +64,7 @@ def attention(
         scores_BHLS = scores_BHLS.masked_fill(~mask, NEG_INF)
     elif mask is not None:
         scores_BHLS = scores_BHLS + mask
-    seen_LS = visible(num_queries, num_keys, causal, window, q_BHLD.device)
+    seen_LS = visible(num_queries, num_keys, causal, window, q_BHLD.device, key_stride)
     scores_BHLS = scores_BHLS.masked_fill(~seen_LS, NEG_INF)
     if empty_rows == "zero":
         empty_BHL1 = (scores_BHLS == NEG_INF).all(-1, keepdim=True)

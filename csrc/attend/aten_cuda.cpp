@@ -274,7 +274,7 @@ const AtenKernel* choose(const Call& call) {
 
 bool aten_cuda_supports(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
   if (!q.is_cuda() || q.numel() == 0 || v.numel() == 0 || q.size(0) > 65535) return false;
-  if (params.dropout_p > 0 || params.softcap > 0 || params.window) return false;
+  if (params.dropout_p > 0 || params.softcap > 0 || params.window || params.key_stride != 1) return false;
   Call call(q, k, v, params);
   return call.mask_fits() && choose(call) != nullptr;
 }

@@ -9,6 +9,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -18,13 +19,23 @@ namespace two_level_mha {
 
 using at::Tensor;
 
+// Part of a line of keys or of rows.
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+  Range within(Range other) const {
+    const int64_t first = std::clamp(begin, other.begin, other.end);
+    return {first, std::clamp(end, first, other.end)};
+  }
+};
+
 // Layout of the tensors beside it: q (B, H, L, D), k (B, K, S, D), v (B, K, S, Dv), H % K == 0 and query head
 // x reads KV head x / (H / K). Strides are free, except that the last dim is contiguous; Dv may differ from
 // D.
 struct AttentionParams {
   double scale = 1.0;
-  std::optional<int64_t> causal;  // row l sees key s only if s <= l + *causal
-  std::optional<int64_t> window;  // and only if s > l + *causal - *window; needs causal
+  std::optional<int64_t> causal;  // row l sees key s only if s * key_stride <= l + *causal
+  std::optional<int64_t> window;  // and only if s * key_stride > l + *causal - *window; needs causal
   double softcap = 0.0;           // c > 0: x becomes c * tanh(x / c) before the mask is added
   Tensor mask;  // undefined, or 4-D broadcastable to (B, H, L, S): bool (true = attend) or additive floating
                 // point
@@ -32,6 +43,24 @@ struct AttentionParams {
   Tensor seed;  // int64, one element, on q's device; defined if dropout_p > 0
   std::array<int64_t, 3> origin{0, 0,
                                 0};  // global (batch, head, row) of element [0, 0, 0]: keys the dropout mask
+  int64_t key_stride = 1;            // >= 1; key s stands at position s * key_stride. 1 if dropout_p > 0
+
+  // Keys of S that row l sees, as far as causal and window say; l + *causal may be negative.
+  Range keys_of(int64_t row, int64_t S) const {
+    if (!causal) return {0, S};
+    const int64_t last = row + *causal;
+    return Range{window ? keys_until(last - *window) : 0, keys_until(last)}.within({0, S});
+  }
+  // Rows of L that see key s.
+  Range rows_of(int64_t key, int64_t L) const {
+    if (!causal) return {0, L};
+    const int64_t first = key * key_stride - *causal;
+    return Range{first, window ? first + *window : L}.within({0, L});
+  }
+
+ private:
+  // How many keys stand at or before a position, which are none where it is negative.
+  int64_t keys_until(int64_t position) const { return position < 0 ? 0 : position / key_stride + 1; }
 };
 
 using Forward = std::tuple<Tensor, Tensor>;  // out, logsumexp (float32; float64 for float64 input)

@@ -42,12 +42,9 @@ struct Block {
   const Call& call;
   int64_t row, rows, key, keys;
 
-  Block(const Call& c, int64_t first)
-      : call(c), row(first), rows(std::min(c.block, c.L - first)), key(0), keys(c.S) {
-    if (!c.params.causal) return;
-    const int64_t last_key = row + rows + *c.params.causal;
-    if (c.params.window) key = std::clamp<int64_t>(row + *c.params.causal - *c.params.window + 1, 0, c.S);
-    keys = std::clamp<int64_t>(last_key, key, c.S) - key;
+  Block(const Call& c, int64_t first) : call(c), row(first), rows(std::min(c.block, c.L - first)) {
+    key = c.params.keys_of(row, c.S).begin;
+    keys = c.params.keys_of(row + rows - 1, c.S).end - key;
   }
   Tensor of_rows(const Tensor& x) const { return x.narrow(-2, row, rows); }
   Tensor of_keys(const Tensor& x) const { return x.narrow(-2, key, keys); }
@@ -82,9 +79,9 @@ struct Block {
     if (call.params.causal) {
       auto options = s.options().dtype(at::kLong);
       Tensor last = at::arange(row, row + rows, options).unsqueeze(1) + *call.params.causal;
-      Tensor column = at::arange(key, key + keys, options);
-      Tensor hidden = column > last;
-      if (call.params.window) hidden = hidden.logical_or(column <= last - *call.params.window);
+      Tensor position = at::arange(key, key + keys, options) * call.params.key_stride;
+      Tensor hidden = position > last;
+      if (call.params.window) hidden = hidden.logical_or(position <= last - *call.params.window);
       s = s.masked_fill(hidden, -kInfinity);
     }
     return s;

@@ -10,29 +10,19 @@
 
 namespace two_level_mha {
 
-struct Range {
-  int64_t begin, end;
-  bool empty() const { return begin >= end; }
-  Range within(Range other) const {
-    const int64_t first = std::clamp(begin, other.begin, other.end);
-    return {first, std::clamp(end, first, other.end)};
-  }
-};
-
 struct Problem {
+  const AttentionParams& params;
   int64_t B, H, K, group, L, S, D, Dv;
   int64_t block_rows, block_keys;
   // Scores are kept as raw products and `unit` (times log2 e) turns them to natural ones inside the
   // exponential, unless something needs them natural before: then unit is 1.
   bool natural;
   float scale, unit, softcap;
-  std::optional<int64_t> causal, window;
   MaskView mask;
   int64_t seed;
   uint32_t threshold;
   float keep_scale;  // 1 / (1 - p), 1 without dropout
   bool dropout;
-  std::array<int64_t, 3> origin;
 
   Problem(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params);
 
@@ -41,19 +31,13 @@ struct Problem {
   int64_t key_blocks() const { return ceil_div(S, block_keys); }
 
   // Keys that row l sees, and rows that see key s, as far as causal and window say.
-  Range keys_of(int64_t row) const {
-    if (!causal) return {0, S};
-    return Range{window ? row + *causal - *window + 1 : 0, row + *causal + 1}.within({0, S});
-  }
+  Range keys_of(int64_t row) const { return params.keys_of(row, S); }
   Range keys_of(Range rows) const { return {keys_of(rows.begin).begin, keys_of(rows.end - 1).end}; }
-  Range rows_of(int64_t key) const {
-    if (!causal) return {0, L};
-    return Range{key - *causal, window ? key - *causal + *window : L}.within({0, L});
-  }
+  Range rows_of(int64_t key) const { return params.rows_of(key, L); }
   Range rows_of(Range keys) const { return {rows_of(keys.begin).begin, rows_of(keys.end - 1).end}; }
 
   DropoutRow dropout_of(int64_t batch, int64_t head, int64_t row) const {
-    return dropout_row(seed, origin[0] + batch, origin[1] + head, origin[2] + row);
+    return dropout_row(seed, params.origin[0] + batch, params.origin[1] + head, params.origin[2] + row);
   }
 };
 

@@ -24,11 +24,38 @@ using torch::autograd::variable_list;
 
 namespace {
 
-// The arguments as the schema orders them, for the op and, after its tensors, for its backward.
-#define TLM_ATTEND_PARAMETERS                                                                                \
-  const std::optional<Tensor>&mask, std::optional<double> scale, std::optional<c10::SymInt> causal,          \
-      std::optional<c10::SymInt> window, double softcap, double dropout_p, const std::optional<Tensor>&seed, \
-      c10::SymIntArrayRef origin
+// The op's functions take Attend first. `Schema` spreads it into the arguments in the order of the schema,
+// which for the op and for its backward follow the tensors.
+template <auto kFunction>
+struct Schema;
+
+template <class Result, class... Rest, Result (*kFunction)(const Attend&, Rest...)>
+struct Schema<kFunction> {
+  static Result call(Rest... rest, const std::optional<Tensor>& mask, std::optional<double> scale,
+                     std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window, double softcap,
+                     double dropout_p, const std::optional<Tensor>& seed, c10::SymIntArrayRef origin,
+                     c10::SymInt key_stride) {
+    TORCH_CHECK_VALUE(origin.size() == 3, "origin must be (batch, head, row), got ", origin.size(),
+                      " numbers");
+    return kFunction({mask,
+                      scale,
+                      std::move(causal),
+                      std::move(window),
+                      softcap,
+                      dropout_p,
+                      seed,
+                      {origin[0], origin[1], origin[2]},
+                      std::move(key_stride)},
+                     rest...);
+  }
+};
+
+// The other way: calls an op with `rest` and then the arguments in `a`.
+template <class Op, class... Rest>
+auto call_op(const Op& op, const Attend& a, const Rest&... rest) {
+  return op.call(rest..., a.mask, a.scale, a.causal, a.window, a.softcap, a.dropout_p, a.seed, a.origin,
+                 a.key_stride);
+}
 
 struct Kernel {
   const char* name;
@@ -64,7 +91,7 @@ const Kernel& choose(const Tensor& q, const Tensor& k, const Tensor& v, const At
   TORCH_INTERNAL_ASSERT(false, "the last row of the table supports everything");
 }
 
-void check(const Tensor& q, const Tensor& k, const Tensor& v, TLM_ATTEND_PARAMETERS) {
+void check(const Attend& a, const Tensor& q, const Tensor& k, const Tensor& v) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
                     "q, k and v must be 4-D (B, heads, length, dim), got ", q.dim(), "-D, ", k.dim(),
                     "-D and ", v.dim(), "-D");
@@ -85,24 +112,30 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, TLM_ATTEND_PARAMET
   TORCH_CHECK_VALUE(k.sym_size(1) == v.sym_size(1) && k.sym_size(1) > 0 && q.sym_size(1) % k.sym_size(1) == 0,
                     "the heads of k and v must be equal and divide those of q, got ", q.sym_size(1),
                     " query heads, ", k.sym_size(1), " key heads and ", v.sym_size(1), " value heads");
-  TORCH_CHECK_VALUE(origin.size() == 3, "origin must be (batch, head, row), got ", origin.size(), " numbers");
-  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, "dropout_p must be in [0, 1], got ", dropout_p);
-  TORCH_CHECK_VALUE(softcap >= 0.0, "softcap must be positive, or 0 for none, got ", softcap);
-  TORCH_CHECK_VALUE(dropout_p == 0.0 || (seed && seed->numel() == 1 && seed->scalar_type() == at::kLong),
-                    "dropout_p > 0 needs seed, an int64 tensor of one element");
-  TORCH_CHECK_VALUE(!window || causal, "window needs causal");
-  if (!mask) return;
-  TORCH_CHECK_VALUE(mask->scalar_type() == at::kBool || at::isFloatingType(mask->scalar_type()),
-                    "attn_mask must be bool or floating point, got ", mask->scalar_type());
-  TORCH_CHECK_VALUE(mask->device() == q.device(), "attn_mask must be on ", q.device(), ", got ",
-                    mask->device());
-  TORCH_CHECK_VALUE(mask->dim() <= 4, "attn_mask must be broadcastable to (B, H, L, S), got ", mask->dim(),
+  TORCH_CHECK_VALUE(a.dropout_p >= 0.0 && a.dropout_p <= 1.0, "dropout_p must be in [0, 1], got ",
+                    a.dropout_p);
+  TORCH_CHECK_VALUE(a.softcap >= 0.0, "softcap must be positive, or 0 for none, got ", a.softcap);
+  TORCH_CHECK_VALUE(
+      a.dropout_p == 0.0 || (a.seed && a.seed->numel() == 1 && a.seed->scalar_type() == at::kLong),
+      "dropout_p > 0 needs seed, an int64 tensor of one element");
+  TORCH_CHECK_VALUE(!a.window || a.causal, "window needs causal");
+  TORCH_CHECK_VALUE(a.key_stride >= 1, "key_stride must be at least 1, got ", a.key_stride);
+  TORCH_CHECK_VALUE(a.dropout_p == 0.0 || a.key_stride == 1,
+                    "dropout_p must be 0 where key_stride is not 1, got dropout_p ", a.dropout_p,
+                    " and key_stride ", a.key_stride, ": dropout is drawn by the index of a key");
+  if (!a.mask) return;
+  const Tensor& mask = *a.mask;
+  TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool || at::isFloatingType(mask.scalar_type()),
+                    "attn_mask must be bool or floating point, got ", mask.scalar_type());
+  TORCH_CHECK_VALUE(mask.device() == q.device(), "attn_mask must be on ", q.device(), ", got ",
+                    mask.device());
+  TORCH_CHECK_VALUE(mask.dim() <= 4, "attn_mask must be broadcastable to (B, H, L, S), got ", mask.dim(),
                     "-D");
   const std::array<c10::SymInt, 4> full{q.sym_size(0), q.sym_size(1), q.sym_size(2), k.sym_size(2)};
-  for (int64_t dim = 0; dim < mask->dim(); ++dim) {
-    const auto size = mask->sym_size(dim), want = full[4 - mask->dim() + dim];
+  for (int64_t dim = 0; dim < mask.dim(); ++dim) {
+    const auto size = mask.sym_size(dim), want = full[4 - mask.dim() + dim];
     TORCH_CHECK_VALUE(size == 1 || size == want, "attn_mask must be broadcastable to (B, H, L, S) = (",
-                      full[0], ", ", full[1], ", ", full[2], ", ", full[3], "), got ", mask->sym_sizes());
+                      full[0], ", ", full[1], ", ", full[2], ", ", full[3], "), got ", mask.sym_sizes());
   }
 }
 
@@ -111,80 +144,71 @@ Tensor four_d(Tensor mask) {
   return mask;
 }
 
-AttentionParams concrete(const Tensor& q, TLM_ATTEND_PARAMETERS) {
+AttentionParams concrete(const Attend& a, const Tensor& q) {
   AttentionParams params;
-  params.scale = scale.value_or(1.0 / std::sqrt(double(q.size(3))));
-  if (causal) params.causal = causal->expect_int();
-  if (window) params.window = window->expect_int();
-  params.softcap = softcap;
-  params.dropout_p = dropout_p;
-  if (mask) params.mask = four_d(*mask);
-  if (seed) params.seed = *seed;
-  for (size_t i = 0; i < 3; ++i) params.origin[i] = origin[i].expect_int();
+  params.scale = a.scale.value_or(1.0 / std::sqrt(double(q.size(3))));
+  if (a.causal) params.causal = a.causal->expect_int();
+  if (a.window) params.window = a.window->expect_int();
+  params.softcap = a.softcap;
+  params.dropout_p = a.dropout_p;
+  if (a.mask) params.mask = four_d(*a.mask);
+  if (a.seed) params.seed = *a.seed;
+  for (size_t i = 0; i < 3; ++i) params.origin[i] = a.origin[i].expect_int();
+  params.key_stride = a.key_stride.expect_int();
   return params;
 }
 
-#define TLM_ATTEND_ARGUMENTS mask, scale, causal, window, softcap, dropout_p, seed, origin
-
-std::tuple<Tensor, Tensor> forward_kernel(const Tensor& q, const Tensor& k, const Tensor& v,
-                                          TLM_ATTEND_PARAMETERS) {
-  check(q, k, v, TLM_ATTEND_ARGUMENTS);
-  AttentionParams params = concrete(q, TLM_ATTEND_ARGUMENTS);
+std::tuple<Tensor, Tensor> forward_kernel(const Attend& a, const Tensor& q, const Tensor& k,
+                                          const Tensor& v) {
+  check(a, q, k, v);
+  AttentionParams params = concrete(a, q);
   return choose(q, k, v, params).forward(q, k, v, params);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_kernel(const Tensor& grad_out,
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_kernel(const Attend& a, const Tensor& grad_out,
                                                            const std::optional<Tensor>& grad_logsumexp,
                                                            const Tensor& q, const Tensor& k, const Tensor& v,
                                                            const Tensor& out, const Tensor& logsumexp,
-                                                           bool mask_grad, TLM_ATTEND_PARAMETERS) {
-  AttentionParams params = concrete(q, TLM_ATTEND_ARGUMENTS);
+                                                           bool mask_grad) {
+  AttentionParams params = concrete(a, q);
   Tensor grad_lse = grad_logsumexp.value_or(Tensor());
   Backward grads =
       mask_grad ? chunked_backward(grad_out, grad_lse, q, k, v, out, logsumexp, params, true)
                 : choose(q, k, v, params).backward(grad_out, grad_lse, q, k, v, out, logsumexp, params);
   Tensor& dmask = std::get<3>(grads);
-  dmask = dmask.defined() ? dmask.view(mask->sizes()) : at::empty({0}, q.options());
+  dmask = dmask.defined() ? dmask.view(a.mask->sizes()) : at::empty({0}, q.options());
   return grads;
 }
 
-std::tuple<Tensor, Tensor> forward_meta(const Tensor& q, const Tensor& k, const Tensor& v,
-                                        TLM_ATTEND_PARAMETERS) {
-  check(q, k, v, TLM_ATTEND_ARGUMENTS);
+std::tuple<Tensor, Tensor> forward_meta(const Attend& a, const Tensor& q, const Tensor& k, const Tensor& v) {
+  check(a, q, k, v);
   auto B = q.sym_size(0), H = q.sym_size(1), L = q.sym_size(2);
   auto wide = q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   return {empty_rows(q, B, H, L, v.sym_size(3)), at::empty_symint({B, H, L}, wide)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const Tensor&, const std::optional<Tensor>&,
-                                                         const Tensor& q, const Tensor& k, const Tensor& v,
-                                                         const Tensor&, const Tensor&, bool mask_grad,
-                                                         TLM_ATTEND_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const Attend& a, const Tensor&,
+                                                         const std::optional<Tensor>&, const Tensor& q,
+                                                         const Tensor& k, const Tensor& v, const Tensor&,
+                                                         const Tensor&, bool mask_grad) {
   auto rows = [](const Tensor& x) {
     return empty_rows(x, x.sym_size(0), x.sym_size(1), x.sym_size(2), x.sym_size(3));
   };
   return {rows(q), rows(k), rows(v),
-          mask_grad ? at::empty_symint(mask->sym_sizes(), mask->options()) : at::empty({0}, q.options())};
+          mask_grad ? at::empty_symint(a.mask->sym_sizes(), a.mask->options()) : at::empty({0}, q.options())};
 }
-
-using ForwardOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
-                                             TLM_ATTEND_PARAMETERS);
-using BackwardOp = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const std::optional<Tensor>&,
-                                                              const Tensor&, const Tensor&, const Tensor&,
-                                                              const Tensor&, const Tensor&, bool,
-                                                              TLM_ATTEND_PARAMETERS);
 
 const auto& forward_op() {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("two_level_mha::partial_attention", "")
-                       .typed<ForwardOp>();
+                       .typed<decltype(Schema<forward_kernel>::call)>();
   return op;
 }
 
 const auto& backward_op() {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("two_level_mha::partial_attention_backward", "")
-                       .typed<BackwardOp>();
+                       .typed<decltype(Schema<backward_kernel>::call)>();
   return op;
 }
 
@@ -192,78 +216,79 @@ std::optional<Tensor> maybe(const Tensor& x) {
   return x.defined() ? std::optional<Tensor>(x) : std::nullopt;
 }
 
+// What is left in Attend once its tensors are saved with the others, and back.
+void save(const Attend& a, ska::flat_hash_map<std::string, at::IValue>& data) {
+  data["scale"] = a.scale;
+  data["causal"] = a.causal;
+  data["window"] = a.window;
+  data["softcap"] = a.softcap;
+  data["dropout_p"] = a.dropout_p;
+  data["origin"] = std::vector<c10::SymInt>(a.origin.begin(), a.origin.end());
+  data["key_stride"] = a.key_stride;
+}
+
+Attend saved(ska::flat_hash_map<std::string, at::IValue>& data, const Tensor& mask, const Tensor& seed) {
+  auto symbol = [&](const char* name) {
+    return data[name].isNone() ? std::nullopt : std::optional<c10::SymInt>(data[name].toSymInt());
+  };
+  const auto origin = data["origin"].toSymIntVector();
+  return {maybe(mask),      data["scale"].toOptional<double>(), symbol("causal"),
+          symbol("window"), data["softcap"].toDouble(),         data["dropout_p"].toDouble(),
+          maybe(seed),      {origin[0], origin[1], origin[2]},  data["key_stride"].toSymInt()};
+}
+
 struct PartialAttention : torch::autograd::Function<PartialAttention> {
+  // The mask is in `a` as well: here it stands for itself, so that it can have a gradient.
   static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
-                               const std::optional<Tensor>& mask, std::optional<double> scale,
-                               std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
-                               double softcap, double dropout_p, const std::optional<Tensor>& seed,
-                               std::vector<c10::SymInt> origin) {
+                               const std::optional<Tensor>& mask, const Attend& a) {
     ctx->set_materialize_grads(false);
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, logsumexp] = forward_op().call(q, k, v, TLM_ATTEND_ARGUMENTS);
-    ctx->save_for_backward({q, k, v, out, logsumexp, mask.value_or(Tensor()), seed.value_or(Tensor())});
-    auto& saved = ctx->saved_data;
-    saved["scale"] = scale;
-    saved["causal"] = causal;
-    saved["window"] = window;
-    saved["softcap"] = softcap;
-    saved["dropout_p"] = dropout_p;
-    saved["origin"] = origin;
-    saved["mask_grad"] = mask && mask->requires_grad();
+    auto [out, logsumexp] = call_op(forward_op(), a, q, k, v);
+    ctx->save_for_backward({q, k, v, out, logsumexp, mask.value_or(Tensor()), a.seed.value_or(Tensor())});
+    save(a, ctx->saved_data);
+    ctx->saved_data["mask_grad"] = mask && mask->requires_grad();
     return {out, logsumexp};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(11);
+    variable_list result(5);
     if (!grads[0].defined() && !grads[1].defined()) return result;
-    auto saved = ctx->get_saved_variables();
-    auto& data = ctx->saved_data;
-    auto symbol = [&](const char* name) {
-      return data[name].isNone() ? std::nullopt : std::optional<c10::SymInt>(data[name].toSymInt());
-    };
-    Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(saved[3]);
-    const bool mask_grad = data["mask_grad"].toBool();
-    auto [dq, dk, dv, dmask] =
-        backward_op().call(grad_out, maybe(grads[1]), saved[0], saved[1], saved[2], saved[3], saved[4],
-                           mask_grad, maybe(saved[5]), data["scale"].toOptional<double>(), symbol("causal"),
-                           symbol("window"), data["softcap"].toDouble(), data["dropout_p"].toDouble(),
-                           maybe(saved[6]), data["origin"].toSymIntVector());
+    auto x = ctx->get_saved_variables();
+    const bool mask_grad = ctx->saved_data["mask_grad"].toBool();
+    auto [dq, dk, dv, dmask] = call_op(backward_op(), saved(ctx->saved_data, x[5], x[6]),
+                                       grads[0].defined() ? grads[0] : at::zeros_like(x[3]), maybe(grads[1]),
+                                       x[0], x[1], x[2], x[3], x[4], mask_grad);
     result[0] = dq, result[1] = dk, result[2] = dv;
     if (mask_grad) result[3] = dmask;
     return result;
   }
 };
 
-std::tuple<Tensor, Tensor> forward_autograd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                            TLM_ATTEND_PARAMETERS) {
-  auto out =
-      PartialAttention::apply(q, k, v, mask, scale, causal, window, softcap, dropout_p, seed, origin.vec());
+std::tuple<Tensor, Tensor> forward_autograd(const Attend& a, const Tensor& q, const Tensor& k,
+                                            const Tensor& v) {
+  auto out = PartialAttention::apply(q, k, v, a.mask, a);
   return {out[0], out[1]};
 }
 
 template <c10::DispatchKey kKey, at::DeviceType kDevice>
-std::tuple<Tensor, Tensor> forward_autocast(const Tensor& q, const Tensor& k, const Tensor& v,
-                                            TLM_ATTEND_PARAMETERS) {
+std::tuple<Tensor, Tensor> forward_autocast(const Attend& a, const Tensor& q, const Tensor& k,
+                                            const Tensor& v) {
   c10::impl::ExcludeDispatchKeyGuard guard(kKey);
   auto dtype = at::autocast::get_autocast_dtype(kDevice);
   auto cast = [&](const Tensor& x) { return at::autocast::cached_cast(dtype, x, kDevice); };
-  return forward_op().call(cast(q), cast(k), cast(v), TLM_ATTEND_ARGUMENTS);
+  return call_op(forward_op(), a, cast(q), cast(k), cast(v));
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> partial_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                              const Attend& options) {
-  return forward_op().call(q, k, v, options.mask, options.scale, options.causal, options.window,
-                           options.softcap, options.dropout_p, options.seed, options.origin);
+  return call_op(forward_op(), options, q, k, v);
 }
 
 std::string kernel_for(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& options) {
-  const auto& o = options;
-  check(q, k, v, o.mask, o.scale, o.causal, o.window, o.softcap, o.dropout_p, o.seed, o.origin);
-  return choose(q, k, v,
-                concrete(q, o.mask, o.scale, o.causal, o.window, o.softcap, o.dropout_p, o.seed, o.origin))
-      .name;
+  check(options, q, k, v);
+  return choose(q, k, v, concrete(options, q)).name;
 }
 
 Tensor dropout_keep_mask(const Tensor& seed, double p, c10::SymIntArrayRef sizes,
@@ -284,35 +309,36 @@ Tensor dropout_meta(const Tensor& seed, double, c10::SymIntArrayRef sizes, c10::
 
 TORCH_LIBRARY_IMPL(two_level_mha, CPU, library) {
   library.impl("dropout_keep_mask", dropout_keep_mask_cpu);
-  library.impl("partial_attention", forward_kernel);
-  library.impl("partial_attention_backward", backward_kernel);
+  library.impl("partial_attention", Schema<forward_kernel>::call);
+  library.impl("partial_attention_backward", Schema<backward_kernel>::call);
 }
 
 TORCH_LIBRARY_IMPL(two_level_mha, CUDA, library) {
 #ifdef TLM_WITH_CUDA
   library.impl("dropout_keep_mask", dropout_keep_mask_cuda);
 #endif
-  library.impl("partial_attention", forward_kernel);
-  library.impl("partial_attention_backward", backward_kernel);
+  library.impl("partial_attention", Schema<forward_kernel>::call);
+  library.impl("partial_attention_backward", Schema<backward_kernel>::call);
 }
 
 TORCH_LIBRARY_IMPL(two_level_mha, Meta, library) {
   library.impl("dropout_keep_mask", dropout_meta);
-  library.impl("partial_attention", forward_meta);
-  library.impl("partial_attention_backward", backward_meta);
+  library.impl("partial_attention", Schema<forward_meta>::call);
+  library.impl("partial_attention_backward", Schema<backward_meta>::call);
 }
 
 TORCH_LIBRARY_IMPL(two_level_mha, Autograd, library) {
-  library.impl("partial_attention", forward_autograd);
+  library.impl("partial_attention", Schema<forward_autograd>::call);
   library.impl("partial_attention_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(two_level_mha, AutocastCPU, library) {
-  library.impl("partial_attention", forward_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>);
+  library.impl("partial_attention", Schema<forward_autocast<c10::DispatchKey::AutocastCPU, at::kCPU>>::call);
 }
 
 TORCH_LIBRARY_IMPL(two_level_mha, AutocastCUDA, library) {
-  library.impl("partial_attention", forward_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>);
+  library.impl("partial_attention",
+               Schema<forward_autocast<c10::DispatchKey::AutocastCUDA, at::kCUDA>>::call);
 }
 
 }  // namespace two_level_mha

@@ -23,9 +23,9 @@ Tensor hide(Tensor scores, const Attend& attend) {
   if (attend.causal) {
     auto options = scores.options().dtype(at::kLong);
     Tensor last = at::arange(scores.sym_size(2), options).unsqueeze(1) + *attend.causal;
-    Tensor key = at::arange(scores.sym_size(3), options);
-    Tensor hidden = key > last;
-    if (attend.window) hidden = hidden.logical_or(key <= last - *attend.window);
+    Tensor position = at::arange(scores.sym_size(3), options) * attend.key_stride;
+    Tensor hidden = position > last;
+    if (attend.window) hidden = hidden.logical_or(position <= last - *attend.window);
     scores = scores.masked_fill(hidden, -kInfinity);
   }
   return scores;
