@@ -102,7 +102,7 @@ class GridAttention(nn.Module):
         scale: float | None = None,
         causal: int | None = None,
         window: int | None = None,
-        softcap: float = 0.0,
+        softcap: float | None = None,
         dropout_p: float = 0.0,
         batch_first: bool = True,
         add_zero_attn: bool = False,
@@ -137,6 +137,8 @@ class GridAttention(nn.Module):
                 return _ops.deal_rows(xs, q, k, out_w, batch, length, causal is not None, *place, position)
 
             q, k, v = between(q, k, v, deal)
+        # not a default of 0.0: torch.compile(dynamic=True) makes a float argument symbolic, and compiles twice
+        softcap = 0.0 if softcap is None else softcap
         seed = None
         if dropout_p > 0.0:
             seed = torch.randint(2**62, (1,), device=query.device)
