@@ -18,7 +18,7 @@ from transformers import BertConfig, RobertaConfig, ViTConfig
 import two_level_mha as tlm
 from two_level_mha.integrations.projected import ProjectedAttention
 from two_level_mha.layer import SCHEMES, GridAttention
-from two_level_mha.multihead import to_stock
+from two_level_mha.stock import put
 
 GRIDS = ((2, 2), (1, 4), (4, 1))
 TIGHT = 1e-10
@@ -85,7 +85,8 @@ def stock_grads(model: nn.Module) -> dict[str, torch.Tensor]:
             continue
         own = {key: grads.pop(f"{name}.{key}") for key in module._parameters if f"{name}.{key}" in grads}
         if not isinstance(module, ProjectedAttention):
-            grads |= {f"{name}.{key}": g for key, g in to_stock(own, packed=True).items()}
+            for key, g in own.items():
+                put(grads, f"{name}.{module.stock_names[key].key}", module.stock_names[key], g)
             continue
         bert = name.endswith(".self")
         names = ("query", "key", "value") if bert else ("q_proj", "k_proj", "v_proj")

@@ -10,16 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from two_level_mha.integrations.projected import (
-    ProjectedAttention,
-    heads_of,
-    probe_inputs,
-    projected_like,
-    take_stock_keys,
-)
+from two_level_mha.integrations.projected import heads_of, probe_inputs, projected_like
 from two_level_mha.mesh import Grid, GridError, place_on, same_on_all_ranks
-from two_level_mha.multihead import STOCK_KEYS, TwoLevelMultiheadAttention, check_same_weights
+from two_level_mha.multihead import TwoLevelMultiheadAttention, check_same_weights
 from two_level_mha.rest import HOOKS, changed_linear, has_hooks, split_rest
+from two_level_mha.stock import resolve, take_stock_keys
 
 _PROJECTION_NAMES = {
     "query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin", "c_attn", "qkv", "qkv_proj",
@@ -33,14 +28,20 @@ class Family:
 
     name: str
     matches: Callable[[nn.Module, nn.Module | None], bool]  # (module, parent)
-    paths: dict[str, str]  # projections that are linears of their own: q, k, v, o -> path inside the module
-    replace: Callable[..., nn.Module]  # (module, projections, mesh, **options)
+    paths: dict[str, str]  # projections that are linears of their own: q, k, v, o -> path as in StockTensor.key
+    replace: Callable[..., nn.Module]  # (module, projections, paths, mesh, **options), gives a module with stock_names
     inputs: Callable[[nn.Module, torch.dtype], list[tuple[tuple, dict]]]
-    out_in_parent: bool = False  # the path of o starts at the parent
+    parameters: tuple[str, ...] = ()  # that it may have besides those of the projections
+
+    @property
+    def out_in_parent(self) -> bool:
+        return self.paths["o"].startswith("../")
 
     def projections(self, module: nn.Module, parent: nn.Module) -> dict[str, nn.Module]:
-        owners = {"o": parent} if self.out_in_parent else {}
-        return {letter: owners.get(letter, module).get_submodule(path) for letter, path in self.paths.items()}
+        return {
+            letter: (parent if path.startswith("../") else module).get_submodule(path.removeprefix("../"))
+            for letter, path in self.paths.items()
+        }
 
 
 def _has(module: nn.Module, *names: str) -> bool:
@@ -65,21 +66,25 @@ def _torch_inputs(mha: nn.MultiheadAttention, dtype: torch.dtype) -> list[tuple[
     return [((query, key, value), {"key_padding_mask": hidden_BS})]
 
 
+def _replace_mha(mha: nn.MultiheadAttention, projections, paths, mesh, **options) -> TwoLevelMultiheadAttention:
+    return TwoLevelMultiheadAttention.from_torch(mha, mesh, **options)
+
+
 FAMILIES = (
     Family(
         "nn.MultiheadAttention",
         lambda module, parent: isinstance(module, nn.MultiheadAttention),
         {"o": "out_proj"},
-        lambda module, projections, mesh, **options: TwoLevelMultiheadAttention.from_torch(module, mesh, **options),
+        _replace_mha,
         _torch_inputs,
+        ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v"),
     ),
     Family(
         "BERT",
         _is_bert,
-        {"q": "query", "k": "key", "v": "value", "o": "output.dense"},
+        {"q": "query", "k": "key", "v": "value", "o": "../output.dense"},
         projected_like,
         probe_inputs,
-        out_in_parent=True,
     ),
     Family(
         "ViT",
@@ -222,7 +227,7 @@ def _problem(one: Found, owners: dict[int, list[str]]) -> str | None:
         return f'its attention implementation is {implementation!r}: call model.set_attn_implementation("sdpa") first'
     plain = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
     for letter, projection in one.projections.items():
-        what = f"its {letter} projection, {one.family.paths[letter]},"
+        what = f"its {letter} projection, {one.family.paths[letter].removeprefix('../')},"
         if problem := changed_linear(projection):
             return f"{what} {problem}"
         if type(projection) not in plain:
@@ -239,10 +244,10 @@ def _problem(one: Found, owners: dict[int, list[str]]) -> str | None:
             return f"it shares a parameter between {', '.join(owners[id(p)])}: untie it first"
         if isinstance(p, DTensor):
             return "its parameters are DTensors already"
-        if id(p) not in known and name not in STOCK_KEYS:
+        if id(p) not in known and name not in one.family.parameters:
             return f"it has a parameter that {one.family.name} attention has not: {name}"
     if one.family.out_in_parent and len({id(parent) for parent, _ in one.places}) > 1:
-        return f"it is used in several places, with an output projection ({one.family.paths['o']}) at each"
+        return "it is used in several places, with an output projection at each"
     return None
 
 
@@ -283,7 +288,7 @@ def _probe(one: Found, options: dict) -> None:
         part.cpu().double().eval()
         for p in part.parameters():
             p.normal_(std=p.shape[-1] ** -0.5)
-    ours = one.family.replace(original, projections, None, **options).eval()
+    ours = one.family.replace(original, projections, one.family.paths, None, **options).eval()
     for args, kwargs in one.family.inputs(original, torch.float64):
         try:
             expected = original(*args, **kwargs)[0]
@@ -303,19 +308,17 @@ def _probe(one: Found, options: dict) -> None:
 
 
 def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
-    ours = one.family.replace(one.module, one.projections, mesh, **options).train(one.module.training)
+    ours = one.family.replace(one.module, one.projections, one.family.paths, mesh, **options).train(one.module.training)
     for name, value in vars(one.module).items():  # what others may read or hook stays
         if name in HOOKS or (not name.startswith("_") and name not in vars(ours)):
             vars(ours)[name] = value
     for parent, child in one.places:
         setattr(parent, child, ours)
     if one.family.out_in_parent:
-        holder, _, linear = one.family.paths["o"].rpartition(".")
-        setattr(one.parent.get_submodule(holder), linear, nn.Identity())
-    if isinstance(ours, ProjectedAttention):
         child = one.places[0][1]
-        owner, prefix = (one.parent, f"{child}.") if one.family.out_in_parent else (ours, "")
-        take_stock_keys(owner, prefix, one.family.paths)
+        holder, _, linear = resolve(child, one.family.paths["o"]).rpartition(".")
+        setattr(one.parent.get_submodule(holder), linear, nn.Identity())
+        take_stock_keys(one.parent, child)
 
 
 def _report(model: nn.Module, attentions: int, mlps: int) -> str:
