@@ -189,12 +189,18 @@ class TwoLevelMultiheadAttention(GridAttention):
             raise GridError(f"mha must be an nn.MultiheadAttention, got {type(mha).__name__}")
         if mesh is not None:
             check_same_weights([mha], mesh, mha.dropout > 0.0)
+        return cls.from_checked(mha, mesh, scheme=scheme, combine=combine, debug=debug)
+
+    @classmethod
+    def from_checked(
+        cls, mha: nn.MultiheadAttention, mesh: DeviceMesh | None, **options
+    ) -> "TwoLevelMultiheadAttention":
+        """from_torch of a layer whose weights are known to agree; nothing is sent."""
         source = mha.out_proj.weight
         with torch.device("meta"):
             ours = cls(
                 mha.embed_dim, mha.num_heads, mha.dropout, mha.in_proj_bias is not None, mha.bias_k is not None,
-                mha.add_zero_attn, mha.kdim, mha.vdim, mha.batch_first, dtype=source.dtype, mesh=mesh, scheme=scheme,
-                combine=combine, debug=debug,
+                mha.add_zero_attn, mha.kdim, mha.vdim, mha.batch_first, dtype=source.dtype, mesh=mesh, **options,
             )  # fmt: skip
         state = {key: p.detach() for key, p in mha.named_parameters()}
         trained = {key: p.requires_grad for key, p in mha.named_parameters()}
