@@ -18,7 +18,7 @@ from transformers import BertConfig, RobertaConfig, ViTConfig
 import two_level_mha as tlm
 from two_level_mha.integrations.projected import ProjectedAttention
 from two_level_mha.layer import SCHEMES, GridAttention
-from two_level_mha.multihead import to_stock
+from two_level_mha.stock import put
 
 GRIDS = ((2, 2), (1, 4), (4, 1))
 TIGHT = 1e-10
@@ -47,10 +47,12 @@ def make(kind: str, implementation: str = "sdpa", **sizes) -> nn.Module:
 def inputs(kind: str) -> dict:
     torch.manual_seed(1)
     if kind == "ViTModel":
-        return {"pixel_values": torch.randn(2, 1, 8, 8, dtype=torch.float64)}
-    keep = torch.ones(2, 6, dtype=torch.long)
+        x = {"pixel_values": torch.randn(2, 1, 8, 8, dtype=torch.float64)}
+    else:
+        x = {"input_ids": torch.randint(2, 30, (2, 6))}
+    keep = torch.ones(2, 5 if kind == "ViTModel" else 6, dtype=torch.long)
     keep[1, 4:] = 0
-    return {"input_ids": torch.randint(2, 30, (2, 6)), "attention_mask": keep}
+    return {**x, "attention_mask": keep}
 
 
 def make_torch(norm_first: bool = False, batch_first: bool = True, **sizes) -> nn.Transformer:
@@ -85,7 +87,8 @@ def stock_grads(model: nn.Module) -> dict[str, torch.Tensor]:
             continue
         own = {key: grads.pop(f"{name}.{key}") for key in module._parameters if f"{name}.{key}" in grads}
         if not isinstance(module, ProjectedAttention):
-            grads |= {f"{name}.{key}": g for key, g in to_stock(own, packed=True).items()}
+            for key, g in own.items():
+                put(grads, f"{name}.{module.stock_names[key].key}", module.stock_names[key], g)
             continue
         bert = name.endswith(".self")
         names = ("query", "key", "value") if bert else ("q_proj", "k_proj", "v_proj")
@@ -144,6 +147,16 @@ def test_transformers(pool, kind):
     """Output and every gradient, the padding mask, MLPs split and whole, both ways to combine."""
     options = [{}, {"rest": False, "combine": "concat"}]
     check(pool.run(on_grids, 4, kind, GRIDS, options, {}))
+
+
+def without_a_mask(kind: str) -> dict[str, float]:
+    x = {name: x for name, x in inputs(kind).items() if name != "attention_mask"}
+    return errors(make(kind), (), x, tlm.init_mesh("cpu", (2, 2)))
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "ViTModel"])
+def test_without_a_mask(pool, kind):
+    check(pool.run(without_a_mask, 4, kind))
 
 
 def test_more_ranks_than_heads(pool):
@@ -241,34 +254,6 @@ def test_shared_layers(pool):
     for found, layers, same in pool.run(shared_layers, 4):
         check([found])
         assert layers == 1 and same
-
-
-def local_shapes(rest: bool, width: int) -> tuple:
-    model = make("BertModel", intermediate_size=width)
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        tlm.parallelize(model, tlm.init_mesh("cpu", (2, 2)), rest=rest)
-    linear = model.encoder.layer[1].intermediate.dense.weight
-    held = sum((p._local_tensor if isinstance(p, DTensor) else p).numel() for p in model.parameters())
-    error = errors(make("BertModel", intermediate_size=width), (), inputs("BertModel"), tlm.init_mesh("cpu", (2, 2)))
-    shape = (linear._local_tensor if isinstance(linear, DTensor) else linear).shape
-    return tuple(shape), held, out.getvalue(), error
-
-
-@pytest.mark.parametrize("rest, width, rows, mlps", [(True, 24, 6, 2), (False, 24, 24, 0), (True, 22, 22, 0)])
-def test_rest_and_report(pool, rest, width, rows, mlps):
-    """MLPs are split on request and where P divides them; rank 0 says so once, and names what stayed whole."""
-    for rank, (shape, held, printed, error) in enumerate(pool.run(local_shapes, 4, rest, width)):
-        assert shape == (rows, 16)
-        check([error])
-        if rank:
-            assert printed == ""
-            continue
-        assert printed.count("\n") == 1
-        assert f"2 attention modules and {mlps} MLPs split" in printed
-        assert f"{held:,} of" in printed
-        assert "embeddings.word_embeddings" in printed
-        assert ("intermediate" in printed) == (mlps == 0)
 
 
 def on_meta() -> tuple:
@@ -375,6 +360,22 @@ def test_dropout():
     assert torch.equal(first(model(**x)), first(model(**x)))
 
 
+def digests(model: nn.Module) -> int:
+    """How many tensors parallelize reads to compare them over the grid."""
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        digest = tlm.multihead.digest
+        patch.setattr(tlm.multihead, "digest", lambda tensors: read.extend(tensors) or digest(tensors))
+        quietly(model, tlm.init_mesh("cpu", (2, 2)))
+    return len(read)
+
+
+def test_weights_are_compared_once(pool):
+    """By parallelize for the whole model, and not again by each from_torch."""
+    model = make_torch()
+    assert pool.run(digests, 4, model) == [len(list(model.parameters()))] * 4
+
+
 def test_random_state_is_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -382,23 +383,3 @@ def test_random_state_is_left_alone():
     torch.manual_seed(5)
     tlm.parallelize(model, None)
     assert torch.equal(torch.rand(3), expected)
-
-
-def whole_mlps() -> tuple[list[bool], dict[str, float]]:
-    """Of five layers the first four are unusual."""
-    torch.manual_seed(0)
-    layers = [nn.TransformerEncoderLayer(16, 4, 24, 0.0, batch_first=True).double() for _ in range(5)]
-    layers[0].linear1.register_forward_hook(lambda module, args, y: y * 2)
-    layers[1].linear2.weight = layers[2].linear2.weight
-    layers[3].__class__ = type("MyLayer", (nn.TransformerEncoderLayer,), {})
-    model = nn.Sequential(*layers)
-    mesh, x_BLD = tlm.init_mesh("cpu", (2, 2)), torch.randn(2, 5, 16, dtype=torch.float64)
-    split = [isinstance(layer.linear1.weight, DTensor) for layer in quietly(copy.deepcopy(model), mesh)]
-    return split, errors(model, (x_BLD,), {}, mesh)
-
-
-def test_unusual_mlps_stay_whole(pool):
-    """Hooks, tied weights or a forward of the user's own: the MLP is left alone, the model is the same."""
-    for split, found in pool.run(whole_mlps, 4):
-        assert split == [False, False, False, False, True]
-        check([found])

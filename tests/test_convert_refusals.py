@@ -252,6 +252,8 @@ def refused(case: str, grid: tuple[int, int]) -> tuple[str, bool, bool]:
         model = nn.Sequential(make_torch().encoder, make_torch(nhead=2).encoder)
     if case == "hooks on one rank" and rank == 1:
         model.get_submodule(NAME).value.register_forward_hook(lambda *_: None)
+    if case == "MLP on one rank" and rank == 1:
+        model.encoder.layer[0].intermediate.register_forward_hook(lambda *_: None)
     if case == "weights" and rank == 2:
         model.encoder.layer[0].attention.self.key.weight.data[0, 0] += 1e-9
     if case == "norms" and rank == 2:
@@ -280,6 +282,7 @@ ON_RANKS = {
     "weights": ((2, 2), "source parameters differs between ranks.*rank 2; seed every rank alike.*or broadcast it"),
     "norms": ((2, 2), "source parameters differs between ranks.*rank 2"),
     "layers": ((2, 2), "source parameters differs between ranks.*rank 3"),
+    "MLP on one rank": ((2, 2), "which MLPs can be split differs .* rank 0, .'encoder.layer.1'. on rank 1; build"),
     "scheme": ((2, 2), "scheme differs between ranks of the grid: sequence on rank 0, slices on rank 1"),
     "random generator": ((2, 2), "random generator differs between ranks"),
 }

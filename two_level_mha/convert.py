@@ -1,6 +1,5 @@
 """parallelize: every attention of a model on a grid, in place. Structure proposes, a probe decides."""
 
-import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,16 +9,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from two_level_mha.integrations.projected import (
-    ProjectedAttention,
-    heads_of,
-    probe_inputs,
-    projected_like,
-    take_stock_keys,
-)
+from two_level_mha.integrations.projected import heads_of, probe_inputs, projected_like
 from two_level_mha.mesh import Grid, GridError, place_on, same_on_all_ranks
-from two_level_mha.multihead import STOCK_KEYS, TwoLevelMultiheadAttention, check_same_weights
-from two_level_mha.rest import HOOKS, changed_linear, has_hooks, split_rest
+from two_level_mha.multihead import TwoLevelMultiheadAttention, check_same_weights
+from two_level_mha.probe import HOOKS, changed_linear, has_hooks, random_copy, settings
+from two_level_mha.rest import find_mlps, split_mlps
+from two_level_mha.stock import resolve, take_stock_keys
 
 _PROJECTION_NAMES = {
     "query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin", "c_attn", "qkv", "qkv_proj",
@@ -33,14 +28,20 @@ class Family:
 
     name: str
     matches: Callable[[nn.Module, nn.Module | None], bool]  # (module, parent)
-    paths: dict[str, str]  # projections that are linears of their own: q, k, v, o -> path inside the module
-    replace: Callable[..., nn.Module]  # (module, projections, mesh, **options)
+    paths: dict[str, str]  # projections that are linears of their own: q, k, v, o -> path as in StockTensor.key
+    replace: Callable[..., nn.Module]  # (module, projections, paths, mesh, **options), gives a module with stock_names
     inputs: Callable[[nn.Module, torch.dtype], list[tuple[tuple, dict]]]
-    out_in_parent: bool = False  # the path of o starts at the parent
+    parameters: tuple[str, ...] = ()  # that it may have besides those of the projections
+
+    @property
+    def out_in_parent(self) -> bool:
+        return self.paths["o"].startswith("../")
 
     def projections(self, module: nn.Module, parent: nn.Module) -> dict[str, nn.Module]:
-        owners = {"o": parent} if self.out_in_parent else {}
-        return {letter: owners.get(letter, module).get_submodule(path) for letter, path in self.paths.items()}
+        return {
+            letter: (parent if path.startswith("../") else module).get_submodule(path.removeprefix("../"))
+            for letter, path in self.paths.items()
+        }
 
 
 def _has(module: nn.Module, *names: str) -> bool:
@@ -65,21 +66,25 @@ def _torch_inputs(mha: nn.MultiheadAttention, dtype: torch.dtype) -> list[tuple[
     return [((query, key, value), {"key_padding_mask": hidden_BS})]
 
 
+def _replace_mha(mha: nn.MultiheadAttention, projections, paths, mesh, **options) -> TwoLevelMultiheadAttention:
+    return TwoLevelMultiheadAttention.from_checked(mha, mesh, **options)
+
+
 FAMILIES = (
     Family(
         "nn.MultiheadAttention",
         lambda module, parent: isinstance(module, nn.MultiheadAttention),
         {"o": "out_proj"},
-        lambda module, projections, mesh, **options: TwoLevelMultiheadAttention.from_torch(module, mesh, **options),
+        _replace_mha,
         _torch_inputs,
+        ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v"),
     ),
     Family(
         "BERT",
         _is_bert,
-        {"q": "query", "k": "key", "v": "value", "o": "output.dense"},
+        {"q": "query", "k": "key", "v": "value", "o": "../output.dense"},
         projected_like,
         probe_inputs,
-        out_in_parent=True,
     ),
     Family(
         "ViT",
@@ -127,7 +132,7 @@ def parallelize(
     Supported: nn.MultiheadAttention, and transformers' BERT, RoBERTa and ViT attention. A replacement must give the
     original's numbers on a small random input, once per class and configuration, or GridError names it.
     rest: also split the MLPs of nn.TransformerEncoderLayer / DecoderLayer, BERT and ViT over the flattened grid, by
-    torch's ColwiseParallel and RowwiseParallel, where P divides their width.
+    torch's ColwiseParallel and RowwiseParallel, where P divides the width and a copy, run in parts, gives its numbers.
     A collective over the grid. Raises GridError, on every rank and before anything is changed, when nothing is found,
     when an attention is found that is not supported, when the grid does not fit one, or when the ranks' arguments or
     weights differ. Rank 0 prints what was split. Attributes, hooks and the training mode of the originals are kept, and
@@ -135,22 +140,26 @@ def parallelize(
     """
     options = {"scheme": scheme, "combine": combine, "debug": debug}
     grid = place_on(mesh).grid
-    found, refusal = [], None
+    found, mlps, left, refusal = [], {}, {}, None
     try:
         found = _find(model)
         _check_grid(found, grid)
         _probe_all(found, options)
+        if rest and grid.size > 1:
+            mlps, left = find_mlps(model, grid.size)
     except GridError as error:
         refusal = error
     arguments = {"refusal": refusal, "scheme": scheme, "combine": combine, "rest": rest}
     same_on_all_ranks(arguments, mesh, "call parallelize alike on every rank")
     if mesh is not None:
         check_same_weights([model], mesh, any(_dropout(module) > 0.0 for module in model.modules()))
+        same_on_all_ranks({"which MLPs can be split": list(mlps)}, mesh, "build the model alike on every rank")
     for one in found:
         _replace(one, mesh, options)
-    split = split_rest(model, mesh) if rest and grid.size > 1 else []
+    if mlps:
+        split_mlps(mlps, mesh)
     if mesh is not None and mesh.get_rank() == 0:
-        print(_report(model, len(found), len(split)), flush=True)
+        print(_report(model, len(found), len(mlps), left), flush=True)
     return model
 
 
@@ -222,7 +231,7 @@ def _problem(one: Found, owners: dict[int, list[str]]) -> str | None:
         return f'its attention implementation is {implementation!r}: call model.set_attn_implementation("sdpa") first'
     plain = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
     for letter, projection in one.projections.items():
-        what = f"its {letter} projection, {one.family.paths[letter]},"
+        what = f"its {letter} projection, {one.family.paths[letter].removeprefix('../')},"
         if problem := changed_linear(projection):
             return f"{what} {problem}"
         if type(projection) not in plain:
@@ -239,21 +248,19 @@ def _problem(one: Found, owners: dict[int, list[str]]) -> str | None:
             return f"it shares a parameter between {', '.join(owners[id(p)])}: untie it first"
         if isinstance(p, DTensor):
             return "its parameters are DTensors already"
-        if id(p) not in known and name not in STOCK_KEYS:
+        if id(p) not in known and name not in one.family.parameters:
             return f"it has a parameter that {one.family.name} attention has not: {name}"
     if one.family.out_in_parent and len({id(parent) for parent, _ in one.places}) > 1:
-        return f"it is used in several places, with an output projection ({one.family.paths['o']}) at each"
+        return "it is used in several places, with an output projection at each"
     return None
 
 
 def _features(one: Found) -> tuple:
     """What makes two modules of one class behave differently."""
-    settings = {k: v for k, v in vars(one.module).items() if isinstance(v, (int, float, bool, str)) and k[0] != "_"}
-    settings.pop("layer_idx", None)
     shapes = tuple((letter, tuple(p.weight.shape), p.bias is None) for letter, p in one.projections.items())
     own = tuple((name, tuple(p.shape)) for name, p in one.module.named_parameters())
     implementation = getattr(getattr(one.module, "config", None), "_attn_implementation", None)
-    return type(one.module), implementation, shapes, own, tuple(sorted(settings.items()))
+    return type(one.module), implementation, shapes, own, settings(one.module)
 
 
 def _probe_all(found: list[Found], options: dict) -> None:
@@ -268,22 +275,11 @@ def _probe_all(found: list[Found], options: dict) -> None:
 
 
 def _probe(one: Found, options: dict) -> None:
-    """Runs a copy of the original and its replacement on small random inputs; raises GridError if they differ.
-
-    The copy has random weights in float64, whatever the original has: zeros or tiny weights would hide a difference.
-    """
+    """Runs a copy of the original and its replacement on small random inputs; raises GridError if they differ."""
     where, known = f"{one.name} ({type(one.module).__name__})", one.family.name
-    original, projections = copy.deepcopy((one.module, one.projections))
-    for part in [*original.modules(), *projections.values()]:
-        for hooks in HOOKS:
-            getattr(part, hooks).clear()
-    for part in (original, *projections.values()):
-        if any(p.is_meta for p in part.parameters()):
-            part.to_empty(device="cpu")
-        part.cpu().double().eval()
-        for p in part.parameters():
-            p.normal_(std=p.shape[-1] ** -0.5)
-    ours = one.family.replace(original, projections, None, **options).eval()
+    original, *copies = random_copy([one.module, *one.projections.values()])
+    projections = dict(zip(one.projections, copies, strict=True))
+    ours = one.family.replace(original, projections, one.family.paths, None, **options).eval()
     for args, kwargs in one.family.inputs(original, torch.float64):
         try:
             expected = original(*args, **kwargs)[0]
@@ -303,23 +299,21 @@ def _probe(one: Found, options: dict) -> None:
 
 
 def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
-    ours = one.family.replace(one.module, one.projections, mesh, **options).train(one.module.training)
+    ours = one.family.replace(one.module, one.projections, one.family.paths, mesh, **options).train(one.module.training)
     for name, value in vars(one.module).items():  # what others may read or hook stays
         if name in HOOKS or (not name.startswith("_") and name not in vars(ours)):
             vars(ours)[name] = value
     for parent, child in one.places:
         setattr(parent, child, ours)
     if one.family.out_in_parent:
-        holder, _, linear = one.family.paths["o"].rpartition(".")
-        setattr(one.parent.get_submodule(holder), linear, nn.Identity())
-    if isinstance(ours, ProjectedAttention):
         child = one.places[0][1]
-        owner, prefix = (one.parent, f"{child}.") if one.family.out_in_parent else (ours, "")
-        take_stock_keys(owner, prefix, one.family.paths)
+        holder, _, linear = resolve(child, one.family.paths["o"]).rpartition(".")
+        setattr(one.parent.get_submodule(holder), linear, nn.Identity())
+        take_stock_keys(one.parent, child)
 
 
-def _report(model: nn.Module, attentions: int, mlps: int) -> str:
-    """Parameters per rank, split and whole, and what stayed whole, by class name."""
+def _report(model: nn.Module, attentions: int, mlps: int, left: dict[str, str]) -> str:
+    """Parameters per rank, split and whole, what stayed whole, by class name, and why MLPs did."""
     split = whole = total = 0
     stayed: dict[str, int] = {}
     for name, p in model.named_parameters():
@@ -329,8 +323,11 @@ def _report(model: nn.Module, attentions: int, mlps: int) -> str:
             split += local.numel()
         else:
             whole += p.numel()
-            kind = re.sub(r"\.\d+\.", ".*.", name.rpartition(".")[0])
+            kind = _any_layer(name.rpartition(".")[0])
             stayed[kind] = stayed.get(kind, 0) + p.numel()
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, why in left.items():
+        reasons.setdefault((_any_layer(name), why), []).append(name)
     largest = sorted(stayed.items(), key=lambda item: -item[1])[:6]
     return (
         f"two_level_mha: {attentions} attention modules and {mlps} MLPs split; parameters per rank "
@@ -338,4 +335,12 @@ def _report(model: nn.Module, attentions: int, mlps: int) -> str:
         + ", ".join(f"{name} {count:,}" for name, count in largest)
         + (", ..." if len(stayed) > len(largest) else "")
         + ")"
+        + "".join(
+            f"; the MLP {names[0] if len(names) == 1 else kind} stays whole: {why}"
+            for (kind, why), names in reasons.items()
+        )
     )
+
+
+def _any_layer(name: str) -> str:
+    return re.sub(r"\b\d+\b", "*", name)

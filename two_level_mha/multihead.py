@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn.init import xavier_normal_, xavier_uniform_
 
-from two_level_mha.blocks import LAYOUTS, whole
+from two_level_mha.blocks import whole
 from two_level_mha.layer import GridAttention
 from two_level_mha.masks import UsageAssertionError, check_inputs, one_mask
 from two_level_mha.mesh import GridError, digest, same_on_all_ranks
+from two_level_mha.stock import StockTensor, from_stock, put, take_stock_keys
 
 
 class _NoFastPath:
@@ -89,9 +89,10 @@ class TwoLevelMultiheadAttention(GridAttention):
         self.dropout = dropout
         self.batch_first = batch_first
         self.add_zero_attn = add_zero_attn
+        self.stock_names = stock_names(embed_dim, num_heads, self.kdim, self.vdim)
         stock = _drawn_as_stock(embed_dim, self.kdim, self.vdim, bias, add_bias_kv, device, dtype)
-        self.store(from_stock(stock, num_heads))
-        self._register_load_state_dict_pre_hook(self._load_stock)
+        self.store(from_stock(stock, self.stock_names))
+        take_stock_keys(self)
 
     @property
     def dropout(self) -> float:
@@ -188,17 +189,23 @@ class TwoLevelMultiheadAttention(GridAttention):
             raise GridError(f"mha must be an nn.MultiheadAttention, got {type(mha).__name__}")
         if mesh is not None:
             check_same_weights([mha], mesh, mha.dropout > 0.0)
+        return cls.from_checked(mha, mesh, scheme=scheme, combine=combine, debug=debug)
+
+    @classmethod
+    def from_checked(
+        cls, mha: nn.MultiheadAttention, mesh: DeviceMesh | None, **options
+    ) -> "TwoLevelMultiheadAttention":
+        """from_torch of a layer whose weights are known to agree; nothing is sent."""
         source = mha.out_proj.weight
         with torch.device("meta"):
             ours = cls(
                 mha.embed_dim, mha.num_heads, mha.dropout, mha.in_proj_bias is not None, mha.bias_k is not None,
-                mha.add_zero_attn, mha.kdim, mha.vdim, mha.batch_first, dtype=source.dtype, mesh=mesh, scheme=scheme,
-                combine=combine, debug=debug,
+                mha.add_zero_attn, mha.kdim, mha.vdim, mha.batch_first, dtype=source.dtype, mesh=mesh, **options,
             )  # fmt: skip
-        state = {name: p.detach() for name, p in mha.named_parameters()}
-        trained = {name: p.requires_grad for name, p in mha.named_parameters()}
-        with torch.no_grad():
-            ours.store(from_stock(state, mha.num_heads), _trained(trained))
+        state = {key: p.detach() for key, p in mha.named_parameters()}
+        trained = {key: p.requires_grad for key, p in mha.named_parameters()}
+        trained = {name: trained[stock.key] for name, stock in ours.stock_names.items() if stock.key in trained}
+        ours.store(from_stock(state, ours.stock_names), trained)
         return ours.train(mha.training)
 
     def to_torch(self) -> nn.MultiheadAttention:
@@ -209,31 +216,18 @@ class TwoLevelMultiheadAttention(GridAttention):
                 self.add_zero_attn, self.kdim, self.vdim, self.batch_first, dtype=self.q_weight.dtype,
             )  # fmt: skip
         mha.load_state_dict(self.stock_state(), assign=True)
-        for name, p in mha.named_parameters():
-            ours = {"out_proj.weight": "out_weight", "out_proj.bias": "out_bias"}.get(name)
-            ours = ours or name.replace("in_proj", "q").replace("_proj", "")
-            p.requires_grad_(getattr(self, ours).requires_grad)
+        for name, stock in self.stock_names.items():
+            if (own := self._parameters[name]) is not None:
+                mha.get_parameter(stock.key).requires_grad_(own.requires_grad)
         return mha.train(self.training)
 
     def stock_state(self) -> dict[str, Tensor]:
         """nn.MultiheadAttention's state dict with full tensors; a collective over the grid."""
-        with torch.no_grad():
-            full = {name: None if p is None else whole(p).detach() for name, p in self._parameters.items()}
-        return to_stock(full, packed=self.kdim == self.embed_dim == self.vdim)
-
-    def _load_stock(self, state: dict, prefix: str, *_) -> None:
-        """Lets load_state_dict take nn.MultiheadAttention's keys, and full tensors under ours."""
-        mine = {name: state[prefix + name] for name in LAYOUTS if prefix + name in state}
-        stock = {name: state[prefix + name] for name in STOCK_KEYS if prefix + name in state}
-        for name in ("bias_k", "bias_v"):  # the one name both have: (1, 1, E) in stock, (h, d) here
-            if name in stock:
-                (mine if stock[name].dim() == 3 else stock).pop(name)
-        for name in stock:
-            del state[prefix + name]
-        for name, x in (mine | from_stock(stock, self.num_heads)).items():
-            own = self._parameters.get(name)
-            split = isinstance(own, DTensor) and not isinstance(x, DTensor) and x.shape == own.shape
-            state[prefix + name] = self.block(x, name) if split else x
+        state: dict[str, Tensor] = {}
+        for name, p in self._parameters.items():
+            if p is not None:
+                put(state, self.stock_names[name].key, self.stock_names[name], whole(p.detach()))
+        return state
 
     def extra_repr(self) -> str:
         return (
@@ -243,10 +237,21 @@ class TwoLevelMultiheadAttention(GridAttention):
         )
 
 
-STOCK_KEYS = (
-    "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "out_proj.weight",
-    "out_proj.bias", "bias_k", "bias_v",
-)  # fmt: skip
+def stock_names(embed_dim: int, num_heads: int, kdim: int, vdim: int) -> dict[str, StockTensor]:
+    """Where nn.MultiheadAttention keeps each of our parameters."""
+    E, heads = embed_dim, (num_heads, embed_dim // num_heads)
+    names = {}
+    for number, (letter, width) in enumerate((("q", E), ("k", kdim), ("v", vdim))):
+        if kdim == vdim == E:
+            weight = StockTensor("in_proj_weight", (3 * E, E), (*heads, E), start=number * E)
+        else:
+            weight = StockTensor(f"{letter}_proj_weight", (E, width), (*heads, width))
+        names[f"{letter}_weight"] = weight
+        names[f"{letter}_bias"] = StockTensor("in_proj_bias", (3 * E,), heads, start=number * E)
+    names |= {name: StockTensor(name, (1, 1, E), heads) for name in ("bias_k", "bias_v")}
+    names["out_weight"] = StockTensor("out_proj.weight", (E, E), (E, *heads))
+    names["out_bias"] = StockTensor("out_proj.bias", (E,), (E,))
+    return names
 
 
 def check_same_weights(modules: list[nn.Module], mesh: DeviceMesh, random: bool) -> None:
@@ -276,53 +281,3 @@ def _drawn_as_stock(E: int, kdim: int, vdim: int, bias: bool, bias_kv: bool, dev
             state["bias_k"] = xavier_normal_(torch.empty(1, 1, E, **factory))
             state["bias_v"] = xavier_normal_(torch.empty(1, 1, E, **factory))
     return state
-
-
-def from_stock(state: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
-    """nn.MultiheadAttention's tensors as ours: views with whole heads, (3 E, E) -> three (h, d, E)."""
-    full: dict[str, Tensor] = {}
-    heads = (num_heads, -1)
-    for name, packed in (("weight", state.get("in_proj_weight")), ("bias", state.get("in_proj_bias"))):
-        if packed is not None:
-            for letter, part in zip("qkv", packed.chunk(3), strict=True):
-                full[f"{letter}_{name}"] = part.unflatten(0, heads)
-    for letter in "qkv":
-        if (weight := state.get(f"{letter}_proj_weight")) is not None:
-            full[f"{letter}_weight"] = weight.unflatten(0, heads)
-    for name in ("bias_k", "bias_v"):
-        if (bias := state.get(name)) is not None:
-            full[name] = bias.reshape(heads)
-    if (weight := state.get("out_proj.weight")) is not None:
-        full["out_weight"] = weight.unflatten(1, heads)
-    if (bias := state.get("out_proj.bias")) is not None:
-        full["out_bias"] = bias
-    return full
-
-
-def to_stock(full: dict[str, Tensor | None], packed: bool) -> dict[str, Tensor]:
-    """The inverse of from_stock."""
-    state: dict[str, Tensor] = {}
-    weights = [full[f"{letter}_weight"].flatten(0, 1) for letter in "qkv"]
-    if packed:
-        state["in_proj_weight"] = torch.cat(weights)
-    else:
-        state |= {f"{letter}_proj_weight": weight for letter, weight in zip("qkv", weights, strict=True)}
-    if full.get("q_bias") is not None:
-        state["in_proj_bias"] = torch.cat([full[f"{letter}_bias"].flatten() for letter in "qkv"])
-    for name in ("bias_k", "bias_v"):
-        if full.get(name) is not None:
-            state[name] = full[name].reshape(1, 1, -1)
-    state["out_proj.weight"] = full["out_weight"].flatten(1)
-    if full.get("out_bias") is not None:
-        state["out_proj.bias"] = full["out_bias"]
-    return state
-
-
-def _trained(stock: dict[str, bool]) -> dict[str, bool]:
-    """requires_grad of our parameters from stock's."""
-    ours = {
-        f"{letter}_weight": stock.get("in_proj_weight", stock.get(f"{letter}_proj_weight", True)) for letter in "qkv"
-    }
-    ours |= {f"{letter}_bias": stock.get("in_proj_bias", True) for letter in "qkv"}
-    ours |= {name: stock.get(name, True) for name in ("bias_k", "bias_v")}
-    return ours | {"out_weight": stock["out_proj.weight"], "out_bias": stock.get("out_proj.bias", True)}

@@ -1,51 +1,139 @@
-"""What is not attention: MLPs of two linears, split over the flattened grid by torch's own tensor-parallel styles."""
+"""What is not attention: MLPs of two linears, split over the flattened grid by torch's own tensor-parallel styles.
 
-from torch import nn
+Structure proposes, a probe decides: the split is exact only if what is between the linears leaves columns apart.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
+from two_level_mha.probe import has_hooks, random_copy, settings
 
-# Paths of the two linears inside the module that owns them, and the class names that have them (None: any).
+# Paths of the two linears inside the module that is called with (B, L, D).
 _MLPS = (
     ("linear1", "linear2"),  # nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
     ("intermediate.dense", "output.dense"),  # BERT, RoBERTa
     ("fc1", "fc2"),  # ViT
 )
 
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether the user put hooks on the module."""
-    return any(getattr(module, hooks) for hooks in HOOKS)
+_Found = dict[str, tuple[nn.Module, tuple[str, str]]]
 
 
-def changed_linear(module: nn.Module) -> str | None:
-    """What torch.nn.utils has done to the module's weights, or None."""
-    if hasattr(module, "parametrizations"):
-        return "is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
-    kinds = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
-    if kind := next((kind for kind in kinds if kind in ("WeightNorm", "SpectralNorm")), None):
-        return f"has its weight recomputed by {kind}: remove it first"
-    return None
+def find_mlps(model: nn.Module, ranks: int) -> tuple[_Found, dict[str, str]]:
+    """The MLPs that can be split over `ranks`, by name; and why what looks like one stays whole, by name.
+
+    Runs a copy of one of each kind, before the model is changed; sends nothing.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            owners[id(p)] = owners.get(id(p), 0) + 1
+    found: _Found = {}
+    whole: dict[str, str] = {}
+    probed: dict[tuple, str | tuple[str, ...]] = {}
+    for name, module in model.named_modules():
+        for paths in _MLPS:
+            try:
+                linears = [module.get_submodule(path) for path in paths]
+            except AttributeError:
+                continue
+            if not (problem := _problem(linears, paths, owners, ranks)):
+                if (kind := _kind(module)) not in probed:
+                    probed[kind] = _probe(module, paths, linears[0].out_features // ranks)
+                problem = probed[kind]
+                if not isinstance(problem, str):
+                    hooked = [path for path in problem if has_hooks(module.get_submodule(path))]
+                    problem = f"{hooked[0]} has hooks" if hooked else None
+            if problem:
+                whole[name] = problem
+            else:
+                found[name] = (module, paths)
+    return found, whole
 
 
-def _is_plain(linear: nn.Module, owners: dict[int, int]) -> bool:
-    tied = any(owners[id(p)] > 1 for p in linear.parameters())
-    return type(linear) is nn.Linear and not has_hooks(linear) and not tied
+def _problem(linears: list[nn.Module], paths: tuple[str, str], owners: dict[int, int], ranks: int) -> str | None:
+    """Why two modules are not the linears of an MLP that can be split, or None."""
+    for path, linear in zip(paths, linears, strict=True):
+        if type(linear) is not nn.Linear:
+            return f"{path} is a {type(linear).__name__}, not a plain nn.Linear"
+        if has_hooks(linear):
+            return f"{path} has hooks"
+        if any(owners[id(p)] > 1 for p in linear.parameters()):
+            return f"{path} shares a parameter"
+    width = linears[0].out_features
+    if width != linears[1].in_features:
+        return f"{paths[0]} gives {width} features and {paths[1]} takes {linears[1].in_features}"
+    return f"{ranks} does not divide its width {width}" if width % ranks else None
 
 
-def _linears(module: nn.Module, paths: tuple[str, str], owners: dict[int, int]) -> list[nn.Linear] | None:
-    """The two linears at `paths`, if they are plain and chained."""
-    try:
-        first, second = (module.get_submodule(path) for path in paths)
-    except AttributeError:
-        return None
-    plain = _is_plain(first, owners) and _is_plain(second, owners)
-    return [first, second] if plain and first.out_features == second.in_features else None
+def _kind(module: nn.Module) -> tuple:
+    parts = tuple((name, type(part), settings(part)) for name, part in module.named_modules())
+    return parts, tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+
+
+def _probe(module: nn.Module, paths: tuple[str, str], share: int) -> str | tuple[str, ...]:
+    """Does by hand, on a random copy, what the split does: one rank with `share` columns, one with all others.
+
+    Why the numbers would not be the module's, or the paths of the modules that would see a part of the columns.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():  # no grad: torch's fast path
+        torch.manual_seed(0)
+        (original,) = random_copy([module])
+        first, second = (original.get_submodule(path) for path in paths)
+        x_BLD = torch.randn(2, 3, first.in_features, dtype=torch.float64)
+        args = (x_BLD, x_BLD) if isinstance(module, nn.TransformerDecoderLayer) else (x_BLD,)
+        try:
+            expected = _first(original(*args))
+            parts = [_Part(original, paths, columns) for columns in (slice(0, share), slice(share, None))]
+            total = sum(part.run(args) for part in parts) + (0 if second.bias is None else second.bias)
+            got = parts[0].run(args, total)
+        except Exception as error:
+            return f"cannot be called like an MLP, or not with a part of its columns: {error!r}"
+    difference = (expected - got).abs().max().item() if expected.shape == got.shape else float("inf")
+    if not difference <= 1e-6 * expected.abs().max().item():
+        return f"its numbers differ by {difference:.1e} from {paths[1]}(activation({paths[0]}(x))) on a small input"
+    return parts[0].between
+
+
+def _first(output) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+class _Part:
+    """A rank's part of an MLP: some columns of what is between the linears."""
+
+    def __init__(self, original: nn.Module, paths: tuple[str, str], columns: slice) -> None:
+        self.module = copy.deepcopy(original)
+        first, second = (self.module.get_submodule(path) for path in paths)
+        first.weight = nn.Parameter(first.weight.detach()[columns])
+        if first.bias is not None:
+            first.bias = nn.Parameter(first.bias.detach()[columns])
+        second.weight = nn.Parameter(second.weight.detach()[:, columns])
+        second.bias = None
+        self.calls: list[tuple[str, str]] = []  # begin or end, path
+        for path, part in self.module.named_modules():
+            part.register_forward_pre_hook(lambda *_, path=path: self.calls.append(("begin", path)))
+            part.register_forward_hook(lambda *_, path=path: self.calls.append(("end", path)))
+        self.paths, self.second = paths, second
+
+    def run(self, args: tuple, total: Tensor | None = None) -> Tensor:
+        """This part's product with the second linear; or the module's output, given the sum of all parts'."""
+        products = []
+        hook = self.second.register_forward_hook(lambda module, args, y: products.append(y) or total)
+        output = _first(self.module(*args))
+        hook.remove()
+        (product,) = products
+        return product if total is None else output
+
+    @property
+    def between(self) -> tuple[str, ...]:
+        """Paths of the modules that got or gave what is between the linears."""
+        begin, end = self.calls.index(("end", self.paths[0])), self.calls.index(("begin", self.paths[1]))
+        return tuple(dict.fromkeys(path for _, path in self.calls[begin + 1 : end]))
 
 
 def _shard_on_load(module: nn.Module, state: dict, prefix: str, *_) -> None:
@@ -56,36 +144,11 @@ def _shard_on_load(module: nn.Module, state: dict, prefix: str, *_) -> None:
             state[prefix + name] = distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def _is_known(module: nn.Module, paths: tuple[str, str]) -> bool:
-    """Whether second(activation(first(x))), with nothing between that mixes columns, is what the module does."""
-    if paths[0] == "linear1":
-        return type(module) in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    if paths[0] == "intermediate.dense":
-        return type(module).__name__.endswith("Layer") and not _others(module.intermediate, "dense")
-    return type(module).__name__.endswith("MLP") and not _others(module, "fc1", "fc2")
-
-
-def _others(module: nn.Module, *linears: str) -> bool:
-    """Whether children besides the linears have parameters: a norm between them would need the whole width."""
-    return any(name not in linears and any(True for _ in child.parameters()) for name, child in module.named_children())
-
-
-def split_rest(model: nn.Module, mesh: DeviceMesh) -> list[str]:
-    """Splits every MLP whose width P divides; returns their names. Tied, hooked or unknown ones stay whole."""
+def split_mlps(mlps: _Found, mesh: DeviceMesh) -> None:
+    """Splits what find_mlps found."""
     grid = mesh._flatten("grid")
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for p in module._parameters.values():
-            owners[id(p)] = owners.get(id(p), 0) + 1
-    names = []
-    for name, module in list(model.named_modules()):
-        for paths in _MLPS:
-            linears = _linears(module, paths, owners)
-            if linears is None or not _is_known(module, paths) or linears[0].out_features % grid.size():
-                continue
-            styles = (ColwiseParallel(), RowwiseParallel())
-            parallelize_module(module, grid, dict(zip(paths, styles, strict=True)), src_data_rank=None)
-            for linear in linears:
-                linear.register_load_state_dict_pre_hook(_shard_on_load)
-            names.append(name)
-    return names
+    for module, paths in mlps.values():
+        styles = (ColwiseParallel(), RowwiseParallel())
+        parallelize_module(module, grid, dict(zip(paths, styles, strict=True)), src_data_rank=None)
+        for path in paths:
+            module.get_submodule(path).register_load_state_dict_pre_hook(_shard_on_load)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import two_level_mha as tlm
 from two_level_mha.blocks import whole
-from two_level_mha.multihead import from_stock
+from two_level_mha.multihead import stock_names
+from two_level_mha.stock import from_stock
 
 EMBED, HEADS = 16, 4
 
@@ -117,7 +118,7 @@ def everything(layer: nn.Module, call: Call, seed: int = 1) -> dict[str, Tensor]
     found |= {f"d {name}": x.grad for name, x in leaf.items()}
     grads = {name: whole(p.grad) for name, p in layer.named_parameters() if p.grad is not None}
     if isinstance(layer, nn.MultiheadAttention):
-        grads = from_stock(grads, HEADS)
+        grads = from_stock(grads, stock_names(layer.embed_dim, layer.num_heads, layer.kdim, layer.vdim))
     return {name: x.detach() for name, x in (found | {f"d {name}": x for name, x in grads.items()}).items()}
 
 

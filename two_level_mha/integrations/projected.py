@@ -5,11 +5,11 @@ import functools
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from two_level_mha.layer import GridAttention
 from two_level_mha.masks import UsageRuntimeError
 from two_level_mha.mesh import GridError
+from two_level_mha.stock import from_stock, linear_names, take_stock_keys
 
 _REFUSED = {
     "past_key_values": "call with use_cache=False",
@@ -28,28 +28,23 @@ def heads_of(original: nn.Module, projections: dict[str, nn.Linear]) -> tuple[in
     return h, widths["k"] // d, d
 
 
-def _parameter(letter: str, part: str) -> str:
-    return f"{'out' if letter == 'o' else letter}_{part}"
-
-
-def _with_heads(x: Tensor, name: str, d: int) -> Tensor:
-    """A linear's tensor with its heads apart, as GridAttention stores it; as it is if its width does not fit."""
-    if name == "out_bias":
-        return x
-    heads_dim = 1 if name == "out_weight" else 0
-    return x if x.shape[heads_dim] % d else x.unflatten(heads_dim, (-1, d))
-
-
 class ProjectedAttention(GridAttention):
     """Called as transformers calls such a module: (hidden_states, attention_mask, **kwargs) -> (out, weights or None).
 
     hidden_states (B, L, D); attention_mask None, or 4-D broadcastable to (B, h, L, S): bool with True = attend ("sdpa")
     or additive ("eager"). The output projection is part of it. Weights (B, h, L, S) are computed only when
     output_attentions, of the call or else of the config, is true; with "sdpa" too, where the original has none.
+
+    projections: the original's linears, by letter q, k, v, o; paths: where they are, as in StockTensor.key.
     """
 
     def __init__(
-        self, original: nn.Module, projections: dict[str, nn.Linear], mesh: DeviceMesh | None, **options
+        self,
+        original: nn.Module,
+        projections: dict[str, nn.Linear],
+        paths: dict[str, str],
+        mesh: DeviceMesh | None,
+        **options,
     ) -> None:
         h, k, d = heads_of(original, projections)
         super().__init__(num_heads=h, num_kv_heads=k, head_dim=d, mesh=mesh, **options)
@@ -60,13 +55,13 @@ class ProjectedAttention(GridAttention):
         if not isinstance(dropout, nn.Dropout):
             dropout = nn.Dropout(getattr(original, "attention_dropout", 0.0))
         self.dropout = dropout  # read at each call, so that a change of its p counts
-        full, trained = {}, {}
+        self.stock_names, state = {}, {}
         for letter, linear in projections.items():
-            for part, p in linear.named_parameters():
-                name = _parameter(letter, part)
-                trained[name] = p.requires_grad
-                full[name] = _with_heads(p.detach(), name, d)
-        self.store(full, trained)
+            self.stock_names |= linear_names("out" if letter == "o" else letter, paths[letter], linear, d)
+            state |= {f"{paths[letter]}.{part}": p for part, p in linear.named_parameters()}
+        trained = {name: state[stock.key].requires_grad for name, stock in self.stock_names.items()}
+        self.store(from_stock({key: p.detach() for key, p in state.items()}, self.stock_names), trained)
+        take_stock_keys(self)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
@@ -99,32 +94,9 @@ def _class_like(original: type) -> type:
     return type(f"TwoLevel{original.__name__}", (ProjectedAttention, original), {})
 
 
-def projected_like(original: nn.Module, projections: dict[str, nn.Linear], mesh, **options) -> ProjectedAttention:
+def projected_like(original: nn.Module, *args, **options) -> ProjectedAttention:
     """A ProjectedAttention that is also an instance of the original's class, by which transformers records weights."""
-    return _class_like(type(original))(original, projections, mesh, **options)
-
-
-def take_stock_keys(owner: nn.Module, child: str, paths: dict[str, str]) -> None:
-    """Lets load_state_dict take the original's keys, and full tensors under ours.
-
-    owner: the attention itself with child "", or, where the output projection was the parent's, the parent with the
-    attention's name and a dot. paths: of the projections, o from the owner and the others from the attention.
-    """
-    keys = {letter: path if letter == "o" else child + path for letter, path in paths.items()}
-    owner.register_load_state_dict_pre_hook(functools.partial(_take_stock_keys, child=child, keys=keys))
-
-
-def _take_stock_keys(owner: nn.Module, state: dict, prefix: str, *_, child: str, keys: dict[str, str]) -> None:
-    ours = owner.get_submodule(child.rstrip("."))
-    for letter, key in keys.items():
-        for part in ("weight", "bias"):
-            name = _parameter(letter, part)
-            x = state.pop(f"{prefix}{key}.{part}", None)
-            x = state.get(prefix + child + name) if x is None else _with_heads(x, name, ours.head_dim)
-            if x is not None:
-                own = ours._parameters.get(name)
-                split = isinstance(own, DTensor) and not isinstance(x, DTensor) and x.shape == own.shape
-                state[prefix + child + name] = ours.block(x, name) if split else x
+    return _class_like(type(original))(original, *args, **options)
 
 
 def probe_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:

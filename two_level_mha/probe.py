@@ -1,0 +1,57 @@
+"""Looking at a module before it is replaced: what the user did to it, what tells it from others, a copy to run."""
+
+import copy
+import inspect
+
+import torch
+from torch import nn
+
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the user put hooks on the module."""
+    return any(getattr(module, hooks) for hooks in HOOKS)
+
+
+def random_copy(modules: list[nn.Module]) -> list[nn.Module]:
+    """Copies to probe, with what they share: on the CPU, in float64, in eval mode, without hooks.
+
+    Random weights, whatever the originals have (meta ones too): zeros or tiny weights would hide a difference.
+    """
+    copies = copy.deepcopy(modules)
+    for module in copies:
+        for part in module.modules():
+            for hooks in HOOKS:
+                getattr(part, hooks).clear()
+        if any(p.is_meta for p in module.parameters()):
+            module.to_empty(device="cpu")
+        module.cpu().double().eval()
+        for p in module.parameters():
+            with torch.no_grad():
+                p.normal_(std=p.shape[-1] ** -0.5)
+    return copies
+
+
+def settings(module: nn.Module) -> tuple:
+    """The plain attributes that make two modules of one class behave differently."""
+    plain = (int, float, bool, str)
+    found = [
+        (name, value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "layer_idx" and (isinstance(value, plain) or inspect.isroutine(value))
+    ]
+    return tuple(sorted(found, key=lambda item: item[0]))
+
+
+def changed_linear(module: nn.Module) -> str | None:
+    """What torch.nn.utils has done to the module's weights, or None."""
+    if hasattr(module, "parametrizations"):
+        return "is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
+    kinds = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+    if kind := next((kind for kind in kinds if kind in ("WeightNorm", "SpectralNorm")), None):
+        return f"has its weight recomputed by {kind}: remove it first"
+    return None

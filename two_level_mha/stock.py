@@ -1,0 +1,103 @@
+"""Which tensor of the unsplit model's state dict each parameter of a split attention is.
+
+A replacement module has one table, `stock_names`: name of its parameter -> StockTensor. Loading, full_state_dict and
+from_torch / to_torch all go by it, so an adapter says once where its weights come from.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class StockTensor:
+    """Where one parameter is in the unsplit model.
+
+    key: relative to the module; a leading "../" starts at its parent. shape: of the stock tensor. own: of ours,
+    with heads and head_dim apart. A fused tensor holds several parameters: this one begins at `start` of dim `dim`.
+    transposed: stock keeps (in, out), as GPT-2's Conv1D does. Shapes are those of the whole layer, not of a block.
+
+        q_proj.weight (h*d, D)      StockTensor("q_proj.weight", (h * d, D), (h, d, D))
+        o_proj.weight (D, h*d)      StockTensor("o_proj.weight", (D, h * d), (D, h, d))
+        V of c_attn.weight (D, 3*D) StockTensor("c_attn.weight", (D, 3 * D), (h, d, D), 1, 2 * D, transposed=True)
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    own: tuple[int, ...]
+    dim: int = 0
+    start: int = 0
+    transposed: bool = False
+
+    @property
+    def size(self) -> int:
+        """How much of dim `dim` is this parameter's."""
+        return math.prod(self.own) * self.shape[self.dim] // math.prod(self.shape)
+
+    def part(self, stock: Tensor) -> Tensor:
+        """The parameter as a view, of shape `own`, of the stock tensor."""
+        x = stock.narrow(self.dim, self.start, self.size)
+        return (x.t() if self.transposed else x).view(self.own)
+
+
+def resolve(name: str, key: str) -> str:
+    """A StockTensor's key, for the module called `name`, in the terms of who calls it that."""
+    while key.startswith("../"):
+        name, key = name.rpartition(".")[0], key.removeprefix("../")
+    return f"{name}.{key}" if name else key
+
+
+def linear_names(name: str, path: str, linear: nn.Linear, head_dim: int) -> dict[str, StockTensor]:
+    """The entries of `name`_weight and `name`_bias, name one of q, k, v, out, for a projection at `path`."""
+    entries = {}
+    for part, p in linear.named_parameters():
+        shape = own = tuple(p.shape)
+        if name != "out":
+            own = (shape[0] // head_dim, head_dim, *shape[1:])
+        elif part == "weight":
+            own = (shape[0], shape[1] // head_dim, head_dim)
+        entries[f"{name}_{part}"] = StockTensor(f"{path}.{part}", shape, own)
+    return entries
+
+
+def from_stock(state: dict[str, Tensor], names: dict[str, StockTensor]) -> dict[str, Tensor]:
+    """The parameters that `state`, of stock keys, holds: views of its tensors."""
+    return {name: stock.part(state[stock.key]) for name, stock in names.items() if stock.key in state}
+
+
+def put(state: dict[str, Tensor], key: str, stock: StockTensor, x: Tensor) -> None:
+    """Writes a parameter into the stock tensor at `key`, which is made when it is not there yet."""
+    if key not in state:
+        state[key] = x.new_empty(stock.shape)
+    stock.part(state[key]).copy_(x)
+
+
+def take_stock_keys(owner: nn.Module, child: str = "") -> None:
+    """Lets load_state_dict of `owner` take stock's keys and, under our names, full tensors for `owner.child`.
+
+    owner: the module itself with child "", or its parent, where a stock key starts there: load_state_dict shows a
+    module only what is below it.
+    """
+    owner.register_load_state_dict_pre_hook(functools.partial(_take, child=child))
+
+
+def _take(owner: nn.Module, state: dict, prefix: str, *_, child: str) -> None:
+    module, taken, found = owner.get_submodule(child), set(), {}
+    for name, stock in module.stock_names.items():
+        own = module._parameters[name]
+        key, mine = prefix + resolve(child, stock.key), prefix + resolve(child, name)
+        if own is None or not (key in state or mine in state):
+            continue
+        x = state[key if key in state else mine]
+        if key in state:
+            taken.add(key)
+            x = stock.part(x) if x.shape == stock.shape else x  # else load_state_dict names it
+        if isinstance(own, DTensor) and not isinstance(x, DTensor) and x.shape == own.shape:
+            x = module.block(x, name)
+        found[mine] = x
+    for key in taken:
+        del state[key]
+    state.update(found)
