@@ -123,8 +123,11 @@ def _check_shapes(mha, query, key, value, key_padding_mask, attn_mask) -> None:
             f"The shape of the 3D attn_mask is {attn_mask.shape}, but should be {(B * mha.num_heads, L, S)}."
         )
     if key_padding_mask is not None and key_padding_mask.shape != ((B, S) if batched else (S,)):
+        got = key_padding_mask.shape if batched else (1, *key_padding_mask.shape)
+        dim, size = (0, B) if got[0] != B else (1, S)
         raise UsageAssertionError(
-            f"key_padding_mask must have shape {(B, S) if batched else (S,)}, got {tuple(key_padding_mask.shape)}"
+            f"Expected key_padded_mask.shape[{dim}] to be {size}, but got {got[dim]}: key_padding_mask must have shape "
+            f"{(B, S) if batched else (S,)}, got {tuple(key_padding_mask.shape)}"
         )
 
 
