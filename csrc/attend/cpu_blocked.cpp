@@ -7,13 +7,10 @@
 
 #include <ATen/ops/empty.h>
 
-#include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "chunked.h"
 #include "cpu_problem.h"
-#include "cpu_softmax.h"
 
 namespace two_level_mha {
 
@@ -96,32 +93,24 @@ class ForwardPass {
 
   // One row of a block: scores to weights.
   void step(Scratch& scratch, int64_t batch, int64_t h, int64_t first, int64_t r, int64_t key, int64_t n) {
-    const int64_t ld = padded(n), row = first + r;
-    C* weights = scratch.weights + r * ld;
-    const Range seen = p_.keys_of(row).within({key, key + n});
-    const int64_t begin = seen.begin - key, end = seen.end - key, count = end - begin;
-    std::memset(static_cast<void*>(weights), 0, begin * sizeof(C));
-    std::memset(static_cast<void*>(weights + end), 0, (ld - end) * sizeof(C));
-    if (seen.empty()) return;
-    float* scores = scratch.scores + r * ld + begin;
-    if (p_.natural)
-      natural_scores(scores, count, p_.scale, p_.softcap,
-                     p_.mask.defined() ? scratch.mask + r * ld + begin : nullptr, scratch.slope);
-    const float factor = softmax_step(scores, count, p_.unit_log2(), scratch.running[r], weights + begin);
+    const int64_t at = r * padded(n), row = first + r;
+    C* weights = scratch.weights + at;
+    const float factor = block_weights(p_, row, key, n, scratch.scores + at, scratch.mask + at, scratch.slope,
+                                       scratch.running[r], weights);
     if (factor != 1.f) scale_row(scratch.out + r * width_v_, width_v_, factor, scratch.out + r * width_v_);
     if (!p_.dropout) return;
     const DropoutRow random = p_.dropout_of(batch, h, row);
-    drop_columns(weights + begin, count, random.low, random.high, seen.begin, p_.threshold);
+    drop_columns(weights, n, random.low, random.high, key, p_.threshold);
   }
 
   void finish(Scratch& scratch, int64_t batch, int64_t h, int64_t first, int64_t rows) {
     const Rows<T> out = head_rows<T>(out_, batch, h).from(first);
     float* logsumexp = logsumexp_ + (batch * p_.H + h) * p_.L + first;
     for (int64_t r = 0; r < rows; ++r) {
-      const auto [max, sum] = scratch.running[r];
-      const bool sees_none = sum == 0.f;
-      logsumexp[r] = sees_none ? -kInfinity : max * p_.unit + std::log(sum);
-      scale_row(scratch.out + r * width_v_, p_.Dv, sees_none ? 0.f : p_.keep_scale / sum, out[r]);
+      const RunningSoftmax& running = scratch.running[r];
+      const bool sees_none = running.sum == 0.f;
+      logsumexp[r] = sees_none ? -kInfinity : running.logsumexp(p_.unit);
+      scale_row(scratch.out + r * width_v_, p_.Dv, sees_none ? 0.f : p_.keep_scale / running.sum, out[r]);
     }
   }
 

@@ -3,9 +3,12 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstring>
+
 #include "attention.h"
 #include "cpu_mask.h"
 #include "cpu_panels.h"
+#include "cpu_softmax.h"
 #include "dropout.h"
 
 namespace two_level_mha {
@@ -40,6 +43,22 @@ struct Problem {
     return dropout_row(seed, params.origin[0] + batch, params.origin[1] + head, params.origin[2] + row);
   }
 };
+
+// One row of a block of raw scores, keys key .. key + n, to weights padded with zeros; `mask` is read where
+// the call has one. Returns what earlier results of the row must be multiplied by.
+template <class C>
+float block_weights(const Problem& p, int64_t row, int64_t key, int64_t n, float* scores, const float* mask,
+                    float* slope, RunningSoftmax& running, C* weights) {
+  const Range seen = p.keys_of(row).within({key, key + n});
+  const int64_t begin = seen.begin - key, end = seen.end - key, count = end - begin;
+  std::memset(static_cast<void*>(weights), 0, begin * sizeof(C));
+  std::memset(static_cast<void*>(weights + end), 0, (padded(n) - end) * sizeof(C));
+  if (seen.empty()) return 1.f;
+  if (p.natural)
+    natural_scores(scores + begin, count, p.scale, p.softcap, p.mask.defined() ? mask + begin : nullptr,
+                   slope);
+  return softmax_step(scores + begin, count, p.unit_log2(), running, weights + begin);
+}
 
 // Rows of one head of a 4-D tensor.
 template <class T>

@@ -5,12 +5,14 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <cmath>
 #include <cstdint>
 
 namespace two_level_mha {
 
 struct RunningSoftmax {
   float max, sum;
+  float logsumexp(float unit) const { return max * unit + std::log(sum); }  // max is in units of raw scores
 };
 
 // Raw products to natural scores: s = softcap(scale * s) + bias, softcap == 0 for none, bias null for none.
@@ -45,6 +47,13 @@ void drop_rows(c10::BFloat16* x, int64_t n, const uint32_t* bits);
 void scale_row(const float* x, int64_t n, float factor, float* out);
 void scale_row(const float* x, int64_t n, float factor, c10::BFloat16* out);
 void scale_row(const float* x, int64_t n, float factor, c10::Half* out);
+
+// out += factor * x
+void add_row(const float* x, int64_t n, float factor, float* out);
+
+// out[i] = dot(x[i], y) and out += sum of factors[i] * x[i], over n rows of x, ld apart.
+void dot_rows(const float* x, int64_t ld, int64_t n, int64_t width, const float* y, float* out);
+void add_rows(const float* x, int64_t ld, int64_t n, int64_t width, const float* factors, float* out);
 
 float dot(const float* a, const float* b, int64_t n);
 float dot(const c10::BFloat16* a, const c10::BFloat16* b, int64_t n);

@@ -12,6 +12,7 @@
 #include "attention.h"
 #include "chunked.h"
 #include "cpu_blocked.h"
+#include "cpu_decode.h"
 #include "dropout_mask.h"
 #ifdef TLM_WITH_CUDA
 #include "aten_cuda.h"
@@ -81,6 +82,7 @@ constexpr Kernel kKernels[] = {
 #ifdef TLM_WITH_CUDA
     {"aten_cuda", aten_cuda_supports, aten_cuda_forward, aten_cuda_backward},
 #endif
+    {"cpu_decode", decode_supports, decode_forward, blocked_backward},
     {"cpu_blocked", blocked_supports, blocked_forward, blocked_backward},
     {"chunked", always, chunked_forward, chunked_backward_without_mask},
 };
