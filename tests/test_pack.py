@@ -136,16 +136,6 @@ def test_replicated_parts_are_summed_in_float32():
     assert ops.unpack(buffer, [1, 1, 1, 1], [-1], 5, False)[0].item() == 260.0
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_opcheck(grad):
-    """Localises: schema, fake kernel or autograd registration of pack and unpack (not their numbers)."""
-    sizes, dims = CASES["mixed"]
-    tensors = [torch.randn(size, requires_grad=grad) for size in sizes]
-    torch.library.opcheck(ops.pack.default, (tensors, dims, 3, True))
-    buffer = ops.pack(tensors, dims, 3, True).detach().requires_grad_(grad)
-    torch.library.opcheck(ops.unpack.default, (buffer, list(itertools.chain(*sizes)), dims, 3, True))
-
-
 @pytest.mark.parametrize(
     "call, message",
     [

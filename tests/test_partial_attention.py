@@ -423,15 +423,6 @@ def test_opcheck(feature, grad, dtype):
     torch.library.opcheck(attend.default, (q, k, v, mask), options)
 
 
-def test_opcheck_of_the_small_ops():
-    """Localises: schema or fake kernel of merge_partials, dropout_keep_mask and qkv_projection."""
-    outs, logsumexps = torch.randn(3, 2, 4, 5, 6), torch.randn(3, 2, 4, 5)
-    torch.library.opcheck(ops.merge_partials.default, (outs.requires_grad_(), logsumexps.requires_grad_()))
-    torch.library.opcheck(ops.dropout_keep_mask.default, (torch.tensor([3]), 0.5, [1, 2, 3, 4], [0, 1, 2]))
-    x, w = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 4, 8, requires_grad=True)
-    torch.library.opcheck(ops.qkv_projection.default, (x, x, x, w, w, w))
-
-
 def test_gradcheck():
     """Localises: the formulas of the backward against finite differences, independent of any reference."""
     q, k, v = make((1, 2, 1, 3, 4, 3, 2))

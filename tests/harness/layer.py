@@ -150,6 +150,8 @@ def whole(case: Case, m: int = 1, seed: int = 0) -> dict[str, Tensor]:
     if case.dropout:
         sizes = [case.batch, case.heads, case.length, case.all_keys]
         keep = torch.ops.two_level_mha.dropout_keep_mask(dropout_seed, case.dropout, sizes)
+        if case.scheme == "independent":  # the slices of a head drop alike
+            keep = keep.repeat_interleave(m, 1)
     y_BLD, _ = reference.multihead_attention(
         *xs,
         **{name: leaf[name] for name in weights},

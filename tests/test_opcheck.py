@@ -1,0 +1,142 @@
+"""torch.library.opcheck of every operator: schema, fake kernel, autograd registration, tracing (not its numbers)."""
+
+import itertools
+
+import pytest
+import torch
+from harness.layer import place
+
+import two_level_mha  # noqa: F401  registers the operators
+
+ops = torch.ops.two_level_mha
+
+B, L, S, D, H, K, d = 2, 5, 7, 10, 4, 2, 6
+SCHEMES = ("independent", "slices", "sequence", "batch", "weights")
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+def dropped() -> dict:
+    return {"causal": 1, "window": 4, "softcap": 2.0, "dropout_p": 0.3, "seed": torch.tensor([3])}
+
+
+def backward_arguments() -> tuple[tuple, dict]:
+    q, k, v, mask = (x.detach() for x in (random(B, H, L, d), random(B, K, S, d), random(B, K, S, 3), random(H, L, S)))
+    out, logsumexp = ops.partial_attention(q, k, v, mask, **dropped())
+    grads = torch.randn_like(out), torch.randn_like(logsumexp)
+    return (*grads, q, k, v, out, logsumexp, True, mask), dropped()
+
+
+def blocks(n: int, m: int) -> dict[str, torch.Tensor]:
+    """Weights as a rank of an (n, m) grid stores them."""
+    return {"q": random(H // n, d // m, D), "k": random(K // n, d // m, D), "v": random(K // n, d // m, D),
+            "q bias": random(H // n, d // m), "k bias": random(K // n, d // m), "v bias": random(K // n, d // m),
+            "bias_k": random(K // n, d // m), "bias_v": random(K // n, d // m), "out": random(D, H // n, d // m),
+            "out bias": random(D)}  # fmt: skip
+
+
+def enter(n: int, m: int, scheme: str) -> tuple:
+    arguments = (scheme, False, "reduce", None)
+    weights = [x for name, x in blocks(n, m).items() if not name.startswith("out")]
+    return (
+        random(B, L, D),
+        random(B, S, D),
+        random(B, S, D),
+        *weights,
+        True,
+        True,
+        True,
+        *place(n, m).arguments,
+        *arguments,
+    )
+
+
+def leave(n: int, m: int, scheme: str) -> tuple:
+    with torch.no_grad():
+        q, k, v = ops.enter(*enter(n, m, scheme))
+    qkv = [x.detach().requires_grad_() for x in (q, k, v)]
+    weights = blocks(n, m)
+    mask = torch.rand(B, 1, L, S + 2) < 0.8
+    return (*qkv, weights["out"], weights["out bias"], mask, B, L, None, 1, 4, 2.0, 0.3, torch.tensor([3]), True,
+            *place(n, m).arguments, scheme, False, "reduce", None)  # fmt: skip
+
+
+def deal_rows(n: int, m: int, scheme: str) -> tuple:
+    with torch.no_grad():
+        q, k, _ = ops.enter(*enter(n, m, scheme))
+    rows = [random(B, 1, L, 3), random(1, 1, L, 3)]
+    return (rows, q, k, blocks(n, m)["out"], B, L, True, *place(n, m).arguments, scheme, False, "reduce")
+
+
+SIZES = [(B, 4, L, 3), (B, 2, S, 3), (B, 2, S, 1)]
+DIMS = [2, -1, -1]
+
+
+def packed() -> torch.Tensor:
+    return ops.pack([random(*size) for size in SIZES], DIMS, 3, True).detach().requires_grad_()
+
+
+# Of operators that are told a grid or a group: alone, where they send nothing.
+CASES = {
+    "qkv_projection": lambda: (
+        (random(B, L, D), random(B, S, D), random(B, S, D), *list(blocks(1, 1).values())[:6]),
+        {"batch_first": False},
+    ),
+    "partial_attention": lambda: (
+        (random(B, H, L, d), random(B, K, S, d), random(B, K, S, 3), random(H, L, S)),
+        dropped(),
+    ),
+    "partial_attention_backward": backward_arguments,
+    "dropout_keep_mask": lambda: ((torch.tensor([3]), 0.5, [1, 2, 3, 4], [0, 1, 2]), {}),
+    "merge_partials": lambda: ((random(3, B, H, L, d), random(3, B, H, L)), {}),
+    "pack": lambda: (([random(*size) for size in SIZES], DIMS, 3, True), {}),
+    "unpack": lambda: ((packed(), list(itertools.chain(*SIZES)), DIMS, 3, True), {}),
+    "all_gather": lambda: ((random(B, L), 1, 1, ""), {}),
+    "reduce_scatter": lambda: ((random(B, L), 1, 1, ""), {}),
+    "all_to_all": lambda: ((random(B, L), 0, 1, 1, ""), {}),
+    "all_reduce": lambda: ((random(B, L), 1, ""), {}),
+    "hierarchical_all_gather": lambda: ((random(B, 2, L, 3), 1, 3, [1, 1, 0, 0], "", ""), {}),
+    "enter": lambda: (enter(1, 1, "slices"), {}),
+    "leave": lambda: (leave(1, 1, "slices"), {}),
+    "leave_with_weights": lambda: (leave(1, 1, "slices"), {"average": False}),
+    "deal_rows": lambda: (deal_rows(1, 1, "sequence"), {}),
+    "replicated": lambda: (([random(B, L), random(D)], 1, ""), {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name):
+    torch.manual_seed(0)
+    args, kwargs = CASES[name]()
+    torch.library.opcheck(getattr(ops, name).default, args, kwargs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck_without_gradients(name):
+    torch.manual_seed(0)
+    args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, CASES[name]())
+    torch.library.opcheck(getattr(ops, name).default, args, kwargs)
+
+
+def test_every_operator_is_checked():
+    names = {name.removeprefix("two_level_mha::") for name in torch._C._dispatch_get_all_op_names()
+             if name.startswith("two_level_mha::")}  # fmt: skip
+    assert names == CASES.keys()
+
+
+def on_ranks(name: str, n: int, m: int) -> None:
+    build = {"enter": enter, "deal_rows": deal_rows}.get(name, leave)
+    for scheme in SCHEMES:
+        # only this one: the others stumble over torch's own wait_tensor, which returns what it was given
+        torch.library.opcheck(
+            getattr(ops, name).default, build(n, m, scheme), test_utils=("test_aot_dispatch_dynamic",)
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["enter", "leave", "leave_with_weights", "deal_rows"])
+def test_tracing_on_a_grid(pool, name):
+    """With the exchanges and their adjoints in the graph, with symbolic sizes, per scheme: the eager numbers."""
+    pool.run(on_ranks, 4, name, 2, 2, timeout=180)
