@@ -47,10 +47,12 @@ bench: $(BUILD_STAMP)
 
 lint: $(PINS_STAMP)
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
 	clang-format --dry-run -Werror $(CXX_FILES)
 
 format: $(PINS_STAMP)
 	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
 	clang-format -i $(CXX_FILES)
 
 build: $(BUILD_STAMP)

@@ -29,9 +29,7 @@ class Decision(NamedTuple):
 
 def nvcc_release() -> str:
     """Release of the toolkit's compiler, as "13.0"."""
-    out = subprocess.run(
-        [f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True, check=True
-    ).stdout
+    out = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     return re.search(r"release (\d+\.\d+)", out)[1]
 
 

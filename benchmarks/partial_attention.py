@@ -57,9 +57,7 @@ def cases() -> list[Case]:
         }
         for (is_causal, backward), floor in fp32.items():
             found.append(Case(torch.float32, d_qk, d_v, is_causal, backward, floor))
-            found.append(
-                Case(torch.bfloat16, d_qk, d_v, is_causal, backward, half_both if backward else half)
-            )
+            found.append(Case(torch.bfloat16, d_qk, d_v, is_causal, backward, half_both if backward else half))
     found.append(Case(torch.float32, 64, 64, False, False, 1.0, length=128, heads=4))
     found.append(Case(torch.float32, 64, 64, False, True, 1.0, length=128, heads=4))
     return found
@@ -85,8 +83,7 @@ def relative(x, y):
 def run(case: Case, repeats: int) -> dict:
     """Verifies ours against stock, then times all three."""
     q, k, v, g = (
-        torch.randn(1, case.heads, case.length, d).to(case.dtype)
-        for d in (case.d_qk, case.d_qk, case.d_v, case.d_v)
+        torch.randn(1, case.heads, case.length, d).to(case.dtype) for d in (case.d_qk, case.d_qk, case.d_v, case.d_v)
     )
     inputs = [x.requires_grad_(case.backward) for x in (q, k, v)]
 

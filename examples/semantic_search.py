@@ -50,12 +50,8 @@ def parse_grid(text: str) -> tuple[int, int]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--grid", type=parse_grid, default=(4, 4), metavar="NxM", help="head groups x slices (4x4)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", type=parse_grid, default=(4, 4), metavar="NxM", help="head groups x slices (4x4)")
     parser.add_argument("--query", default="How do machines learn from their mistakes?")
     parser.add_argument("--top", type=int, default=5, help="how many sentences to print (5)")
     parser.add_argument("--scheme", default="auto", help="layout of the attention (auto)")
@@ -152,9 +148,7 @@ def join_group(device_type: str) -> torch.device:
         torch.cuda.set_device(device)
     backend = "nccl" if device_type == "cuda" else "gloo"
     group_store = dist.PrefixStore("search/group", store)
-    dist.init_process_group(
-        backend, store=group_store, rank=rank, world_size=world, timeout=timedelta(minutes=10)
-    )
+    dist.init_process_group(backend, store=group_store, rank=rank, world_size=world, timeout=timedelta(minutes=10))
     return device
 
 
@@ -169,9 +163,7 @@ def search(args: argparse.Namespace, device_type: str) -> int:
     try:
         torch.manual_seed(0)  # dropout draws from it, so the ranks of a grid must agree
         mesh = tlm.init_mesh(device_type, (n, m))
-        model = tlm.parallelize(
-            load_model().to(device), mesh, scheme=args.scheme, combine=args.combine, rest=True
-        )
+        model = tlm.parallelize(load_model().to(device), mesh, scheme=args.scheme, combine=args.combine, rest=True)
     except ValueError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -36,8 +36,8 @@ def values(layer: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torc
     return found
 
 
-def save(grid, directory) -> dict[str, torch.Tensor]:
-    layer = tlm.TwoLevelMultiheadAttention.from_torch(stock_layer(CALL), mesh(grid))
+def save(grid, scheme, directory) -> dict[str, torch.Tensor]:
+    layer = tlm.TwoLevelMultiheadAttention.from_torch(stock_layer(CALL), mesh(grid), scheme=scheme)
     optimizer = trained(layer)
     dcp.save(
         {"model": layer.state_dict(), "optimizer": get_optimizer_state_dict(layer, optimizer)}, checkpoint_id=directory
@@ -45,9 +45,9 @@ def save(grid, directory) -> dict[str, torch.Tensor]:
     return values(layer, optimizer)
 
 
-def load(grid, directory) -> dict[str, torch.Tensor]:
+def load(grid, scheme, directory) -> dict[str, torch.Tensor]:
     """Into other weights and an optimizer that has seen other steps."""
-    layer = tlm.TwoLevelMultiheadAttention.from_torch(stock_layer(CALL, seed=7), mesh(grid))
+    layer = tlm.TwoLevelMultiheadAttention.from_torch(stock_layer(CALL, seed=7), mesh(grid), scheme=scheme)
     optimizer = trained(layer)
     state = {"model": layer.state_dict(), "optimizer": get_optimizer_state_dict(layer, optimizer)}
     dcp.load(state, checkpoint_id=directory)
@@ -56,11 +56,21 @@ def load(grid, directory) -> dict[str, torch.Tensor]:
     return values(layer, optimizer)
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [((2, 2), (1, 4)), ((4, 2), (2, 2)), ((2, 2), (4, 2))])
+SLICES, HEADS_WHOLE = "slices", "heads"  # the two storages
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (((2, 2), SLICES), ((1, 4), SLICES)),
+        (((4, 2), SLICES), ((2, 2), HEADS_WHOLE)),
+        (((2, 2), HEADS_WHOLE), ((4, 2), SLICES)),
+    ],
+)
 def test_another_grid(pool, tmp_path, saved, loaded):
-    """Parameters and AdamW's moments, by torch.distributed.checkpoint."""
-    expected = pool.run(save, saved[0] * saved[1], saved, str(tmp_path), timeout=120)[0]
-    for found in pool.run(load, loaded[0] * loaded[1], loaded, str(tmp_path), timeout=120):
+    """Parameters and AdamW's moments, by torch.distributed.checkpoint, between grids and storages."""
+    expected = pool.run(save, saved[0][0] * saved[0][1], *saved, str(tmp_path), timeout=120)[0]
+    for found in pool.run(load, loaded[0][0] * loaded[0][1], *loaded, str(tmp_path), timeout=120):
         assert found.keys() == expected.keys() and "q_weight/exp_avg_sq" in found
         assert all(torch.equal(x, expected[name]) for name, x in found.items())
 

@@ -34,9 +34,7 @@ def info(args: argparse.Namespace) -> None:
     }
     print_table("versions", rows)
     print_table("build", {k: f"{value} ({why})" for k, (value, why) in _load.build_decisions().items()})
-    print_table(
-        "operators", {name: ", ".join(keys) for name, keys in registered_ops().items()} or {"none": ""}
-    )
+    print_table("operators", {name: ", ".join(keys) for name, keys in registered_ops().items()} or {"none": ""})
 
 
 def print_table(title: str, rows: dict[str, str]) -> None:

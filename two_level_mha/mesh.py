@@ -62,9 +62,7 @@ def init_mesh(
     Raises ValueError if the process group is not initialised, GridError if the world size is not n * m or no grid fits.
     """
     if not dist.is_available() or not dist.is_initialized():
-        raise GridError(
-            "init_mesh needs an initialised process group: call torch.distributed.init_process_group first"
-        )
+        raise GridError("init_mesh needs an initialised process group: call torch.distributed.init_process_group first")
     ranks = dist.get_world_size()
     if grid is None:
         if num_heads is None or head_dim is None:

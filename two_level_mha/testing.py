@@ -68,9 +68,7 @@ class CollectiveRecord(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "_c10d_functional" and name in _NAMES:
-            arguments = dict(
-                zip((a.name for a in func._schema.arguments), args, strict=False), **(kwargs or {})
-            )
+            arguments = dict(zip((a.name for a in func._schema.arguments), args, strict=False), **(kwargs or {}))
             inputs = arguments.get("inputs", arguments.get("input", args[0]))
             for tensor in inputs if isinstance(inputs, (list, tuple)) else [inputs]:
                 self.calls.append(_describe(_NAMES[name], tensor, arguments))
