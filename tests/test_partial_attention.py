@@ -264,6 +264,34 @@ def test_rows_without_keys(dtype):
     assert all(x.isfinite().all() for x in (dq, dk, dv))
 
 
+@pytest.mark.parametrize(
+    "dtype, lowest",
+    [
+        (torch.float64, torch.finfo(torch.float64).min),
+        (torch.float32, torch.finfo(torch.float32).min),
+        (torch.float32, -1e9),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", [(2, 4, 2, 5, 33, 16, 8), (1, 2, 2, 150, 300, 16, 16)], ids=["few rows", "blocks"])
+def test_rows_hidden_by_finite_numbers(sizes, dtype, lowest):
+    """T / R. Localises: softmax of a row whose scores all are the lowest number, as transformers' eager padding
+    makes it: equal weights in values and gradients, though the logsumexp has no room for log(n).
+    """
+    mask = torch.zeros(sizes[0], 1, sizes[3], sizes[4], dtype=dtype)
+    mask[..., : sizes[4] // 2] = lowest
+    mask[:, :, 1:4] = lowest
+    inputs = make(sizes, dtype)
+    weight = torch.randn(*inputs[0].shape[:3], sizes[-1], dtype=torch.float64).to(dtype)
+    out, logsumexp = attend(*inputs, mask)
+    assert (logsumexp[:, :, 1:4] == lowest).all()
+    mine = out, *torch.autograd.grad(out, inputs, weight)
+    whole = by_reference(*inputs, mask)[0]
+    theirs = whole, *torch.autograd.grad(whole, inputs, weight)
+    for name, x, y in zip(("out", "dq", "dk", "dv"), mine, theirs, strict=True):
+        assert relative(x, y) <= (1e-10 if dtype == torch.float64 else 1e-5), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("empty", ["B", "L", "S"])
 def test_sizes_of_zero(dtype, empty):

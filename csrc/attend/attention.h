@@ -5,6 +5,11 @@
 //   logsumexp = log(sum(exp(scores)))               (B, H, L), natural log, -inf for a row that sees no key
 //
 // A row that sees no key has out = 0 and passes no gradient. S == 0 is such a row.
+//
+// A finite mask hides nothing from a row that has nothing else: where finfo.min is added to all of a row its
+// scores are equal, and its weights 1 / n, as softmax has it. Its logsumexp is finfo.min + log(n), which
+// rounds to finfo.min: parts of such a row merge with equal weights. Gradients do not depend on what rounding
+// lost, but in ATen's CUDA kernels, as in stock.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -100,8 +100,9 @@ struct Block {
   }
 };
 
-Tensor safe(const Tensor& logsumexp) {
-  return logsumexp.masked_fill(logsumexp == -kInfinity, 0.0).unsqueeze(-1);
+// Not exp(s - logsumexp): at finfo.min a logsumexp has no room for log(n).
+Tensor softmax(const Tensor& s, const Tensor& logsumexp) {
+  return at::softmax(s, -1).masked_fill_((logsumexp == -kInfinity).unsqueeze(-1), 0.0);
 }
 
 }  // namespace
@@ -118,12 +119,24 @@ Forward chunked_forward(const Tensor& q, const Tensor& k, const Tensor& v, const
     Block block(call, row);
     Tensor s = block.hide(block.raw_scores().first);
     Tensor lse = block.keys ? at::logsumexp(s, -1) : s.sum(-1).fill_(-kInfinity);
-    Tensor p = at::exp(s - safe(lse));
+    Tensor p = softmax(s, lse);
     if (Tensor keep = block.keep(p.scalar_type()); keep.defined()) p = p * keep;
     out.narrow(2, row, block.rows).copy_(at::matmul(p, block.v()).flatten(1, 2));
     logsumexp.narrow(2, row, block.rows).copy_(lse.flatten(1, 2));
   }
   return {out, logsumexp};
+}
+
+Tensor weight_sums(const Tensor& q, const Tensor& k, const Tensor& logsumexp, const AttentionParams& params) {
+  Call call(q, k, k, params);
+  Tensor sums = at::empty_like(logsumexp);
+  for (int64_t row = 0; row < call.L; row += call.block) {
+    Block block(call, row);
+    Tensor lse = logsumexp.narrow(2, row, block.rows);
+    Tensor s = block.hide(block.raw_scores().first).flatten(1, 2);
+    sums.narrow(2, row, block.rows).copy_(at::exp(s - lse.unsqueeze(-1)).sum(-1));
+  }
+  return sums;
 }
 
 Backward chunked_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
@@ -140,7 +153,7 @@ Backward chunked_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, 
     Block block(call, row);
     auto rows_of = [&](const Tensor& x) { return x.narrow(3, row, block.rows); };
     auto [raw, tanh] = block.raw_scores();
-    Tensor p = at::exp(block.hide(raw) - safe(rows_of(lse)));
+    Tensor p = softmax(block.hide(raw), rows_of(lse));
     Tensor keep = block.keep(p.scalar_type()), g = block.of_rows(go);
     Tensor dp = at::matmul(g, block.v().transpose(-1, -2));
     if (keep.defined()) dp = dp * keep;

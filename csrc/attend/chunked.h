@@ -14,6 +14,10 @@ Backward chunked_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, 
                           const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
                           const AttentionParams& params, bool mask_grad);
 
+// The sum of exp(score - logsumexp) over the keys of each row (B, H, L): 1, but for what rounding took from
+// logsumexp; NaN for a row that sees no key.
+Tensor weight_sums(const Tensor& q, const Tensor& k, const Tensor& logsumexp, const AttentionParams& params);
+
 // Uninitialised (B, H, L, D) whose memory is (B, L, H, D), so that heads can be merged without a copy.
 Tensor empty_rows(const Tensor& like, c10::SymInt B, c10::SymInt H, c10::SymInt L, c10::SymInt D);
 

@@ -8,6 +8,8 @@
 // run.
 #include "cpu_blocked.h"
 
+#include <ATen/ATen.h>
+
 #include <cstring>
 #include <limits>
 
@@ -278,11 +280,28 @@ class BackwardPass {
   Buffer<float> shared_dq_;  // dQ^T: (B, H, shares, row blocks, width, block rows)
 };
 
+// Where scores are large, finfo.min for one, rounding takes log(n) from the logsumexp and P sums to n. All
+// gradients are linear in those of out and logsumexp, so these are divided by the sums. Undefined if no row
+// needs it.
+Tensor lost_factors(const Tensor& q, const Tensor& k, const Tensor& logsumexp,
+                    const AttentionParams& params) {
+  constexpr double kLarge = 1e4;  // whose float32 neighbours are 1e-3 apart
+  if (!params.mask.defined() || params.mask.scalar_type() == at::kBool) return Tensor();
+  const Tensor large = (logsumexp.abs() > kLarge).logical_and_(logsumexp.isfinite());
+  if (!large.any().item<bool>()) return Tensor();
+  return weight_sums(q, k, logsumexp, params).reciprocal_().masked_fill_(large.logical_not(), 1.0);
+}
+
 }  // namespace
 
-Backward blocked_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
+Backward blocked_backward(const Tensor& grad_out_, const Tensor& grad_logsumexp_, const Tensor& q,
                           const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
                           const AttentionParams& params) {
+  Tensor grad_out = grad_out_, grad_logsumexp = grad_logsumexp_;
+  if (const Tensor factors = lost_factors(q, k, logsumexp, params); factors.defined()) {
+    grad_out = (grad_out * factors.unsqueeze(-1)).to(grad_out.scalar_type());
+    if (grad_logsumexp.defined()) grad_logsumexp = grad_logsumexp * factors;
+  }
   const Problem problem(q, k, v, params);
   const auto [B, H, K, L, S] = std::tie(problem.B, problem.H, problem.K, problem.L, problem.S);
   Tensor dq = empty_rows(q, B, H, L, problem.D);
