@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import two_level_mha as tlm
-from two_level_mha.rest import find_mlps
+from two_level_mha.rest import find_rest
 
 
 def local_shapes(rest: bool, width: int) -> tuple:
@@ -181,8 +181,8 @@ WHOLE = {
 
 @pytest.mark.parametrize("case", SPLIT)
 def test_is_split(case):
-    found, whole = find_mlps(nn.ModuleDict({"one": SPLIT[case](), "two": SPLIT[case]()}), 4)
-    assert list(found) == ["one", "two"] and not whole
+    rest = find_rest(nn.ModuleDict({"one": SPLIT[case](), "two": SPLIT[case]()}), 4, set())
+    assert list(rest.mlps) == ["one", "two"] and not rest.whole_mlps
 
 
 @pytest.mark.parametrize("case", WHOLE)
@@ -194,22 +194,22 @@ def test_stays_whole(case):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    found, whole = find_mlps(model, 4)
-    assert list(found) == ["good"] and list(whole) == ["bad"]
-    assert reason in whole["bad"]
+    rest = find_rest(model, 4, set())
+    assert list(rest.mlps) == ["good"] and list(rest.whole_mlps) == ["bad"]
+    assert reason in rest.whole_mlps["bad"]
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_width():
-    found, whole = find_mlps(MLP(), 16)
-    assert not found and whole == {"": "16 does not divide its width 24"}
+    rest = find_rest(MLP(), 16, set())
+    assert not rest.mlps and rest.whole_mlps == {"": "16 does not divide its width 24"}
 
 
 def test_meta():
     with torch.device("meta"):
-        found, whole = find_mlps(nn.ModuleList([layer(), layer(Other)]), 4)
-    assert list(found) == ["0"] and list(whole) == ["1"]
+        rest = find_rest(nn.ModuleList([layer(), layer(Other)]), 4, set())
+    assert list(rest.mlps) == ["0"] and list(rest.whole_mlps) == ["1"]
 
 
 def whole_mlps() -> tuple[list[bool], str, dict[str, float]]:

@@ -1,19 +1,20 @@
 """parallelize: every attention of a model on a grid, in place. Structure proposes, a probe decides."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.projected import heads_of, probe_inputs, projected_like
 from two_level_mha.mesh import Grid, GridError, place_on, same_on_all_ranks
 from two_level_mha.multihead import TwoLevelMultiheadAttention, check_same_weights
 from two_level_mha.probe import HOOKS, changed_linear, has_hooks, random_copy, settings
-from two_level_mha.rest import find_mlps, split_mlps
+from two_level_mha.report import report
+from two_level_mha.rest import Rest, find_rest, split_rest
 from two_level_mha.stock import resolve, take_stock_keys
 
 _PROJECTION_NAMES = {
@@ -111,6 +112,11 @@ class Found:
     def parent(self) -> nn.Module:
         return self.places[0][0]
 
+    def names(self) -> list[str]:
+        """Of what is split with it: the module, and projections outside it."""
+        outside = [path for path in self.family.paths.values() if path.startswith("../")]
+        return [self.name, *(resolve(self.name, path) for path in outside)]
+
     def sizes(self) -> tuple[int, int, int]:
         """Heads, key/value heads, head_dim."""
         if isinstance(self.module, nn.MultiheadAttention):
@@ -140,26 +146,28 @@ def parallelize(
     """
     options = {"scheme": scheme, "combine": combine, "debug": debug}
     grid = place_on(mesh).grid
-    found, mlps, left, refusal = [], {}, {}, None
+    found, others, refusal = [], Rest(), None
     try:
+        pretrained_models(model)  # refuses a transformers that is too old
         found = _find(model)
         _check_grid(found, grid)
         _probe_all(found, options)
         if rest and grid.size > 1:
-            mlps, left = find_mlps(model, grid.size)
+            others = find_rest(model, grid.size, {name for one in found for name in one.names()})
     except GridError as error:
         refusal = error
     arguments = {"refusal": refusal, "scheme": scheme, "combine": combine, "rest": rest}
     same_on_all_ranks(arguments, mesh, "call parallelize alike on every rank")
     if mesh is not None:
         check_same_weights([model], mesh, any(_dropout(module) > 0.0 for module in model.modules()))
-        same_on_all_ranks({"which MLPs can be split": list(mlps)}, mesh, "build the model alike on every rank")
+        kinds = {"which MLPs can be split": list(others.mlps), "the plan": [plan for _, plan in others.plans.values()]}
+        same_on_all_ranks(kinds, mesh, "build the model alike on every rank")
     for one in found:
         _replace(one, mesh, options)
-    if mlps:
-        split_mlps(mlps, mesh)
+    if grid.size > 1:
+        split_rest(others, mesh)
     if mesh is not None and mesh.get_rank() == 0:
-        print(_report(model, len(found), len(mlps), left), flush=True)
+        print(report(model, len(found), others), flush=True)
     return model
 
 
@@ -310,37 +318,3 @@ def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
         holder, _, linear = resolve(child, one.family.paths["o"]).rpartition(".")
         setattr(one.parent.get_submodule(holder), linear, nn.Identity())
         take_stock_keys(one.parent, child)
-
-
-def _report(model: nn.Module, attentions: int, mlps: int, left: dict[str, str]) -> str:
-    """Parameters per rank, split and whole, what stayed whole, by class name, and why MLPs did."""
-    split = whole = total = 0
-    stayed: dict[str, int] = {}
-    for name, p in model.named_parameters():
-        local: Tensor = p._local_tensor if isinstance(p, DTensor) else p
-        total += p.numel()
-        if local.numel() < p.numel():
-            split += local.numel()
-        else:
-            whole += p.numel()
-            kind = _any_layer(name.rpartition(".")[0])
-            stayed[kind] = stayed.get(kind, 0) + p.numel()
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for name, why in left.items():
-        reasons.setdefault((_any_layer(name), why), []).append(name)
-    largest = sorted(stayed.items(), key=lambda item: -item[1])[:6]
-    return (
-        f"two_level_mha: {attentions} attention modules and {mlps} MLPs split; parameters per rank "
-        f"{split + whole:,} of {total:,}: {split:,} split, {whole:,} whole ("
-        + ", ".join(f"{name} {count:,}" for name, count in largest)
-        + (", ..." if len(stayed) > len(largest) else "")
-        + ")"
-        + "".join(
-            f"; the MLP {names[0] if len(names) == 1 else kind} stays whole: {why}"
-            for (kind, why), names in reasons.items()
-        )
-    )
-
-
-def _any_layer(name: str) -> str:
-    return re.sub(r"\b\d+\b", "*", name)

@@ -1,17 +1,22 @@
-"""What is not attention: MLPs of two linears, split over the flattened grid by torch's own tensor-parallel styles.
+"""What is not attention, split over the flattened grid: a transformers model by its own tensor-parallel plan, where it
+has one; in all others MLPs of two linears, by torch's tensor-parallel styles.
 
-Structure proposes, a probe decides: the split is exact only if what is between the linears leaves columns apart.
+Of an MLP structure proposes, a probe decides: the split is exact only if what is between the linears leaves columns
+apart.
 """
 
 import copy
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from two_level_mha.integrations.plan import find_plan, split_by_plan
+from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.probe import has_hooks, random_copy, settings
+from two_level_mha.stock import take_full_tensors
 
 # Paths of the two linears inside the module that is called with (B, L, D).
 _MLPS = (
@@ -20,23 +25,58 @@ _MLPS = (
     ("fc1", "fc2"),  # ViT
 )
 
-_Found = dict[str, tuple[nn.Module, tuple[str, str]]]
+_Mlps = dict[str, tuple[nn.Module, tuple[str, str]]]
 
 
-def find_mlps(model: nn.Module, ranks: int) -> tuple[_Found, dict[str, str]]:
-    """The MLPs that can be split over `ranks`, by name; and why what looks like one stays whole, by name.
+@dataclass
+class Rest:
+    """What can be split besides attention, by name, and why the rest of what looks like it stays whole."""
 
-    Runs a copy of one of each kind, before the model is changed; sends nothing.
+    plans: dict[str, tuple[nn.Module, dict[str, str]]] = field(default_factory=dict)  # transformers model, its rules
+    whole: dict[str, str] = field(default_factory=dict)  # modules of a plan
+    mlps: _Mlps = field(default_factory=dict)
+    whole_mlps: dict[str, str] = field(default_factory=dict)
+
+
+def find_rest(model: nn.Module, ranks: int, replaced: set[str]) -> Rest:
+    """What can be split over `ranks`, of a model whose modules called `replaced` are split already or will be.
+
+    Runs a copy of one of each kind of MLP, before the model is changed; sends nothing. Raises GridError where a
+    transformers model's plan cannot be applied.
     """
     owners: dict[int, int] = {}
     for module in model.modules():
         for p in module._parameters.values():
             owners[id(p)] = owners.get(id(p), 0) + 1
-    found: _Found = {}
-    whole: dict[str, str] = {}
+    rest = Rest()
+    for name, part in pretrained_models(model).items():
+        prefix = f"{name}." if name else ""
+        inside = {other.removeprefix(prefix) for other in replaced if other.startswith(prefix)}
+        if (found := find_plan(part, ranks, inside, owners)) is not None:
+            rest.plans[name] = (part, found[0])
+            rest.whole |= {prefix + owner: why for owner, why in found[1].items()}
+    planned = {module for part, _ in rest.plans.values() for module in part.modules()}
+    _find_mlps(model, ranks, owners, planned, rest)
+    return rest
+
+
+def split_rest(rest: Rest, mesh: DeviceMesh) -> None:
+    """Splits what find_rest found."""
+    for part, plan in rest.plans.values():
+        split_by_plan(part, plan, mesh)
+    grid = mesh._flatten("grid")
+    for module, paths in rest.mlps.values():
+        styles = (ColwiseParallel(), RowwiseParallel())
+        parallelize_module(module, grid, dict(zip(paths, styles, strict=True)), src_data_rank=None)
+        for path in paths:
+            take_full_tensors(module.get_submodule(path))
+
+
+def _find_mlps(model: nn.Module, ranks: int, owners: dict[int, int], planned: set[nn.Module], rest: Rest) -> None:
+    """Adds the MLPs outside `planned` to `rest`."""
     probed: dict[tuple, str | tuple[str, ...]] = {}
     for name, module in model.named_modules():
-        for paths in _MLPS:
+        for paths in () if module in planned else _MLPS:
             try:
                 linears = [module.get_submodule(path) for path in paths]
             except AttributeError:
@@ -49,10 +89,9 @@ def find_mlps(model: nn.Module, ranks: int) -> tuple[_Found, dict[str, str]]:
                     hooked = [path for path in problem if has_hooks(module.get_submodule(path))]
                     problem = f"{hooked[0]} has hooks" if hooked else None
             if problem:
-                whole[name] = problem
+                rest.whole_mlps[name] = problem
             else:
-                found[name] = (module, paths)
-    return found, whole
+                rest.mlps[name] = (module, paths)
 
 
 def _problem(linears: list[nn.Module], paths: tuple[str, str], owners: dict[int, int], ranks: int) -> str | None:
@@ -134,21 +173,3 @@ class _Part:
         """Paths of the modules that got or gave what is between the linears."""
         begin, end = self.calls.index(("end", self.paths[0])), self.calls.index(("begin", self.paths[1]))
         return tuple(dict.fromkeys(path for _, path in self.calls[begin + 1 : end]))
-
-
-def _shard_on_load(module: nn.Module, state: dict, prefix: str, *_) -> None:
-    """Lets load_state_dict take full tensors."""
-    for name, p in module.named_parameters(recurse=False):
-        x = state.get(prefix + name)
-        if x is not None and isinstance(p, DTensor) and not isinstance(x, DTensor):
-            state[prefix + name] = distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
-
-
-def split_mlps(mlps: _Found, mesh: DeviceMesh) -> None:
-    """Splits what find_mlps found."""
-    grid = mesh._flatten("grid")
-    for module, paths in mlps.values():
-        styles = (ColwiseParallel(), RowwiseParallel())
-        parallelize_module(module, grid, dict(zip(paths, styles, strict=True)), src_data_rank=None)
-        for path in paths:
-            module.get_submodule(path).register_load_state_dict_pre_hook(_shard_on_load)

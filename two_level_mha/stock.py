@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @dataclass(frozen=True)
@@ -101,3 +101,15 @@ def _take(owner: nn.Module, state: dict, prefix: str, *_, child: str) -> None:
     for key in taken:
         del state[key]
     state.update(found)
+
+
+def take_full_tensors(module: nn.Module) -> None:
+    """Lets load_state_dict take full tensors for the module's own DTensors."""
+    module.register_load_state_dict_pre_hook(_distribute)
+
+
+def _distribute(module: nn.Module, state: dict, prefix: str, *_) -> None:
+    for name, p in module.named_parameters(recurse=False):
+        x = state.get(prefix + name)
+        if isinstance(p, DTensor) and x is not None and not isinstance(x, DTensor) and x.shape == p.shape:
+            state[prefix + name] = distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)

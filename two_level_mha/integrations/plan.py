@@ -1,0 +1,80 @@
+"""What is not attention in a transformers model: split by the model's own tensor-parallel plan and transformers' code.
+
+A plan gives modules and parameters a style by name. The rules inside an attention that was replaced are left out; all
+others are applied on the flattened grid, so MLPs, experts, embeddings and the head become DTensors on it.
+"""
+
+import re
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from two_level_mha.integrations.private import private, private_method
+from two_level_mha.mesh import GridError
+from two_level_mha.probe import changed_linear, has_hooks
+from two_level_mha.stock import take_full_tensors
+
+# Styles whose module takes and gives whole activations: leaving one out changes nothing else.
+_ALONE = {
+    "embedding_rowwise", "embedding_colwise", "colwise_gather_output", "colwise_rep", "rowwise_split_input",
+    "rowwise_rep",
+}  # fmt: skip
+_ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")  # in the name of a module
+
+
+def find_plan(
+    model: nn.Module, ranks: int, replaced: set[str], owners: dict[int, int]
+) -> tuple[dict[str, str], dict[str, str]] | None:
+    """The rules to apply, name -> style, and what stays whole, name -> why. None if the model has no plan.
+
+    replaced: names of the attentions, and of projections outside them, that are split already. owners: id of a
+    parameter -> number of modules that have it. Raises GridError where a rule cannot be applied and others need it.
+    """
+    if not model.tp_plan:
+        return None
+    config = private("DistributedConfig")(tp_size=ranks)
+    plan = private_method(model, "_resolve_parallel_plans")(config)[0]
+    plan = {name: style for name, style in plan.items() if not _is_inside(name, replaced)}
+    modules = dict(model.named_modules())
+    whole: dict[str, str] = {}
+    for name, style in plan.items():
+        owner = name if name in modules else name.rpartition(".")[0]
+        if problem := _problem(modules[owner], owner, name, plan, owners):
+            if style not in _ALONE and not _ATTENTION.search(owner):
+                raise GridError(
+                    f"{name} cannot be split by the model's tensor-parallel plan ({style}): {problem}; or call "
+                    "parallelize(..., rest=False)"
+                )
+            whole[owner] = problem
+    return {name: style for name, style in plan.items() if not _is_inside(name, set(whole))}, whole
+
+
+def _is_inside(name: str, owners: set[str]) -> bool:
+    return any(name == owner or name.startswith(f"{owner}.") for owner in owners)
+
+
+def _problem(module: nn.Module, owner: str, name: str, plan: dict[str, str], owners: dict[int, int]) -> str | None:
+    """Why a rule, for the module called `owner` or a parameter of it, cannot be applied, or None."""
+    if _ATTENTION.search(owner) and plan[name] not in _ALONE:
+        return "it belongs to an attention that is not replaced"
+    if has_hooks(module):
+        return "it has hooks, which would see a part of the columns: remove them first"
+    if problem := changed_linear(module):
+        return f"it {problem}"
+    for own, p in module.named_parameters():
+        if isinstance(p, DTensor):
+            return f"its {own} is a DTensor already"
+        if owners[id(p)] > 1:
+            return f"its {own} is tied to another module's"
+        if name == owner and f"{owner}.{own}" not in plan:
+            return f"the plan has no rule for its {own}: it is not the module that transformers knows"
+    return None
+
+
+def split_by_plan(model: nn.Module, plan: dict[str, str], mesh: DeviceMesh) -> None:
+    """Applies what find_plan found. load_state_dict takes full tensors afterwards too."""
+    private("apply_tensor_parallelism")(model, mesh._flatten("grid"), plan)
+    modules = dict(model.named_modules())
+    for owner in {name if name in modules else name.rpartition(".")[0] for name in plan}:
+        take_full_tensors(modules[owner])

@@ -1,0 +1,77 @@
+"""Every private name of transformers that this package uses, in one place, and the version that has them."""
+
+import importlib
+import sys
+
+from torch import nn
+
+from two_level_mha.mesh import GridError
+
+FLOOR = (5, 23)
+
+_MODULES = {
+    "DistributedConfig": "transformers.distributed",
+    "apply_tensor_parallelism": "transformers.distributed.tensor_parallel",
+    "get_model_conversion_mapping": "transformers.conversion_mapping",
+    "WeightConverter": "transformers.core_model_loading",
+    "WeightRenaming": "transformers.core_model_loading",
+    "rename_source_key": "transformers.core_model_loading",
+    "LoadStateDictConfig": "transformers.modeling_utils",
+    "LoadStateDictInfo": "transformers.utils.loading_report",
+}
+_METHODS = (
+    "_adjust_missing_and_unexpected_keys", "_finalize_model_loading", "_get_dtype_plan", "_load_pretrained_model",
+    "_resolve_parallel_plans",
+)  # fmt: skip
+
+
+def private(name: str):
+    """A private name of transformers. Raises GridError where the installed one has it no more."""
+    try:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    except (ImportError, AttributeError) as error:
+        raise _absent(f"{_MODULES[name]}.{name}") from error
+
+
+def private_method(model: nn.Module, name: str):
+    """A private method of a transformers model. Raises GridError where the installed one has it no more."""
+    assert name in _METHODS
+    if not hasattr(model, name):
+        raise _absent(f"PreTrainedModel.{name}")
+    return getattr(model, name)
+
+
+def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost transformers models in `model`, by name; {"": model} if it is one itself.
+
+    Raises GridError if there is one and transformers is too old.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")  # where it was not imported, no model is of it
+    if modeling is None:
+        return {}
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, modeling.PreTrainedModel) and not inside:
+            found[name] = module
+    if found:
+        check_version(sys.modules["transformers"].__version__)
+    return found
+
+
+def check_version(version: str) -> None:
+    """Raises GridError for a transformers older than FLOOR."""
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    if numbers < FLOOR:
+        raise GridError(
+            f"transformers {version} is too old: its models are split with transformers {'.'.join(map(str, FLOOR))} or "
+            "newer; upgrade it"
+        )
+
+
+def _absent(name: str) -> GridError:
+    version = sys.modules["transformers"].__version__
+    return GridError(
+        f"transformers {version} has no {name}, which transformers {'.'.join(map(str, FLOOR))} has: install that "
+        "version, or use parallelize(..., rest=False) and load_state_dict"
+    )
