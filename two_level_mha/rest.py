@@ -121,17 +121,17 @@ def _probe(module: nn.Module, paths: tuple[str, str], share: int) -> str | tuple
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():  # no grad: torch's fast path
         torch.manual_seed(0)
-        (original,) = random_copy([module])
-        first, second = (original.get_submodule(path) for path in paths)
-        x_BLD = torch.randn(2, 3, first.in_features, dtype=torch.float64)
-        args = (x_BLD, x_BLD) if isinstance(module, nn.TransformerDecoderLayer) else (x_BLD,)
         try:
+            (original,) = random_copy([module])
+            first, second = (original.get_submodule(path) for path in paths)
+            x_BLD = torch.randn(2, 3, first.in_features, dtype=torch.float64)
+            args = (x_BLD, x_BLD) if isinstance(module, nn.TransformerDecoderLayer) else (x_BLD,)
             expected = _first(original(*args))
             parts = [_Part(original, paths, columns) for columns in (slice(0, share), slice(share, None))]
             total = sum(part.run(args) for part in parts) + (0 if second.bias is None else second.bias)
             got = parts[0].run(args, total)
         except Exception as error:
-            return f"cannot be called like an MLP, or not with a part of its columns: {error!r}"
+            return f"it cannot be called like an MLP, or not with a part of its columns: {error!r}"
     difference = (expected - got).abs().max().item() if expected.shape == got.shape else float("inf")
     if not difference <= 1e-6 * expected.abs().max().item():
         return f"its numbers differ by {difference:.1e} from {paths[1]}(activation({paths[0]}(x))) on a small input"
