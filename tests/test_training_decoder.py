@@ -135,10 +135,11 @@ def test_grad_scaler(pool, together, optimizer):
 
 
 @pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
 @pytest.mark.parametrize("name", ["attentions.1.k_weight", "attentions.0.q_bias", "head.weight"])
-def test_an_inf_skips_the_step(pool, name, together):
+def test_an_inf_skips_the_step(pool, name, optimizer, together):
     """E. Localises: found_inf of one rank that the others never hear of: ranks would part for good."""
-    for found in pool.run(scaled, 4, (2, 2), name, together, {}):
+    for found in pool.run(scaled, 4, (2, 2), name, together, optimizer):
         kind, other = ("plain", "split") if name == "head.weight" else ("split", "plain")
         assert found[kind] == {False} and found[other] == {not together} and found["scale"] == 4.0
 

@@ -116,7 +116,8 @@ class GridAttention(nn.Module):
         """
         fields = {name: value for name, value in settings.items()}
         for name, x in tensors.items():
-            x = x._local_tensor if isinstance(x, DTensor) else x
+            if isinstance(x, DTensor):
+                x = x._local_tensor.clone()  # numpy() pins a storage that FSDP frees
             fields[f"shape of {name}"] = None if x is None else tuple(x.shape)
             fields[f"dtype of {name}"] = None if x is None else str(x.dtype)
             fields[f"content of {name}"] = None if x is None or x.is_meta else digest([x])
