@@ -142,15 +142,15 @@ class TwoLevelAttention(Drops, GridAttention):
         A row that sees no key gives the bias of the output projection.
         Raises GridError, on every rank alike, before anything is sent.
         """
+        eps, scale, softcap = self._floats()
         cos_sin = dict(zip(("cos", "sin"), position_embeddings or (), strict=False))
-        norms = [self._parameters[name] for name in NORMS] if self.qk_norm is not None else []
+        norms = [self._parameters[name] for name in NORMS] if eps is not None else []
         alike = {"x": x_BLD, "attn_mask": attn_mask, **cos_sin, "out_bias": self._parameters["out_bias"]}
         alike |= dict(zip(NORMS, norms, strict=False))
         self.check_call(
             lambda: self._check(x_BLD, position_embeddings, attn_mask, is_causal, cache), alike,
             {"is_causal": is_causal, "tokens in the cache": None if cache is None else cache.length},
         )  # fmt: skip
-        eps, scale, softcap = self._floats()
         past, length = 0 if cache is None else cache.length, x_BLD.shape[1]
         if position_embeddings is None and self.rope is not None:
             position_embeddings = self.rope.embeddings(past, length, self.head_dim, x_BLD.device)
