@@ -260,6 +260,13 @@ TORCH_LIBRARY(two_level_mha, library) {
       "SymInt position=0) -> (Tensor[] queries, Tensor[] keys)",
       deal_rows_op);
 
+  // What needs d whole, between the halves. The first r dims of x (B, H, L, d) turned in pairs by the angles
+  // of its tokens: cos, sin (B or 1, 1, L, r).
+  library.def("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor", rotary);
+
+  // RMS norm of every head: x (B, H, L, d), weight (d,).
+  library.def("head_norm(Tensor x, Tensor weight, float eps) -> Tensor", head_norm);
+
   // Identity on tensors that are the same on every rank and are used differently by each. Adjoint: the sum
   // over the group, in one exchange.
   library.def("replicated(Tensor[] xs, int group_size, str group, ScalarType? reduce_dtype=None) -> Tensor[]",

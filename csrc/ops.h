@@ -5,6 +5,8 @@
 #include "attend/partial_attention.h"
 #include "combine/reduce.h"
 #include "grid.h"
+#include "head/norm.h"
+#include "head/rotary.h"
 #include "move/exchange.h"
 #include "move/pack.h"
 #include "pass.h"

@@ -6,19 +6,24 @@ load()
 
 from two_level_mha.checkpoint import full_state_dict  # noqa: E402
 from two_level_mha.convert import parallelize  # noqa: E402
+from two_level_mha.decoder import Rotary, TwoLevelAttention  # noqa: E402
 from two_level_mha.mesh import Grid, GridError, init_mesh  # noqa: E402
 from two_level_mha.multihead import TwoLevelMultiheadAttention  # noqa: E402
-from two_level_mha.training import clip_grad_norm_, param_groups  # noqa: E402
+from two_level_mha.training import clip_grad_norm_, param_groups, shard_embed_dim, unscale_  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "Grid",
     "GridError",
+    "Rotary",
+    "TwoLevelAttention",
     "TwoLevelMultiheadAttention",
     "clip_grad_norm_",
     "full_state_dict",
     "init_mesh",
     "parallelize",
     "param_groups",
+    "shard_embed_dim",
+    "unscale_",
 ]
 cmake_prefix_path = str(PACKAGE / "share" / "cmake")

@@ -26,9 +26,10 @@ QUERY_SIDE = ("q_weight", "q_bias", "out_weight")
 def placements(name: str, combine: str, whole_heads: bool = False) -> list:
     """Placements of parameter `name` on ("head", "slice").
 
-    combine="concat" replicates out_weight; whole_heads deals the query side along heads over both axes.
+    combine="concat" replicates out_weight; whole_heads deals the query side along heads over both axes. What has no
+    layout, such as the weight of a norm, is replicated.
     """
-    dims = LAYOUTS[name]
+    dims = LAYOUTS.get(name, (None, None))
     if name == "out_weight" and combine == "concat":
         dims = (None, None)
     elif whole_heads and name in QUERY_SIDE:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from two_level_mha import _C
 from two_level_mha.blocks import LAYOUTS, block, local_blocks
@@ -24,6 +25,19 @@ _ops = torch.ops.two_level_mha
 
 Deal = Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 Between = Callable[[Tensor, Tensor, Tensor, Deal], tuple[Tensor, Tensor, Tensor]]
+
+
+class Drops:
+    """A module with `dropout`: the probability with which an attention weight is dropped in training."""
+
+    @property
+    def dropout(self) -> float:
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, p: float) -> None:
+        self._dropout = p
+        self._drops = p > 0.0  # forward asks this bool: torch.compile(dynamic=True) traces twice if it meets the float
 
 
 class GridAttention(nn.Module):
@@ -63,7 +77,7 @@ class GridAttention(nn.Module):
 
     def store(self, full: dict[str, Tensor | None], requires_grad: dict[str, bool] | None = None) -> None:
         """Keeps this rank's blocks of full tensors, the same on every rank, as the module's parameters."""
-        for name in LAYOUTS:
+        for name in dict.fromkeys((*LAYOUTS, *full)):
             tensor = full.get(name)
             if tensor is None:
                 self.register_parameter(name, None)
@@ -82,10 +96,28 @@ class GridAttention(nn.Module):
         debug = os.environ.get("TLM_DEBUG") == "1" if self.debug is None else self.debug
         return debug or not self._compared
 
+    def check_call(
+        self, check: Callable[[], None], tensors: dict[str, Tensor | None], settings: dict[str, object]
+    ) -> None:
+        """check(), which raises for this rank's arguments; where the call compares, an error is raised on all ranks."""
+        if not self.compares():
+            return check()
+        try:
+            check()
+        except Exception as error:  # whatever it is, the others would wait for this rank
+            same_on_all_ranks({"error": error}, self.mesh, "")
+        common = {"training": self.training, "grad mode": torch.is_grad_enabled()}
+        self.compare(tensors, {**common, "scheme": self.scheme, "combine": self.combine, **settings})
+
     def compare(self, tensors: dict[str, Tensor | None], settings: dict[str, object]) -> None:
-        """Raises GridError on every rank if a tensor or a setting differs between ranks. A collective."""
+        """Raises GridError on every rank if a tensor or a setting differs between ranks. A collective.
+
+        A DTensor is compared as each rank holds it: for replicated parameters.
+        """
         fields = {name: value for name, value in settings.items()}
         for name, x in tensors.items():
+            if isinstance(x, DTensor):
+                x = x._local_tensor.clone()  # numpy() pins a storage that FSDP frees
             fields[f"shape of {name}"] = None if x is None else tuple(x.shape)
             fields[f"dtype of {name}"] = None if x is None else str(x.dtype)
             fields[f"content of {name}"] = None if x is None or x.is_meta else digest([x])

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.init import xavier_normal_, xavier_uniform_
 
 from two_level_mha.blocks import whole
-from two_level_mha.layer import GridAttention
+from two_level_mha.layer import Drops, GridAttention
 from two_level_mha.masks import UsageAssertionError, check_inputs, one_mask
 from two_level_mha.mesh import GridError, digest, same_on_all_ranks
 from two_level_mha.stock import StockTensor, from_stock, put, take_stock_keys
@@ -25,7 +25,7 @@ class _NoFastPath:
 _NO_FAST_PATH = _NoFastPath()
 
 
-class TwoLevelMultiheadAttention(GridAttention):
+class TwoLevelMultiheadAttention(Drops, GridAttention):
     """nn.MultiheadAttention, exactly, on the n * m ranks of a mesh; more ranks than heads are fine.
 
     Rank (i, j) owns the weight blocks of head group i and slice j of the head dimension. Arguments are those of
@@ -95,16 +95,6 @@ class TwoLevelMultiheadAttention(GridAttention):
         take_stock_keys(self)
 
     @property
-    def dropout(self) -> float:
-        """Probability with which an attention weight is dropped in training."""
-        return self._dropout
-
-    @dropout.setter
-    def dropout(self, p: float) -> None:
-        self._dropout = p
-        self._drops = p > 0.0  # forward asks this bool: torch.compile(dynamic=True) traces twice if it meets the float
-
-    @property
     def out_proj(self) -> SimpleNamespace:
         """weight and bias of the output projection, as this rank stores them."""
         return SimpleNamespace(weight=self.out_weight, bias=self.out_bias)
@@ -129,11 +119,12 @@ class TwoLevelMultiheadAttention(GridAttention):
         not average_attn_weights, or None. A row that sees no key is NaN with need_weights, else out_proj's bias.
         Raises ValueError (often also what stock raises) before anything is sent.
         """
-        checked = (query, key, value, key_padding_mask, attn_mask, is_causal)
-        if self.compares():
-            self._compare_call(*checked, need_weights, average_attn_weights)
-        else:
-            check_inputs(self, *checked)
+        masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+        self.check_call(
+            lambda: check_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal),
+            {"query": query, "key": key, "value": value, **masks},
+            {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal},
+        )
         batched = query.dim() == 3
         if not batched:
             same_key, same_value = key is query, value is key
@@ -156,20 +147,6 @@ class TwoLevelMultiheadAttention(GridAttention):
         if batched:
             return y, weights
         return y.squeeze(0), None if weights is None else weights.squeeze(0)
-
-    def _compare_call(self, query, key, value, key_padding_mask, attn_mask, is_causal, need_weights, average) -> None:
-        """The checks and the comparison in one: an error of one rank is raised on all."""
-        settings: dict[str, object] = {
-            "training": self.training, "grad mode": torch.is_grad_enabled(), "need_weights": need_weights,
-            "average_attn_weights": average, "is_causal": is_causal, "scheme": self.scheme, "combine": self.combine,
-        }  # fmt: skip
-        tensors = {"query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask,
-                   "attn_mask": attn_mask}  # fmt: skip
-        try:
-            check_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal)
-        except Exception as error:  # whatever it is, the others would wait for this rank
-            same_on_all_ranks({"error": error}, self.mesh, "")
-        self.compare(tensors, settings)
 
     @classmethod
     def from_torch(

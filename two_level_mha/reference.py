@@ -149,6 +149,61 @@ def multihead_attention(
     return (y_BLD if out_bias is None else y_BLD + out_bias), weights_BHLS
 
 
+def rms_norm(x: Tensor, weight_d: Tensor, eps: float) -> Tensor:
+    """Over the last dim: weight * x / sqrt(mean(x^2) + eps)."""
+    return weight_d * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def rotary(x_BHLd: Tensor, cos_B1Lr: Tensor, sin_B1Lr: Tensor, interleaved: bool = False) -> Tensor:
+    """The first r dims turned in pairs, (a, b) -> (a cos - b sin, b cos + a sin); the others pass through.
+
+    Pairs are dims c and c + r / 2, or 2 c and 2 c + 1 if interleaved.
+    """
+    r = cos_B1Lr.shape[-1]
+    x_BHLr, rest = x_BHLd[..., :r], x_BHLd[..., r:]
+    first, second = torch.arange(r // 2), torch.arange(r // 2) + r // 2
+    if interleaved:
+        first, second = torch.arange(0, r, 2), torch.arange(1, r, 2)
+    turned_BHLr = torch.empty_like(x_BHLr)
+    turned_BHLr[..., first] = -x_BHLr[..., second]
+    turned_BHLr[..., second] = x_BHLr[..., first]
+    return torch.cat([x_BHLr * cos_B1Lr + turned_BHLr * sin_B1Lr, rest], -1)
+
+
+def decoder_attention(
+    x_BLD: Tensor,
+    *,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    out_weight: Tensor,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    out_bias: Tensor | None = None,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    qk_norm: float | None = None,
+    cos_sin: tuple[Tensor, Tensor] | None = None,
+    interleaved: bool = False,
+    **options,
+) -> Tensor:
+    """TwoLevelAttention's layer on unsplit weights, as `multihead_attention` takes them; y (B, L, D).
+
+    q_norm_weight, k_norm_weight (d,) with qk_norm as eps; cos_sin (B or 1, 1, L, r). `options` go to `attention`.
+    """
+    q_BHLd = project(x_BLD, q_weight, q_bias)
+    k_BKLd = project(x_BLD, k_weight, k_bias)
+    v_BKLd = project(x_BLD, v_weight, v_bias)
+    if qk_norm is not None:
+        q_BHLd, k_BKLd = rms_norm(q_BHLd, q_norm_weight, qk_norm), rms_norm(k_BKLd, k_norm_weight, qk_norm)
+    if cos_sin is not None:
+        q_BHLd, k_BKLd = rotary(q_BHLd, *cos_sin, interleaved), rotary(k_BKLd, *cos_sin, interleaved)
+    o_BHLd = attention(q_BHLd, k_BKLd, v_BKLd, **options)[0]
+    y_BLD = torch.einsum("bhle,dhe->bld", o_BHLd, out_weight)
+    return y_BLD if out_bias is None else y_BLD + out_bias
+
+
 def stock_parameters(mha: torch.nn.MultiheadAttention) -> dict[str, Tensor]:
     """The parameters of an nn.MultiheadAttention under the names and shapes of `multihead_attention`.
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
@@ -20,12 +21,53 @@ def _kinds(params: Iterable[Tensor]) -> list[list[Tensor]]:
     return list(kinds.values())
 
 
+def _replicated_axes(p: Tensor) -> int:
+    return sum(placement.is_replicate() for placement in p.placements) if isinstance(p, DTensor) else 0
+
+
 def param_groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
     """The model's trainable parameters as optimizer groups, one per kind (plain, or DTensors of one mesh).
 
-    Foreach and fused optimizers refuse a group of mixed kinds: torch.optim.AdamW(tlm.param_groups(model)).
+    Foreach and fused optimizers refuse a group of mixed kinds: torch.optim.AdamW(tlm.param_groups(model)). What is
+    split comes first in a group: torch's GradScaler spreads the news of an inf over the axes that deal out the first
+    gradient.
     """
-    return [{"params": kind} for kind in _kinds(p for p in model.parameters() if p.requires_grad)]
+    kinds = _kinds(p for p in model.parameters() if p.requires_grad)
+    return [{"params": sorted(kind, key=_replicated_axes)} for kind in kinds]
+
+
+def shard_embed_dim(p: nn.Parameter) -> Shard | None:
+    """For fully_shard(.., shard_placement_fn=shard_embed_dim): weight blocks are sharded along embed_dim.
+
+    The default, the first dim, is that of the heads, and nothing is saved where a rank has one. Shard of the dim, or
+    None (the default) for what is no weight block. fully_shard wants its mesh to divide embed_dim.
+    """
+    dealt = {placement.dim for placement in p.placements if placement.is_shard()} if isinstance(p, DTensor) else set()
+    if p.dim() != 3 or not dealt:
+        return None
+    return Shard(2 if 0 in dealt else 0)  # (h, d, D), or out_weight's (D, h, d)
+
+
+@torch.no_grad()
+def unscale_(scaler: torch.amp.GradScaler, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """scaler.unscale_ of every optimizer of a model, which then make or skip their steps together.
+
+    An inf or NaN in any gradient, on any rank, skips the step of all, as one optimizer of the unsplit model would.
+    Clipping after it is safe: a norm that is not finite reaches the gradients of no step that is made. A collective.
+    """
+    optimizers = list(optimizers)
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    if not scaler.is_enabled():
+        return
+    found = [x for optimizer in optimizers for x in scaler._found_inf_per_device(optimizer).values()]
+    worst = torch.stack([x.to(found[0].device) for x in found]).amax()
+    params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    for mesh in dict.fromkeys(p.device_mesh for p in params if isinstance(p, DTensor)):
+        for axis in range(mesh.ndim):
+            dist.all_reduce(worst, dist.ReduceOp.MAX, group=mesh.get_group(axis))
+    for x in found:
+        x.copy_(worst)
 
 
 @torch.no_grad()

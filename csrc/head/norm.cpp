@@ -1,0 +1,15 @@
+#include "norm.h"
+
+#include <ATen/ATen.h>
+
+#include "../sizes.h"
+
+namespace two_level_mha {
+
+Tensor head_norm(const Tensor& x, const Tensor& weight, double eps) {
+  // Under autocast rms_norm answers in float32
+  const auto dtype = x.scalar_type();
+  return at::rms_norm(x, {fixed_size(x, -1)}, weight.to(dtype), eps).to(dtype);
+}
+
+}  // namespace two_level_mha

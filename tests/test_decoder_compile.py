@@ -1,0 +1,50 @@
+"""torch.compile(fullgraph=True) of TwoLevelAttention: a handful of graphs for many lengths, and the eager numbers."""
+
+import pytest
+import torch
+from harness.calls import mesh
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import two_level_mha as tlm
+from two_level_mha.blocks import whole
+
+LENGTHS = (5, 8, 12, 17, 24, 33, 64)
+OPTIONS = {"bias": True, "qk_norm": 1e-6, "rope": tlm.Rotary(dim=4), "window": 4, "softcap": 2.0}
+
+
+def compiled_over_lengths(grid, scheme: str, dynamic: bool | None) -> tuple[int, float]:
+    """Graphs compiled for the seven lengths, and the largest difference from eager in y and in the gradients."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = tlm.TwoLevelAttention(12, 8, 4, 8, dtype=torch.float64, mesh=mesh(grid), scheme=scheme, **OPTIONS)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=counter)
+    error = 0.0
+    for length in LENGTHS:
+        x = torch.randn(2, length, 12, dtype=torch.float64)
+        results = []
+        for call in (layer, compiled):
+            layer.zero_grad()
+            leaf = x.clone().requires_grad_()
+            y = call(leaf)
+            y.square().sum().backward()
+            results.append([y.detach(), leaf.grad, *(whole(p.grad) for p in layer.parameters())])
+        for mine, theirs in zip(*results, strict=True):
+            error = max(error, (mine - theirs).abs().max().item())
+    return counter.frame_count, error
+
+
+@pytest.mark.parametrize("dynamic, most", [(True, 1), (None, 2)])
+def test_one_process(dynamic, most):
+    """Localises: a guard on a size or a float, or a graph break, in decoder.py or csrc/head, without any group."""
+    graphs, error = compiled_over_lengths(None, "auto", dynamic)
+    assert graphs <= most and error <= 1e-10
+
+
+@pytest.mark.parametrize(
+    "scheme", ["slices", *(pytest.param(scheme, marks=pytest.mark.slow) for scheme in ("sequence", "heads", "batch"))]
+)
+def test_four_ranks(pool, scheme):
+    """Localises: the same where angles are dealt to the rows and norms are replicated DTensors."""
+    for graphs, error in pool.run(compiled_over_lengths, 4, (2, 2), scheme, True, timeout=300):
+        assert graphs == 1 and error <= 1e-10

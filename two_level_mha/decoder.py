@@ -1,0 +1,280 @@
+"""TwoLevelAttention: the attention of a decoder on n x m ranks: grouped heads, rotary embedding, norms, windows.
+
+Letters: B batch, L query length, S key length, D embed_dim, h and k query and key/value heads, d head_dim, r rotary
+dims.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from two_level_mha.blocks import local_blocks
+from two_level_mha.layer import Deal, Drops, GridAttention
+from two_level_mha.mesh import GridError
+from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
+
+BIASES = (False, True, "qkv", "out")
+NORMS = ("q_norm_weight", "k_norm_weight")
+
+_ops = torch.ops.two_level_mha
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding: pair c of a head's first `dim` dims turns by position * theta ** (-2 c / dim).
+
+    dim: even, None: the whole head_dim; later dims pass through. Pairs are dims c and c + dim / 2 (rotate-half, as in
+    Llama), or 2 c and 2 c + 1 if interleaved.
+    """
+
+    theta: float = 10000.0
+    dim: int | None = None
+    interleaved: bool = False
+
+    def width(self, head_dim: int) -> int:
+        return head_dim if self.dim is None else self.dim
+
+    @torch.compiler.assume_constant_result
+    def _base(self) -> float:
+        return self.theta
+
+    def embeddings(self, first: int, length: int, head_dim: int, device=None) -> tuple[Tensor, Tensor]:
+        """cos and sin (1, L, r), float32, of the positions from `first` on."""
+        r = self.width(head_dim)
+        frequency = 1.0 / self._base() ** (torch.arange(0, r, 2, dtype=torch.float32, device=device) / r)
+        position = torch.arange(first, first + length, dtype=torch.float32, device=device)
+        angle = position[None, :, None] * frequency
+        angle = torch.repeat_interleave(angle, 2, -1) if self.interleaved else torch.cat([angle, angle], -1)
+        return angle.cos(), angle.sin()
+
+
+class TwoLevelAttention(Drops, GridAttention):
+    """Self-attention of a decoder, exactly, on the n * m ranks of a mesh; more ranks than key/value heads are fine.
+
+        q, k, v = x W_Q, x W_K, x W_V        q, k = rotary(norm(q)), rotary(norm(k))        y = attention(q, k, v) W_O
+
+    embed_dim D; num_heads h; num_kv_heads k, None: h (query head x reads key/value head x // (h / k)); head_dim d,
+    None: D / h.
+    bias: of the projections: False, True (all four), "qkv" or "out".
+    qk_norm: eps of an RMS norm of every head of q and of k, with one weight (d,) each; None: no norm.
+    rope: Rotary, None: none but what position_embeddings bring.
+    window: a row sees itself and the window - 1 tokens before it; needs is_causal.
+    softcap: scores s become softcap * tanh(s / softcap), before the mask. scale: of the scores, None: 1 / sqrt(d).
+    dropout: probability with which an attention weight is dropped in training, the same ones on every grid.
+    mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process. head_groups must divide k,
+        slices must divide d.
+    scheme, combine, debug: as for TwoLevelMultiheadAttention. scheme "independent" takes neither norm nor rotary,
+        which need d whole.
+
+    Weights are drawn as nn.Linear draws q_proj, k_proj, v_proj and o_proj in turn: the same seed gives the same ones on
+    every grid. load_state_dict takes those names too (q_proj.weight, .., q_norm.weight, k_norm.weight), with full
+    tensors, and full_state_dict gives them. Raises GridError, on every rank alike.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        bias: bool | str = False,
+        qk_norm: float | None = None,
+        rope: Rotary | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        mesh: DeviceMesh | None = None,
+        scheme: str = "auto",
+        combine: str = "reduce",
+        device=None,
+        dtype=None,
+        debug: bool | None = None,
+        reduce_dtype: torch.dtype | None = None,
+    ) -> None:
+        k = num_heads if num_kv_heads is None else num_kv_heads
+        d = _head_dim(embed_dim, num_heads, k, head_dim)
+        _check_options(bias, qk_norm, rope, window, softcap, dropout, scheme, d)
+        super().__init__(
+            num_heads=num_heads, num_kv_heads=k, head_dim=d, mesh=mesh, scheme=scheme, combine=combine, debug=debug,
+            reduce_dtype=reduce_dtype,
+        )  # fmt: skip
+        self.embed_dim, self.rope, self.window, self.scale, self.dropout = embed_dim, rope, window, scale, dropout
+        self.softcap, self.qk_norm = softcap, qk_norm
+        factory = {"device": device, "dtype": dtype}
+        state: dict[str, Tensor] = {}
+        self.stock_names: dict[str, StockTensor] = {}
+        for name, heads in (("q", num_heads), ("k", k), ("v", k), ("out", num_heads)):
+            sizes = (heads * d, embed_dim) if name == "out" else (embed_dim, heads * d)
+            linear = nn.Linear(*sizes, bias=bias in (True, "out" if name == "out" else "qkv"), **factory)
+            path = f"{name[0]}_proj"
+            self.stock_names |= linear_names(name, path, linear, d)
+            state |= {f"{path}.{part}": p.detach() for part, p in linear.named_parameters()}
+        if qk_norm is not None:
+            for name in NORMS:
+                self.stock_names[name] = StockTensor(name.replace("_weight", ".weight"), (d,), (d,))
+                state[self.stock_names[name].key] = torch.ones(d, **factory)
+        self.store(from_stock(state, self.stock_names))
+        take_stock_keys(self)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = True,
+        cache=None,
+    ) -> Tensor:
+        """x (B, L, D), the same on every rank -> y (B, L, D), the same on every rank.
+
+        position_embeddings: cos and sin, (B or 1, L, r), in place of those of `rope` (whose `interleaved` counts);
+            None: positions are 0 .. L - 1, after those in the cache.
+        attn_mask: as in F.scaled_dot_product_attention, bool with True = attend, or additive, broadcastable to
+            (B, h, L, S); S counts the kept tokens of the cache too. It applies together with is_causal.
+        is_causal: a row sees itself and what came before it:   1 0 0     2 tokens in the cache:   1 1 1 0 0
+                                                                1 1 0                              1 1 1 1 0
+                                                                1 1 1                              1 1 1 1 1
+        cache: one layer of a KVCache; it is read and takes the new keys and values.
+        A row that sees no key gives the bias of the output projection.
+        Raises GridError, on every rank alike, before anything is sent.
+        """
+        eps, scale, softcap = self._floats()
+        cos_sin = dict(zip(("cos", "sin"), position_embeddings or (), strict=False))
+        norms = [self._parameters[name] for name in NORMS] if eps is not None else []
+        alike = {"x": x_BLD, "attn_mask": attn_mask, **cos_sin, "out_bias": self._parameters["out_bias"]}
+        alike |= dict(zip(NORMS, norms, strict=False))
+        self.check_call(
+            lambda: self._check(x_BLD, position_embeddings, attn_mask, is_causal, cache), alike,
+            {"is_causal": is_causal, "tokens in the cache": None if cache is None else cache.length},
+        )  # fmt: skip
+        past, length = 0 if cache is None else cache.length, x_BLD.shape[1]
+        if position_embeddings is None and self.rope is not None:
+            position_embeddings = self.rope.embeddings(past, length, self.head_dim, x_BLD.device)
+
+        def between(q: Tensor, k: Tensor, v: Tensor, deal: Deal) -> tuple[Tensor, Tensor, Tensor]:
+            if norms:
+                q_weight, k_weight = self.replicated(local_blocks(norms))
+                q, k = _ops.head_norm(q, q_weight, eps), _ops.head_norm(k, k_weight, eps)
+            if position_embeddings is not None:
+                interleaved = self.rope is not None and self.rope.interleaved
+                of_q, of_k = deal([x.unsqueeze(1) for x in position_embeddings])
+                q, k = _ops.rotary(q, *of_q, interleaved), _ops.rotary(k, *of_k, interleaved)
+            if cache is not None:
+                k, v = cache.append(k, v, length)
+            return q, k, v
+
+        return self.attend(
+            x_BLD, x_BLD, x_BLD, attn_mask=attn_mask, scale=scale, causal=past if is_causal else None,
+            window=self.window, softcap=softcap, dropout_p=self.dropout if self.training and self._drops else 0.0,
+            between=between, scheme=None if cache is None else cache.layout, position=past,
+            first_key=0 if cache is None else cache.first_key,
+        )[0]  # fmt: skip
+
+    @torch.compiler.assume_constant_result
+    def _floats(self) -> tuple[float | None, float | None, float | None]:
+        """Constants of the graph: torch.compile(dynamic=True) makes a float attribute symbolic and compiles twice."""
+        return self.qk_norm, self.scale, self.softcap
+
+    def _check(self, x, position_embeddings, attn_mask, is_causal: bool, cache) -> None:
+        _check_tensor("x", x, self.q_weight)
+        if x.dim() != 3 or x.shape[2] != self.embed_dim:
+            raise GridError(f"x must have shape (B, L, {self.embed_dim}), got {tuple(x.shape)}")
+        if self.window is not None and not is_causal:
+            raise GridError(f"a window ({self.window}) needs is_causal=True: it is counted back from each row")
+        B, L = x.shape[:2]
+        if position_embeddings is not None:
+            self._check_embeddings(position_embeddings, B, L)
+        if cache is not None and self.scheme == "independent":
+            raise GridError("scheme 'independent' takes no cache: its keys are slices; use an exact scheme")
+        if attn_mask is not None:
+            seen = L if cache is None else cache.length - cache.first_key + L
+            _check_mask(attn_mask, (B, self.num_heads, L, seen), x)
+
+    def _check_embeddings(self, position_embeddings, B: int, L: int) -> None:
+        if self.scheme == "independent":
+            raise GridError("scheme 'independent' takes no position_embeddings: they need the whole head_dim")
+        shapes = [tuple(x.shape) for x in position_embeddings]
+        fits = len(shapes) == 2 and shapes[0] == shapes[1] and len(shapes[0]) == 3
+        if not fits or shapes[0][0] not in (1, B) or shapes[0][1] != L or not _rotary_fits(shapes[0][2], self.head_dim):
+            raise GridError(
+                f"position_embeddings must be (cos, sin) of shape (1 or {B}, {L}, r), r even and at most "
+                f"head_dim {self.head_dim}, got shapes {shapes}"
+            )
+        for name, x in zip(("cos", "sin"), position_embeddings, strict=True):
+            if not x.is_floating_point() or x.device != self.q_weight.device:
+                raise GridError(
+                    f"{name} must be floating and on the module's device {self.q_weight.device}, got {x.dtype} on "
+                    f"{x.device}"
+                )
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"head_dim={self.head_dim}, grid=({self.place.grid.head_groups}, {self.place.grid.slices}), "
+            f"scheme={self.scheme!r}, combine={self.combine!r}"
+        )
+
+
+def _head_dim(embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> int:
+    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim or 1}
+    for name, size in sizes.items():
+        if size <= 0:
+            raise GridError(f"{name} must be greater than 0, got {size}")
+    if num_heads % num_kv_heads:
+        raise GridError(f"num_kv_heads must divide num_heads, got num_kv_heads={num_kv_heads}, num_heads={num_heads}")
+    if head_dim is None and embed_dim % num_heads:
+        raise GridError(
+            f"num_heads must divide embed_dim, or head_dim be given, got embed_dim={embed_dim}, num_heads={num_heads}"
+        )
+    return embed_dim // num_heads if head_dim is None else head_dim
+
+
+def _check_options(bias, qk_norm, rope, window, softcap, dropout, scheme, head_dim) -> None:
+    if bias not in BIASES:
+        raise GridError(f"bias must be one of {BIASES}, got {bias!r}")
+    if qk_norm is not None and (isinstance(qk_norm, bool) or qk_norm < 0.0):
+        raise GridError(f"qk_norm must be the eps of a norm, such as 1e-6, or None, got {qk_norm!r}")
+    if rope is not None and not isinstance(rope, Rotary):
+        raise GridError(f"rope must be a Rotary or None, got {type(rope).__name__}")
+    if rope is not None and not _rotary_fits(rope.width(head_dim), head_dim):
+        raise GridError(f"rope.dim must be even and at most head_dim {head_dim}, got {rope.width(head_dim)}")
+    if scheme == "independent" and (rope is not None or qk_norm is not None):
+        raise GridError(
+            "scheme 'independent' takes neither rope nor qk_norm: they need the whole head_dim; use an exact scheme"
+        )
+    if window is not None and window < 1:
+        raise GridError(f"window must be at least 1 (the row itself), or None, got {window}")
+    if softcap is not None and softcap <= 0.0:
+        raise GridError(f"softcap must be greater than 0, or None, got {softcap}")
+    if not 0.0 <= dropout <= 1.0:
+        raise GridError(f"dropout must be between 0 and 1, got {dropout}")
+
+
+def _rotary_fits(r: int, head_dim: int) -> bool:
+    return r % 2 == 0 and 0 < r <= head_dim
+
+
+def _check_tensor(name: str, x: Tensor, weight: Tensor) -> None:
+    if x.is_nested:
+        raise GridError(f"{name} is a nested tensor, which is not supported: pad it, and pass attn_mask")
+    if x.device != weight.device:
+        raise GridError(f"{name} is on {x.device}, but the module is on {weight.device}: move one of them")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise GridError(
+            f"{name} has dtype {x.dtype}, but the module's weights are {weight.dtype}: convert one of them, or run "
+            "under torch.autocast"
+        )
+
+
+def _check_mask(mask: Tensor, full: tuple[int, int, int, int], x: Tensor) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise GridError(f"attn_mask must be bool (True = attend) or floating, got {mask.dtype}; use attn_mask.bool()")
+    if mask.device != x.device:
+        raise GridError(f"attn_mask is on {mask.device}, but x is on {x.device}: move one of them")
+    shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if len(shape) != 4 or any(size not in (1, whole) for size, whole in zip(shape, full, strict=True)):
+        raise GridError(f"attn_mask must be broadcastable to (B, h, L, S) = {full}, got {tuple(mask.shape)}")
