@@ -4,6 +4,7 @@ from two_level_mha._load import PACKAGE, load
 
 load()
 
+from two_level_mha.cache import KVCache  # noqa: E402
 from two_level_mha.checkpoint import full_state_dict  # noqa: E402
 from two_level_mha.convert import parallelize  # noqa: E402
 from two_level_mha.mesh import Grid, GridError, init_mesh  # noqa: E402
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Grid",
     "GridError",
+    "KVCache",
     "TwoLevelMultiheadAttention",
     "clip_grad_norm_",
     "full_state_dict",
