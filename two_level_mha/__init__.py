@@ -8,6 +8,7 @@ from two_level_mha.checkpoint import full_state_dict  # noqa: E402
 from two_level_mha.convert import parallelize  # noqa: E402
 from two_level_mha.mesh import Grid, GridError, init_mesh  # noqa: E402
 from two_level_mha.multihead import TwoLevelMultiheadAttention  # noqa: E402
+from two_level_mha.plan import plan  # noqa: E402
 from two_level_mha.training import clip_grad_norm_, param_groups  # noqa: E402
 
 __version__ = "0.1.0"
@@ -20,5 +21,6 @@ __all__ = [
     "init_mesh",
     "parallelize",
     "param_groups",
+    "plan",
 ]
 cmake_prefix_path = str(PACKAGE / "share" / "cmake")
