@@ -6,12 +6,14 @@
 #include <map>
 #include <string>
 
-#include "grid.h"
-#include "schemes.h"
+#include "plan.h"
 
 namespace {
 
 using namespace two_level_mha;
+using namespace pybind11::literals;
+
+using Call = CallSizes<int64_t>;
 
 std::map<std::string, std::string> build_info() {
 #ifdef TLM_WITH_CUDA
@@ -27,9 +29,9 @@ std::string grid_problem(int64_t n, int64_t m, int64_t heads, int64_t kv_heads, 
 }
 
 std::vector<std::pair<int64_t, int64_t>> grid_candidates(int64_t ranks, int64_t heads, int64_t kv_heads,
-                                                         int64_t head_dim) {
+                                                         int64_t head_dim, bool cuda) {
   std::vector<std::pair<int64_t, int64_t>> found;
-  for (const Grid& grid : Grid::candidates(ranks, {heads, kv_heads, head_dim}))
+  for (const Grid& grid : ranked_grids(ranks, {heads, kv_heads, head_dim}, profile_for(cuda)))
     found.emplace_back(grid.head_groups, grid.slices);
   return found;
 }
@@ -45,17 +47,65 @@ std::vector<std::tuple<std::string, bool, std::string>> schemes() {
   return rows;
 }
 
-std::string resolve(const std::string& scheme, int64_t B, int64_t L, int64_t S, int64_t H, int64_t K,
-                    int64_t d, int64_t m, int64_t element_size, bool cuda) {
-  CallSizes<int64_t> sizes{B, L, S, H, K, d, m};
-  return scheme_row(resolve_scheme(scheme_from_name(scheme), sizes, element_size, profile_for(cuda))).name;
+std::string resolve(const std::string& scheme, const Call& call, bool cuda) {
+  return scheme_row(resolve_scheme(scheme_from_name(scheme), call, profile_for(cuda))).name;
 }
 
-std::tuple<int64_t, int64_t, int64_t> cost(const std::string& scheme, int64_t B, int64_t L, int64_t S,
-                                           int64_t H, int64_t K, int64_t d, int64_t m, bool causal) {
-  CallSizes<int64_t> sizes{B, L, S, H, K, d, m};
-  auto found = scheme_cost(scheme_from_name(scheme), sizes, causal);
-  return {found.flops, found.elements, found.collectives};
+py::list rows_of(const Traffic<int64_t>& traffic) {
+  constexpr const char* kAxes[] = {"slice", "head", "grid"};
+  py::list rows;
+  for (const auto& row : traffic)
+    rows.append(py::dict("what"_a = row.what, "axis"_a = kAxes[int(row.axis)], "bytes"_a = row.bytes,
+                         "bias_bytes"_a = row.biases, "collectives"_a = row.collectives));
+  return rows;
+}
+
+py::dict traffic_of(const std::string& scheme, const Call& call) {
+  const Scheme found = scheme_from_name(scheme);
+  return py::dict("forward"_a = rows_of(forward_traffic(found, call)),
+                  "backward"_a = rows_of(backward_traffic(found, call)));
+}
+
+py::dict profile_dict(bool cuda) {
+  const Profile& p = profile_for(cuda);
+  return py::dict("name"_a = p.name, "source"_a = p.source, "flops"_a = p.flops, "memory"_a = p.memory,
+                  "link"_a = p.link, "network"_a = p.network, "latency_ns"_a = p.latency,
+                  "node_ranks"_a = p.node);
+}
+
+py::dict seconds_of(const Price<int64_t>& price, const Profile& profile) {
+  auto seconds = [&](int64_t flops) { return double(flops) / double(profile.flops); };
+  return py::dict("compute"_a = seconds(price.compute), "memory"_a = seconds(price.memory),
+                  "sending"_a = seconds(price.sending), "latency"_a = seconds(price.latency),
+                  "total"_a = seconds(price.total()));
+}
+
+py::dict option_dict(const Option& option, const Profile& profile) {
+  return py::dict("grid"_a = py::make_tuple(option.grid.head_groups, option.grid.slices),
+                  "scheme"_a = scheme_row(option.scheme).name, "whole_heads"_a = option.sizes.whole_heads,
+                  "exact"_a = option.exact, "auto"_a = option.automatic,
+                  "attention_flops"_a = option.work.attention, "projection_flops"_a = option.work.projections,
+                  "forward"_a = rows_of(option.forward), "backward"_a = rows_of(option.backward),
+                  "weight_bytes"_a = option.memory.weights, "activation_bytes"_a = option.memory.activations,
+                  "cache_bytes"_a = option.memory.cache,
+                  "predicted_seconds"_a = seconds_of(option.price, profile));
+}
+
+// (options, index of the pick or -1)
+std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                                  int64_t embed_dim, int64_t B, int64_t L, int64_t S, int64_t element_size,
+                                  bool cached, bool causal, bool concat, bool bias, bool cuda) {
+  const Profile& profile = profile_for(cuda);
+  const auto options = plan_options(
+      {ranks, {heads, kv_heads, head_dim}, embed_dim, B, L, S, element_size, cached, causal, concat, bias},
+      profile);
+  py::list found;
+  for (const Option& option : options) found.append(option_dict(option, profile));
+  return {found, pick(options)};
+}
+
+bool stores_whole(int64_t heads, int64_t kv_heads, int64_t n, int64_t m) {
+  return stores_whole_heads({heads, kv_heads, 1}, {n, m});
 }
 
 }  // namespace
@@ -65,11 +115,42 @@ PYBIND11_MODULE(_C, m) {
         "What was compiled in: torch (version), cuda (yes or no), archs (GPU architectures), compiler.");
   m.def("grid_problem", &grid_problem,
         "Empty if the grid fits, else the rule that broke and the grids that would do.");
-  m.def("grid_candidates", &grid_candidates, "Valid (n, m) for a number of ranks.");
+  m.def("grid_candidates", &grid_candidates,
+        "Valid (n, m) for a number of ranks, the fastest in a typical call first.");
   m.def("grid_choices", &grid_choices, "A sentence with the valid grids for a number of ranks, and near it.");
   m.def("schemes", &schemes, "(name, exact, storage) of every scheme.");
   m.def("whole_heads_fit", &whole_heads_fit,
         "Whether H query and K KV heads can be stored as whole heads on m.");
-  m.def("resolve_scheme", &resolve, "The scheme that scheme='auto' takes for a call of these sizes.");
-  m.def("scheme_cost", &cost, "(FLOPs, elements sent, collectives) of a scheme's forward, per rank.");
+  m.def("stores_whole_heads", &stores_whole,
+        "Whether scheme='auto' stores h query and k KV heads as whole heads on a grid (n, m).");
+  m.def("resolve_scheme", &resolve, "The scheme that scheme='auto' takes for a call.");
+  m.def("traffic", &traffic_of, "What one rank sends in a call, forward and backward, exchange by exchange.");
+  m.def("profile", &profile_dict, "The rates that predictions are made with.");
+  m.def("plan", &plan, "Every valid grid with every scheme, and the index of the pick, -1 without a grid.",
+        py::kw_only(), "ranks"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "embed_dim"_a, "B"_a, "L"_a, "S"_a,
+        "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "cuda"_a);
+
+  // csrc/schemes.h says what the fields mean
+  py::class_<Call>(m, "Call")
+      .def(py::init([](int64_t B, int64_t L, int64_t S, int64_t H, int64_t K, int64_t d, int64_t m) {
+             return Call{B, L, S, H, K, d, m};
+           }),
+           py::kw_only(), "B"_a, "L"_a, "S"_a, "H"_a, "K"_a, "d"_a, "m"_a)
+      .def_readwrite("n", &Call::n)
+      .def_readwrite("D", &Call::D)
+      .def_readwrite("element_size", &Call::element_size)
+      .def_readwrite("causal", &Call::causal)
+      .def_readwrite("concat", &Call::concat)
+      .def_readwrite("whole_heads", &Call::whole_heads)
+      .def_readwrite("position", &Call::position)
+      .def_readwrite("reduce_size", &Call::reduce_size)
+      .def_readwrite("key_dim", &Call::key_dim)
+      .def_readwrite("value_dim", &Call::value_dim)
+      .def_readwrite("inputs", &Call::inputs)
+      .def_readwrite("extra_keys", &Call::extra_keys)
+      .def_readwrite("bias", &Call::bias)
+      .def_readwrite("bias_kv", &Call::bias_kv)
+      .def_readwrite("weights", &Call::weights)
+      .def_readwrite("mask_elements", &Call::mask_elements)
+      .def_readwrite("training", &Call::training);
 }

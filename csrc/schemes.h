@@ -1,4 +1,5 @@
-// The table of schemes: in which layout Q, K, V and O are when attention runs, and what moving there costs.
+// The table of schemes: in which layout Q, K, V and O are when attention runs. traffic.h says what moving
+// there sends, plan.h what it costs.
 //
 // Letters as everywhere: B batch, L query length, S key length, D embed dim, d head_dim; H = h / n query
 // heads and K = k / n KV heads of a rank's group; m ranks in a slice group, each holding E = d / m of every
@@ -11,7 +12,6 @@
 #include <string>
 
 #include "arithmetic.h"
-#include "profiles.h"
 
 namespace two_level_mha {
 
@@ -91,21 +91,33 @@ inline bool whole_heads_fit(int64_t H, int64_t K, int64_t m) {
   return H % m == 0 && (m % K == 0 || K % m == 0);
 }
 
-// Sizes of one call on one rank; I is int64_t for tables and c10::SymInt inside the pass.
+// One call on one rank: all that decides what it computes and sends. I is int64_t for tables and c10::SymInt
+// in the pass, which fills in the first part: what the choice of a scheme looks at.
 template <class I>
 struct CallSizes {
-  I B, L, S;
+  I B, L, S;           // S: every key that attention sees
   int64_t H, K, d, m;  // H, K of the group, however they are stored
   int64_t n = 1, D = 0;
-  bool concat = false;  // combine="concat"
-  I position = 0;       // of the first query, for Move::cyclic
-};
+  int64_t element_size = 4;
+  bool causal = false;
+  bool concat = false;       // combine="concat"
+  bool whole_heads = false;  // how the query side is stored
+  I position = 0;            // of the first query, and so the keys that a cache holds already; S counts them
 
-template <class I>
-struct Cost {
-  I flops;     // of attention itself, forward, one rank, no mask (2 per multiply-add)
-  I elements;  // sent by one rank in the forward exchanges inside its slice group, biases apart
-  int64_t collectives;
+  int64_t reduce_size = 0;             // bytes of an element of reduce_dtype; 0: element_size
+  int64_t key_dim = 0, value_dim = 0;  // kdim, vdim; 0: D
+  int64_t inputs = 1;                  // distinct tensors among query, key and value; 2: the key is the value
+  int64_t extra_keys = 0;              // of the S, those that stand for no token of the input
+  bool bias = false, bias_kv = false;  // biases of q, k, v; add_bias_kv
+  int64_t weights = 0;                 // attention weights asked for: 1 averaged over the heads, 2 all
+  int64_t mask_elements = 0;           // of an additive mask that is trained
+  bool training = false;               // a backward pass will follow
+
+  // Keys and values that this call projects: of tokens, and those that are moved.
+  I given_keys() const { return S - position - extra_keys; }
+  I moved_keys() const { return S - position; }
+  int64_t kdim() const { return key_dim > 0 ? key_dim : D; }
+  int64_t vdim() const { return value_dim > 0 ? value_dim : D; }
 };
 
 // The row with the moves of a call of these sizes in place of those that depend on them. Of `weights` they
@@ -123,112 +135,15 @@ SchemeRow concrete_row(Scheme scheme, const CallSizes<I>& s) {
   return row;
 }
 
+// Whether rows are dealt out as chunks j and 2 m - 1 - j of 2 m, which balances causal attention.
+inline bool deals_zigzag(const SchemeRow& concrete, bool causal) {
+  return causal && concrete.q == Move::rows;
+}
+
 // Rows that one rank holds of `length`.
 template <class I>
 I dealt_rows(const I& length, int64_t m, bool zigzag) {
   return zigzag ? ceil_div(length, 2 * m) * 2 : ceil_div(length, m);
-}
-
-// Elements that one rank sends to move `heads` heads of `length` rows of its d-slice (or its whole heads:
-// heads * E is the same).
-template <class I>
-I elements_sent(Move move, int64_t heads, const I& length, const CallSizes<I>& s, bool zigzag) {
-  const int64_t E = s.d / s.m, others = s.m - 1;
-  switch (move) {
-    case Move::keep:
-      return I(0);
-    case Move::replicate:
-      return s.B * length * (heads * E * others);
-    case Move::batch:
-      return ceil_div(s.B, s.m) * length * (heads * E * others);
-    case Move::heads:
-      return s.B * length * (heads / s.m * E * others);
-    case Move::rows:
-      return s.B * dealt_rows(length, s.m, zigzag) * (heads * E * others);
-    case Move::cyclic:
-      return s.B * ceil_div(s.position % s.m + length, s.m) * (heads * E * others);
-    default:
-      throw std::logic_error("a move that depends on the call");
-  }
-}
-
-template <class I>
-Cost<I> scheme_cost(Scheme scheme, const CallSizes<I>& s, bool zigzag = false) {
-  const SchemeRow row = concrete_row(scheme, s);
-  const int64_t E = s.d / s.m;
-  const bool whole = scheme != Scheme::independent;  // q and k have the whole d
-  const int64_t width = (whole ? s.d : E) + (row.v == Move::keep ? E : s.d);
-  const I rows = row.q == Move::rows ? ceil_div(s.L, s.m) : s.L;
-  const I keys = row.k == Move::cyclic ? ceil_div(s.S, s.m) : s.S;
-  const I batch = row.q == Move::batch ? ceil_div(s.B, s.m) : s.B;
-  const int64_t heads = scheme == Scheme::heads ? s.H / s.m : s.H;
-  Cost<I> cost{batch * rows * keys * (2 * heads * width), I(0), 0};
-  if (s.m == 1) return cost;
-  zigzag = zigzag && row.q == Move::rows;
-  if (scheme == Scheme::weights) {
-    cost.elements = I((s.m - 1) * E * s.D * ((s.concat ? 1 : 2) * s.H + 2 * s.K));
-    cost.collectives = 2;  // W_Q, W_K, W_V, and W_O or, for concat, O
-    if (s.concat) cost.elements = cost.elements + elements_sent(row.out, s.H, s.L, s, zigzag);
-    if (row.k == Move::replicate) {
-      cost.elements = cost.elements + s.B * dealt_rows(s.S, s.m, zigzag) * (2 * s.K * s.d * (s.m - 1));
-      cost.collectives += 1;
-    }
-    return cost;
-  }
-  cost.elements = elements_sent(row.q, s.H, s.L, s, zigzag) +
-                  elements_sent(row.k, s.K, row.k == Move::cyclic ? s.L : s.S, s, zigzag) +
-                  elements_sent(row.v, s.K, row.v == Move::cyclic ? s.L : s.S, s, zigzag) +
-                  elements_sent(row.out == Move::merge ? Move::replicate : row.out, s.H, s.L, s, zigzag);
-  cost.collectives = (row.q != Move::keep || row.k != Move::keep) + (row.out != Move::keep);
-  return cost;
-}
-
-// What one rank sends to combine the outputs over the grid, forward; no elements of attention itself.
-template <class I>
-Cost<I> combine_cost(Scheme scheme, const CallSizes<I>& s) {
-  const int64_t P = s.n * s.m;
-  Cost<I> cost{I(0), I(0), 0};
-  if (P == 1) return cost;
-  if (s.concat) {
-    const I local = s.B * s.L * (s.H * (s.d / s.m));
-    cost.elements = local * (s.n - 1) + local * (s.n * (s.m - 1));
-    cost.collectives = (s.n > 1) + (s.m > 1);
-  } else if (scheme == Scheme::weights && s.m > 1) {
-    const I mine = (s.B % s.m == 0 ? s.B * s.L : s.B * ceil_div(s.L, s.m) * s.m) * s.D / s.m;
-    cost.elements = mine * (2 * (s.n - 1)) / s.n + mine * (s.m - 1);
-    cost.collectives = (s.n > 1) + 1;
-  } else {
-    cost.elements = s.B * s.L * (2 * (P - 1) * s.D) / P;
-    cost.collectives = s.n > 1 && s.m > 1 ? 3 : 1;
-  }
-  return cost;
-}
-
-// Seconds times profile.flops, so that SymInts stay integers: FLOPs + bytes and latencies in FLOPs of the
-// same duration.
-template <class I>
-I predicted_flops(const Cost<I>& cost, int64_t element_size, const Profile& profile) {
-  return cost.flops + cost.elements * (element_size * (profile.flops / profile.bandwidth)) +
-         I(cost.collectives * (profile.flops / 1'000'000'000 * profile.latency));
-}
-
-// The scheme with the smallest prediction among those that may be chosen per call; the earlier row wins a
-// tie. What is stored as whole heads runs as `heads`.
-template <class I>
-Scheme resolve_scheme(Scheme requested, const CallSizes<I>& sizes, int64_t element_size,
-                      const Profile& profile, bool whole_heads = false) {
-  if (requested != Scheme::automatic) return requested;
-  if (whole_heads) return Scheme::heads;
-  if (sizes.m == 1) return Scheme::slices;
-  Scheme best = Scheme::automatic;
-  I best_cost(0);
-  for (const SchemeRow& row : kSchemes) {
-    if (!row.automatic) continue;
-    I cost = predicted_flops(scheme_cost(row.scheme, sizes), element_size, profile) +
-             predicted_flops(combine_cost(row.scheme, sizes), element_size, profile);
-    if (best == Scheme::automatic || cost < best_cost) best = row.scheme, best_cost = cost;
-  }
-  return best;
 }
 
 }  // namespace two_level_mha

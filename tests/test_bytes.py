@@ -1,39 +1,74 @@
-"""The bytes a rank sends are the table of design section 5, exactly, forward and backward (level E)."""
+"""The bytes a rank sends are the table of csrc/traffic.h, exactly, forward and backward, axis by axis (level E).
+
+What was recorded is compared with the table, and with the formulas of the schemes written down here on their own, in
+the letters of the README: r = (m - 1) / m of something whole leaves each rank of a slice group.
+"""
 
 from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
-from harness.layer import Case, block, leaves, make, place, run
+from harness.layer import Case, block, leaves, make, place, random, run
 
+import two_level_mha as tlm
+from two_level_mha import _C
 from two_level_mha.testing import record_collectives
 
-FLAT_SUM_ELEMENTS = 1 << 16  # csrc/combine/reduce.h
+FLAT_SUM_ELEMENTS = 1 << 16
+GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2), (2, 4), (4, 2)]
+SCHEMES = ("independent", "slices", "sequence", "batch", "heads", "weights")
 
 
 def ceil_to(size, m):
     return -(-size // m) * m
 
 
-def moved_in(case, n, m):
-    """Elements sent before attention: d-slices of q, k, v into the layout of the scheme."""
-    B, L, S, E = case.batch, case.length, case.all_keys, case.head_dim // m
-    H, K = case.heads // n, case.kv_heads // n
-    if case.scheme == "independent":
+def padded_rows(case, length, m):
+    return ceil_to(length, 2 * m if case.causal is not None else m)
+
+
+def deals_batch(case, m):
+    return case.scheme == "batch" or case.scheme == "weights" and case.batch % m == 0
+
+
+def dealt_tokens(case, length, m):
+    """Tokens of B x length that one rank of a slice group holds where they are dealt out."""
+    if deals_batch(case, m):
+        return Fraction(ceil_to(case.batch, m) * length, m)
+    return Fraction(case.batch * padded_rows(case, length, m), m)
+
+
+def exchanged(case, n, m):
+    """Elements sent inside the slice group around attention, one direction, without biases."""
+    B, L, S, d, D = case.batch, case.length, case.all_keys, case.head_dim, case.embed_dim
+    H, K, r = case.heads // n, case.kv_heads // n, Fraction(m - 1, m)
+    if case.scheme == "independent" or m == 1:
         return 0
     if case.scheme == "slices":
-        return (m - 1) * B * E * (H * L + K * S)
-    rows = ceil_to(L, 2 * m if case.causal is not None else m)
-    return (m - 1) * B * E * (Fraction(H * rows, m) + 2 * K * S)
+        return r * B * d * (H * L + K * S)
+    if case.scheme == "sequence":
+        return r * B * d * (Fraction(2 * H * padded_rows(case, L, m), m) + 2 * K * S)
+    if case.scheme == "batch":
+        return r * Fraction(ceil_to(B, m), m) * d * (2 * H * L + 2 * K * S)
+    if case.scheme == "heads":
+        return r * B * d * 2 * K * S / (m if K % m == 0 else 1)
+    weights = r * D * d * (H * (1 if case.combine == "concat" else 2) + 2 * K)
+    if case.combine == "concat":
+        weights += r * d * H * dealt_tokens(case, L, m)
+    if not deals_batch(case, m):
+        keys = case.keys or case.length
+        weights += r * B * d * 2 * K * padded_rows(case, keys, m)
+    return weights
 
 
-def moved_out(case, n, m):
-    """Elements sent after attention: back to d-slices."""
-    if case.scheme != "sequence":
+def biases(case, n, m):
+    """Elements of biases sent inside the slice group, one direction."""
+    if case.scheme != "weights" or m == 1:
         return 0
-    rows = ceil_to(case.length, 2 * m if case.causal is not None else m)
-    return (m - 1) * case.batch * (case.head_dim // m) * Fraction((case.heads // n) * rows, m)
+    H, K = case.heads // n, case.kv_heads // n
+    width = (H + 2 * K if case.bias else 0) + (2 * K if case.extra_keys else 0)
+    return Fraction(m - 1, m) * case.head_dim * width
 
 
 def summed(elements, n, m):
@@ -45,83 +80,272 @@ def summed(elements, n, m):
     return Fraction((m - 1) * padded, m) + Fraction(2 * (n - 1) * padded, n * m) + Fraction((m - 1) * padded, m)
 
 
-def combined(case, n, m):
-    """Elements sent by combine, forward: the sum of y, or the gather of O, head axis first."""
-    if case.combine == "reduce":
-        return summed(case.batch * case.length * case.embed_dim, n, m)
-    local = case.batch * case.length * (case.heads // n) * (case.head_dim // m)
+def summed_dealt(mine, n, m):
+    """Elements sent by a sum over the head axis of a rank's own tokens, then gathered over the slices."""
+    return Fraction(2 * (n - 1), n) * mine + (m - 1) * mine
+
+
+def gathered(local, n, m):
+    """Elements sent by the hierarchical all-gather, head axis first."""
     return (n - 1) * local + (m - 1) * n * local
 
 
-def sent(n, m, cases):
-    """Bytes and numbers of collectives of a call on this rank, forward and backward."""
+def combined(case, n, m):
+    """Elements sent by combine, forward: the sum of y, or the gather of O."""
+    if case.combine == "concat":
+        return gathered(case.batch * case.length * (case.heads // n) * (case.head_dim // m), n, m)
+    if case.scheme == "weights" and m > 1:
+        return summed_dealt(dealt_tokens(case, case.length, m) * case.embed_dim, n, m)
+    return summed(case.batch * case.length * case.embed_dim, n, m)
+
+
+def input_gradient(case, n, m):
+    """Elements sent by the sum of the inputs' gradients, and of a trained mask's."""
+    lengths = [case.length] if case.keys is None else [case.length, case.keys, case.keys]
+    if case.scheme == "weights" and m > 1:
+        found = summed_dealt(sum(dealt_tokens(case, length, m) for length in lengths) * case.embed_dim, n, m)
+    else:
+        found = summed(case.batch * sum(lengths) * case.embed_dim, n, m)
+    mask = case.heads * case.length * case.all_keys if case.mask == "bias" else 0
+    return found + (summed(mask, n, m) if mask else 0)
+
+
+def call_of(case, n, m, **more):
+    """The call as the C++ table takes it."""
+    call = _C.Call(
+        B=case.batch,
+        L=case.length,
+        S=case.all_keys,
+        H=case.heads // n,
+        K=case.kv_heads // n,
+        d=case.head_dim,
+        m=m,
+    )
+    fields = {
+        "n": n,
+        "D": case.embed_dim,
+        "element_size": case.dtype.itemsize,
+        "reduce_size": case.reduce_dtype.itemsize if case.reduce_dtype else 0,
+        "causal": case.causal is not None,
+        "concat": case.combine == "concat",
+        "whole_heads": case.whole_heads,
+        "inputs": 1 if case.keys is None else 3,
+        "extra_keys": 2 * case.extra_keys,
+        "bias": case.bias,
+        "bias_kv": case.extra_keys,
+        "mask_elements": case.heads * case.length * case.all_keys if case.mask == "bias" else 0,
+        "training": True,
+    }
+    for name, value in (fields | more).items():
+        setattr(call, name, value)
+    return call
+
+
+def table(scheme, call):
+    """{axis: (bytes, collectives)} of the C++ table, forward and backward."""
     found = []
+    for rows in _C.traffic(scheme, call).values():
+        axes = {}
+        for row in rows:
+            size, count = axes.get(row["axis"], (0, 0))
+            axes[row["axis"]] = (size + row["bytes"] + row["bias_bytes"], count + row["collectives"])
+        found.append(axes)
+    return found
+
+
+def recorded(record, groups):
+    """The same of what a rank was seen to send, and the dtypes that travelled."""
+    names = dict(zip(groups, ("slice", "head", "grid"), strict=True))
+    found = [{}, {}]
+    for call in record.calls:
+        axes, axis = found[call.backward], names[call.group]
+        size, count = axes.get(axis, (0, 0))
+        axes[axis] = (size + call.sent, count + 1)
+    return found, {call.dtype for call in record.calls}
+
+
+def total(axes):
+    return sum(size for size, _ in axes.values())
+
+
+def sent(n, m, cases):
+    """What this rank sends in each case, forward and backward."""
+    found, at = [], place(n, m)
     for case in cases:
         weights, inputs, mask, weight, seed = make(case)
-        at = place(n, m)
         leaf = leaves({name: block(name, x, case, at) for name, x in weights.items()}, inputs, mask)
         with record_collectives() as record:
             y = run(case, at, leaf, mask, seed)
             (y * weight).sum().backward()
-        dtypes = {call.dtype for call in record.calls}
-        found.append(
-            [(record.sent(backward=backward), record.counts(backward=backward), dtypes) for backward in (False, True)]
-        )
+        found.append(recorded(record, at.arguments[1:]))
     return found
 
 
-CASES = [
-    replace(base, scheme=scheme, combine=combine)
-    for base in (
-        Case(),
-        Case(kv_heads=4, length=7),
-        Case(kv_heads=4, length=7, causal=0, dtype=torch.float32),
-        Case(length=5, keys=9, extra_keys=True),
-        Case(batch=4, length=64, embed_dim=256, heads=4, kv_heads=4, dtype=torch.float32),
-    )
-    for scheme in ("independent", "slices", "sequence")
-    for combine in ("reduce", "concat")
+BASES = [
+    Case(),
+    Case(kv_heads=4, length=7, bias=False),
+    Case(kv_heads=4, length=7, causal=0, dtype=torch.float32),
+    Case(length=5, keys=9, extra_keys=True, mask="bias"),
+    Case(batch=4, length=64, embed_dim=256, heads=4, kv_heads=4, dtype=torch.float32),
 ]
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (2, 1), (1, 2), (2, 2), (2, 4), (4, 2)])
+def cases_for(n, m):
+    cases = []
+    for at, base in enumerate(BASES):
+        for scheme in SCHEMES:
+            # whole heads: a KV head shared by ranks, or several KV heads a rank
+            whole = {"heads": 8 * n, "kv_heads": n * (m if at % 2 else max(1, m // 2))} if scheme == "heads" else {}
+            cases += [replace(base, scheme=scheme, combine=combine, **whole) for combine in ("reduce", "concat")]
+    return cases
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 def test_bytes_are_the_table(pool, grid):
-    """E. Localises: an exchange too many, too wide, or of the wrong kind, per scheme,
-    combine and direction.
-    """
+    """E. Localises: an exchange too many, too wide, or of the wrong kind, per scheme, combine and direction."""
     n, m = grid
-    for rank, per_case in enumerate(pool.run(sent, n * m, n, m, CASES, timeout=120)):
-        for case, ((forward, *_), (backward, *_)) in zip(CASES, per_case, strict=True):
-            exchanges = moved_in(case, n, m) + moved_out(case, n, m)
+    cases = cases_for(n, m)
+    for rank, per_case in enumerate(pool.run(sent, n * m, n, m, cases, timeout=240)):
+        for case, ((forward, backward), _) in zip(cases, per_case, strict=True):
+            assert [forward, backward] == table(case.scheme, call_of(case, n, m)), (rank, case)
+            around = exchanged(case, n, m) + biases(case, n, m)
             size = case.dtype.itemsize
-            assert forward == size * (exchanges + combined(case, n, m)), ("forward", rank, case)
-            inputs = case.embed_dim * case.batch * (case.length + 2 * (case.keys or 0))
-            assert backward == size * (exchanges + summed(inputs, n, m)), ("backward", rank, case)
+            assert total(forward) == size * (around + combined(case, n, m)), ("forward", rank, case)
+            assert total(backward) == size * (around + input_gradient(case, n, m)), ("backward", rank, case)
+
+
+# collectives around attention and of combine="reduce", "concat", on a grid with both axes
+NUMBERS = {
+    "independent": (0, 1, 2),
+    "slices": (1, 1, 2),
+    "sequence": (2, 1, 2),
+    "batch": (2, 1, 2),
+    "heads": (1, 1, 2),
+    "weights": (2, 2, 2),  # the weights of q, k, v, then W_O or for concat O; over the heads, then over the slices
+}
 
 
 def test_numbers_of_collectives(pool):
     """E. Localises: exchanges that should be packed into one and are not."""
-    cases = [
-        Case(scheme=scheme, combine=combine) for scheme in ("slices", "sequence") for combine in ("reduce", "concat")
-    ]
-    expected = [
-        ({"all_gather": 1, "all_reduce": 1}, {"all_to_all": 1, "all_reduce": 1}),
-        ({"all_gather": 3}, {"all_to_all": 1, "all_reduce": 1}),
-        ({"all_to_all": 2, "all_reduce": 1}, {"all_to_all": 2, "all_reduce": 1}),
-        ({"all_to_all": 2, "all_gather": 2}, {"all_to_all": 2, "all_reduce": 1}),
-    ]
+    cases = [Case(scheme=scheme, combine=combine) for scheme in SCHEMES for combine in ("reduce", "concat")]
     for per_case in pool.run(sent, 4, 2, 2, cases):
-        assert [(forward[1], backward[1]) for forward, backward in per_case] == expected
+        for case, ((forward, backward), _) in zip(cases, per_case, strict=True):
+            around, reduce, concat = NUMBERS[case.scheme]
+            counts = [sum(count for _, count in axes.values()) for axes in (forward, backward)]
+            combine = concat if case.combine == "concat" else reduce
+            assert counts == [around + combine, around + (2 if case.scheme == "weights" else 1)], case
 
 
 def test_sums_travel_in_reduce_dtype(pool):
     """E. Localises: reduce_dtype: the sums and only the sums go in it."""
-    case = Case(dtype=torch.bfloat16, reduce_dtype=torch.float32, bias=False)
-    B, L, D = case.batch, case.length, case.embed_dim
-    for (((forward, _, dtypes), (backward, *_)),) in pool.run(sent, 4, 2, 2, [case]):
-        assert dtypes == {torch.bfloat16, torch.float32}
-        total = 2 * moved_in(case, 2, 2) + 4 * summed(B * L * D, 2, 2)
-        assert forward == total and backward == total
+    cases = [
+        Case(scheme=scheme, dtype=torch.bfloat16, reduce_dtype=torch.float32, bias=False)
+        for scheme in ("slices", "heads", "weights")
+    ]
+    for per_case in pool.run(sent, 4, 2, 2, cases):
+        for case, (found, dtypes) in zip(cases, per_case, strict=True):
+            assert dtypes == {torch.bfloat16, torch.float32}
+            assert found == table(case.scheme, call_of(case, 2, 2)), case
+
+
+WIDTHS = {"kdim": 6, "vdim": 14}
+
+
+def with_weights(n, m, cases):
+    """What a module that returns attention weights sends; kdim and vdim differ from D."""
+    found, mesh = [], tlm.init_mesh("cpu", (n, m))
+    for case, average in cases:
+        layer = tlm.TwoLevelMultiheadAttention(
+            case.embed_dim, case.heads, batch_first=True, dtype=case.dtype, mesh=mesh, scheme=case.scheme, **WIDTHS
+        )
+        query = random((case.batch, case.length, case.embed_dim), case.dtype).requires_grad_()
+        key, value = (random((case.batch, case.keys, w), case.dtype).requires_grad_() for w in WIDTHS.values())
+        for _ in range(2):  # the ranks compare their inputs in the first call
+            with record_collectives() as record:
+                y, weights = layer(query, key, value, average_attn_weights=average)
+                (y.sum() + weights.square().sum()).backward()
+        found.append((recorded(record, layer.place.groups)[0], tuple(weights.shape)))
+    return found
+
+
+@pytest.mark.parametrize("grid", GRIDS[1:])
+def test_attention_weights_and_other_widths(pool, grid):
+    """E. Localises: the exchanges of need_weights, and kdim, vdim in the rows of weights and dX."""
+    n, m = grid
+    h, L, S = n * m, 7, 5
+    cases = [
+        (Case(scheme=scheme, length=L, keys=S, heads=h, kv_heads=h, embed_dim=h * 8, batch=batch), average)
+        for scheme in SCHEMES
+        for batch in (2, 3)
+        for average in (True, False)
+    ]
+    for per_case in pool.run(with_weights, n * m, n, m, cases, timeout=240):
+        for (case, average), (found, shape) in zip(cases, per_case, strict=True):
+            call = call_of(case, n, m, key_dim=WIDTHS["kdim"], value_dim=WIDTHS["vdim"], weights=1 if average else 2)
+            assert found == table(case.scheme, call), (case, average)
+            heads = h * (m if case.scheme == "independent" else 1)
+            assert shape == ((case.batch, L, S) if average else (case.batch, heads, L, S))
+
+
+def decoded(n, m, cases):
+    """What one call with keys in a cache sends: forward, then forward and backward with gradients."""
+    found, at, ops = [], place(n, m), torch.ops.two_level_mha
+    for case, position, cache in cases:
+        weights, (x,), _, _, _ = make(case)
+        blocks = {name: block(name, w, case, at) for name, w in weights.items()}
+        names = ("q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias")
+        layout = (*at.arguments, cache, case.whole_heads, case.combine)
+        passes = []
+        for training in (False, True):
+            leaf = {name: w.clone().requires_grad_(training) for name, w in {**blocks, "x": x}.items()}
+            with torch.set_grad_enabled(training), record_collectives() as record:
+                q, k, v = ops.enter(
+                    *[leaf["x"]] * 3, *(leaf.get(name) for name in names), None, None, False, True, True, *layout,
+                    None, position,
+                )  # fmt: skip
+                held = position if cache == "batch" else max(0, -(-(position - at.j) // m))
+                old = k.new_zeros(k.shape[0], k.shape[1], held, k.shape[3])
+                y = ops.leave(
+                    q, torch.cat([old, k], 2), torch.cat([old, v], 2), leaf["out_weight"], leaf.get("out_bias"), None,
+                    case.batch, case.length, None, position, None, 0.0, 0.0, None, True, *layout, None, position, 0,
+                )  # fmt: skip
+                if training:
+                    y.sum().backward()
+            passes.append(recorded(record, at.arguments[1:])[0])
+        found.append(passes)
+    return found
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_decode_with_a_cache(pool, grid):
+    """E. Localises: the exchanges with a KV cache of both layouts and both storages."""
+    n, m = grid
+    storages = [{"scheme": "auto", "heads": 8 * n, "kv_heads": n}, {"scheme": "heads", "heads": 8 * n, "kv_heads": n}]
+    cases = [
+        (Case(**storage, combine=combine, length=length, batch=batch, dtype=dtype), position, cache)
+        for storage in storages
+        for combine, dtype in (("reduce", torch.float64), ("concat", torch.float32), ("reduce", torch.bfloat16))
+        for length, batch, position in ((1, 1, 9), (1, 4, 1009), (5, 3, 2))
+        for cache in ("position", "batch")
+    ]
+    for per_case in pool.run(decoded, n * m, n, m, cases, timeout=240):
+        for (case, position, cache), (inference, training) in zip(cases, per_case, strict=True):
+            call = call_of(case, n, m, S=position + case.length, position=position, training=False)
+            forward, backward = table(cache, call)
+            assert inference == [forward, {}], (case, position, cache)
+            call.training = True
+            forward, backward = table(cache, call)
+            assert training == [forward, backward], (case, position, cache)
+            # r = (m - 1) / m of q, k, v and o, and each partial o's logsumexp
+            B, L, H, d, r = case.batch, case.length, case.heads // n, case.head_dim, Fraction(m - 1, m)
+            if cache == "position":
+                new = -(-(position % m + L) // m)
+                moved = r * B * d * (2 * H * L + 2 * new)
+                merged = (m - 1) * B * L * (H // m if case.whole_heads else H) * max(4, case.dtype.itemsize)
+            else:
+                moved, merged = r * Fraction(ceil_to(B, m), m) * d * (2 * H * L + 2 * L), 0
+            expected = case.dtype.itemsize * (moved + combined(replace(case, scheme="slices"), n, m)) + merged
+            assert total(inference[0]) == expected, (case, position, cache)
 
 
 def gathers(n, m, slices_first):
@@ -134,9 +358,7 @@ def gathers(n, m, slices_first):
 
 @pytest.mark.parametrize("slices_first", [False, True])
 def test_order_of_the_hierarchical_gather(pool, slices_first):
-    """E. Localises: the two stages of the paper's concatenation: where blocks land,
-    and which stage carries what.
-    """
+    """E. Localises: the two stages of the paper's concatenation: where blocks land, and which stage carries what."""
     n, m, local = 2, 4, 6
     block = torch.arange(6.0).reshape(2, 3)
     heads = [torch.cat([block + 100 * i + 10000 * j for j in range(m)], 1) for i in range(n)]

@@ -1,12 +1,15 @@
-"""Command line: `python -m two_level_mha info`."""
+"""Command line: `python -m two_level_mha info` and `python -m two_level_mha plan`."""
 
 import argparse
+import json
 import platform
+import sys
 
 import torch
 
 import two_level_mha as tlm
 from two_level_mha import _C, _load
+from two_level_mha.plan import COMBINES, DEVICE_TYPES
 
 
 def registered_ops() -> dict[str, list[str]]:
@@ -44,10 +47,53 @@ def print_table(title: str, rows: dict[str, str]) -> None:
         print(f"  {name:{width}}  {value}".rstrip())
 
 
+def plan(args: argparse.Namespace) -> None:
+    """Prints what a layer costs on every valid grid with every scheme; exit code 2 if there is none."""
+    try:
+        found = tlm.plan(
+            embed_dim=args.embed_dim,
+            num_heads=args.heads,
+            num_kv_heads=args.kv_heads,
+            head_dim=args.head_dim,
+            devices=args.devices,
+            batch=args.batch,
+            seq=args.seq,
+            decode=args.decode,
+            causal=not args.not_causal,
+            bias=args.bias,
+            dtype=getattr(torch, args.dtype),
+            combine=args.combine,
+            device_type=args.device_type,
+        )
+    except tlm.GridError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(found.to_dict(), indent=1) if args.json else found)
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--embed-dim", type=int, required=True)
+    parser.add_argument("--heads", type=int, required=True, help="query heads")
+    parser.add_argument("--kv-heads", type=int, help="key/value heads (default: as many as query heads)")
+    parser.add_argument("--head-dim", type=int, help="default: embed dim / heads")
+    parser.add_argument("--devices", type=int, required=True, help="number of ranks")
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--seq", type=int, required=True, help="tokens; with --decode those of the context")
+    parser.add_argument("--decode", action="store_true", help="one new token for each sequence, with a KV cache")
+    parser.add_argument("--not-causal", action="store_true")
+    parser.add_argument("--bias", action="store_true", help="the projections have biases")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "float64"))
+    parser.add_argument("--combine", default="reduce", choices=COMBINES)
+    parser.add_argument("--device-type", default="cuda", choices=DEVICE_TYPES, help="whose profile predicts")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=plan)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m two_level_mha", description=tlm.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, build, arch list, operators available").set_defaults(run=info)
+    add_plan(commands.add_parser("plan", help="which grid and scheme to take: predicted costs of all"))
     args = parser.parse_args()
     args.run(args)
 

@@ -4,6 +4,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "../traffic.h"
+
 namespace two_level_mha {
 
 using torch::autograd::AutogradContext;
@@ -26,13 +28,6 @@ Groups load(AutogradContext* ctx) {
           {names[2].toStringRef(), sizes[2]},
           sizes[3],
           sizes[4]};
-}
-
-// A symbolic size never decides: a guard on it would cost a graph per side.
-bool sum_flat(const Tensor& x, const Groups& groups) {
-  if (groups.slice.size == 1 || groups.head.size == 1) return true;
-  auto elements = x.sym_numel().maybe_as_int();
-  return elements && *elements < kFlatSumElements;
 }
 
 // The gather of one stage: x of any shape -> (g, ...).
@@ -158,7 +153,7 @@ struct HierarchicalAllGather : torch::autograd::Function<HierarchicalAllGather> 
 Tensor sum_over_grid(const Tensor& x, const Groups& groups, std::optional<at::ScalarType> reduce_dtype) {
   if (groups.grid.size == 1) return x;
   Tensor y = reduce_dtype ? x.to(*reduce_dtype) : x;
-  if (sum_flat(y, groups)) {
+  if (sums_flat(y.sym_numel(), groups.head.size, groups.slice.size)) {
     y = sum_in_group(y, groups.grid);
   } else {
     const int64_t m = groups.slice.size;

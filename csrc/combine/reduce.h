@@ -7,11 +7,8 @@
 
 namespace two_level_mha {
 
-// Below this many elements one flat all-reduce is cheaper than three smaller collectives.
-constexpr int64_t kFlatSumElements = 1 << 16;
-
 // y = sum of x over the grid, the same bits on every rank: reduce-scatter over the slices, all-reduce over
-// the head groups, all-gather over the slices; one flat all-reduce when small or when an axis has one rank.
+// the head groups, all-gather over the slices, or one flat all-reduce: traffic.h says which.
 Tensor sum_over_grid(const Tensor& x, const Groups& groups, std::optional<at::ScalarType> reduce_dtype);
 
 // Forward: the sum over the grid. Backward: identity, since y and so its gradient are the same on every rank.

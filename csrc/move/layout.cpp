@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include "../attend/merge.h"
+#include "../plan.h"
 #include "../sizes.h"
 #include "pack.h"
 
@@ -12,11 +13,23 @@ namespace two_level_mha {
 Layout::Layout(const Place& place, const CallShape& call, int64_t H, int64_t K, int64_t d, int64_t D,
                at::ScalarType dtype, bool cuda)
     : m(place.grid.slices), j(place.slice), head_dim(place.whole_heads ? 1 : 3), shape(call) {
-  CallSizes<c10::SymInt> sizes{shape.batch, shape.length, shape.keys,    H, K, d, m, place.grid.head_groups,
-                               D,           place.concat, shape.position};
-  scheme = resolve_scheme(place.scheme, sizes, c10::elementSize(dtype), profile_for(cuda), place.whole_heads);
+  CallSizes<c10::SymInt> sizes{shape.batch,
+                               shape.length,
+                               shape.keys,
+                               H,
+                               K,
+                               d,
+                               m,
+                               place.grid.head_groups,
+                               D,
+                               int64_t(c10::elementSize(dtype)),
+                               place.causal,
+                               place.concat,
+                               place.whole_heads,
+                               shape.position};
+  scheme = resolve_scheme(place.scheme, sizes, profile_for(cuda));
   row = concrete_row(scheme, sizes);
-  zigzag = place.causal && row.q == Move::rows;
+  zigzag = deals_zigzag(row, place.causal);
 }
 
 int64_t Layout::dealt_dim() const {

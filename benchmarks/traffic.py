@@ -1,0 +1,147 @@
+"""Bytes that one of 16 ranks sends for a layer of 64 query heads on 8 key/value heads: ours and two others.
+
+    python benchmarks/traffic.py
+
+Nothing is computed: fake tensors of the full size go through the real code on a fake process group of 16 ranks, and
+the collectives it issues are recorded. So bytes and numbers of collectives are exact, and no time is measured. The two
+others are minimal implementations of what can be done with plain tensor parallelism beyond the number of KV heads:
+
+  gathered    the QKV projection is split evenly over the ranks, its whole output is gathered on all of them, and each
+              takes the heads it attends with (the way of Megatron-Core where there are fewer KV heads than ranks)
+  replicated  every rank projects and caches the KV head that its query heads need, so that ranks repeat each other's
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
+from common import write_results
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import two_level_mha as tlm
+from two_level_mha.mesh import place_on
+from two_level_mha.testing import CollectiveRecord, record_collectives
+
+P, h, k, d, D = 16, 64, 8, 128, 8192
+GRID = (8, 2)
+B, L = 1, 8192
+CONTEXTS = (1024, 4096, 16384, 65536)
+DTYPE = torch.bfloat16
+
+
+def gathered(x_BLD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k, v of rank 0, from the whole QKV gathered over all ranks."""
+    qkv = F.linear(x_BLD, x_BLD.new_empty((h + 2 * k) * d // P, D))
+    qkv = collectives.wait_tensor(collectives.all_gather_tensor(qkv, 2, dist.group.WORLD))
+    group = qkv.unflatten(2, (k, h // k + 2, d))[:, :, 0].transpose(1, 2)  # a KV head and its query heads
+    return group[:, : h // P], group[:, -2:-1], group[:, -1:]
+
+
+def replicated(x_BLD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k, v of a rank that projects the KV head it needs itself."""
+    qkv = F.linear(x_BLD, x_BLD.new_empty((h // P + 2) * d, D)).unflatten(2, (-1, d)).transpose(1, 2)
+    return qkv[:, : h // P], qkv[:, -2:-1], qkv[:, -1:]
+
+
+def summed(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention, the rank's part of the output projection, and its sum: y (B, L, D)."""
+    o_BHLd = F.scaled_dot_product_attention(q, key, value, is_causal=True, enable_gqa=True)
+    y_BLD = F.linear(o_BHLd.transpose(1, 2).flatten(2), o_BHLd.new_empty(D, h // P * d))
+    return collectives.wait_tensor(collectives.all_reduce(y_BLD, "sum", dist.group.WORLD))
+
+
+@dataclass(frozen=True)
+class Ours:
+    """One layer on the grid with whole query heads, as scheme="auto" stores them."""
+
+    mesh: DeviceMesh
+    scheme: str = "heads"
+    position: int = 0  # tokens in the cache
+
+    @property
+    def place(self) -> tuple:
+        return (*place_on(self.mesh).args, self.scheme, True, "reduce", None, self.position)
+
+    def enter(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        n, m = GRID
+        shapes = [(h // P, d, D), (k // n, d // m, D), (k // n, d // m, D)]
+        weights = [x_BLD.new_empty(shape) for shape in shapes]
+        ops = torch.ops.two_level_mha
+        q, key, value = ops.enter(*[x_BLD] * 3, *weights, *[None] * 5, False, True, True, *self.place)
+        old = key.new_empty(*key.shape[:2], self.position // m, d)
+        return q, torch.cat([old, key], 2), torch.cat([old, value], 2)
+
+    def leave(self, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.ops.two_level_mha.leave(
+            q, key, value, q.new_empty(D, h // P, d), None, None, q.shape[0], q.shape[2], None, self.position, None,
+            0.0, 0.0, None, True, *self.place,
+        )  # fmt: skip
+
+
+def record(enter, leave, length: int) -> tuple[CollectiveRecord, CollectiveRecord]:
+    """What is sent before attention, and after it."""
+    with FakeTensorMode(), torch.no_grad():
+        x_BLD = torch.empty(B, length, D, dtype=DTYPE)
+        with record_collectives() as before:
+            qkv = enter(x_BLD)
+        with record_collectives() as after:
+            leave(*qkv)
+    return before, after
+
+
+def row(name: str, enter, leave, length: int, cache_bytes: int) -> dict:
+    before, after = record(enter, leave, length)
+    return {
+        "case": name,
+        "how": "recorded, 16 ranks of a fake process group",
+        "exchange_bytes": before.sent(),
+        "layer_bytes": before.sent() + after.sent(),
+        "collectives": len(before.calls) + len(after.calls),
+        "cache_bytes_per_rank": cache_bytes,
+    }
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    dist.init_process_group("fake", rank=0, world_size=P, store=FakeStore())
+    mesh = tlm.init_mesh("cpu", GRID)
+    token = 2 * B * k * d * DTYPE.itemsize  # bytes of all keys and values of one position
+    layer = Ours(mesh)
+    rows = [
+        row("ours", layer.enter, layer.leave, L, L * token // P),
+        row("gathered", gathered, summed, L, L * token // k),
+        row("replicated", replicated, summed, L, L * token // k),
+    ]
+    for other in rows[1:]:
+        for key in ("exchange_bytes", "layer_bytes", "cache_bytes_per_rank"):
+            other[f"{key}_over_ours"] = round(other[key] / rows[0][key], 4)
+    for context in CONTEXTS:
+        step = Ours(mesh, "position", context - 1)
+        rows.append(row(f"ours, decode, context {context}", step.enter, step.leave, 1, context * token // P))
+    check_plan(rows)
+    for found in rows:
+        print("  ".join(f"{key}={value}" for key, value in found.items() if key != "how"))
+    print(write_results("traffic", rows))
+
+
+def check_plan(rows: list[dict]) -> None:
+    """The planner's table says what was recorded, for the prefill and for each context of the decode."""
+    sizes = {"embed_dim": D, "num_heads": h, "num_kv_heads": k, "head_dim": d, "devices": P, "batch": B, "dtype": DTYPE}
+    plans = [("heads", tlm.plan(**sizes, seq=L), rows[0])]
+    plans += [
+        ("position", tlm.plan(**sizes, seq=context, decode=True), found)
+        for context, found in zip(CONTEXTS, rows[3:], strict=True)
+    ]
+    for scheme, plan, found in plans:
+        option = next(option for option in plan.options if option.grid == GRID and option.scheme == scheme)
+        expected = (found["layer_bytes"], found["collectives"], found["cache_bytes_per_rank"])
+        assert (option.sent_bytes(), option.collectives(), option.cache_bytes) == expected, (option, found)
+
+
+if __name__ == "__main__":
+    main()

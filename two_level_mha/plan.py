@@ -1,0 +1,270 @@
+"""What a layer costs on every valid grid with every scheme, predicted, and which to take.
+
+The numbers and the choice are C++ (csrc/plan.h), the same that decides scheme="auto"; here they are asked for and
+printed.
+"""
+
+import textwrap
+from dataclasses import asdict, dataclass
+
+import torch
+
+from two_level_mha import _C
+from two_level_mha.mesh import GridError
+
+COMBINES = ("reduce", "concat")
+DEVICE_TYPES = ("cuda", "cpu")
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One exchange of a call, as one rank sees it."""
+
+    what: str
+    axis: str  # "slice", "head" or "grid"
+    bytes: int
+    bias_bytes: int
+    collectives: int
+
+
+@dataclass(frozen=True)
+class Option:
+    """One grid with one scheme. Sizes are of one rank, FLOPs and seconds of its forward pass."""
+
+    grid: tuple[int, int]
+    scheme: str
+    whole_heads: bool  # how the query side is stored
+    exact: bool
+    auto: bool  # scheme="auto" takes it on this grid; with a cache: the default layout
+    attention_flops: int
+    projection_flops: int
+    forward: tuple[Sent, ...]
+    backward: tuple[Sent, ...]
+    weight_bytes: int
+    activation_bytes: int  # what a forward pass keeps for the backward pass
+    cache_bytes: int  # keys and values of all seq positions
+    predicted_seconds: dict[str, float]  # compute, memory, sending, latency and their total
+
+    @property
+    def flops(self) -> int:
+        return self.attention_flops + self.projection_flops
+
+    def sent_bytes(self, *, backward: bool = False) -> int:
+        """Bytes that one rank sends in a forward pass, or in a backward pass."""
+        return sum(row.bytes + row.bias_bytes for row in (self.backward if backward else self.forward))
+
+    def collectives(self, *, backward: bool = False) -> int:
+        """Number of collectives of a forward pass, or of a backward pass."""
+        return sum(row.collectives for row in (self.backward if backward else self.forward))
+
+    @property
+    def name(self) -> str:
+        return f"grid {self.grid} with {self.scheme!r}" if self.grid[1] > 1 else f"grid {self.grid}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every valid grid with every scheme, most head groups first. str(plan) is a table of 90 columns."""
+
+    layer: dict[str, object]
+    call: dict[str, object]
+    profile: dict[str, object]  # the rates behind the predictions, with their source
+    options: tuple[Option, ...]
+    pick: Option
+    why: str
+
+    def to_dict(self) -> dict[str, object]:
+        """All of it as numbers, strings, lists and dicts, for JSON."""
+        options = [
+            {
+                **asdict(option),
+                "sent_bytes": {"forward": option.sent_bytes(), "backward": option.sent_bytes(backward=True)},
+                "collectives": {"forward": option.collectives(), "backward": option.collectives(backward=True)},
+                "pick": option is self.pick,
+            }
+            for option in self.options
+        ]
+        return {
+            "layer": self.layer,
+            "call": self.call,
+            "profile": self.profile,
+            "options": options,
+            "pick": {"grid": self.pick.grid, "scheme": self.pick.scheme},
+            "why": self.why,
+        }
+
+    def __str__(self) -> str:
+        return _text(self)
+
+
+def plan(
+    *,
+    embed_dim: int,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    devices: int,
+    batch: int,
+    seq: int,
+    decode: bool = False,
+    causal: bool = True,
+    bias: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    combine: str = "reduce",
+    device_type: str = "cuda",
+) -> Plan:
+    """Prices one call of an attention layer on every valid grid of `devices` ranks with every scheme.
+
+    The call is a forward pass of `batch` sequences of `seq` tokens, or with decode of one new token each, the last of
+    `seq`, whose predecessors lie in a KV cache. Seconds are predicted from the rates of one hardware profile, not
+    measured; bytes and numbers of collectives are exact. Needs no process group and no GPU.
+    num_kv_heads: num_heads if None; head_dim: embed_dim / num_heads if None; bias: q, k, v and output have one.
+    Raises GridError if an argument does not fit, or if no grid is valid; then it names the nearest numbers of ranks
+    that have one.
+    """
+    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "devices": devices, "batch": batch, "seq": seq}
+    optional = {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    for name, value in {**sizes, **{k: v for k, v in optional.items() if v is not None}}.items():
+        if not isinstance(value, int) or value < 1:
+            raise GridError(f"{name} must be a positive integer, got {value!r}")
+    if head_dim is None and embed_dim % num_heads:
+        raise GridError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}: give head_dim")
+    kv_heads, head_dim = num_kv_heads or num_heads, head_dim or embed_dim // num_heads
+    if num_heads % kv_heads:
+        raise GridError(f"num_kv_heads={kv_heads} must divide num_heads={num_heads}")
+    if combine not in COMBINES:
+        raise GridError(f"combine must be one of {', '.join(COMBINES)}, got {combine!r}")
+    if device_type not in DEVICE_TYPES:
+        raise GridError(f"device_type must be one of {', '.join(DEVICE_TYPES)}, got {device_type!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise GridError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
+    cuda = device_type == "cuda"
+    rows, picked = _C.plan(
+        ranks=devices, heads=num_heads, kv_heads=kv_heads, head_dim=head_dim, embed_dim=embed_dim, B=batch,
+        L=1 if decode else seq, S=seq, element_size=dtype.itemsize, cached=decode, causal=causal and not decode,
+        concat=combine == "concat", bias=bias, cuda=cuda,
+    )  # fmt: skip
+    if picked < 0:
+        raise GridError(_C.grid_choices(devices, num_heads, kv_heads, head_dim))
+    for row in rows:
+        for direction in ("forward", "backward"):
+            row[direction] = tuple(Sent(**sent) for sent in row[direction])
+    options = tuple(Option(**row) for row in rows)
+    return Plan(
+        layer={
+            "embed_dim": embed_dim,
+            "num_heads": num_heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "bias": bias,
+            "dtype": str(dtype).removeprefix("torch."),
+            "combine": combine,
+        },
+        call={
+            "devices": devices,
+            "device_type": device_type,
+            "batch": batch,
+            "seq": seq,
+            "decode": decode,
+            "causal": causal,
+        },
+        profile=_C.profile(cuda),
+        options=options,
+        pick=options[picked],
+        why=_why(options, options[picked], decode),
+    )
+
+
+def _why(options: tuple[Option, ...], pick: Option, decode: bool) -> str:
+    seconds = pick.predicted_seconds
+    parts = {"computing": "compute", "reading memory": "memory", "sending": "sending", "latency": "latency"}
+    shares = ", ".join(f"{seconds[key] / seconds['total']:.0%} {word}" for word, key in parts.items())
+    text = f"{pick.name} is predicted fastest: {_duration(seconds['total'])} ({shares})."
+    others = [option for option in options if option.exact and option is not pick]
+    if others:
+        second = min(others, key=lambda option: option.predicted_seconds["total"])
+        slower = second.predicted_seconds["total"] / seconds["total"] - 1
+        text += f" Next is {second.name}, {slower:.1%} slower"
+        if pick.sent_bytes():
+            text += f", which sends {second.sent_bytes() / pick.sent_bytes():.2f} times the bytes"
+        text += "."
+    if not pick.auto:
+        auto = next(option for option in options if option.auto and option.grid == pick.grid)
+        ask = f"a cache of layout {pick.scheme!r}" if decode else f"scheme={pick.scheme!r}"
+        otherwise = "the default layout" if decode else "scheme='auto'"
+        text += f" Ask for it by {ask}: {otherwise} is {auto.scheme!r} there."
+    return text
+
+
+UNITS = {"FLOP": {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}, "B": {"GB": 1e9, "MB": 1e6, "KB": 1e3}}
+WIDTH = 90
+TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+
+
+def _duration(seconds: float) -> str:
+    unit, scale = _unit([seconds], TIMES)
+    return f"{_number(seconds / scale)} {unit}"
+
+
+def _unit(values: list[float], units: dict[str, float]) -> tuple[str, float]:
+    """The largest unit in which the smallest value that is not zero has a digit before the point."""
+    smallest = min((value for value in values if value > 0), default=0.0)
+    return next(((unit, scale) for unit, scale in units.items() if smallest >= scale), list(units.items())[-1])
+
+
+def _number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f}"
+
+
+def _text(p: Plan) -> str:
+    layer, call = p.layer, p.call
+    lines = [
+        f"layer    embed_dim {layer['embed_dim']}, {layer['num_heads']} query heads, {layer['num_kv_heads']} "
+        f"key/value heads of {layer['head_dim']}, {layer['dtype']}, combine={layer['combine']!r}",
+        f"call     {_call_text(call)} on {call['devices']} {call['device_type']} ranks; all figures are of one rank",
+        *_wrap(f"profile  {p.profile['name']!r}, {p.profile['source']}", " " * 9),
+        "",
+    ]
+    columns = [
+        ("work", [option.flops for option in p.options], UNITS["FLOP"]),
+        ("sent", [option.sent_bytes() for option in p.options], UNITS["B"]),
+        ("collectives", [option.collectives() for option in p.options], None),
+        ("predicted", [option.predicted_seconds["total"] for option in p.options], TIMES),
+        ("weights", [option.weight_bytes for option in p.options], UNITS["B"]),
+        ("kept", [option.activation_bytes for option in p.options], UNITS["B"]),
+        ("KV cache", [option.cache_bytes for option in p.options], UNITS["B"]),
+    ]
+    cells, heads = [], []
+    for title, values, units in columns:
+        unit, scale = _unit(values, units) if units else ("", None)
+        heads.append((title, unit))
+        cells.append([str(value) if scale is None else _number(value / scale) for value in values])
+    widths = [max(len(head[0]), len(head[1]), *map(len, column)) for head, column in zip(heads, cells, strict=True)]
+    for at, first in enumerate((f"{'grid':10}{'scheme':13}", " " * 23)):
+        row = "  ".join(head[at].rjust(width) for head, width in zip(heads, widths, strict=True))
+        lines.append(f"  {first}{row}".rstrip())
+    for at, option in enumerate(p.options):
+        scheme = "any" if option.grid[1] == 1 else option.scheme
+        marks = ("" if option.exact else " *") + (" auto" if option.auto and option.grid[1] > 1 else "")
+        row = "  ".join(column[at].rjust(width) for column, width in zip(cells, widths, strict=True))
+        mark = ">" if option is p.pick else " "
+        lines.append(f"{mark} {str(option.grid):10}{scheme:13}{row} {marks}".rstrip())
+    lines += ["", *_wrap("> " + p.why)]
+    notes = "Work, sent and collectives are of the forward pass; kept: activations for the backward pass."
+    if any(not option.exact for option in p.options):
+        notes += " *: another model, never picked."
+    if any(option.auto and option.grid[1] > 1 for option in p.options):
+        taken = "the default cache layout" if call["decode"] else "what scheme='auto' takes there"
+        notes += f" auto: {taken}."
+    return "\n".join([*lines, *_wrap("  " + notes)])
+
+
+def _call_text(call: dict[str, object]) -> str:
+    if call["decode"]:
+        return f"one new token for each of {call['batch']} sequences of {call['seq']}"
+    mask = "causal" if call["causal"] else "not causal"
+    return f"forward pass of {call['batch']} x {call['seq']} tokens, {mask},"
+
+
+def _wrap(text: str, indent: str = "  ") -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent=indent)
