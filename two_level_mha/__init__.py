@@ -4,6 +4,7 @@ from two_level_mha._load import PACKAGE, load
 
 load()
 
+from two_level_mha.cache import KVCache  # noqa: E402
 from two_level_mha.checkpoint import full_state_dict  # noqa: E402
 from two_level_mha.convert import parallelize  # noqa: E402
 from two_level_mha.decoder import Rotary, TwoLevelAttention  # noqa: E402
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Grid",
     "GridError",
+    "KVCache",
     "Rotary",
     "TwoLevelAttention",
     "TwoLevelMultiheadAttention",

@@ -153,12 +153,16 @@ Tensor merge_out(const Tensor& o, const Tensor& logsumexp, const Layout& layout,
     return std::get<0>(merge_partials(parts(exchange({o}, {layout.head_dim}), out_sizes),
                                       parts(exchange({lse}, {lse_dim}), lse_sizes)));
   // One exchange: without gradients the logsumexp can travel as pairs of half-width numbers.
-  Tensor buffer = exchange({o, lse.view(o.scalar_type())}, {layout.head_dim, lse_dim});
+  auto bits = [](const Tensor& x, at::ScalarType dtype) {
+    return x.scalar_type() == dtype ? x
+                                    : x.view(dtype);  // view(dtype) has no gradient, even for the same one
+  };
+  Tensor buffer = exchange({o, bits(lse, o.scalar_type())}, {layout.head_dim, lse_dim});
   const auto split = o.sym_numel() / m;
   Tensor outs = buffer.narrow_symint(1, 0, split);
   Tensor lses = buffer.narrow_symint(1, split, buffer.sym_size(1) - split).contiguous();
   return std::get<0>(
-      merge_partials(parts(outs, out_sizes), parts(lses.view(logsumexp.scalar_type()), lse_sizes)));
+      merge_partials(parts(outs, out_sizes), parts(bits(lses, logsumexp.scalar_type()), lse_sizes)));
 }
 
 }  // namespace two_level_mha
