@@ -102,6 +102,8 @@ CASES = {
     "leave": lambda: (leave(1, 1, "slices"), {}),
     "leave_with_weights": lambda: (leave(1, 1, "slices"), {"average": False}),
     "deal_rows": lambda: (deal_rows(1, 1, "sequence"), {}),
+    "rotary": lambda: ((random(B, H, L, d), random(B, 1, L, 4), random(1, 1, L, 4), True), {}),
+    "head_norm": lambda: ((random(B, H, L, d), random(d), 1e-6), {}),
     "replicated": lambda: (([random(B, L), random(D)], 1, ""), {}),
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.blocks import local_blocks
+from two_level_mha.cache import CacheLayer
 from two_level_mha.layer import Deal, Drops, GridAttention
 from two_level_mha.mesh import GridError
 from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
@@ -36,14 +37,10 @@ class Rotary:
     def width(self, head_dim: int) -> int:
         return head_dim if self.dim is None else self.dim
 
-    @torch.compiler.assume_constant_result
-    def _base(self) -> float:
-        return self.theta
-
     def embeddings(self, first: int, length: int, head_dim: int, device=None) -> tuple[Tensor, Tensor]:
         """cos and sin (1, L, r), float32, of the positions from `first` on."""
         r = self.width(head_dim)
-        frequency = 1.0 / self._base() ** (torch.arange(0, r, 2, dtype=torch.float32, device=device) / r)
+        frequency = 1.0 / self.theta ** (torch.arange(0, r, 2, dtype=torch.float32, device=device) / r)
         position = torch.arange(first, first + length, dtype=torch.float32, device=device)
         angle = position[None, :, None] * frequency
         angle = torch.repeat_interleave(angle, 2, -1) if self.interleaved else torch.cat([angle, angle], -1)
@@ -127,7 +124,7 @@ class TwoLevelAttention(Drops, GridAttention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = True,
-        cache=None,
+        cache: CacheLayer | None = None,
     ) -> Tensor:
         """x (B, L, D), the same on every rank -> y (B, L, D), the same on every rank.
 
@@ -138,27 +135,28 @@ class TwoLevelAttention(Drops, GridAttention):
         is_causal: a row sees itself and what came before it:   1 0 0     2 tokens in the cache:   1 1 1 0 0
                                                                 1 1 0                              1 1 1 1 0
                                                                 1 1 1                              1 1 1 1 1
-        cache: one layer of a KVCache; it is read and takes the new keys and values.
+        cache: one of the layers of a KVCache; it is read, and takes the new keys and values.
         A row that sees no key gives the bias of the output projection.
         Raises GridError, on every rank alike, before anything is sent.
         """
-        eps, scale, softcap = self._floats()
         cos_sin = dict(zip(("cos", "sin"), position_embeddings or (), strict=False))
-        norms = [self._parameters[name] for name in NORMS] if eps is not None else []
+        norms = [self._parameters[name] for name in NORMS] if self.qk_norm is not None else []
         alike = {"x": x_BLD, "attn_mask": attn_mask, **cos_sin, "out_bias": self._parameters["out_bias"]}
         alike |= dict(zip(NORMS, norms, strict=False))
         self.check_call(
             lambda: self._check(x_BLD, position_embeddings, attn_mask, is_causal, cache), alike,
             {"is_causal": is_causal, "tokens in the cache": None if cache is None else cache.length},
         )  # fmt: skip
-        past, length = 0 if cache is None else cache.length, x_BLD.shape[1]
+        batch, length, _ = x_BLD.shape
+        call = {} if cache is None else cache.begin(batch, length)
+        past = call.get("position", 0)
         if position_embeddings is None and self.rope is not None:
             position_embeddings = self.rope.embeddings(past, length, self.head_dim, x_BLD.device)
 
         def between(q: Tensor, k: Tensor, v: Tensor, deal: Deal) -> tuple[Tensor, Tensor, Tensor]:
             if norms:
                 q_weight, k_weight = self.replicated(local_blocks(norms))
-                q, k = _ops.head_norm(q, q_weight, eps), _ops.head_norm(k, k_weight, eps)
+                q, k = _ops.head_norm(q, q_weight, self.qk_norm), _ops.head_norm(k, k_weight, self.qk_norm)
             if position_embeddings is not None:
                 interleaved = self.rope is not None and self.rope.interleaved
                 of_q, of_k = deal([x.unsqueeze(1) for x in position_embeddings])
@@ -168,16 +166,10 @@ class TwoLevelAttention(Drops, GridAttention):
             return q, k, v
 
         return self.attend(
-            x_BLD, x_BLD, x_BLD, attn_mask=attn_mask, scale=scale, causal=past if is_causal else None,
-            window=self.window, softcap=softcap, dropout_p=self.dropout if self.training and self._drops else 0.0,
-            between=between, scheme=None if cache is None else cache.layout, position=past,
-            first_key=0 if cache is None else cache.first_key,
+            x_BLD, x_BLD, x_BLD, attn_mask=attn_mask, scale=self.scale, causal=past if is_causal else None,
+            window=self.window, softcap=self.softcap, dropout_p=self.dropout if self.training and self._drops else 0.0,
+            between=between, **call,
         )[0]  # fmt: skip
-
-    @torch.compiler.assume_constant_result
-    def _floats(self) -> tuple[float | None, float | None, float | None]:
-        """Constants of the graph: torch.compile(dynamic=True) makes a float attribute symbolic and compiles twice."""
-        return self.qk_norm, self.scale, self.softcap
 
     def _check(self, x, position_embeddings, attn_mask, is_causal: bool, cache) -> None:
         _check_tensor("x", x, self.q_weight)
@@ -188,11 +180,26 @@ class TwoLevelAttention(Drops, GridAttention):
         B, L = x.shape[:2]
         if position_embeddings is not None:
             self._check_embeddings(position_embeddings, B, L)
-        if cache is not None and self.scheme == "independent":
-            raise GridError("scheme 'independent' takes no cache: its keys are slices; use an exact scheme")
+        if cache is not None:
+            self._check_cache(cache)
         if attn_mask is not None:
             seen = L if cache is None else cache.length - cache.first_key + L
             _check_mask(attn_mask, (B, self.num_heads, L, seen), x)
+
+    def _check_cache(self, cache: CacheLayer) -> None:
+        if not isinstance(cache, CacheLayer):
+            raise GridError(f"cache must be one of the layers of a KVCache, got {type(cache).__name__}")
+        if self.scheme == "independent":
+            raise GridError("scheme 'independent' takes no cache, which holds whole heads; use an exact scheme")
+        if cache.place.grid != self.place.grid:
+            raise GridError(
+                f"the cache is of {cache.place.grid}, but the module of {self.place.grid}: give both one mesh"
+            )
+        if cache.window is not None and (self.window is None or self.window > cache.window):
+            raise GridError(
+                f"the cache keeps a window of {cache.window} tokens, but the module's window is {self.window}: make "
+                "the cache with the module's"
+            )
 
     def _check_embeddings(self, position_embeddings, B: int, L: int) -> None:
         if self.scheme == "independent":
