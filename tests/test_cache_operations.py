@@ -226,6 +226,7 @@ def refused(plan, grid):
     expect(lambda: new_cache(replace(plan, kv_heads=3), grid))
     with torch.no_grad():
         module(x_BLD[:, :4], layer)
+        assert layer.length - layer.first_key == plan.window - 1
         expect(lambda: module(x_BLD[:1, 4:5], layer))
         expect(lambda: module(x_BLD[:, 4:], layer))
         expect(lambda: layer.rewind(5))

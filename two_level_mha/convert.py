@@ -1,5 +1,6 @@
 """parallelize: every attention of a model on a grid, in place. Structure proposes, a probe decides."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from two_level_mha.cache import LAYOUTS
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.projected import heads_of, probe_inputs, projected_like
 from two_level_mha.mesh import Grid, GridError, place_on, same_on_all_ranks
@@ -33,10 +35,16 @@ class Family:
     replace: Callable[..., nn.Module]  # (module, projections, paths, mesh, **options), gives a module with stock_names
     inputs: Callable[[nn.Module, torch.dtype], list[tuple[tuple, dict]]]
     parameters: tuple[str, ...] = ()  # that it may have besides those of the projections
+    cached: bool = False  # replace takes cache=, the layout of its KV cache
 
     @property
     def out_in_parent(self) -> bool:
         return self.paths["o"].startswith("../")
+
+    def new(self, module: nn.Module, projections: dict[str, nn.Module], mesh, options: dict[str, object]) -> nn.Module:
+        """The replacement; it takes of the options of parallelize what it has."""
+        options = {name: value for name, value in options.items() if name != "cache" or self.cached}
+        return self.replace(module, projections, self.paths, mesh, **options)
 
     def projections(self, module: nn.Module, parent: nn.Module) -> dict[str, nn.Module]:
         return {
@@ -56,6 +64,23 @@ def _is_bert(module: nn.Module, parent: nn.Module | None) -> bool:
 
 def _is_vit(module: nn.Module, parent: nn.Module | None) -> bool:
     return _has(module, "q_proj", "k_proj", "v_proj", "o_proj", "scaling", "num_attention_heads")
+
+
+def _is_decoder(module: nn.Module, parent: nn.Module | None) -> bool:
+    known = _has(module, "q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "layer_idx", "config")
+    return known and {"position_embeddings", "past_key_values"} <= inspect.signature(module.forward).parameters.keys()
+
+
+def _replace_decoder(*args, **options) -> nn.Module:
+    from two_level_mha.integrations.decoder import decoder_like  # needs transformers
+
+    return decoder_like(*args, **options)
+
+
+def _decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
+    from two_level_mha.integrations.decoder import decoder_inputs
+
+    return decoder_inputs(original, dtype)
 
 
 def _torch_inputs(mha: nn.MultiheadAttention, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
@@ -86,6 +111,15 @@ FAMILIES = (
         {"q": "query", "k": "key", "v": "value", "o": "../output.dense"},
         projected_like,
         probe_inputs,
+    ),
+    Family(
+        "Llama",
+        _is_decoder,
+        {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
+        _replace_decoder,
+        _decoder_inputs,
+        ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias"),
+        cached=True,
     ),
     Family(
         "ViT",
@@ -131,23 +165,28 @@ def parallelize(
     scheme: str = "auto",
     combine: str = "reduce",
     rest: bool = True,
+    cache: str = "position",
     debug: bool | None = None,
 ) -> nn.Module:
     """Replaces every supported attention of `model` by its split form, in place; returns the model.
 
-    Supported: nn.MultiheadAttention, and transformers' BERT, RoBERTa and ViT attention. A replacement must give the
+    Supported: nn.MultiheadAttention, and transformers' BERT, RoBERTa, ViT and Llama attention and what has their shape
+    (of Llama: Mistral, Mixtral, Qwen2, Qwen3, Gemma and others), model.generate() included. A replacement must give the
     original's numbers on a small random input, once per class and configuration, or GridError names it.
     rest: also split the MLPs of nn.TransformerEncoderLayer / DecoderLayer, BERT and ViT over the flattened grid, by
     torch's ColwiseParallel and RowwiseParallel, where P divides the width and a copy, run in parts, gives its numbers.
+    cache: how such decoders keep a KV cache that transformers made: "position" or "batch" (two_level_mha.cache).
     A collective over the grid. Raises GridError, on every rank and before anything is changed, when nothing is found,
     when an attention is found that is not supported, when the grid does not fit one, or when the ranks' arguments or
     weights differ. Rank 0 prints what was split. Attributes, hooks and the training mode of the originals are kept, and
     load_state_dict takes the original model's state dict.
     """
-    options = {"scheme": scheme, "combine": combine, "debug": debug}
+    options = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache}
     grid = place_on(mesh).grid
     found, others, refusal = [], Rest(), None
     try:
+        if cache not in LAYOUTS:
+            raise GridError(f"cache must be one of {', '.join(LAYOUTS)}, got {cache!r}")
         pretrained_models(model)  # refuses a transformers that is too old
         found = _find(model)
         _check_grid(found, grid)
@@ -156,7 +195,7 @@ def parallelize(
             others = find_rest(model, grid.size, {name for one in found for name in one.names()})
     except GridError as error:
         refusal = error
-    arguments = {"refusal": refusal, "scheme": scheme, "combine": combine, "rest": rest}
+    arguments = {"refusal": refusal, "scheme": scheme, "combine": combine, "rest": rest, "cache": cache}
     same_on_all_ranks(arguments, mesh, "call parallelize alike on every rank")
     if mesh is not None:
         check_same_weights([model], mesh, any(_dropout(module) > 0.0 for module in model.modules()))
@@ -287,8 +326,12 @@ def _probe(one: Found, options: dict) -> None:
     where, known = f"{one.name} ({type(one.module).__name__})", one.family.name
     original, *copies = random_copy([one.module, *one.projections.values()])
     projections = dict(zip(one.projections, copies, strict=True))
-    ours = one.family.replace(original, projections, one.family.paths, None, **options).eval()
-    for args, kwargs in one.family.inputs(original, torch.float64):
+    ours = one.family.new(original, projections, None, options).eval()
+    calls = []  # twice the same: a cache in them is written to
+    for _ in range(2):
+        torch.manual_seed(1)
+        calls.append(one.family.inputs(original, torch.float64))
+    for (args, kwargs), (our_args, our_kwargs) in zip(*calls, strict=True):
         try:
             expected = original(*args, **kwargs)[0]
             if one.family.out_in_parent:
@@ -297,7 +340,7 @@ def _probe(one: Found, options: dict) -> None:
             raise GridError(
                 f"{where} has the structure of {known} attention, but cannot be called like it: {error!r}"
             ) from error
-        got = ours(*args, **kwargs)[0]
+        got = ours(*our_args, **our_kwargs)[0]
         difference = (expected - got).abs().max().item() if expected.shape == got.shape else float("inf")
         if not difference <= 1e-6 * expected.abs().max().item():  # some take the softmax in float32
             raise GridError(
@@ -307,7 +350,7 @@ def _probe(one: Found, options: dict) -> None:
 
 
 def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
-    ours = one.family.replace(one.module, one.projections, one.family.paths, mesh, **options).train(one.module.training)
+    ours = one.family.new(one.module, one.projections, mesh, options).train(one.module.training)
     for name, value in vars(one.module).items():  # what others may read or hook stays
         if name in HOOKS or (not name.startswith("_") and name not in vars(ours)):
             vars(ours)[name] = value

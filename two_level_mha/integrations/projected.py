@@ -20,11 +20,12 @@ _REFUSED = {
 
 def heads_of(original: nn.Module, projections: dict[str, nn.Linear]) -> tuple[int, int, int]:
     """Heads, key/value heads, head_dim. Raises GridError where the projections' widths do not fit the heads."""
-    h = original.num_attention_heads
     widths = {letter: projections[letter].out_features for letter in "qkv"} | {"o": projections["o"].in_features}
-    d = widths["q"] // h
+    counted = hasattr(original, "num_attention_heads")  # decoders tell head_dim instead
+    h = original.num_attention_heads if counted else widths["q"] // original.head_dim
+    d = widths["q"] // h if counted else original.head_dim
     if widths["q"] != h * d or widths["o"] != h * d or widths["k"] % d or widths["v"] != widths["k"]:
-        raise GridError(f"widths of the projections, {widths}, do not fit num_attention_heads={h}")
+        raise GridError(f"widths of the projections, {widths}, do not fit {h} heads of {d}")
     return h, widths["k"] // d, d
 
 
@@ -72,31 +73,39 @@ class ProjectedAttention(GridAttention):
         if self.compares():
             inputs = {"hidden_states": hidden_states, "attention_mask": attention_mask}
             self.compare(inputs, {"training": self.training})
-        causal = None  # "eager" has its causal mask in attention_mask
-        if self.config._attn_implementation == "sdpa" and attention_mask is None and hidden_states.shape[1] > 1:
-            is_causal = kwargs.get("is_causal")
-            causal = 0 if (self.is_causal if is_causal is None else is_causal) else None
+        causal = attention_mask is None and self.causal_without_mask(kwargs, hidden_states.shape[1])
         return self.attend(
             hidden_states,
             hidden_states,
             hidden_states,
             attn_mask=attention_mask,
             scale=self.scaling,
-            causal=causal,
+            causal=0 if causal else None,
             dropout_p=self.dropout.p if self.training else 0.0,
-            need_weights=bool(kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))),
+            need_weights=self.needs_weights(kwargs),
             average_attn_weights=False,
         )
 
+    def causal_without_mask(self, kwargs: dict, length: int) -> bool:
+        """Whether a call of `length` queries without a mask is causal: with "eager" the mask would say so."""
+        is_causal = kwargs.get("is_causal")
+        wanted = self.is_causal if is_causal is None else is_causal
+        return wanted and self.config._attn_implementation == "sdpa" and length > 1
+
+    def needs_weights(self, kwargs: dict) -> bool:
+        """Whether a call, or else the config, asks for attention weights."""
+        return bool(kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)))
+
 
 @functools.cache
-def _class_like(original: type) -> type:
-    return type(f"TwoLevel{original.__name__}", (ProjectedAttention, original), {})
+def class_like(ours: type, original: type) -> type:
+    """A class of ours whose instances are also the original's, by which transformers finds what to record."""
+    return type(f"TwoLevel{original.__name__}", (ours, original), {})
 
 
 def projected_like(original: nn.Module, *args, **options) -> ProjectedAttention:
-    """A ProjectedAttention that is also an instance of the original's class, by which transformers records weights."""
-    return _class_like(type(original))(original, *args, **options)
+    """A ProjectedAttention of the original's class too."""
+    return class_like(ProjectedAttention, type(original))(original, *args, **options)
 
 
 def probe_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:

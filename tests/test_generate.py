@@ -1,0 +1,179 @@
+"""Unmodified model.generate() of split decoders on real Gloo ranks: the tokens of the stock model."""
+
+import pytest
+import torch
+from harness.calls import mesh
+from harness.decoders import MODELS, pair, prompt
+
+import two_level_mha as tlm
+
+GREEDY = {"max_new_tokens": 50, "do_sample": False, "pad_token_id": 0}
+
+
+def tokens(model, ids, mask=None, seed=3, **options):
+    torch.manual_seed(seed)
+    return model.generate(ids, attention_mask=mask, **(GREEDY | options))
+
+
+def greedy(names, grid, make, options):
+    """Which models give other tokens than stock, with left padding, by the default cache."""
+    ids, keep = prompt()
+    wrong = []
+    for name in names:
+        stock, ours = pair(name, grid, tuple(make.items()), **options)
+        if not torch.equal(tokens(ours, ids, keep), tokens(stock, ids, keep)):
+            wrong.append(name)
+    return wrong
+
+
+def test_greedy(pool):
+    """E. Localises: the cache in single steps, per family: windows that move, padding, positions."""
+    names = ["llama", "mistral", "mixtral", "qwen2", "qwen3 moe", "gemma3"]
+    assert pool.run(greedy, 4, names, (2, 2), {}, {}, timeout=120) == [[]] * 4
+
+
+@pytest.mark.parametrize("name, grid", [("28 heads", (4, 2)), ("2 kv heads", (2, 4)), ("head_dim 512", (1, 8))])
+def test_greedy_past_the_kv_heads(pool, name, grid):
+    """E. Localises: grids of more ranks than key/value heads, or of head counts that 8 does not divide."""
+    assert pool.run(greedy, 8, [name], grid, {}, {}, timeout=120) == [[]] * 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["position", "batch"])
+@pytest.mark.parametrize("grid", [(2, 1), (1, 2), (1, 4), (2, 4), (1, 8), (2, 8)])
+def test_greedy_of_every_family(pool, grid, cache):
+    """E. As test_greedy, when only a family, a grid or a layout fails."""
+    ranks = grid[0] * grid[1]
+    names = [name for name in MODELS if name != "gemma2" and not (grid[0] > 1 and name == "head_dim 512")]
+    assert pool.run(greedy, ranks, names, grid, {}, {"cache": cache}, timeout=580) == [[]] * ranks
+
+
+@pytest.mark.slow
+def test_greedy_of_gemma2(pool):
+    """E. Localises: eager masks in single steps; Gemma 2 has no other attention."""
+    make = {"implementation": "eager", "dtype": torch.float32}
+    for grid in ((2, 2), (1, 4)):
+        assert pool.run(greedy, 4, ["gemma2"], grid, make, {}, timeout=240) == [[]] * 4
+
+
+def continued(model, ids, cache, **options):
+    """Two turns, the second from the cache that the first returned."""
+    first = tokens(model, ids, past_key_values=cache, return_dict_in_generate=True, max_new_tokens=9, **options)
+    more = torch.cat([first.sequences, ids[:, :3]], 1)
+    return tokens(model, more, past_key_values=first.past_key_values, max_new_tokens=9, **options)
+
+
+def assisted(model, ids, cache, name):
+    from harness.decoders import make
+
+    draft = make(name)
+    with torch.no_grad():  # right sometimes
+        for p in draft.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    draft.generation_config.num_assistant_tokens = 4
+    return tokens(model, ids, past_key_values=cache, assistant_model=draft, max_new_tokens=20)
+
+
+MODES = {
+    "sampled": lambda model, ids, keep, cache, name: tokens(
+        model, ids, keep, past_key_values=cache, do_sample=True, top_k=20, max_new_tokens=20
+    ),
+    "beams": lambda model, ids, keep, cache, name: tokens(
+        model, ids, keep, past_key_values=cache, num_beams=3, num_return_sequences=2, max_new_tokens=20
+    ),
+    "assisted": lambda model, ids, keep, cache, name: assisted(model, ids[1:], cache, name),
+    "chunked": lambda model, ids, keep, cache, name: tokens(
+        model, ids[1:], past_key_values=cache, prefill_chunk_size=4, max_new_tokens=20
+    ),
+    "continued": lambda model, ids, keep, cache, name: continued(model, ids[1:], cache),
+}
+
+
+def modes_off(names, grid, modes, layout):
+    """(mode, model, cache) that give other tokens than the stock model, with the default cache and with a KVCache."""
+    ids, keep = prompt()
+    wrong = []
+    for name in names:
+        stock, ours = pair(name, grid, cache=layout)
+        for mode in modes:
+            run, wanted = MODES[mode], None
+            for own in (False, True):
+                cache = tlm.KVCache(ours.config, mesh(grid), layout=layout, max_length=64) if own else None
+                torch.manual_seed(5)
+                got = run(ours, ids, keep, cache, name)
+                if wanted is None:
+                    torch.manual_seed(5)
+                    wanted = run(stock, ids, keep, None, name)
+                if not torch.equal(got, wanted):
+                    wrong.append((mode, name, "KVCache" if own else "default"))
+    return wrong
+
+
+@pytest.mark.parametrize("layout", ["position", "batch"])
+@pytest.mark.parametrize("mode", MODES)
+def test_modes(pool, mode, layout):
+    """E. Localises: what a mode does to a cache: other orders of beams, tokens taken back, chunks, a second turn."""
+    assert pool.run(modes_off, 4, ["gemma3"], (2, 2), [mode], layout, timeout=120) == [[]] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["position", "batch"])
+@pytest.mark.parametrize("grid", [(1, 2), (1, 4), (2, 4), (2, 8)])
+def test_every_mode_on_every_grid(pool, grid, layout):
+    """E. As test_modes, when only a grid or a family fails."""
+    ranks = grid[0] * grid[1]
+    names = ["llama", "qwen2", "qwen3", "gemma3"]
+    assert pool.run(modes_off, ranks, names, grid, list(MODES), layout, timeout=580) == [[]] * ranks
+
+
+def refusals(grid):
+    """What a split decoder says to caches that it cannot take."""
+    from transformers import DynamicCache, QuantizedCache, StaticCache  # noqa: F401
+
+    ids, _ = prompt()
+    stock, ours = pair("llama", grid)
+    filled = DynamicCache(config=stock.config)
+    stock(ids, past_key_values=filled)
+    calls = {
+        "static": lambda: ours(ids, past_key_values=StaticCache(config=ours.config, max_cache_len=32)),
+        "filled": lambda: ours(ids, past_key_values=filled),
+        "another grid": lambda: ours(ids, past_key_values=tlm.KVCache(ours.config, None)),
+        "too long": lambda: ours(ids, past_key_values=tlm.KVCache(ours.config, mesh(grid), max_length=5)),
+        "not split": lambda: stock(ids, past_key_values=tlm.KVCache(ours.config, mesh(grid))),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = "nothing"
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def test_caches_that_are_refused(pool):
+    """Localises: a cache of another kind, which would be used as if it were ours."""
+    parts = {
+        "static": "got a StaticCache with StaticLayer",
+        "filled": "filled by a model that is not split",
+        "another grid": "was made for",
+        "too long": "max_length=5",
+        "not split": "call parallelize(model, mesh) first",
+    }
+    for found in pool.run(refusals, 4, (2, 2)):
+        assert all(parts[name] in message for name, message in found.items()), found
+
+
+def memory(grid, layout):
+    ids, _ = prompt(rows=4)
+    _, ours = pair("llama", grid)
+    cache = tlm.KVCache(ours.config, mesh(grid), layout=layout, max_length=64)
+    tokens(ours, ids, past_key_values=cache, max_new_tokens=4)
+    return cache.nbytes
+
+
+@pytest.mark.parametrize("layout", ["position", "batch"])
+def test_memory_of_a_models_cache(pool, layout):
+    """E. Localises: keys of one layer or rank kept twice."""
+    whole = 3 * 2 * 8 * 4 * 2 * 64 * 8  # layers, K and V, float64, sequences, heads, tokens, head_dim
+    assert pool.run(memory, 4, (2, 2), layout) == [whole // 4] * 4

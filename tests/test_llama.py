@@ -1,0 +1,161 @@
+"""Decoders of the Llama family split over real Gloo ranks, against the stock model: logits, gradients, weights."""
+
+import pytest
+import torch
+from harness.decoders import MODELS, pair, prompt
+
+from two_level_mha.blocks import whole
+
+SDPA = [name for name in MODELS if name != "gemma2"]  # which has "eager" attention only
+EXACT = {"exact": True}
+EAGER = {"implementation": "eager", "dtype": torch.float32}
+SMALL = [name for name in SDPA if name not in ("28 heads", "2 kv heads", "head_dim 512")]
+
+
+def logits_off(names, grid, options, make):
+    """Largest difference of logits by model: left padding and none, in one call, with a cache, and in two steps."""
+    found = {}
+    ids, keep = prompt()
+    for name in names:
+        stock, ours = pair(name, grid, tuple(make.items()), **options)
+        errors = []
+        with torch.no_grad():
+            for ids_, mask in ((ids, keep), (ids[1:], None)):
+                for use_cache in (False, True):
+                    a, b = (model(ids_, attention_mask=mask, use_cache=use_cache).logits for model in (stock, ours))
+                    errors.append(difference(a, b, mask))
+                a, b = (two_steps(model, ids_, mask) for model in (stock, ours))
+                errors.append(difference(a, b, mask))
+        found[name] = errors
+    return found
+
+
+def two_steps(model, ids, mask):
+    first = model(ids[:, :6], attention_mask=None if mask is None else mask[:, :6], use_cache=True)
+    second = model(ids[:, 6:], attention_mask=mask, past_key_values=first.past_key_values)
+    return torch.cat([first.logits, second.logits], 1)
+
+
+def difference(a, b, mask):
+    rows = slice(None) if mask is None else mask.bool()
+    return (a - b)[rows].abs().max().item()
+
+
+def check(found, limit):
+    for per_model in found:
+        for name, errors in per_model.items():
+            assert max(errors) <= limit, (name, errors)
+
+
+@pytest.mark.parametrize("cache", ["position", "batch"])
+def test_logits(pool, cache):
+    """T. Localises: the adapter: norms, rotary, scale, masks and windows, the layers' cache, per family."""
+    found = pool.run(logits_off, 4, SMALL, (2, 2), {"cache": cache}, EXACT, timeout=120)
+    check(found, 1e-10)
+
+
+@pytest.mark.parametrize("name, grid", [("28 heads", (4, 2)), ("2 kv heads", (2, 4)), ("head_dim 512", (1, 8))])
+def test_logits_past_the_kv_heads(pool, name, grid):
+    """T. Localises: grids of more ranks than key/value heads, or of head counts that 8 does not divide."""
+    check(pool.run(logits_off, 8, [name], grid, {}, EXACT, timeout=120), 1e-10)
+
+
+def test_logits_with_the_models_own_norms(pool):
+    """T. Localises: norms that are called with weights of another kind. They round to float32."""
+    check(pool.run(logits_off, 4, ["llama", "qwen3", "gemma3"], (1, 4), {}, {}, timeout=120), 1e-8)
+
+
+def test_logits_of_eager_attention(pool):
+    """Localises: additive masks, soft-cap, and windows of Gemma 2. Eager attention rounds to float32."""
+    names = ["llama", "gemma2", "gemma3"]
+    found = pool.run(logits_off, 4, names, (2, 2), {}, EAGER, timeout=120)
+    check(found, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["auto", "slices", "sequence", "batch", "weights"])
+@pytest.mark.parametrize("grid", [(2, 1), (1, 2), (1, 4), (2, 2), (2, 4), (1, 8), (1, 16), (2, 8)])
+def test_logits_of_every_family_on_every_grid(pool, grid, scheme):
+    """T. As test_logits, when only a grid or a scheme fails."""
+    names = [name for name in SDPA if grid[1] <= 8 or name in ("qwen3", "gemma3", "head_dim 512")]
+    if grid[0] > 1:
+        names.remove("head_dim 512")
+    for cache in ("position", "batch"):
+        options = {"cache": cache, "scheme": scheme}
+        check(pool.run(logits_off, grid[0] * grid[1], names, grid, options, EXACT, timeout=500), 1e-10)
+
+
+def gradients_off(names, grid, use_cache, options):
+    """Largest relative difference of gradients by model, over all parameters."""
+    found = {}
+    ids, keep = prompt()
+    for name in names:
+        models = pair(name, grid, tuple(EXACT.items()), **options)
+        for model in models:
+            model.zero_grad()
+            logits = model(ids, attention_mask=keep, use_cache=use_cache).logits
+            (logits.log_softmax(-1)[..., 3] * keep).sum().backward()
+        stock, ours = models
+        grads = full_gradients(ours)
+        found[name] = [
+            (grads[key] - p.grad).abs().max().item() / max(1.0, p.grad.abs().max().item())
+            for key, p in stock.named_parameters()
+        ]
+    return found
+
+
+def full_gradients(model):
+    """By stock's names and shapes."""
+    from two_level_mha.stock import put, resolve
+
+    found = {}
+    for name, p in model.named_parameters():
+        owner, _, own = name.rpartition(".")
+        names = getattr(model.get_submodule(owner), "stock_names", {})
+        if own in names:
+            put(found, resolve(owner, names[own].key), names[own], whole(p.grad))
+        else:
+            found[name] = p.grad
+    return found
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_gradients(pool, use_cache):
+    """T. Localises: gradients of every parameter of a model, norms and embeddings too, also through a cache."""
+    names = ["llama", "qwen3", "gemma3"]
+    for grid in ((2, 2), (1, 4)):
+        check(pool.run(gradients_off, 4, names, grid, use_cache, {}, timeout=120), 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["position", "batch"])
+@pytest.mark.parametrize("grid", [(2, 1), (1, 2), (2, 4), (2, 8)])
+def test_gradients_of_every_family(pool, grid, cache):
+    """T. As test_gradients, when only a family or a grid fails."""
+    for use_cache in (False, True):
+        names = [name for name in SDPA if name != "head_dim 512"]
+        found = pool.run(gradients_off, grid[0] * grid[1], names, grid, use_cache, {"cache": cache}, timeout=500)
+        check(found, 1e-10)
+
+
+def attentions(grid, name, cache, use_cache):
+    stock, ours = pair(name, grid, tuple(EAGER.items()), cache=cache)
+    ids, keep = prompt()
+    with torch.no_grad():
+        options = {"attention_mask": keep, "output_attentions": True, "use_cache": use_cache}
+        wanted = stock(ids, **options).attentions
+        try:
+            got = ours(ids, **options).attentions
+        except RuntimeError as error:
+            return str(error)
+    assert len(got) == len(wanted) == 3
+    rows = keep[:, None].bool().expand(wanted[0].shape[:-1])
+    return max((a - b)[rows].abs().max().item() for a, b in zip(got, wanted, strict=True))
+
+
+def test_attention_weights(pool):
+    """Localises: recording of weights, by class, or weights that would come back empty."""
+    for grid, cache, use_cache in (((2, 2), "position", False), ((1, 4), "batch", True)):
+        assert max(pool.run(attentions, 4, grid, "llama", cache, use_cache)) <= 1e-5
+    for message in pool.run(attentions, 4, (2, 2), "llama", "position", True):
+        assert "use_cache=False" in message

@@ -1,0 +1,146 @@
+"""Our KV cache where a transformers model wants one of its own."""
+
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    get_layer_types_and_kwargs,
+)
+
+from two_level_mha.cache import CacheLayer, KVCache
+from two_level_mha.masks import UsageRuntimeError
+from two_level_mha.mesh import GridError, Place
+
+_WINDOWED = {"full_attention": False, "sliding_attention": True}
+
+
+class ModelCacheLayer(CacheLayer, CacheLayerMixin):
+    """A CacheLayer under transformers' names. It reports the lengths of the whole, which its attention knows to split;
+    `keys` and `values` stay None, since no rank holds them.
+    """
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, place: Place, layout: str, *, max_length: int | None = None, window: int | None = None) -> None:
+        CacheLayerMixin.__init__(self)
+        CacheLayer.__init__(self, place, layout, max_length=max_length, window=window)
+
+    @property
+    def is_sliding(self) -> bool:
+        return self.window is not None
+
+    @property
+    def sliding_window(self) -> int | None:
+        return self.window
+
+    @property
+    def record_past(self) -> bool:
+        return self.recording
+
+    @record_past.setter
+    def record_past(self, recording: bool) -> None:
+        self.recording = recording
+
+    def activate_past_recording(self) -> None:
+        self.recording = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Memory is made by the first append."""
+
+    def update(self, *args, **kwargs):
+        raise UsageRuntimeError(
+            "this KV cache is split over a grid, and the attention that was given it is not: call parallelize(model, "
+            "mesh) first"
+        )
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length - self.first_key + query_length, self.first_key
+
+    def get_max_length(self) -> int:
+        known = [x for x in (self.window, self.max_length) if x is not None]
+        return min(known, default=-1)
+
+    def reset(self) -> None:
+        CacheLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise UsageRuntimeError(
+                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}; see transformers' Cache.crop"
+            )
+        self.rewind(-tokens_to_remove)
+        self.trim()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.repeat_interleave(repeats)
+
+    def offload(self) -> None:
+        raise UsageRuntimeError("a KV cache that is split over a grid cannot be offloaded")
+
+
+class ModelCache(KVCache, Cache):
+    """A KVCache that transformers takes as past_key_values; made by KVCache(config, mesh)."""
+
+    layer_class = ModelCacheLayer
+
+    def __init__(self, config, mesh, **options) -> None:
+        KVCache.__init__(self, config, mesh, **options)
+        Cache.__init__(self, layers=self.layers)
+
+    def windows_of(self, config, place: Place) -> list[int | None]:
+        config = config.get_text_config(decoder=True)
+        kinds, options = get_layer_types_and_kwargs(config)
+        for layer, kind in enumerate(kinds):
+            if kind not in _WINDOWED:
+                raise GridError(
+                    f"layer {layer} of {type(config).__name__} is of type {kind!r}, which a KV cache on a grid does "
+                    f"not keep; supported: {', '.join(_WINDOWED)}"
+                )
+        heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        place.grid.check(heads, heads, _head_dim(config))
+        return [options[i].get("sliding_window") if _WINDOWED[kind] else None for i, kind in enumerate(kinds)]
+
+    reset = Cache.reset
+
+
+def _head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def split_layer(cache: Cache, index: int, place: Place, layout: str) -> ModelCacheLayer:
+    """Layer `index` of the cache that attention was called with, ours in place of transformers' own empty one.
+
+    Raises GridError for a cache of another kind, one that was filled elsewhere, or one of another grid.
+    """
+    if isinstance(cache, Cache) and cache.layer_class_to_replicate is DynamicLayer and not cache.offloading:
+        while len(cache.layers) <= index:
+            cache.layers.append(DynamicLayer())
+    layer = cache.layers[index] if isinstance(cache, Cache) and index < len(cache.layers) else None
+    if isinstance(layer, ModelCacheLayer):
+        if layer.place != place:
+            raise GridError(f"the KV cache was made for {layer.place.grid}, the attention is on {place.grid}")
+        return layer
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or cache.offloading:
+        kind = type(cache).__name__ if layer is None else f"{type(cache).__name__} with {type(layer).__name__}"
+        raise GridError(
+            f"past_key_values must be None, a DynamicCache or a two_level_mha.KVCache, got a {kind}"
+            + (" that offloads" if getattr(cache, "offloading", False) else "")
+        )
+    if layer.get_seq_length():
+        raise GridError("past_key_values was filled by a model that is not split: fill it again by this one")
+    ours = ModelCacheLayer(place, layout, window=layer.sliding_window if layer.is_sliding else None)
+    ours.recording = getattr(layer, "record_past", False)
+    cache.layers[index] = ours
+    return ours

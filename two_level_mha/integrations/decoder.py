@@ -1,0 +1,168 @@
+"""transformers' decoder attention with rotary position_embeddings: Llama, Mistral, Qwen, Gemma and their shape."""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import DynamicCache
+
+from two_level_mha.integrations.cache import split_layer
+from two_level_mha.integrations.projected import ProjectedAttention, class_like
+from two_level_mha.masks import UsageRuntimeError
+from two_level_mha.mesh import GridError
+
+NORMS = ("q_norm", "k_norm")
+
+
+class DecoderAttention(ProjectedAttention):
+    """Called as transformers calls such a module; attention, cache and output projection on the grid.
+
+    hidden_states (B, L, D); position_embeddings: cos and sin (B or 1, L, rotary width); attention_mask: None, bool
+    with True = attend ("sdpa") or additive ("eager"), (B, 1 or h, L, S), S counting the cache's kept tokens. A window
+    is in the mask. None: all keys for one query, else those up to its position. past_key_values: a DynamicCache, whose
+    empty layer becomes one of ours, or a KVCache. Norms of queries and keys, and the rotary function, are the model's.
+    Weights (B, h, L, S) with output_attentions, but not from a cache by position: a rank sees only some of the keys.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        projections: dict[str, nn.Linear],
+        paths: dict[str, str],
+        mesh: DeviceMesh | None,
+        *,
+        cache: str,
+        **options,
+    ) -> None:
+        super().__init__(original, projections, paths, mesh, **options)
+        self.layer_idx, self.cache_layout = original.layer_idx, cache
+        self.softcap = getattr(original, "attn_logit_softcapping", None) or 0.0
+        self.rotary = _rotary(original)
+        for name in NORMS:
+            norm = getattr(original, name, None)
+            if norm is not None:
+                self.add_module(name, _per_head(norm, name, self.head_dim))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        B, L, _ = hidden_states.shape
+        need_weights = self.needs_weights(kwargs)
+        layer, call = None, {}
+        if past_key_values is not None:
+            if self.scheme == "independent":
+                raise UsageRuntimeError("scheme 'independent' takes no cache: call with use_cache=False")
+            layer = split_layer(past_key_values, self.layer_idx, self.place, self.cache_layout)
+            call = layer.begin(B, L)
+            if need_weights and layer.layout == "position":
+                raise UsageRuntimeError(
+                    "output_attentions needs all keys of a query on one rank, which a cache by position has not: call "
+                    'with use_cache=False, or parallelize with cache="batch"'
+                )
+        if self.compares():
+            inputs = {"hidden_states": hidden_states, "attention_mask": attention_mask}
+            self.compare(inputs, {"training": self.training, "tokens in the cache": call.get("position")})
+
+        def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, deal) -> tuple[Tensor, Tensor, Tensor]:
+            for_q, for_k = deal([x.unsqueeze(1) for x in position_embeddings])
+            q_BHLd, k_BKSd = self._normed(q_BHLd, k_BKSd)
+            q_BHLd = self.rotary(q_BHLd, q_BHLd[:, :0], *(x.squeeze(1) for x in for_q))[0]
+            k_BKSd = self.rotary(k_BKSd[:, :0], k_BKSd, *(x.squeeze(1) for x in for_k))[1]
+            return (q_BHLd, k_BKSd, v) if layer is None else (q_BHLd, *layer.append(k_BKSd, v, L))
+
+        causal = self.causal_without_mask(kwargs, L) if attention_mask is None else None
+        if need_weights and attention_mask is not None and attention_mask.dtype == torch.bool:
+            attention_mask = additive(attention_mask, hidden_states.dtype)  # a padded row must not become NaN
+        return self.attend(
+            hidden_states,
+            hidden_states,
+            hidden_states,
+            attn_mask=attention_mask,
+            scale=self.scaling,
+            causal=call.get("position", 0) if causal else None,
+            softcap=self.softcap,
+            dropout_p=self.dropout.p if self.training else 0.0,
+            need_weights=need_weights,
+            average_attn_weights=False,
+            between=between,
+            **call,
+        )
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Norms over head_dim; each rank uses the whole weights for its own rows and heads."""
+        norms = [getattr(self, name, None) for name in NORMS]
+        if norms == [None, None]:
+            return q, k
+        owned = [dict(norm.named_parameters()) if norm is not None else {} for norm in norms]
+        shared = iter(self.replicated([p for parameters in owned for p in parameters.values()]))
+        out = []
+        for x, norm, parameters in zip((q, k), norms, owned, strict=True):
+            parameters = {name: next(shared) for name in parameters}
+            out.append(x if norm is None else torch.func.functional_call(norm, parameters, (x,)))
+        return tuple(out)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask (True = attend) as "eager" attention has it."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _rotary(original: nn.Module):
+    """The rotary function of the model's own module."""
+    module = sys.modules[type(original).__module__]
+    found = getattr(module, "apply_rotary_pos_emb", None)
+    if found is None:
+        raise GridError(f"{module.__name__} has no apply_rotary_pos_emb, which its attention would be rotated by")
+    return found
+
+
+def _per_head(norm: nn.Module, name: str, head_dim: int) -> nn.Module:
+    for part, p in norm.named_parameters():
+        if tuple(p.shape) != (head_dim,):
+            raise GridError(
+                f"{name}.{part} has shape {tuple(p.shape)}: only norms of each head, ({head_dim},), are supported"
+            )
+    return norm
+
+
+def decoder_like(original: nn.Module, *args, **options) -> DecoderAttention:
+    """A DecoderAttention of the original's class too."""
+    return class_like(DecoderAttention, type(original))(original, *args, **options)
+
+
+def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
+    """Two sequences, one padded on the left: all at once, then with a cache in two steps, then without a mask."""
+    width = _rotary_width(original)
+    x_BLD = torch.randn(2, 6, original.q_proj.in_features, dtype=dtype)
+    cos_BLd, sin_BLd = torch.randn(2, 2, 6, width, dtype=dtype)
+    keep = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6).clone()
+    keep[1, ..., :2] = False
+    keep[1, :, :2, 0] = True  # no row without a key: what it gives is not defined
+    cache = DynamicCache()
+
+    def call(first: int, end: int, mask: Tensor | None, past) -> tuple[tuple, dict]:
+        rows = slice(first, end)
+        if mask is not None:
+            mask = mask[:, :, rows, :end]
+            if original.config._attn_implementation == "eager":
+                mask = additive(mask, dtype)
+        return (x_BLD[:, rows],), {
+            "position_embeddings": (cos_BLd[:, rows], sin_BLd[:, rows]),
+            "attention_mask": mask,
+            "past_key_values": past,
+        }
+
+    return [call(0, 6, keep, None), call(0, 4, keep, cache), call(4, 6, keep, cache), call(0, 6, None, None)]
+
+
+def _rotary_width(original: nn.Module) -> int:
+    config = original.config
+    parameters = getattr(config, "rope_parameters", None) or {}
+    share = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    return int(original.head_dim * share)
