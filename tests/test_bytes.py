@@ -110,12 +110,12 @@ def input_gradient(case, n, m):
     return found + (summed(mask, n, m) if mask else 0)
 
 
-def call_of(case, n, m, **more):
-    """The call as the C++ table takes it."""
+def call_of(case, n, m, position=0, **more):
+    """The call as the C++ table takes it, after `position` tokens whose keys are in a cache."""
     call = _C.Call(
         B=case.batch,
         L=case.length,
-        S=case.all_keys,
+        S=position + case.all_keys,
         H=case.heads // n,
         K=case.kv_heads // n,
         d=case.head_dim,
@@ -134,6 +134,7 @@ def call_of(case, n, m, **more):
         "bias": case.bias,
         "bias_kv": case.extra_keys,
         "mask_elements": case.heads * case.length * case.all_keys if case.mask == "bias" else 0,
+        "position": position,
         "training": True,
     }
     for name, value in (fields | more).items():
@@ -141,27 +142,31 @@ def call_of(case, n, m, **more):
     return call
 
 
-def table(scheme, call):
-    """{axis: (bytes, collectives)} of the C++ table, forward and backward."""
-    found = []
-    for rows in _C.traffic(scheme, call).values():
-        axes = {}
-        for row in rows:
-            size, count = axes.get(row["axis"], (0, 0))
-            axes[row["axis"]] = (size + row["bytes"] + row["bias_bytes"], count + row["collectives"])
-        found.append(axes)
-    return found
+def by_axis(sent, n, m):
+    """{axis: (bytes, collectives)}; a grid with one axis has one group."""
+    axes = {}
+    for axis, size, count in sent:
+        axis = "grid" if 1 in (n, m) else axis
+        total_size, total_count = axes.get(axis, (0, 0))
+        axes[axis] = (total_size + size, total_count + count)
+    return axes
 
 
-def recorded(record, groups):
-    """The same of what a rank was seen to send, and the dtypes that travelled."""
+def table(scheme, call, m):
+    """What the C++ table says by axis, forward and backward."""
+    return [
+        by_axis([(r["axis"], r["bytes"] + r["bias_bytes"], r["collectives"]) for r in rows], call.n, m)
+        for rows in _C.traffic(scheme, call).values()
+    ]
+
+
+def recorded(record, groups, n, m):
+    """What a rank was seen to send by axis, forward and backward."""
     names = dict(zip(groups, ("slice", "head", "grid"), strict=True))
-    found = [{}, {}]
-    for call in record.calls:
-        axes, axis = found[call.backward], names[call.group]
-        size, count = axes.get(axis, (0, 0))
-        axes[axis] = (size + call.sent, count + 1)
-    return found, {call.dtype for call in record.calls}
+    return [
+        by_axis([(names[c.group], c.sent, 1) for c in record.calls if c.backward == backward], n, m)
+        for backward in (False, True)
+    ]
 
 
 def total(axes):
@@ -177,7 +182,7 @@ def sent(n, m, cases):
         with record_collectives() as record:
             y = run(case, at, leaf, mask, seed)
             (y * weight).sum().backward()
-        found.append(recorded(record, at.arguments[1:]))
+        found.append((recorded(record, at.arguments[1:], n, m), {call.dtype for call in record.calls}))
     return found
 
 
@@ -207,7 +212,7 @@ def test_bytes_are_the_table(pool, grid):
     cases = cases_for(n, m)
     for rank, per_case in enumerate(pool.run(sent, n * m, n, m, cases, timeout=240)):
         for case, ((forward, backward), _) in zip(cases, per_case, strict=True):
-            assert [forward, backward] == table(case.scheme, call_of(case, n, m)), (rank, case)
+            assert [forward, backward] == table(case.scheme, call_of(case, n, m), m), (rank, case)
             around = exchanged(case, n, m) + biases(case, n, m)
             size = case.dtype.itemsize
             assert total(forward) == size * (around + combined(case, n, m)), ("forward", rank, case)
@@ -245,7 +250,7 @@ def test_sums_travel_in_reduce_dtype(pool):
     for per_case in pool.run(sent, 4, 2, 2, cases):
         for case, (found, dtypes) in zip(cases, per_case, strict=True):
             assert dtypes == {torch.bfloat16, torch.float32}
-            assert found == table(case.scheme, call_of(case, 2, 2)), case
+            assert found == table(case.scheme, call_of(case, 2, 2), 2), case
 
 
 WIDTHS = {"kdim": 6, "vdim": 14}
@@ -264,7 +269,7 @@ def with_weights(n, m, cases):
             with record_collectives() as record:
                 y, weights = layer(query, key, value, average_attn_weights=average)
                 (y.sum() + weights.square().sum()).backward()
-        found.append((recorded(record, layer.place.groups)[0], tuple(weights.shape)))
+        found.append((recorded(record, layer.place.groups, n, m), tuple(weights.shape)))
     return found
 
 
@@ -282,7 +287,7 @@ def test_attention_weights_and_other_widths(pool, grid):
     for per_case in pool.run(with_weights, n * m, n, m, cases, timeout=240):
         for (case, average), (found, shape) in zip(cases, per_case, strict=True):
             call = call_of(case, n, m, key_dim=WIDTHS["kdim"], value_dim=WIDTHS["vdim"], weights=1 if average else 2)
-            assert found == table(case.scheme, call), (case, average)
+            assert found == table(case.scheme, call, m), (case, average)
             heads = h * (m if case.scheme == "independent" else 1)
             assert shape == ((case.batch, L, S) if average else (case.batch, heads, L, S))
 
@@ -311,7 +316,7 @@ def decoded(n, m, cases):
                 )  # fmt: skip
                 if training:
                     y.sum().backward()
-            passes.append(recorded(record, at.arguments[1:])[0])
+            passes.append(recorded(record, at.arguments[1:], n, m))
         found.append(passes)
     return found
 
@@ -330,11 +335,11 @@ def test_decode_with_a_cache(pool, grid):
     ]
     for per_case in pool.run(decoded, n * m, n, m, cases, timeout=240):
         for (case, position, cache), (inference, training) in zip(cases, per_case, strict=True):
-            call = call_of(case, n, m, S=position + case.length, position=position, training=False)
-            forward, backward = table(cache, call)
+            call = call_of(case, n, m, position, training=False)
+            forward, backward = table(cache, call, m)
             assert inference == [forward, {}], (case, position, cache)
             call.training = True
-            forward, backward = table(cache, call)
+            forward, backward = table(cache, call, m)
             assert training == [forward, backward], (case, position, cache)
             # r = (m - 1) / m of q, k, v and o, and each partial o's logsumexp
             B, L, H, d, r = case.batch, case.length, case.heads // n, case.head_dim, Fraction(m - 1, m)
