@@ -8,6 +8,7 @@ from two_level_mha.cache import KVCache  # noqa: E402
 from two_level_mha.checkpoint import full_state_dict  # noqa: E402
 from two_level_mha.convert import parallelize  # noqa: E402
 from two_level_mha.decoder import Rotary, TwoLevelAttention  # noqa: E402
+from two_level_mha.loading import load_pretrained  # noqa: E402
 from two_level_mha.mesh import Grid, GridError, init_mesh  # noqa: E402
 from two_level_mha.multihead import TwoLevelMultiheadAttention  # noqa: E402
 from two_level_mha.plan import plan  # noqa: E402
@@ -24,6 +25,7 @@ __all__ = [
     "clip_grad_norm_",
     "full_state_dict",
     "init_mesh",
+    "load_pretrained",
     "parallelize",
     "param_groups",
     "plan",

@@ -16,6 +16,8 @@ _MODULES = {
     "WeightConverter": "transformers.core_model_loading",
     "WeightRenaming": "transformers.core_model_loading",
     "rename_source_key": "transformers.core_model_loading",
+    "dot_natural_key": "transformers.core_model_loading",
+    "SkipParameters": "transformers.core_model_loading",
     "LoadStateDictConfig": "transformers.modeling_utils",
     "LoadStateDictInfo": "transformers.utils.loading_report",
 }

@@ -1,0 +1,289 @@
+"""load_pretrained: a split model is filled from safetensors, and every rank reads only its rows.
+
+transformers' own reader does it: it takes a state dict of anything that can be indexed, and indexes it by the
+placements of the model's DTensors. Ours are given to it under our names, in our shapes, by StockSlice.
+"""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from two_level_mha.integrations.private import pretrained_models, private, private_method
+from two_level_mha.layer import GridAttention
+from two_level_mha.mesh import GridError, same_on_all_ranks
+from two_level_mha.stock import StockTensor, resolve
+
+_NAMED = 8  # tensors in one sentence of an error
+
+
+class Slice:
+    """A tensor of a file, read when indexed, into memory of its own: nothing keeps the mapped file alive."""
+
+    def __init__(self, source, device: torch.device) -> None:
+        self.source, self.device = source, device
+
+    def get_shape(self) -> list[int]:
+        return self.source.get_shape()
+
+    def get_dtype(self) -> str:
+        return self.source.get_dtype()
+
+    def __getitem__(self, index) -> Tensor:
+        x = self.source[index]
+        return x.clone() if self.device.type == "cpu" else x
+
+
+class StockSlice(Slice):
+    """A parameter of a split attention inside a tensor of a file: heads and head_dim apart, read when indexed."""
+
+    def __init__(self, source, device: torch.device, stock: StockTensor) -> None:
+        super().__init__(source, device)
+        self.stock = stock
+
+    def get_shape(self) -> list[int]:
+        return list(self.stock.own)
+
+    def __getitem__(self, index) -> Tensor:
+        index = (index,) if not isinstance(index, tuple) else index
+        index = (slice(None),) * len(self.stock.own) if index == (Ellipsis,) else index
+        asked = [range(*part.indices(n)) for part, n in zip(index, self.stock.own, strict=True)]
+        dims = self._stock_dims()
+        pieces: list[list[slice]] = [[]]
+        joined = 0
+        for dim, own_dims in enumerate(dims):
+            ranges = _flat_ranges([asked[i] for i in own_dims], [self.stock.own[i] for i in own_dims])
+            offset = self.stock.start if dim == self.stock.dim else 0
+            slices = [slice(offset + first, offset + last) for first, last in ranges]
+            joined = dim if len(slices) > 1 else joined
+            pieces = [[*piece, part] for piece in pieces for part in slices]
+        read = [self.source[tuple(piece)] for piece in pieces]
+        x = torch.cat(read, joined) if len(read) > 1 else read[0]
+        x = (x.t() if self.stock.transposed else x).reshape([len(part) for part in asked])
+        return x.clone(memory_format=torch.contiguous_format) if self.device.type == "cpu" else x
+
+    def _stock_dims(self) -> list[list[int]]:
+        """For each dim of the stock tensor the dims of ours that it holds, outer first."""
+        shape = list(self.stock.shape)
+        shape[self.stock.dim] = self.stock.size
+        dims, own = [], 0
+        for size in reversed(shape) if self.stock.transposed else shape:
+            held: list[int] = []
+            while math.prod(self.stock.own[i] for i in held) != size:
+                held.append(own)
+                own += 1
+            dims.append(held)
+        dims[-1] += range(own, len(self.stock.own))  # of size 1
+        return dims[::-1] if self.stock.transposed else dims
+
+
+def _flat_ranges(asked: list[range], sizes: list[int]) -> list[tuple[int, int]]:
+    """The ranges of a flattened index that hold a block of its parts."""
+    ranges = [(0, 1)]
+    for part, size in zip(asked, sizes, strict=True):
+        if len(part) == size:
+            ranges = [(first * size, last * size) for first, last in ranges]
+        else:
+            ranges = [
+                (i * size + part.start, i * size + part.stop) for first, last in ranges for i in range(first, last)
+            ]
+    return ranges
+
+
+def load_pretrained(model: nn.Module, path: str | Path) -> nn.Module:
+    """Fills a parallelized transformers model, in place, from the safetensors files in directory `path`; returns it.
+
+    The model may be on meta (then it comes to the mesh's device) or hold weights. Every rank reads only what it keeps.
+    Names, conversions (fused experts, renamed keys), tied weights, buffers outside the files and the dtype, which is
+    the model's, are transformers' work, as in from_pretrained; so are eval() and generation_config at the end.
+
+    Raises GridError, on every rank and before any weight changes, that names tensors which are missing, of another
+    shape or not the model's, and conversions that would touch a split projection.
+    """
+    problem, parts = None, pretrained_models(model)
+    if list(parts) != [""]:
+        problem = GridError(f"load_pretrained takes a transformers model, got {type(model).__name__}")
+    grid = next((module.mesh for module in model.modules() if isinstance(module, GridAttention)), None)
+    try:
+        if problem:
+            raise problem
+        checkpoint = _Checkpoint(model, Path(path), _device(model))
+        checkpoint.check()
+        shapes = checkpoint.shapes
+    except GridError as error:
+        problem, shapes = error, None
+    fields = {"refusal": problem, "the names and shapes in the checkpoint": shapes}
+    same_on_all_ranks(fields, grid, "give every rank the same files")
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    checkpoint.load()
+    for name, p in model.named_parameters():
+        p.requires_grad_(trained[name])
+    model.eval()
+    if model.can_generate():
+        own = (Path(path) / "generation_config.json").is_file()
+        other = {} if own else {"config_file_name": "config.json", "_from_model_config": True}
+        model.generation_config = type(model.generation_config).from_pretrained(str(path), **other)
+    return model
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the model is; on meta: where its mesh is."""
+    for p in model.parameters():
+        local = p._local_tensor if isinstance(p, DTensor) else p
+        if not local.is_meta:
+            return local.device
+    kinds = {p.device_mesh.device_type for p in model.parameters() if isinstance(p, DTensor)} or {"cpu"}
+    (kind,) = kinds
+    return torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device(kind)
+
+
+def _files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    absent = [name for name in names if not (path / name).is_file()]
+    if absent:
+        raise GridError(f"{path} has no {', '.join(absent)}: load_pretrained reads a directory of safetensors files")
+    return [path / name for name in names]
+
+
+class _Checkpoint:
+    """The tensors of a directory, and what they are in a model."""
+
+    def __init__(self, model: nn.Module, path: Path, device: torch.device) -> None:
+        from safetensors import safe_open
+
+        self.model, self.path, self.device = model, path, device
+        files = [safe_open(file, framework="pt", device="cpu") for file in _files(path)]
+        self.sources = {key: file.get_slice(key) for file in files for key in file.keys()}  # noqa: SIM118
+        self.shapes = {key: tuple(source.get_shape()) for key, source in self.sources.items()}
+        self.mapping = private("get_model_conversion_mapping")(model)
+        self.expected = {name: tuple(x.shape) for name, x in model.state_dict(keep_vars=True).items()}
+        self.ours: dict[str, list[tuple[str, StockTensor]]] = {}  # stock key -> our parameters that it holds
+        for name, module in model.named_modules():
+            for own, stock in module.stock_names.items() if isinstance(module, GridAttention) else ():
+                if module._parameters[own] is not None:
+                    del self.expected[f"{name}.{own}"]
+                    self.ours.setdefault(resolve(name, stock.key), []).append((f"{name}.{own}", stock))
+        self.targets = {key: self._target(key) for key in self.sources}
+
+    def _target(self, key: str) -> tuple[str, str | None]:
+        """The name that transformers' reader gives to a key of the files, and the pattern of its converter."""
+        rename, names = private("rename_source_key"), dict.fromkeys([*self.expected, *self.ours], True)
+        renamings = [one for one in self.mapping if isinstance(one, private("WeightRenaming"))]
+        name, pattern = rename(key, renamings, self._converters(), self.model.base_model_prefix, names)
+        if name not in names and key in names:
+            name, pattern = rename(key, [], [], self.model.base_model_prefix, names)
+        return name, pattern
+
+    def _converters(self) -> list:
+        return [one for one in self.mapping if isinstance(one, private("WeightConverter"))]
+
+    def check(self) -> None:
+        """Raises GridError if a tensor is missing, extra or of another shape, or a converter meets a projection.
+
+        What a converter makes is known by running it on meta tensors of the files' shapes.
+        """
+        converters = {pattern: one for one in self._converters() for pattern in one.source_patterns}
+        running: dict[str, object] = {}  # target -> a converter of its own, as the reader makes them
+        found: dict[str, tuple[int, ...]] = {}
+        unexpected: list[str] = []
+        for key in sorted(self.targets, key=private("dot_natural_key")):
+            name, pattern = self.targets[key]
+            if pattern is not None:
+                first, *others = converters[pattern].target_patterns
+                made = [name, *(name.replace(first, other) for other in others)]
+                if touched := [one for one in made if one in self.ours]:
+                    raise GridError(
+                        f"{self.path}: transformers converts {key} to {', '.join(touched)}, which is split here and "
+                        "read as it is stored: load the checkpoint into the unsplit model, write that by "
+                        "save_pretrained, and load the result"
+                    )
+                if name in self.expected:
+                    running.setdefault(name, copy.deepcopy(converters[pattern]))
+                    meta = torch.empty(self.shapes[key], device="meta")
+                    running[name].add_tensor(name, key, pattern, lambda meta=meta: meta)
+                    continue
+            elif name in self.expected or name in self.ours:
+                found[name] = self.shapes[key]
+                continue
+            unexpected.append(name)
+        info = self._info(unexpected)
+        for name, converter in running.items():
+            try:
+                made = converter.convert(name, model=self.model, config=self.model.config, loading_info=info)
+            except private("SkipParameters"):
+                continue
+            for one, x in made.items():
+                found[one] = tuple((x[0] if isinstance(x, list) else x).shape)
+        self._complain(found, info)
+
+    def _info(self, unexpected: list[str]):
+        return private("LoadStateDictInfo")(
+            missing_keys=set(), unexpected_keys=set(unexpected), mismatched_keys=set(), error_msgs=[],
+            conversion_errors={}, skipped_pp_keys=set(),
+        )  # fmt: skip
+
+    def _complain(self, found: dict[str, tuple[int, ...]], info) -> None:
+        shapes = self.expected | {key: entries[0][1].shape for key, entries in self.ours.items()}
+        tied = self.model.all_tied_weights_keys
+        groups = {name: {source, *(one for one, of in tied.items() if of == source)} for name, source in tied.items()}
+        groups |= {source: groups[name] for name, source in tied.items()}
+        missing = {name for name in shapes if not found.keys() & groups.get(name, {name})}
+        info.missing_keys |= missing
+        private_method(self.model, "_adjust_missing_and_unexpected_keys")(info)  # what the model says to ignore
+        parameters = {name for name, _ in self.model.named_parameters()} | self.ours.keys()
+        missing = (missing & parameters) | info.missing_keys  # an ignored parameter would be random on every rank
+        wrong = [
+            f"{name} is {_shape(shape)} and should be {_shape(shapes[name])}"
+            for name, shape in found.items()
+            if name in shapes and shape != shapes[name]
+        ]
+        extra = info.unexpected_keys | found.keys() - shapes.keys()
+        for what, names in (
+            ("has no", missing),
+            ("has tensors that the model has not:", extra),
+            ("has another shape:", wrong),
+            ("cannot be converted:", info.conversion_errors.keys()),
+        ):
+            if names:
+                raise GridError(f"{self.path} {what} {_some(names)}; nothing was loaded")
+
+    def load(self) -> None:
+        """Lets transformers fill the model."""
+        state: dict[str, Slice] = {}
+        for key, source in self.sources.items():
+            entries = self.ours.get(self.targets[key][0])
+            if entries is None:
+                state[key] = Slice(source, self.device)
+            else:
+                state |= {name: StockSlice(source, self.device, stock) for name, stock in entries}
+        for module in self.model.modules():  # or buffers that the files have not are not made again
+            vars(module).pop("_is_hf_initialized", None)
+        dtype = self.model.dtype
+        config = private("LoadStateDictConfig")(
+            pretrained_model_name_or_path=str(self.path),
+            device_map={"": self.device},
+            dtype=dtype,
+            dtype_plan=private_method(self.model, "_get_dtype_plan")(dtype),
+            weight_mapping=private("get_model_conversion_mapping")(self.model),
+        )
+        info, _ = private_method(self.model, "_load_pretrained_model")(self.model, state, None, config)
+        private_method(self.model, "_finalize_model_loading")(self.model, config, info)
+        left = (info.missing_keys, info.mismatched_keys, info.conversion_errors, info.error_msgs)
+        assert not any(left), f"what was checked is not what was read: {left}"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def _some(names) -> str:
+    names = sorted(names)
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
