@@ -55,7 +55,7 @@ class ForwardPass {
         : query(pass.p_.block_rows * pass.width_),
           weights(pass.p_.block_rows * pass.p_.block_keys),
           scores(pass.p_.block_rows * pass.p_.block_keys),
-          mask(pass.p_.mask.defined() ? pass.p_.block_rows * pass.p_.block_keys : 0),
+          mask(pass.p_.block_keys),
           slope(pass.p_.block_keys),
           out(pass.p_.block_rows * pass.width_v_),
           running(pass.p_.block_rows) {}
@@ -82,21 +82,27 @@ class ForwardPass {
     const Range seen = p_.keys_of(Range{first, first + rows});
     for (int64_t j = seen.begin / p_.block_keys; j * p_.block_keys < seen.end; ++j) {
       const int64_t key = j * p_.block_keys, n = std::min(p_.block_keys, p_.S - key), n_padded = padded(n);
-      if (p_.mask.defined() && !p_.mask.load(batch, h, first, rows, key, n, scratch.mask, n_padded)) continue;
+      if (p_.mask.defined() && !p_.mask.any(batch, h, first, rows, key, n)) continue;
       const int64_t packed = (packed_head * p_.key_blocks() + j) * p_.block_keys;
       gemm<C>(rows, n_padded, width_, scratch.query, keys_ + packed * width_, scratch.scores, false);
-      for (int64_t r = 0; r < rows; ++r) step(scratch, batch, h, first, r, key, n);
+      const float* bias = nullptr;
+      for (int64_t r = 0; r < rows; ++r) {
+        if (p_.mask.defined() && (r == 0 || !p_.mask.one_row()))
+          bias = p_.mask.row(batch, h, first + r, key, n, scratch.mask);
+        step(scratch, batch, h, first, r, key, n, bias);
+      }
       gemm<C>(rows, width_v_, n_padded, scratch.weights, values_ + packed * width_v_, scratch.out, true);
     }
     finish(scratch, batch, h, first, rows);
   }
 
   // One row of a block: scores to weights.
-  void step(Scratch& scratch, int64_t batch, int64_t h, int64_t first, int64_t r, int64_t key, int64_t n) {
+  void step(Scratch& scratch, int64_t batch, int64_t h, int64_t first, int64_t r, int64_t key, int64_t n,
+            const float* bias) {
     const int64_t at = r * padded(n), row = first + r;
     C* weights = scratch.weights + at;
-    const float factor = block_weights(p_, row, key, n, scratch.scores + at, scratch.mask + at, scratch.slope,
-                                       scratch.running[r], weights);
+    const float factor =
+        block_weights(p_, row, key, n, scratch.scores + at, bias, scratch.slope, scratch.running[r], weights);
     if (factor != 1.f) scale_row(scratch.out + r * width_v_, width_v_, factor, scratch.out + r * width_v_);
     if (!p_.dropout) return;
     const DropoutRow random = p_.dropout_of(batch, h, row);

@@ -181,8 +181,10 @@ class BackwardPass {
     for (int64_t first = seen.begin / p_.block_rows * p_.block_rows; first < seen.end;
          first += p_.block_rows) {
       const int64_t r = std::min(p_.block_rows, p_.L - first), r_padded = padded(r);
-      if (p_.mask.defined() && !p_.mask.load_transposed(batch, h, first, r, key, n, scratch.mask, r_padded))
-        continue;
+      if (p_.mask.defined()) {
+        if (!p_.mask.any(batch, h, first, r, key, n)) continue;
+        p_.mask.load_transposed(batch, h, first, r, key, n, scratch.mask, r_padded);
+      }
       gemm<C>(n, r_padded, width_, scratch.key, scratch.query_t + first * width_, scratch.scores, false);
       gemm<C>(n, r_padded, width_v_, scratch.value, scratch.grad_t + first * width_v_, scratch.grad_weights,
               false);
@@ -210,9 +212,7 @@ class BackwardPass {
     if (seen.empty()) return;
     float *scores = scratch.scores + y * ld + begin, *grad_weights = scratch.grad_weights + y * ld + begin;
     const float* delta = scratch.delta + seen.begin;
-    if (p_.natural)
-      natural_scores(scores, count, p_.scale, p_.softcap,
-                     p_.mask.defined() ? scratch.mask + y * ld + begin : nullptr, scratch.slope);
+    p_.make_natural(scores, count, scratch.slope);
     if (p_.dropout) {
       keep_bits(scratch.low + seen.begin, scratch.high + seen.begin, count, key + y, p_.threshold,
                 scratch.kept);
@@ -222,7 +222,8 @@ class BackwardPass {
       through_softcap(grad_weights, delta, scratch.slope, count);
       delta = scratch.zeros;
     }
-    softmax_grad(scores, grad_weights, scratch.logsumexp + seen.begin, delta, count, p_.unit_log2(),
+    const Bias bias = p_.bias(p_.mask.defined() ? scratch.mask + y * ld : nullptr, begin);
+    softmax_grad(scores, bias, grad_weights, scratch.logsumexp + seen.begin, delta, count, p_.unit_log2(),
                  weights + begin, grad_scores + begin);
     if (p_.dropout) drop_rows(weights + begin, count, scratch.kept.data());
   }

@@ -64,7 +64,7 @@ class DecodePass {
           scores_t(kChunk * pass.rows_),
           scores(kChunk * pass.rows_),
           weights(kChunk * pass.rows_),
-          mask(pass.p_.mask.defined() ? kChunk * pass.rows_ : 0),
+          mask(kChunk),
           slope(kChunk) {}
   };
 
@@ -79,13 +79,16 @@ class DecodePass {
     const int64_t first = seen_.begin + stretch * kStretch, end = std::min(first + kStretch, seen_.end);
     for (int64_t key = first; key < end; key += kChunk) {
       const int64_t n = std::min(kChunk, end - key);
-      if (p_.mask.defined() && !load_mask(scratch, batch, kv_head, key, n)) continue;
+      if (p_.mask.defined() && !any_visible(batch, kv_head, key, n)) continue;
       const Rows<const float> keys = wide_rows(k_, batch, kv_head, key, n, p_.D, scratch.keys);
       multiply_keys(scratch, keys, n);
       for (int64_t r = 0; r < rows_; ++r) {
         const int64_t at = r * padded(n);
-        const float factor = block_weights(p_, r % p_.L, key, n, scratch.scores + at, scratch.mask + at,
-                                           scratch.slope, sums[r], scratch.weights + at);
+        const float* bias = p_.mask.defined() ? p_.mask.row(batch, kv_head * p_.group + r / p_.L, r % p_.L,
+                                                            key, n, scratch.mask)
+                                              : nullptr;
+        const float factor = block_weights(p_, r % p_.L, key, n, scratch.scores + at, bias, scratch.slope,
+                                           sums[r], scratch.weights + at);
         if (factor != 1.f) scale_row(out + r * p_.Dv, p_.Dv, factor, out + r * p_.Dv);
       }
       const Rows<const float> values = wide_rows(v_, batch, kv_head, key, n, p_.Dv, scratch.values);
@@ -123,12 +126,10 @@ class DecodePass {
     }
   }
 
-  bool load_mask(Scratch& scratch, int64_t batch, int64_t kv_head, int64_t key, int64_t n) {
-    bool any = false;
+  bool any_visible(int64_t batch, int64_t kv_head, int64_t key, int64_t n) {
     for (int64_t member = 0; member < p_.group; ++member)
-      any |= p_.mask.load(batch, kv_head * p_.group + member, 0, p_.L, key, n,
-                          scratch.mask + member * p_.L * padded(n), padded(n));
-    return any;
+      if (p_.mask.any(batch, kv_head * p_.group + member, 0, p_.L, key, n)) return true;
+    return false;
   }
 
   // n rows of K or V as float, in place if they need neither widening nor padding.

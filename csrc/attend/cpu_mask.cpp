@@ -3,96 +3,103 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
-#include <algorithm>
 #include <limits>
 
-#include "../host_device.h"
 #include "cpu_panels.h"
+#include "cpu_transpose.h"
 
 namespace two_level_mha {
 
 namespace {
 
+constexpr int64_t kAhead = 4;  // rows
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
-constexpr int64_t kTile = 16;
 
-TLM_HOST_DEVICE float bias(bool attend) {
-  return attend ? 0.f : kHidden;
+// A bool, as a byte and by integers, since loops over it vectorise: 1 becomes 0 and 0 becomes -inf.
+TLM_HOST_DEVICE float bias(uint8_t attend) {
+  const uint32_t bits = (attend - 1u) & 0xff800000u;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
 }
 template <class T>
 TLM_HOST_DEVICE float bias(T x) {
   return static_cast<float>(x);
 }
 
-// tile[i * ld + j] = bias(x[i * outer + j * inner]); the caller names the dims so that rows of the tile are
-// j.
 template <class T>
-TLM_HOST_DEVICE bool load_body(const T* x, int64_t outer, int64_t inner, int64_t n, int64_t m, float* tile,
-                               int64_t ld) {
-  int any = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const T* from = x + i * outer;
-    float* to = tile + i * ld;
-    if (inner == 1) {
-#pragma omp simd reduction(| : any)
-      for (int64_t j = 0; j < m; ++j) {
-        to[j] = bias(from[j]);
-        any |= !(to[j] == kHidden);
-      }
-    } else {
-      for (int64_t j = 0; j < m; ++j) {
-        to[j] = bias(from[j * inner]);
-        any |= !(to[j] == kHidden);
-      }
-    }
+TLM_HOST_DEVICE void load_body(const T* x, int64_t stride, int64_t n, float* out) {
+  if (stride == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = bias(x[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = bias(x[i * stride]);
   }
-  return any;
 }
 
-// The same where x is contiguous along i: in tiles, so that both sides keep to their cache lines.
+// tile[i * ld + j] = bias(x[j * stride + i]), i < m, j < n
 template <class T>
-TLM_HOST_DEVICE bool load_across_body(const T* x, int64_t inner, int64_t n, int64_t m, float* tile,
+TLM_HOST_DEVICE void load_tile(const T* x, int64_t stride, int64_t n, int64_t m, float* tile, int64_t ld) {
+  Line lines[kTile];
+  for (int64_t j = 0; j < n; ++j) {
+    float line[kTile] = {};
+    for (int64_t i = 0; i < m; ++i) line[i] = bias(x[j * stride + i]);
+    std::memcpy(&lines[j], line, sizeof(Line));
+  }
+  transpose_tile(lines);
+  for (int64_t i = 0; i < m; ++i) std::memcpy(tile + i * ld, &lines[i], n * sizeof(float));
+}
+
+template <class T>
+TLM_HOST_DEVICE void load_across_body(const T* x, int64_t stride, int64_t rows, int64_t keys, float* tile,
                                       int64_t ld) {
-  int any = 0;
-  for (int64_t first = 0; first < n; first += kTile) {
-    const int64_t last = std::min(first + kTile, n);
-    for (int64_t j = 0; j < m; ++j)
-      for (int64_t i = first; i < last; ++i) {
-        const float value = bias(x[j * inner + i]);
-        tile[i * ld + j] = value;
-        any |= !(value == kHidden);
-      }
-  }
-  return any;
+  for (int64_t j = 0; j < rows; j += kTile)
+    for (int64_t i = 0; i < keys; i += kTile) {
+      const T* from = x + j * stride + i;
+      float* to = tile + i * ld + j;
+      for (int64_t r = kTile; r < 2 * kTile && j + r < rows; ++r) __builtin_prefetch(from + r * stride);
+      if (j + kTile <= rows && i + kTile <= keys)
+        load_tile(from, stride, kTile, kTile, to, ld);
+      else
+        load_tile(from, stride, std::min(kTile, rows - j), std::min(kTile, keys - i), to, ld);
+    }
 }
 
-#define TLM_LOAD(T)                                                                                      \
-  TLM_CLONES bool load_tile(const T* x, int64_t outer, int64_t inner, int64_t n, int64_t m, float* tile, \
-                            int64_t ld) {                                                                \
-    return outer == 1 && inner != 1 ? load_across_body(x, inner, n, m, tile, ld)                         \
-                                    : load_body(x, outer, inner, n, m, tile, ld);                        \
+#define TLM_LOAD(T)                                                                                \
+  TLM_CLONES void load(const T* x, int64_t stride, int64_t n, float* out) {                        \
+    load_body(x, stride, n, out);                                                                  \
+  }                                                                                                \
+  TLM_CLONES void load_across(const T* x, int64_t stride, int64_t rows, int64_t keys, float* tile, \
+                              int64_t ld) {                                                        \
+    load_across_body(x, stride, rows, keys, tile, ld);                                             \
   }
-TLM_LOAD(bool)
+TLM_LOAD(uint8_t)
 TLM_LOAD(float)
 TLM_LOAD(double)
 TLM_LOAD(c10::BFloat16)
 TLM_LOAD(c10::Half)
 #undef TLM_LOAD
 
-bool load_any(at::ScalarType type, const void* x, int64_t outer, int64_t inner, int64_t n, int64_t m,
-              float* tile, int64_t ld) {
+// Calls run(T{}) with the element type of a mask.
+template <class Run>
+auto by_mask_type(at::ScalarType type, const Run& run) {
   switch (type) {
     case at::kBool:
-      return load_tile(static_cast<const bool*>(x), outer, inner, n, m, tile, ld);
+      return run(uint8_t{});
     case at::kFloat:
-      return load_tile(static_cast<const float*>(x), outer, inner, n, m, tile, ld);
+      return run(float{});
     case at::kDouble:
-      return load_tile(static_cast<const double*>(x), outer, inner, n, m, tile, ld);
+      return run(double{});
     case at::kBFloat16:
-      return load_tile(static_cast<const c10::BFloat16*>(x), outer, inner, n, m, tile, ld);
+      return run(c10::BFloat16{});
     default:
-      return load_tile(static_cast<const c10::Half*>(x), outer, inner, n, m, tile, ld);
+      return run(c10::Half{});
   }
+}
+
+template <class T>
+bool hidden(T x) {
+  return bias(x) == kHidden;
 }
 
 }  // namespace
@@ -108,16 +115,39 @@ const void* MaskView::at(int64_t batch, int64_t head, int64_t row, int64_t key) 
   return static_cast<const char*>(data_) + offset * mask_.element_size();
 }
 
-bool MaskView::load(int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t key, int64_t keys,
-                    float* tile, int64_t ld) const {
-  return load_any(mask_.scalar_type(), at(batch, head, row, key), stride_[2], stride_[3], rows, keys, tile,
-                  ld);
+bool MaskView::any(int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t key, int64_t keys) const {
+  if (stride_[2] == 0) rows = 1;
+  if (stride_[3] == 0) keys = 1;
+  return by_mask_type(mask_.scalar_type(), [&](auto element) {
+    const auto* x = static_cast<const decltype(element)*>(at(batch, head, row, key));
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t s = 0; s < keys; ++s)
+        if (!hidden(x[r * stride_[2] + s * stride_[3]])) return true;
+    return false;
+  });
 }
 
-bool MaskView::load_transposed(int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t key,
+const float* MaskView::row(int64_t batch, int64_t head, int64_t row, int64_t key, int64_t keys,
+                           float* buffer) const {
+  const void* data = at(batch, head, row, key);
+  // Pieces of far apart rows: no hardware sees what is next.
+  if (stride_[3] == 1 && row + kAhead < mask_.size(2))
+    for (int64_t byte = 0; byte < keys * mask_.element_size(); byte += 64)
+      __builtin_prefetch(static_cast<const char*>(at(batch, head, row + kAhead, key)) + byte);
+  if (mask_.scalar_type() == at::kFloat && stride_[3] == 1) return static_cast<const float*>(data);
+  by_mask_type(mask_.scalar_type(), [&](auto element) {
+    load(static_cast<const decltype(element)*>(data), stride_[3], keys, buffer);
+  });
+  return buffer;
+}
+
+void MaskView::load_transposed(int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t key,
                                int64_t keys, float* tile, int64_t ld) const {
-  return load_any(mask_.scalar_type(), at(batch, head, row, key), stride_[3], stride_[2], keys, rows, tile,
-                  ld);
+  by_mask_type(mask_.scalar_type(), [&](auto element) {
+    const auto* x = static_cast<const decltype(element)*>(at(batch, head, row, key));
+    if (stride_[3] == 1 && stride_[2] != 0) return load_across(x, stride_[2], rows, keys, tile, ld);
+    for (int64_t s = 0; s < keys; ++s) load(x + s * stride_[3], stride_[2], rows, tile + s * ld);
+  });
 }
 
 }  // namespace two_level_mha

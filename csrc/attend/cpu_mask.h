@@ -1,4 +1,4 @@
-// The attention mask, read block by block as float32: 0 or -inf for bool, the bias for floating point.
+// The attention mask, read as float32 biases: 0 or -inf for bool, the bias itself for floating point.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,13 +10,14 @@ class MaskView {
   explicit MaskView(const at::Tensor& mask);  // undefined, or 4-D with sizes of 1 that broadcast
 
   bool defined() const { return data_ != nullptr; }
+  bool one_row() const { return stride_[2] == 0; }  // whether all rows of a head are alike
 
-  // Rows row .. row + rows against keys key .. key + keys as tile[r * ld + s]. Returns whether any is
-  // visible.
-  bool load(int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t key, int64_t keys, float* tile,
-            int64_t ld) const;
-  // The same as tile[s * ld + r].
-  bool load_transposed(int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t key, int64_t keys,
+  // Whether any of rows row .. row + rows sees any of keys key .. key + keys.
+  bool any(int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t key, int64_t keys) const;
+  // One row against keys key .. key + keys: where it is, or in the buffer.
+  const float* row(int64_t batch, int64_t head, int64_t row, int64_t key, int64_t keys, float* buffer) const;
+  // Rows row .. row + rows against keys key .. key + keys as tile[s * ld + r].
+  void load_transposed(int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t key, int64_t keys,
                        float* tile, int64_t ld) const;
 
  private:

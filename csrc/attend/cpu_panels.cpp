@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "../host_device.h"
+#include "cpu_transpose.h"
 
 namespace two_level_mha {
 
@@ -13,14 +13,8 @@ using c10::Half;
 
 namespace {
 
-constexpr int64_t kTile = 16;  // of a transpose: a cache line of 32-bit words
-
-// out[k * columns + c] = x[c * width + k]
-TLM_CLONES void transpose_words(const uint32_t* x, int64_t width, int64_t n, uint32_t* out, int64_t columns) {
-  for (int64_t first = 0; first < width; first += kTile)
-    for (int64_t c = 0; c < n; ++c)
-      for (int64_t k = first; k < std::min(first + kTile, width); ++k)
-        out[k * columns + c] = x[c * width + k];
+TLM_CLONES void transpose(const uint32_t* x, int64_t n, int64_t width, uint32_t* out, int64_t ld) {
+  transpose_words(x, width, n, width, out, ld);
 }
 
 TLM_CLONES void interleave(const uint16_t* even, const uint16_t* odd, int64_t n, uint32_t* out) {
@@ -50,16 +44,8 @@ void pack_transposed_words(const C* x, int64_t n, int64_t n_padded, int64_t widt
   const int64_t words = width * sizeof(C) / sizeof(uint32_t);
   if (n < n_padded) std::memset(static_cast<void*>(out), 0, n_padded * width * sizeof(C));
   for (int64_t c = 0; c < n; c += kPanel)
-    transpose_words(reinterpret_cast<const uint32_t*>(x + c * width), words, std::min(kPanel, n - c),
-                    reinterpret_cast<uint32_t*>(out + c * width), std::min(kPanel, n_padded - c));
-}
-
-// out[k * n + r] = x[r * width + k]
-template <class C>
-TLM_HOST_DEVICE void transpose_body(const C* x, int64_t n, int64_t width, C* out) {
-  for (int64_t first = 0; first < width; first += kTile)
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t k = first; k < std::min(first + kTile, width); ++k) out[k * n + r] = x[r * width + k];
+    transpose(reinterpret_cast<const uint32_t*>(x + c * width), std::min(kPanel, n - c), words,
+              reinterpret_cast<uint32_t*>(out + c * width), std::min(kPanel, n_padded - c));
 }
 
 }  // namespace
@@ -120,12 +106,14 @@ void pack(const BFloat16* x, int64_t n, int64_t width, BFloat16* out) {
   }
 }
 
-TLM_CLONES void transpose(const float* x, int64_t n, int64_t width, float* out) {
-  transpose_body(x, n, width, out);
+void transpose(const float* x, int64_t n, int64_t width, float* out) {
+  transpose(reinterpret_cast<const uint32_t*>(x), n, width, reinterpret_cast<uint32_t*>(out), n);
 }
 
 TLM_CLONES void transpose(const BFloat16* x, int64_t n, int64_t width, BFloat16* out) {
-  transpose_body(reinterpret_cast<const uint16_t*>(x), n, width, reinterpret_cast<uint16_t*>(out));
+  for (int64_t first = 0; first < width; first += kTile)
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t k = first; k < std::min(first + kTile, width); ++k) out[k * n + r] = x[r * width + k];
 }
 
 }  // namespace two_level_mha

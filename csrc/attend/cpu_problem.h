@@ -39,25 +39,34 @@ struct Problem {
   Range rows_of(int64_t key) const { return params.rows_of(key, L); }
   Range rows_of(Range keys) const { return {rows_of(keys.begin).begin, rows_of(keys.end - 1).end}; }
 
+  // Raw products to natural scores, but for what adding a bias does.
+  void make_natural(float* scores, int64_t n, float* slope) const {
+    if (softcap > 0.f)
+      cap_scores(scores, n, scale, softcap, slope);
+    else if (natural && !mask.defined())
+      scale_row(scores, n, scale, scores);
+  }
+  Bias bias(const float* row, int64_t first) const {
+    return {row ? row + first : nullptr, softcap > 0.f ? 1.f : scale};
+  }
+
   DropoutRow dropout_of(int64_t batch, int64_t head, int64_t row) const {
     return dropout_row(seed, params.origin[0] + batch, params.origin[1] + head, params.origin[2] + row);
   }
 };
 
-// One row of a block of raw scores, keys key .. key + n, to weights padded with zeros; `mask` is read where
-// the call has one. Returns what earlier results of the row must be multiplied by.
+// One row of a block of raw scores, keys key .. key + n, to weights padded with zeros. `bias` is its row of
+// the mask, null without one. Returns what earlier results of the row must be multiplied by.
 template <class C>
-float block_weights(const Problem& p, int64_t row, int64_t key, int64_t n, float* scores, const float* mask,
+float block_weights(const Problem& p, int64_t row, int64_t key, int64_t n, float* scores, const float* bias,
                     float* slope, RunningSoftmax& running, C* weights) {
   const Range seen = p.keys_of(row).within({key, key + n});
   const int64_t begin = seen.begin - key, end = seen.end - key, count = end - begin;
   std::memset(static_cast<void*>(weights), 0, begin * sizeof(C));
   std::memset(static_cast<void*>(weights + end), 0, (padded(n) - end) * sizeof(C));
   if (seen.empty()) return 1.f;
-  if (p.natural)
-    natural_scores(scores + begin, count, p.scale, p.softcap, p.mask.defined() ? mask + begin : nullptr,
-                   slope);
-  return softmax_step(scores + begin, count, p.unit_log2(), running, weights + begin);
+  p.make_natural(scores + begin, count, slope);
+  return softmax_step(scores + begin, p.bias(bias, begin), count, p.unit_log2(), running, weights + begin);
 }
 
 // Rows of one head of a 4-D tensor.

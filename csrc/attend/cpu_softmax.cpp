@@ -54,10 +54,20 @@ TLM_HOST_DEVICE void store(BFloat16* x, int64_t i, float value) {
 }
 
 template <class C>
-TLM_HOST_DEVICE float softmax_step_body(const float* s, int64_t n, float c, RunningSoftmax& running, C* p) {
+TLM_HOST_DEVICE float softmax_step_body(float* s, Bias mask, int64_t n, float c, RunningSoftmax& running,
+                                        C* p) {
   float max = running.max, sum = 0.f;
+  if (const float* bias = mask.bias) {
 #pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < n; ++i) max = s[i] > max ? s[i] : max;
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = s[i] * mask.scale + bias[i];
+      s[i] = x;
+      max = x > max ? x : max;
+    }
+  } else {
+#pragma omp simd reduction(max : max)
+    for (int64_t i = 0; i < n; ++i) max = s[i] > max ? s[i] : max;
+  }
   const float shift = max == -kInfinity ? 0.f : max;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
@@ -73,13 +83,22 @@ TLM_HOST_DEVICE float softmax_step_body(const float* s, int64_t n, float c, Runn
 }
 
 template <class C>
-TLM_HOST_DEVICE void softmax_grad_body(const float* s, const float* dp, const float* logsumexp,
+TLM_HOST_DEVICE void softmax_grad_body(const float* s, Bias mask, const float* dp, const float* logsumexp,
                                        const float* delta, int64_t n, float c, C* p, C* ds) {
+  if (const float* bias = mask.bias) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float e = exp2_fast((s[i] - logsumexp[i]) * c);
-    store(p, i, e);
-    store(ds, i, e * (dp[i] - delta[i]));
+    for (int64_t i = 0; i < n; ++i) {
+      const float e = exp2_fast((s[i] * mask.scale + bias[i] - logsumexp[i]) * c);
+      store(p, i, e);
+      store(ds, i, e * (dp[i] - delta[i]));
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const float e = exp2_fast((s[i] - logsumexp[i]) * c);
+      store(p, i, e);
+      store(ds, i, e * (dp[i] - delta[i]));
+    }
   }
 }
 
@@ -92,7 +111,7 @@ float dot_by_element(const T* a, const T* b, int64_t n) {
 
 }  // namespace
 
-TLM_CLONES static void cap_scores(float* s, int64_t n, float scale, float softcap, float* slope) {
+TLM_CLONES void cap_scores(float* s, int64_t n, float scale, float softcap, float* slope) {
   const float inner = scale / softcap;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
@@ -102,35 +121,22 @@ TLM_CLONES static void cap_scores(float* s, int64_t n, float scale, float softca
   }
 }
 
-TLM_CLONES static void scale_and_add(float* s, int64_t n, float scale, const float* bias) {
-  for (int64_t i = 0; i < n; ++i) s[i] = s[i] * scale + bias[i];
+TLM_CLONES float softmax_step(float* s, Bias mask, int64_t n, float c, RunningSoftmax& running, float* p) {
+  return softmax_step_body(s, mask, n, c, running, p);
 }
 
-void natural_scores(float* s, int64_t n, float scale, float softcap, const float* bias, float* slope) {
-  if (softcap > 0.f) cap_scores(s, n, scale, softcap, slope);
-  if (softcap > 0.f) scale = 1.f;
-  if (bias)
-    scale_and_add(s, n, scale, bias);
-  else if (scale != 1.f)
-    scale_row(s, n, scale, s);
+TLM_CLONES float softmax_step(float* s, Bias mask, int64_t n, float c, RunningSoftmax& running, BFloat16* p) {
+  return softmax_step_body(s, mask, n, c, running, p);
 }
 
-TLM_CLONES float softmax_step(const float* s, int64_t n, float c, RunningSoftmax& running, float* p) {
-  return softmax_step_body(s, n, c, running, p);
+TLM_CLONES void softmax_grad(const float* s, Bias mask, const float* dp, const float* logsumexp,
+                             const float* delta, int64_t n, float c, float* p, float* ds) {
+  softmax_grad_body(s, mask, dp, logsumexp, delta, n, c, p, ds);
 }
 
-TLM_CLONES float softmax_step(const float* s, int64_t n, float c, RunningSoftmax& running, BFloat16* p) {
-  return softmax_step_body(s, n, c, running, p);
-}
-
-TLM_CLONES void softmax_grad(const float* s, const float* dp, const float* logsumexp, const float* delta,
-                             int64_t n, float c, float* p, float* ds) {
-  softmax_grad_body(s, dp, logsumexp, delta, n, c, p, ds);
-}
-
-TLM_CLONES void softmax_grad(const float* s, const float* dp, const float* logsumexp, const float* delta,
-                             int64_t n, float c, BFloat16* p, BFloat16* ds) {
-  softmax_grad_body(s, dp, logsumexp, delta, n, c, p, ds);
+TLM_CLONES void softmax_grad(const float* s, Bias mask, const float* dp, const float* logsumexp,
+                             const float* delta, int64_t n, float c, BFloat16* p, BFloat16* ds) {
+  softmax_grad_body(s, mask, dp, logsumexp, delta, n, c, p, ds);
 }
 
 TLM_CLONES void through_softcap(float* dp, const float* delta, const float* slope, int64_t n) {

@@ -15,20 +15,25 @@ struct RunningSoftmax {
   float logsumexp(float unit) const { return max * unit + std::log(sum); }  // max is in units of raw scores
 };
 
-// Raw products to natural scores: s = softcap(scale * s) + bias, softcap == 0 for none, bias null for none.
-// Where `slope` is given it receives the derivative of the soft cap.
-void natural_scores(float* s, int64_t n, float scale, float softcap, const float* bias, float* slope);
+// Where a row of the mask is given, scores are raw products still: x = s * scale + bias. Else x = s.
+struct Bias {
+  const float* bias = nullptr;
+  float scale = 1.f;
+};
 
-// p = exp(unit * s - max), where unit * log(2) == c, updates the running max (in units of s) and sum, and
-// returns what earlier results must be multiplied by. A row of -inf gives p = 0.
-float softmax_step(const float* s, int64_t n, float c, RunningSoftmax& running, float* p);
-float softmax_step(const float* s, int64_t n, float c, RunningSoftmax& running, c10::BFloat16* p);
+// s = softcap * tanh(scale * s / softcap), and the derivative of that.
+void cap_scores(float* s, int64_t n, float scale, float softcap, float* slope);
 
-// p = exp2(c * (s - logsumexp)) and ds = p * (dp - delta)
-void softmax_grad(const float* s, const float* dp, const float* logsumexp, const float* delta, int64_t n,
-                  float c, float* p, float* ds);
-void softmax_grad(const float* s, const float* dp, const float* logsumexp, const float* delta, int64_t n,
-                  float c, c10::BFloat16* p, c10::BFloat16* ds);
+// p = exp2(c * (x - max)); updates the running max (in units of x) and sum, and returns what earlier results
+// must be multiplied by. A row of -inf gives p = 0. s is overwritten.
+float softmax_step(float* s, Bias mask, int64_t n, float c, RunningSoftmax& running, float* p);
+float softmax_step(float* s, Bias mask, int64_t n, float c, RunningSoftmax& running, c10::BFloat16* p);
+
+// p = exp2(c * (x - logsumexp)) and ds = p * (dp - delta)
+void softmax_grad(const float* s, Bias mask, const float* dp, const float* logsumexp, const float* delta,
+                  int64_t n, float c, float* p, float* ds);
+void softmax_grad(const float* s, Bias mask, const float* dp, const float* logsumexp, const float* delta,
+                  int64_t n, float c, c10::BFloat16* p, c10::BFloat16* ds);
 
 // dp = (dp - delta) * slope
 void through_softcap(float* dp, const float* delta, const float* slope, int64_t n);
