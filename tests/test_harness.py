@@ -5,6 +5,7 @@ A failure here makes every distributed test's verdict doubtful.
 import os
 import time
 
+import harness.pool
 import pytest
 import torch
 import torch.distributed as dist
@@ -149,3 +150,14 @@ def test_sixteen_ranks_start_soon_and_leave_nothing():
     own.close()
     assert not any(alive(pid) for pid in [launcher, *(result[2] for result in results)])
     assert seconds < 30, seconds  # about 3 s on two idle cores
+
+
+def test_a_launcher_that_is_late_is_replaced(monkeypatch):
+    """Localises: what a machine too busy to import in time leaves behind."""
+    own = Pool()
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.pool, "START_TIMEOUT", 0.0)
+        with pytest.raises(RankFailure, match="the launcher does not answer"):
+            own.run(who_am_i, 1, 0)
+    assert len(own.run(who_am_i, 1, 0)) == 1
+    own.close()

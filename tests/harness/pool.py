@@ -202,7 +202,14 @@ class Pool:
             stderr=(Path(self.directory.name) / "launcher.log").open("w"),
         )
         theirs.close()
-        self._reply(deadline)
+        try:
+            self._reply(deadline)
+        except RankFailure:  # or its late answer would be taken for the next one's
+            self.launcher.kill()
+            self.launcher.wait()
+            self.launcher = None
+            self.control.close()
+            raise
 
     def _reply(self, deadline: float) -> dict:
         self.control.settimeout(max(0.1, deadline - time.monotonic()))
