@@ -326,7 +326,10 @@ def _probe(one: Found, options: dict) -> None:
     where, known = f"{one.name} ({type(one.module).__name__})", one.family.name
     original, *copies = random_copy([one.module, *one.projections.values()])
     projections = dict(zip(one.projections, copies, strict=True))
-    ours = one.family.new(original, projections, None, options).eval()
+    try:
+        ours = one.family.new(original, projections, None, options).eval()
+    except GridError as error:
+        raise GridError(f"{where} is not supported: {error}") from None
     calls = []  # twice the same: a cache in them is written to
     for _ in range(2):
         torch.manual_seed(1)
@@ -340,7 +343,12 @@ def _probe(one: Found, options: dict) -> None:
             raise GridError(
                 f"{where} has the structure of {known} attention, but cannot be called like it: {error!r}"
             ) from error
-        got = ours(*our_args, **our_kwargs)[0]
+        try:
+            got = ours(*our_args, **our_kwargs)[0]
+        except Exception as error:
+            raise GridError(
+                f"{where} has the structure of {known} attention, but its parts do not work like it: {error!r}"
+            ) from error
         difference = (expected - got).abs().max().item() if expected.shape == got.shape else float("inf")
         if not difference <= 1e-6 * expected.abs().max().item():  # some take the softmax in float32
             raise GridError(

@@ -36,6 +36,8 @@ class DecoderAttention(ProjectedAttention):
         **options,
     ) -> None:
         super().__init__(original, projections, paths, mesh, **options)
+        if self.scheme == "independent":
+            raise GridError("scheme 'independent' has no KV cache, with which such a model is called; take an exact one")
         self.layer_idx, self.cache_layout = original.layer_idx, cache
         self.softcap = getattr(original, "attn_logit_softcapping", None) or 0.0
         self.rotary = _rotary(original)
@@ -56,8 +58,6 @@ class DecoderAttention(ProjectedAttention):
         need_weights = self.needs_weights(kwargs)
         layer, call = None, {}
         if past_key_values is not None:
-            if self.scheme == "independent":
-                raise UsageRuntimeError("scheme 'independent' takes no cache: call with use_cache=False")
             layer = split_layer(past_key_values, self.layer_idx, self.place, self.cache_layout)
             call = layer.begin(B, L)
             if need_weights and layer.layout == "position":

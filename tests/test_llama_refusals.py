@@ -1,0 +1,63 @@
+"""Decoders that look like the Llama family and do something else are refused by name, before anything is changed."""
+
+import pytest
+import torch
+from harness.decoders import BASE
+
+import two_level_mha as tlm
+
+transformers = pytest.importorskip("transformers")
+
+REFUSED = {
+    "attention sinks": ("GptOssConfig", {}, "has a parameter that Llama attention has not: sinks"),
+    "norms over all heads": ("Olmo2Config", {}, r"q_norm.weight has shape \(32,\): only norms of each head"),
+    "rotary of a part, elsewhere": ("StableLmConfig", {}, "its parts do not work like it"),
+    "another rotary": ("Llama4TextConfig", {}, "has no apply_rotary_pos_emb"),
+    "layers without rotary": ("SmolLM3Config", {"num_hidden_layers": 4}, "differ from it by"),
+    "packed projections": ("Phi3Config", {}, "looks like attention of a structure that is not supported"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(case):
+    """Localises: structure that is taken for the whole truth."""
+    kind, options, message = REFUSED[case]
+    config = getattr(transformers, kind)(**(BASE | options))
+    implementation = "eager" if kind == "GptOssConfig" else "sdpa"
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(tlm.GridError, match=r"(?s)self_attn \(\w+\).*" + message):
+        tlm.parallelize(model, None, rest=False)
+    assert before == {name: type(module) for name, module in model.named_modules()}
+
+
+def test_arguments():
+    """Localises: options that a decoder cannot follow, and a config that a cache cannot."""
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**BASE))
+    with pytest.raises(tlm.GridError, match="cache must be one of position, batch, got 'rows'"):
+        tlm.parallelize(model, None, cache="rows")
+    with pytest.raises(tlm.GridError, match=r"self_attn \(LlamaAttention\) .* scheme 'independent' has no KV cache"):
+        tlm.parallelize(model, None, scheme="independent")
+    chunked = transformers.Llama4TextConfig(**BASE)
+    with pytest.raises(tlm.GridError, match="layer 0 of Llama4TextConfig is of type 'chunked_attention'"):
+        tlm.KVCache(chunked, None)
+
+
+def test_what_the_original_had_stays_readable():
+    """Localises: attributes that a model's code reads off its attention, its class, and positions of the layers."""
+    config = transformers.Gemma3TextConfig(**BASE, head_dim=16, layer_types=["sliding_attention"] * 3)
+    stock = transformers.AutoModelForCausalLM.from_config(config).model.layers[1].self_attn
+    ours = tlm.parallelize(torch.nn.ModuleList([stock]), None, rest=False)[0]
+    assert ours is not stock and isinstance(ours, type(stock))
+    for name in ("layer_idx", "head_dim", "is_sliding", "sliding_window", "num_key_value_groups", "scaling", "config"):
+        assert getattr(ours, name) == getattr(stock, name), name
+
+
+def test_the_core_needs_no_transformers():
+    """Localises: an import of transformers where a user of plain modules has none."""
+    import subprocess
+    import sys
+
+    program = "import sys; sys.modules['transformers'] = None; import two_level_mha as tlm; " \
+              "tlm.KVCache(dict(num_layers=1, num_kv_heads=2, head_dim=8), None)"  # fmt: skip
+    subprocess.run([sys.executable, "-c", program], check=True)
