@@ -4,9 +4,11 @@ transformers' own reader does it: it takes a state dict of anything that can be 
 placements of the model's DTensors. Ours are given to it under our names, in our shapes, by StockSlice.
 """
 
+import contextlib
 import copy
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -264,8 +266,12 @@ class _Checkpoint:
                 state[key] = Slice(source, self.device)
             else:
                 state |= {name: StockSlice(source, self.device, stock) for name, stock in entries}
-        for module in self.model.modules():  # or buffers that the files have not are not made again
+        for (
+            module
+        ) in self.model.modules():  # ours are complete; in others buffers that the files have not are made again
             vars(module).pop("_is_hf_initialized", None)
+            if isinstance(module, GridAttention):
+                module._is_hf_initialized = True
         dtype = self.model.dtype
         config = private("LoadStateDictConfig")(
             pretrained_model_name_or_path=str(self.path),
@@ -274,10 +280,24 @@ class _Checkpoint:
             dtype_plan=private_method(self.model, "_get_dtype_plan")(dtype),
             weight_mapping=private("get_model_conversion_mapping")(self.model),
         )
-        info, _ = private_method(self.model, "_load_pretrained_model")(self.model, state, None, config)
+        with _one_after_the_other():
+            info, _ = private_method(self.model, "_load_pretrained_model")(self.model, state, None, config)
         private_method(self.model, "_finalize_model_loading")(self.model, config, info)
         left = (info.missing_keys, info.mismatched_keys, info.conversion_errors, info.error_msgs)
         assert not any(left), f"what was checked is not what was read: {left}"
+
+
+@contextlib.contextmanager
+def _one_after_the_other():
+    """Keeps transformers' reader from reading ahead: what it reads early waits in memory, up to a second share."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ |= {} if before is None else {name: before}
 
 
 def _shape(shape: tuple[int, ...]) -> str:
