@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -25,6 +26,18 @@ def interleaved_ms(functions: dict[str, Callable[[], object]], repeats: int) -> 
             if repeat:  # the first round warms up
                 times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(of_one) for name, of_one in times.items()}
+
+
+def peak_mib(function: Callable[[], object]) -> float:
+    """How far the resident memory of this process rises above its present size while the function runs (Linux)."""
+
+    def status(field: str) -> float:
+        return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before
 
 
 def cpu_info() -> dict[str, str]:
@@ -69,9 +82,11 @@ def run_cases(
     line: Callable[[dict], str],
     repeats: int,
 ) -> None:
-    """A benchmark's command line: runs the cases it asks for, prints a line for each, writes results/NAME.json."""
+    """A benchmark's command line: runs the cases it asks for and prints a line for each. results/NAME.json is written
+    by a whole run only, so that it comes from one machine, one commit and one run.
+    """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--case", default="", help="run only the cases whose name contains this")
+    parser.add_argument("--case", default="", help="run only the cases whose name contains this, write nothing")
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -82,4 +97,5 @@ def run_cases(
         if args.case in case_name:
             rows.append(run(case, args.repeats))
             print(line(rows[-1]), flush=True)
-    print(write_results(name, rows))
+    if not args.case:
+        print(write_results(name, rows))

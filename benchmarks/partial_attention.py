@@ -1,24 +1,32 @@
-"""The attention op on the CPU against stock: scaled_dot_product_attention, and the same with V padded by
-zeros to the width of Q and K. The ratio is that of the faster of the two to ours; the floor is what it must
-reach.
+"""The attention op on the CPU: against scaled_dot_product_attention, and what features and memory cost.
 
     python benchmarks/partial_attention.py [--case TEXT] [--repeats N] [--threads N]
+
+A ratio with a floor is how many times faster ours is than stock (for d_v < d_qk than the faster of stock and stock
+with V padded by zeros); a ratio with a limit is what a feature costs, our time with it over that without.
+Letters: L queries, S keys, h query heads, k KV heads.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import interleaved_ms, run_cases
+from common import interleaved_ms, peak_mib, run_cases
 
 import two_level_mha  # noqa: F401 (registers the ops)
 
 attend = torch.ops.two_level_mha.partial_attention
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+KIND = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+PASSES = {False: "forward", True: "forward+backward"}
 
 
 class Case(NamedTuple):
+    """Sizes of a call against stock, and how many times faster it must be."""
+
     dtype: torch.dtype
     d_qk: int
     d_v: int
@@ -26,13 +34,16 @@ class Case(NamedTuple):
     backward: bool
     floor: float
     length: int = 2048
+    keys: int | None = None
     heads: int = 8
+    kv_heads: int | None = None
 
     def name(self) -> str:
-        kind = "bf16" if self.dtype == torch.bfloat16 else "fp32"
-        mask = "causal" if self.causal else "full"
-        passes = "forward+backward" if self.backward else "forward"
-        return f"{kind} ({self.d_qk},{self.d_v}) L={self.length} h={self.heads} {mask} {passes}"
+        kind, mask = KIND[self.dtype], "causal" if self.causal else "full"
+        sizes = f"({self.d_qk},{self.d_v}) L={self.length} h={self.heads}"
+        if self.keys:
+            return f"decode {kind} {sizes} S={self.keys} k={self.kv_heads}"
+        return f"{kind} {sizes} {mask} {PASSES[self.backward]}"
 
 
 # (d_qk, d_v): fp32 floors of forward full, causal, forward+backward full, causal; bf16 of forward and of both
@@ -45,21 +56,23 @@ FLOORS = {
     (512, 512): (1.0, 1.0, 1.0, 1.0, 1.5, 1.4),
 }
 
+# One token of one sequence: query heads, KV heads, floors in fp32 and bf16
+DECODE = ((8, 1, 3.0, 8.0), (1, 1, 1.2, 1.2), (8, 8, 1.0, 1.0))
 
-def cases() -> list[Case]:
+
+def against_stock() -> list[Case]:
     found = []
-    for (d_qk, d_v), (full, causal, both_full, both_causal, half, half_both) in FLOORS.items():
-        fp32 = {
-            (False, False): full,
-            (True, False): causal,
-            (False, True): both_full,
-            (True, True): both_causal,
-        }
-        for (is_causal, backward), floor in fp32.items():
-            found.append(Case(torch.float32, d_qk, d_v, is_causal, backward, floor))
-            found.append(Case(torch.bfloat16, d_qk, d_v, is_causal, backward, half_both if backward else half))
-    found.append(Case(torch.float32, 64, 64, False, False, 1.0, length=128, heads=4))
-    found.append(Case(torch.float32, 64, 64, False, True, 1.0, length=128, heads=4))
+    for widths, (full, causal, both_full, both_causal, half, half_both) in FLOORS.items():
+        floors = {(False, False): full, (True, False): causal, (False, True): both_full, (True, True): both_causal}
+        for (is_causal, backward), floor in floors.items():
+            found.append(Case(torch.float32, *widths, is_causal, backward, floor))
+            found.append(Case(torch.bfloat16, *widths, is_causal, backward, half_both if backward else half))
+    for backward in (False, True):
+        found.append(Case(torch.float32, 64, 64, False, backward, 1.0, length=128, heads=4))
+    for heads, kv_heads, *floors in DECODE:
+        for dtype, floor in zip(KIND, floors, strict=True):
+            sizes = {"length": 1, "keys": 32768, "heads": heads, "kv_heads": kv_heads}
+            found.append(Case(dtype, 128, 128, False, False, floor, **sizes))
     return found
 
 
@@ -68,11 +81,11 @@ def ours(case, q, k, v):
 
 
 def stock(case, q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def padded(case, q, k, v):
-    wide = F.pad(v, (0, max(case.d_qk - case.d_v, 0)))
+    wide = F.pad(v, (0, case.d_qk - case.d_v))
     return F.scaled_dot_product_attention(q, k, wide, is_causal=case.causal)[..., : case.d_v]
 
 
@@ -80,11 +93,12 @@ def relative(x, y):
     return ((x.double() - y.double()).norm() / y.double().norm()).item()
 
 
-def run(case: Case, repeats: int) -> dict:
-    """Verifies ours against stock, then times all three."""
-    q, k, v, g = (
-        torch.randn(1, case.heads, case.length, d).to(case.dtype) for d in (case.d_qk, case.d_qk, case.d_v, case.d_v)
-    )
+def run_against_stock(case: Case, repeats: int) -> dict:
+    """Verifies ours against stock, then times all of them."""
+    kv_heads, keys = case.kv_heads or case.heads, case.keys or case.length
+    q = torch.randn(1, case.heads, case.length, case.d_qk).to(case.dtype)
+    k, v = (torch.randn(1, kv_heads, keys, d).to(case.dtype) for d in (case.d_qk, case.d_v))
+    g = torch.randn(1, case.heads, case.length, case.d_v).to(case.dtype)
     inputs = [x.requires_grad_(case.backward) for x in (q, k, v)]
 
     def call(function):
@@ -97,29 +111,118 @@ def run(case: Case, repeats: int) -> dict:
         if not error < 2 * TOLERANCE[case.dtype]:
             raise SystemExit(f"{case.name()}: relative error {error:.1e}")
     if case.length < 1024:  # short ones vary more and cost less
-        repeats *= max(1, math.isqrt(2048 // case.length) * 5)
-    functions = {f.__name__: lambda f=f: call(f) for f in (ours, stock, padded)}
-    ms = interleaved_ms(functions, repeats)
-    ratio = min(ms["stock"], ms["padded"]) / ms["ours"]
+        repeats *= max(1, math.isqrt(2048 // case.length) * 5 if not case.keys else 4)
+    functions = [ours, stock] if case.d_v == case.d_qk else [ours, stock, padded]
+    ms = interleaved_ms({f.__name__: partial(call, f) for f in functions}, repeats)
+    fastest = min(ms[name] for name in ms if name != "ours")
     return {
         "case": case.name(),
-        **{f"{k}_ms": round(x, 3) for k, x in ms.items()},
-        "ratio": round(ratio, 3),
+        **{f"{name}_ms": round(x, 3) for name, x in ms.items()},
+        "ratio": round(fastest / ms["ours"], 3),
         "floor": case.floor,
     }
 
 
+# Feature: KV heads of 8, the op's options
+FEATURES: dict[str, tuple[int, Callable[[int, torch.dtype], dict]]] = {
+    "bool mask (1,1,L,S)": (8, lambda L, dtype: {"attn_mask": torch.rand(1, 1, L, L) < 0.7}),
+    "additive mask (1,1,L,S)": (8, lambda L, dtype: {"attn_mask": torch.randn(1, 1, L, L).to(dtype)}),
+    "padding mask (1,1,1,S)": (8, lambda L, dtype: {"attn_mask": torch.rand(1, 1, 1, L) < 0.9}),
+    "GQA 8 on 2": (2, lambda L, dtype: {}),
+    "dropout": (8, lambda L, dtype: {"dropout_p": 0.1, "seed": torch.tensor([3])}),
+}
+
+
+class Cost(NamedTuple):
+    """A feature whose call may take `limit` times that without it."""
+
+    dtype: torch.dtype
+    feature: str
+    backward: bool
+    width: int = 128
+    length: int = 2048
+    limit: float = 1.15
+
+    def name(self) -> str:
+        sizes = f"({self.width},{self.width}) L={self.length} h=8"
+        return f"cost of {self.feature}, {KIND[self.dtype]} {sizes} {PASSES[self.backward]}"
+
+
+def run_cost(case: Cost, repeats: int) -> dict:
+    kv_heads, options = FEATURES[case.feature]
+    given = options(case.length, case.dtype)
+    q, g = (torch.randn(1, 8, case.length, case.width).to(case.dtype) for _ in range(2))
+    k, v = (torch.randn(1, 8, case.length, case.width).to(case.dtype) for _ in range(2))
+
+    def call(heads, **options):
+        inputs = [x.detach().requires_grad_(case.backward) for x in (q, k[:, :heads], v[:, :heads])]
+        out = attend(*inputs, **options)[0]
+        if case.backward:
+            torch.autograd.grad(out, inputs, g)
+
+    ms = interleaved_ms({"ours": partial(call, kv_heads, **given), "without": partial(call, 8)}, repeats)
+    return {
+        "case": case.name(),
+        **{f"{name}_ms": round(x, 3) for name, x in ms.items()},
+        "ratio": round(ms["ours"] / ms["without"], 3),
+        "limit": case.limit,
+    }
+
+
+class Memory(NamedTuple):
+    """Peak memory of forward+backward above the inputs; outputs and gradients count."""
+
+    length: int = 16384
+    width: int = 64
+    limit_mib: float = 48.0
+
+    def name(self) -> str:
+        return f"memory fp32 ({self.width},{self.width}) L={self.length} h=1 {PASSES[True]}"
+
+
+def run_memory(case: Memory, repeats: int) -> dict:
+    def call(length):
+        inputs = [torch.randn(1, 1, length, case.width, requires_grad=True) for _ in range(3)]
+        g = torch.randn(1, 1, length, case.width)
+
+        def both():
+            out = attend(*inputs)[0]
+            return out, torch.autograd.grad(out, inputs, g)
+
+        return both
+
+    call(256)()  # threads and compiled kernels are no part of it
+    results = 4 * case.length * case.width * 4 / 2**20
+    return {
+        "case": case.name(),
+        "mib": round(peak_mib(call(case.length)), 1),
+        "of_it_results_mib": results,
+        "limit_mib": case.limit_mib,
+    }
+
+
 def line(row: dict) -> str:
-    mark = "" if row["ratio"] >= row["floor"] else "  BELOW"
-    return (
-        f"{row['case']:<48} ours {row['ours_ms']:9.3f} ms  sdpa {row['stock_ms']:9.3f} ms"
-        f"  padded {row['padded_ms']:9.3f} ms  ratio {row['ratio']:5.2f}  floor {row['floor']:4.2f}{mark}"
-    )
+    if "mib" in row:
+        mark = "" if row["mib"] <= row["limit_mib"] else "  ABOVE"
+        return (
+            f"{row['case']:<72} peak {row['mib']:6.1f} MiB, results {row['of_it_results_mib']:5.1f}"
+            f"  limit {row['limit_mib']:5.1f}{mark}"
+        )
+    times = "".join(f"  {name[:-3]} {ms:9.3f} ms" for name, ms in row.items() if name.endswith("_ms"))
+    if "floor" in row:
+        bound = f"floor {row['floor']:4.2f}" + ("" if row["ratio"] >= row["floor"] else "  BELOW")
+    else:
+        bound = f"limit {row['limit']:4.2f}" + ("" if row["ratio"] <= row["limit"] else "  ABOVE")
+    return f"{row['case']:<72}{times}  ratio {row['ratio']:5.2f}  {bound}"
+
+
+RUN = {Memory: run_memory, Case: run_against_stock, Cost: run_cost}
 
 
 def main() -> None:
-    named = {case.name(): case for case in cases()}
-    run_cases("partial_attention", __doc__.splitlines()[0], named, run, line, repeats=5)
+    costs = [Cost(dtype, feature, backward) for feature in FEATURES for dtype in KIND for backward in PASSES]
+    named = {case.name(): case for case in (Memory(), *against_stock(), *costs)}
+    run_cases("partial_attention", __doc__.splitlines()[0], named, lambda c, n: RUN[type(c)](c, n), line, repeats=5)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 //
 // so that no block is ever transposed and logsumexp and delta lie along the rows. Only dQ^T is, once, at the
 // end. Every share has a dQ^T of its own and they are summed in order: no atomics, the same bits in every
-// run.
+// run. Shares read their heads' rows from one place.
 #include "cpu_blocked.h"
 
 #include <ATen/ATen.h>
@@ -38,9 +38,17 @@ class BackwardPass {
         rows_(p_.row_blocks() * p_.block_rows),
         shares_(std::clamp<int64_t>(ceil_div(at::get_num_threads(), p_.B * p_.K), 1, p_.key_blocks())),
         block_(p_.block_rows * p_.block_keys),
+        shared_heads_(*this, shares_ > 1 ? p_.B * p_.H : 0),
         shared_dq_(shares_ > 1 ? p_.B * p_.H * shares_ * rows_ * width_ : 0) {}
 
   void run() {
+    if (shares_ > 1)
+      for_each_task<Buffer<C>>(
+          p_.B * p_.H * p_.row_blocks(), [&] { return Buffer<C>(packed_rows()); },
+          [&](Buffer<C>& rows, int64_t task) {
+            const int64_t head = task / p_.row_blocks(), i = task % p_.row_blocks();
+            load_rows(rows, shared_heads_.of(*this, head), head / p_.H, head % p_.H, i * p_.block_rows);
+          });
     for_each_task<Scratch>(
         p_.B * p_.K * shares_, [&] { return Scratch(*this); },
         [&](Scratch& scratch, int64_t task) { differentiate(scratch, task / shares_, task % shares_); });
@@ -59,11 +67,38 @@ class BackwardPass {
   static constexpr bool kInPlace = std::is_same_v<T, float>;       // whether they read rows where they are
   static constexpr int64_t kStripe = 16;
 
-  struct Scratch {
-    // The head: Q^T and dO^T in panels, Q and dO as B operands unless read in place, one number for each row.
+  // A head: Q^T and dO^T in panels, Q and dO as B operands unless read in place, one number for each row.
+  struct Head {
+    C *query_t, *grad_t, *query, *grad;
+    float *logsumexp, *delta;
+    uint32_t *low, *high;
+  };
+
+  struct Heads {
     Buffer<C> query_t, grad_t, query, grad;
-    Buffer<float> logsumexp, delta, zeros, dq;
+    Buffer<float> logsumexp, delta;
     Buffer<uint32_t> low, high;
+
+    Heads(const BackwardPass& pass, int64_t heads)
+        : query_t(heads * pass.rows_ * pass.width_),
+          grad_t(heads * pass.rows_ * pass.width_v_),
+          query(kInPlace ? 0 : heads * pass.rows_ * pass.width_),
+          grad(kInPlace ? 0 : heads * pass.rows_ * pass.width_v_),
+          logsumexp(heads * pass.rows_),
+          delta(heads * pass.rows_),
+          low(pass.p_.dropout ? heads * pass.rows_ : 0),
+          high(pass.p_.dropout ? heads * pass.rows_ : 0) {}
+
+    Head of(const BackwardPass& pass, int64_t i) {
+      const int64_t row = i * pass.rows_, q = row * pass.width_, g = row * pass.width_v_;
+      return {query_t + q,     grad_t + g,  query + q, grad + g,
+              logsumexp + row, delta + row, low + row, high + row};
+    }
+  };
+
+  struct Scratch {
+    Heads head;  // unless heads are shared
+    Buffer<float> zeros, dq;
     // The keys: K and V as rows, K^T as rows, dK and dV. With groups the latter are of the whole head.
     Buffer<C> key, value, key_t;
     Buffer<float> dk, dv;
@@ -73,22 +108,15 @@ class BackwardPass {
     Buffer<uint32_t> kept;
 
     explicit Scratch(const BackwardPass& pass)
-        : query_t(pass.rows_ * pass.width_),
-          grad_t(pass.rows_ * pass.width_v_),
-          query(kInPlace ? 0 : pass.rows_ * pass.width_),
-          grad(kInPlace ? 0 : pass.rows_ * pass.width_v_),
-          logsumexp(pass.rows_),
-          delta(pass.rows_),
+        : head(pass, pass.shares_ > 1 ? 0 : 1),
           zeros(pass.p_.block_rows),
           dq(pass.shares_ > 1 ? 0 : pass.rows_ * pass.width_),
-          low(pass.rows_),
-          high(pass.rows_),
           key(pass.p_.block_keys * pass.width_),
           value(pass.p_.block_keys * pass.width_v_),
           key_t(pass.p_.block_keys * pass.width_),
           dk(pass.accumulated_keys() * pass.width_),
           dv(pass.accumulated_keys() * pass.width_v_),
-          rows(pass.p_.block_rows * std::max(pass.width_, pass.width_v_)),
+          rows(pass.packed_rows()),
           weights(pass.block_),
           grad_scores(pass.block_),
           grad_packed(kHalf ? pass.block_ : 0),
@@ -102,6 +130,7 @@ class BackwardPass {
     }
   };
 
+  int64_t packed_rows() const { return p_.block_rows * std::max(width_, width_v_); }
   int64_t accumulated_keys() const { return p_.group > 1 ? p_.key_blocks() * p_.block_keys : p_.block_keys; }
 
   void differentiate(Scratch& scratch, int64_t kv_head, int64_t share) {
@@ -112,9 +141,11 @@ class BackwardPass {
     }
     for (int64_t member = 0; member < p_.group; ++member) {
       const int64_t head = batch * p_.H + kv_head % p_.K * p_.group + member;
+      const Head rows = shares_ > 1 ? shared_heads_.of(*this, head) : scratch.head.of(*this, 0);
       float* dq = shares_ > 1 ? shared_dq_ + (head * shares_ + share) * rows_ * width_ : scratch.dq.data();
       std::fill_n(dq, rows_ * width_, 0.f);
-      load_head(scratch, batch, head % p_.H);
+      for (int64_t first = 0; shares_ == 1 && first < p_.L; first += p_.block_rows)
+        load_rows(scratch.rows, rows, batch, head % p_.H, first);
       for (int64_t j = share; j < p_.key_blocks(); j += shares_) {
         const int64_t offset = p_.group > 1 ? j * p_.block_keys : 0;
         float *dk = scratch.dk + offset * width_, *dv = scratch.dv + offset * width_v_;
@@ -123,7 +154,7 @@ class BackwardPass {
           std::fill_n(dv, p_.block_keys * width_v_, 0.f);
         }
         load_keys(scratch, batch, kv_head % p_.K, j);
-        accumulate(scratch, batch, head % p_.H, j, dq, dk, dv);
+        accumulate(scratch, rows, batch, head % p_.H, j, dq, dk, dv);
         if (member == p_.group - 1) store_keys(batch, kv_head % p_.K, j, dk, dv);
       }
       if (shares_ > 1) continue;
@@ -131,30 +162,26 @@ class BackwardPass {
     }
   }
 
-  void load_head(Scratch& scratch, int64_t batch, int64_t h) {
+  // A block of rows of a head.
+  void load_rows(C* rows, const Head& head, int64_t batch, int64_t h, int64_t first) {
     const Rows<const T> q = head_rows<const T>(t_.q, batch, h), g = head_rows<const T>(t_.grad_out, batch, h),
                         out = head_rows<const T>(t_.out, batch, h);
-    const float* logsumexp = t_.logsumexp.template data_ptr<float>() + (batch * p_.H + h) * p_.L;
+    const int64_t n = std::min(p_.block_rows, p_.L - first), at = (batch * p_.H + h) * p_.L;
+    const float* logsumexp = t_.logsumexp.template data_ptr<float>() + at;
     const float* grad_logsumexp =
-        t_.grad_logsumexp.defined() ? t_.grad_logsumexp.template data_ptr<float>() + (batch * p_.H + h) * p_.L
-                                    : nullptr;
-    for (int64_t first = 0; first < p_.L; first += p_.block_rows) {
-      const int64_t n = std::min(p_.block_rows, p_.L - first), n_padded = padded(n);
-      load_operand(scratch.rows, q.from(first), n, p_.D, scratch.query_t + first * width_,
-                   scratch.query + first * width_);
-      load_operand(scratch.rows, g.from(first), n, p_.Dv, scratch.grad_t + first * width_v_,
-                   scratch.grad + first * width_v_);
-      for (int64_t row = first; row < first + n_padded; ++row) {
-        // Rows that see nothing, and rows of padding, get P = exp(-inf) = 0.
-        const bool sees = row < p_.L && logsumexp[row] != -kInfinity;
-        scratch.logsumexp[row] = sees ? logsumexp[row] / p_.unit : kInfinity;
-        scratch.delta[row] = sees ? dot(out[row], g[row], p_.Dv) : 0.f;
-        if (sees && grad_logsumexp) scratch.delta[row] -= grad_logsumexp[row];
-        if (!p_.dropout) continue;
-        const DropoutRow random = p_.dropout_of(batch, h, row);
-        scratch.low[row] = random.low;
-        scratch.high[row] = random.high;
-      }
+        t_.grad_logsumexp.defined() ? t_.grad_logsumexp.template data_ptr<float>() + at : nullptr;
+    load_operand(rows, q.from(first), n, p_.D, head.query_t + first * width_, head.query + first * width_);
+    load_operand(rows, g.from(first), n, p_.Dv, head.grad_t + first * width_v_, head.grad + first * width_v_);
+    for (int64_t row = first; row < first + padded(n); ++row) {
+      // Rows that see nothing, and rows of padding, get P = exp(-inf) = 0.
+      const bool sees = row < p_.L && logsumexp[row] != -kInfinity;
+      head.logsumexp[row] = sees ? logsumexp[row] / p_.unit : kInfinity;
+      head.delta[row] = sees ? dot(out[row], g[row], p_.Dv) : 0.f;
+      if (sees && grad_logsumexp) head.delta[row] -= grad_logsumexp[row];
+      if (!p_.dropout) continue;
+      const DropoutRow random = p_.dropout_of(batch, h, row);
+      head.low[row] = random.low;
+      head.high[row] = random.high;
     }
   }
 
@@ -174,7 +201,8 @@ class BackwardPass {
   }
 
   // Key block j against every block of rows that sees it.
-  void accumulate(Scratch& scratch, int64_t batch, int64_t h, int64_t j, float* dq, float* dk, float* dv) {
+  void accumulate(Scratch& scratch, const Head& head, int64_t batch, int64_t h, int64_t j, float* dq,
+                  float* dk, float* dv) {
     const int64_t key = j * p_.block_keys, n = std::min(p_.block_keys, p_.S - key), n_padded = padded(n);
     const Range seen = p_.rows_of(Range{key, key + n});
     if (seen.empty()) return;
@@ -185,22 +213,22 @@ class BackwardPass {
         if (!p_.mask.any(batch, h, first, r, key, n)) continue;
         p_.mask.load_transposed(batch, h, first, r, key, n, scratch.mask, r_padded);
       }
-      gemm<C>(n, r_padded, width_, scratch.key, scratch.query_t + first * width_, scratch.scores, false);
-      gemm<C>(n, r_padded, width_v_, scratch.value, scratch.grad_t + first * width_v_, scratch.grad_weights,
+      gemm<C>(n, r_padded, width_, scratch.key, head.query_t + first * width_, scratch.scores, false);
+      gemm<C>(n, r_padded, width_v_, scratch.value, head.grad_t + first * width_v_, scratch.grad_weights,
               false);
-      for (int64_t y = 0; y < n; ++y) step(scratch, first, r, key, y);
+      for (int64_t y = 0; y < n; ++y) step(scratch, head, first, r, key, y);
       std::memset(static_cast<void*>(scratch.grad_scores + n * r_padded), 0,
                   (n_padded - n) * r_padded * sizeof(C));
       add_keys(scratch.weights, n, r, head_rows<const T>(t_.grad_out, batch, h).from(first), width_v_,
-               scratch.grad + first * width_v_, dv);
+               head.grad + first * width_v_, dv);
       add_keys(scratch.grad_scores, n, r, head_rows<const T>(t_.q, batch, h).from(first), width_,
-               scratch.query + first * width_, dk);
+               head.query + first * width_, dk);
       add_queries(scratch, n_padded, r_padded, dq + first * width_);
     }
   }
 
   // One key of a block: raw products to P and dS.
-  void step(Scratch& scratch, int64_t first, int64_t r, int64_t key, int64_t y) {
+  void step(Scratch& scratch, const Head& head, int64_t first, int64_t r, int64_t key, int64_t y) {
     const int64_t ld = padded(r);
     C *weights = scratch.weights + y * ld, *grad_scores = scratch.grad_scores + y * ld;
     const Range seen = p_.rows_of(key + y).within({first, first + r});
@@ -211,11 +239,10 @@ class BackwardPass {
     }
     if (seen.empty()) return;
     float *scores = scratch.scores + y * ld + begin, *grad_weights = scratch.grad_weights + y * ld + begin;
-    const float* delta = scratch.delta + seen.begin;
+    const float* delta = head.delta + seen.begin;
     p_.make_natural(scores, count, scratch.slope);
     if (p_.dropout) {
-      keep_bits(scratch.low + seen.begin, scratch.high + seen.begin, count, key + y, p_.threshold,
-                scratch.kept);
+      keep_bits(head.low + seen.begin, head.high + seen.begin, count, key + y, p_.threshold, scratch.kept);
       drop_rows(grad_weights, count, scratch.kept.data(), p_.keep_scale);
     }
     if (p_.softcap > 0.f) {
@@ -223,7 +250,7 @@ class BackwardPass {
       delta = scratch.zeros;
     }
     const Bias bias = p_.bias(p_.mask.defined() ? scratch.mask + y * ld : nullptr, begin);
-    softmax_grad(scores, bias, grad_weights, scratch.logsumexp + seen.begin, delta, count, p_.unit_log2(),
+    softmax_grad(scores, bias, grad_weights, head.logsumexp + seen.begin, delta, count, p_.unit_log2(),
                  weights + begin, grad_scores + begin);
     if (p_.dropout) drop_rows(weights + begin, count, scratch.kept.data());
   }
@@ -278,6 +305,7 @@ class BackwardPass {
   int64_t rows_;             // of a head, padded to whole blocks
   int64_t shares_;           // of a KV head's key blocks
   int64_t block_;            // elements
+  Heads shared_heads_;       // all of them, where there are shares
   Buffer<float> shared_dq_;  // dQ^T: (B, H, shares, row blocks, width, block rows)
 };
 

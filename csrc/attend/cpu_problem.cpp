@@ -21,10 +21,15 @@ Problem::Problem(const Tensor& q, const Tensor& k, const Tensor& v, const Attent
       threshold(dropout_threshold(params.dropout_p)),
       keep_scale(params.dropout_p < 1.0 ? 1.0 / (1.0 - params.dropout_p) : 0.0),
       dropout(params.dropout_p > 0.0) {
-  // Causal blocks are small, since a block on the diagonal is computed whole.
-  block_rows = block_keys = params.causal ? 128 : 256;
-  block_keys = std::min(block_keys, padded(std::max<int64_t>(S, 1)));
-  block_rows = std::min(block_rows, padded(std::max<int64_t>(L, 1)));
+  // Causal blocks are small, since a block on the diagonal is computed whole. With fewer heads than threads a
+  // head has at least a block for each thread it gets.
+  const int64_t largest = params.causal ? 128 : 256, threads = at::get_num_threads();
+  auto block = [&](int64_t length, int64_t heads) {
+    const int64_t shares = ceil_div(threads, std::clamp<int64_t>(heads, 1, threads));
+    return std::min(largest, padded(std::max<int64_t>(ceil_div(length, shares), 1)));
+  };
+  block_rows = block(L, B * H);
+  block_keys = block(S, B * K);
 }
 
 }  // namespace two_level_mha
