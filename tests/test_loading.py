@@ -11,13 +11,14 @@ import torch
 import transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import BertConfig, GenerationConfig, ViTConfig
+from transformers import BertConfig, GenerationConfig, GPT2Config, ViTConfig
 
 import two_level_mha as tlm
 
 ENCODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 TEXT = {"vocab_size": 30, "max_position_embeddings": 16, "type_vocab_size": 2}
-ENCODERS = {
+OTHERS = {
+    "GPT-2": ("GPT2LMHeadModel", lambda: GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=30, n_positions=16)),
     "Bert": ("BertModel", lambda: BertConfig(**ENCODER, **TEXT)),
     "ViT": ("ViTModel", lambda: ViTConfig(**ENCODER, image_size=8, patch_size=4, num_channels=1)),
 }
@@ -27,19 +28,14 @@ def make(kind: str, dtype: torch.dtype) -> nn.Module:
     if kind in tiny.CONFIGS:
         return tiny.make(kind, dtype)
     torch.manual_seed(0)
-    return getattr(transformers, ENCODERS[kind][0])(ENCODERS[kind][1]()).to(dtype)
+    return getattr(transformers, OTHERS[kind][0])(OTHERS[kind][1]()).to(dtype)
 
 
 def make_meta(kind: str, dtype: torch.dtype) -> nn.Module:
     if kind in tiny.CONFIGS:
         return tiny.make_meta(kind, dtype)
     with torch.device("meta"):
-        return getattr(transformers, ENCODERS[kind][0])._from_config(ENCODERS[kind][1](), dtype=dtype)
-
-
-def split(kind: str, model: nn.Module, grid: tuple[int, int], options: dict) -> nn.Module:
-    mesh = tlm.init_mesh("cpu", grid)
-    return tiny.store(model, mesh, **options) if kind in tiny.CONFIGS else tlm.parallelize(model, mesh, **options)
+        return getattr(transformers, OTHERS[kind][0])._from_config(OTHERS[kind][1](), dtype=dtype)
 
 
 def local(x: torch.Tensor) -> torch.Tensor:
@@ -56,8 +52,8 @@ def load(kind: str, directory: str, grid, options: dict, start: str, out: str | 
         model = make(kind, stock.dtype)
         for p in model.parameters():
             nn.init.ones_(p)
-    model = split(kind, model, grid, options)
-    frozen = [p for name, p in model.named_parameters() if "norm" in name.lower()]
+    model = tlm.parallelize(model, tlm.init_mesh("cpu", grid), **options)
+    frozen = [p for name, p in model.named_parameters() if "norm" in name.lower() or "ln_" in name]
     for p in frozen:
         p.requires_grad_(False)
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -102,6 +98,8 @@ CASES = {
     "Mixtral": ("Mixtral", (2, 2), {}, "weights", "5GB"),
     "BERT": ("Bert", (2, 2), {}, "meta", "2KB"),
     "ViT": ("ViT", (1, 4), {"combine": "concat"}, "weights", "5GB"),
+    "GPT-2": ("GPT-2", (2, 2), {}, "meta", "2KB"),
+    "GPT-2, whole heads": ("GPT-2", (1, 4), {"scheme": "heads"}, "weights", "5GB"),
 }
 
 
