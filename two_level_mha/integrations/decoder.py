@@ -38,9 +38,7 @@ class DecoderAttention(ProjectedAttention):
     ) -> None:
         super().__init__(original, projections, paths, mesh, **options)
         if self.scheme == "independent":
-            raise GridError(
-                "scheme 'independent' has no KV cache, with which such a model is called; take another"
-            )
+            raise GridError("scheme 'independent' has no KV cache, with which such a model is called; take another")
         self.layer_idx, self.cache_layout = original.layer_idx, cache
         self.softcap = getattr(original, "attn_logit_softcapping", None) or 0.0
         self.use_positions(original)
