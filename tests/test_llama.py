@@ -50,25 +50,25 @@ def check(found, limit):
 @pytest.mark.parametrize("cache", ["position", "batch"])
 def test_logits(pool, cache):
     """T. Localises: the adapter: norms, rotary, scale, masks and windows, the layers' cache, per family."""
-    found = pool.run(logits_off, 4, SMALL, (2, 2), {"cache": cache}, EXACT, timeout=120)
+    found = pool.run(logits_off, 4, SMALL, (2, 2), {"cache": cache}, EXACT, timeout=240)
     check(found, 1e-10)
 
 
 @pytest.mark.parametrize("name, grid", [("28 heads", (4, 2)), ("2 kv heads", (2, 4)), ("head_dim 512", (1, 8))])
 def test_logits_past_the_kv_heads(pool, name, grid):
     """T. Localises: grids of more ranks than key/value heads, or of head counts that 8 does not divide."""
-    check(pool.run(logits_off, 8, [name], grid, {}, EXACT, timeout=120), 1e-10)
+    check(pool.run(logits_off, 8, [name], grid, {}, EXACT, timeout=240), 1e-10)
 
 
 def test_logits_with_the_models_own_norms(pool):
     """T. Localises: norms that are called with weights of another kind. They round to float32."""
-    check(pool.run(logits_off, 4, ["llama", "qwen3", "gemma3"], (1, 4), {}, {}, timeout=120), 1e-8)
+    check(pool.run(logits_off, 4, ["llama", "qwen3", "gemma3"], (1, 4), {}, {}, timeout=240), 1e-8)
 
 
 def test_logits_of_eager_attention(pool):
     """Localises: additive masks, soft-cap, and windows of Gemma 2. Eager attention rounds to float32."""
     names = ["llama", "gemma2", "gemma3"]
-    found = pool.run(logits_off, 4, names, (2, 2), {}, EAGER, timeout=120)
+    found = pool.run(logits_off, 4, names, (2, 2), {}, EAGER, timeout=240)
     check(found, 1e-5)
 
 
@@ -124,7 +124,7 @@ def test_gradients(pool, use_cache):
     """T. Localises: gradients of every parameter of a model, norms and embeddings too, also through a cache."""
     names = ["llama", "qwen3", "gemma3"]
     for grid in ((2, 2), (1, 4)):
-        check(pool.run(gradients_off, 4, names, grid, use_cache, {}, timeout=120), 1e-10)
+        check(pool.run(gradients_off, 4, names, grid, use_cache, {}, timeout=240), 1e-10)
 
 
 @pytest.mark.slow

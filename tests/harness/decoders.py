@@ -66,14 +66,14 @@ def make(name: str, implementation: str = "sdpa", dtype: torch.dtype = torch.flo
 
 
 @lru_cache(maxsize=2)
-def pair(name: str, grid: tuple[int, int], make_options: tuple = (), **options) -> tuple[nn.Module, nn.Module]:
-    """The stock model and a split copy; make_options: of make, as items."""
+def pair(name: str, grid: tuple[int, int], make_options: tuple = (), rest=False, **options) -> tuple[nn.Module, ...]:
+    """The stock model and a split copy, by default of its attention only; make_options: of make, as items."""
     import two_level_mha as tlm
 
     from .calls import mesh
 
     stock = make(name, **dict(make_options))
-    return stock, tlm.parallelize(copy.deepcopy(stock), mesh(grid), rest=False, **options)
+    return stock, tlm.parallelize(copy.deepcopy(stock), mesh(grid), rest=rest, **options)
 
 
 def prompt(rows: int = 2, length: int = 11) -> tuple[torch.Tensor, torch.Tensor]:
