@@ -3,8 +3,8 @@
     python benchmarks/predictions.py [--ranks 2] [--repeats 60]
 
 Ranks are Gloo processes with one thread each. Every row has ratio = measured / predicted, of a duration: above 1 the
-machine is slower than the profile says. Durations are the shortest of many repeats; on a busy machine those of long layers are
-disturbed all the same, so the load average is written down with them.
+machine is slower than the profile says. Durations are the shortest of many repeats; on a busy machine those of long
+layers are disturbed all the same, so the load average is written down with them.
 """
 
 import argparse
