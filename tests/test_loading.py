@@ -9,7 +9,9 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import BertConfig, GenerationConfig, GPT2Config, ViTConfig
 
@@ -38,6 +40,13 @@ def make_meta(kind: str, dtype: torch.dtype) -> nn.Module:
         return getattr(transformers, OTHERS[kind][0])._from_config(OTHERS[kind][1](), dtype=dtype)
 
 
+def mesh_of(grid: tuple[int, ...]):
+    """A grid of all ranks, or, of three axes, one of several."""
+    if len(grid) == 2:
+        return tlm.init_mesh("cpu", grid)
+    return init_device_mesh("cpu", grid, mesh_dim_names=("data", "head", "slice"))["head", "slice"]
+
+
 def local(x: torch.Tensor) -> torch.Tensor:
     return x._local_tensor if isinstance(x, DTensor) else x
 
@@ -52,7 +61,7 @@ def load(kind: str, directory: str, grid, options: dict, start: str, out: str | 
         model = make(kind, stock.dtype)
         for p in model.parameters():
             nn.init.ones_(p)
-    model = tlm.parallelize(model, tlm.init_mesh("cpu", grid), **options)
+    model = tlm.parallelize(model, mesh_of(grid), **options)
     frozen = [p for name, p in model.named_parameters() if "norm" in name.lower() or "ln_" in name]
     for p in frozen:
         p.requires_grad_(False)
@@ -96,6 +105,7 @@ CASES = {
     "Gemma3": ("Gemma3", (2, 2), {"scheme": "heads"}, "weights", "5GB"),
     "Qwen3-MoE": ("Qwen3-MoE", (1, 4), {}, "meta", "2KB"),
     "Mixtral": ("Mixtral", (2, 2), {}, "weights", "5GB"),
+    "several grids": ("Qwen3-MoE", (2, 1, 2), {}, "meta", "5GB"),
     "BERT": ("Bert", (2, 2), {}, "meta", "2KB"),
     "ViT": ("ViT", (1, 4), {"combine": "concat"}, "weights", "5GB"),
     "GPT-2": ("GPT-2", (2, 2), {}, "meta", "2KB"),
@@ -119,3 +129,37 @@ def test_load_and_save(pool, case, tmp_path):
     again = type(stock).from_pretrained(out).state_dict()
     files = type(stock).from_pretrained(source).state_dict()
     assert again.keys() == files.keys() and all(torch.equal(again[name], x) for name, x in files.items())
+
+
+def save(kind: str, out: str) -> None:
+    model = tlm.parallelize(tiny.make(kind), tlm.init_mesh("cpu", (2, 2)))
+    model.save_pretrained(out, state_dict=tlm.full_state_dict(model))
+
+
+@pytest.mark.parametrize("kind", ["tied Llama", "Qwen3-MoE", "Mixtral"])
+def test_save_what_was_not_loaded(pool, kind, tmp_path):
+    """Fused experts are written apart, and tied weights once, as the unsplit model writes them."""
+    stock = tiny.make(kind)
+    stock.save_pretrained(tmp_path / "stock")
+    pool.run(save, 4, kind, str(tmp_path / "split"))
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("stock", "split")]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(x, files[1][name]) for name, x in files[0].items())
+    again = type(stock).from_pretrained(tmp_path / "split").state_dict()
+    assert all(torch.equal(x, again[name]) for name, x in stock.state_dict().items())
+
+
+def low_precision(directory: str) -> list[str]:
+    """Of a bf16 file in a bf16 model, and of a float32 one: what is not the file's numbers."""
+    wrong = []
+    for dtype in (torch.bfloat16, torch.float32):
+        stock = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=dtype).state_dict()
+        model = tlm.parallelize(tiny.make_meta("Llama", dtype), tlm.init_mesh("cpu", (2, 2)))
+        full = tlm.full_state_dict(tlm.load_pretrained(model, directory))
+        wrong += [f"{dtype} {name}" for name, x in full.items() if x.dtype != dtype or not torch.equal(x, stock[name])]
+    return wrong
+
+
+def test_dtype(pool, tmp_path):
+    """The model's dtype counts, whatever the file's."""
+    tiny.make("Llama", torch.bfloat16).save_pretrained(tmp_path)
+    assert pool.run(low_precision, 4, str(tmp_path)) == [[]] * 4
