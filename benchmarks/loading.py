@@ -4,9 +4,12 @@
 
 A random bf16 decoder is written as safetensors of at most 400 MB, built on meta, split on a (2, 2) grid of Gloo ranks
 and filled. The peak is the largest RssAnon (memory that no file backs) seen every millisecond during the call, minus
-its value before the call. Each repeat starts new ranks; the figures are the worst of all ranks and repeats.
+its value before the call, after freed memory was given back. Each repeat starts new ranks; the figures are the worst
+of all ranks and repeats.
 """
 
+import ctypes
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -91,6 +94,8 @@ def measure(case: Case, directory: str) -> dict[str, float]:
     with torch.device("meta"):
         model = getattr(transformers, f"{case.kind}ForCausalLM")._from_config(config_of(case), dtype=torch.bfloat16)
     tlm.parallelize(model, tlm.init_mesh("cpu", GRID))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or what the trial run of parallelize has freed would be used again, unseen
     dist.barrier()
     start = time.perf_counter()
     with Peak() as peak:

@@ -13,10 +13,10 @@ others are minimal implementations of what can be done with plain tensor paralle
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from common import write_results
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,10 +34,10 @@ CONTEXTS = (1024, 4096, 16384, 65536)
 DTYPE = torch.bfloat16
 
 
-def gathered(x_BLD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def gathered(x_BLD: torch.Tensor, group: str) -> tuple[torch.Tensor, ...]:
     """q, k, v of rank 0, from the whole QKV gathered over all ranks."""
     qkv = F.linear(x_BLD, x_BLD.new_empty((h + 2 * k) * d // P, D))
-    qkv = collectives.wait_tensor(collectives.all_gather_tensor(qkv, 2, dist.group.WORLD))
+    qkv = torch.ops.two_level_mha.all_gather(qkv, 2, P, group)
     group = qkv.unflatten(2, (k, h // k + 2, d))[:, :, 0].transpose(1, 2)  # a KV head and its query heads
     return group[:, : h // P], group[:, -2:-1], group[:, -1:]
 
@@ -48,11 +48,11 @@ def replicated(x_BLD: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return qkv[:, : h // P], qkv[:, -2:-1], qkv[:, -1:]
 
 
-def summed(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def summed(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: str) -> torch.Tensor:
     """Attention, the rank's part of the output projection, and its sum: y (B, L, D)."""
     o_BHLd = F.scaled_dot_product_attention(q, key, value, is_causal=True, enable_gqa=True)
     y_BLD = F.linear(o_BHLd.transpose(1, 2).flatten(2), o_BHLd.new_empty(D, h // P * d))
-    return collectives.wait_tensor(collectives.all_reduce(y_BLD, "sum", dist.group.WORLD))
+    return torch.ops.two_level_mha.all_reduce(y_BLD, P, group)
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,13 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     dist.init_process_group("fake", rank=0, world_size=P, store=FakeStore())
     mesh = tlm.init_mesh("cpu", GRID)
+    group = place_on(mesh).groups[2]
     token = 2 * B * k * d * DTYPE.itemsize  # bytes of all keys and values of one position
     layer = Ours(mesh)
     rows = [
         row("ours", layer.enter, layer.leave, L, L * token // P),
-        row("gathered", gathered, summed, L, L * token // k),
-        row("replicated", replicated, summed, L, L * token // k),
+        row("gathered", partial(gathered, group=group), partial(summed, group=group), L, L * token // k),
+        row("replicated", replicated, partial(summed, group=group), L, L * token // k),
     ]
     for other in rows[1:]:
         for key in ("exchange_bytes", "layer_bytes", "cache_bytes_per_rank"):

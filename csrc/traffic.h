@@ -5,7 +5,7 @@
 //   all_to_all, reduce_scatter of N       (g - 1) * N / g
 //   all_reduce of N                       2 * (g - 1) * N / g
 //
-// No torch. Two-level grids only: a grid of one rank sends nothing.
+// A grid of one rank sends nothing. No torch.
 #pragma once
 
 #include <algorithm>

@@ -4,14 +4,7 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
-
-import two_level_mha  # noqa: F401 (registers the ops)
-
-attend = torch.ops.two_level_mha.partial_attention
-
-# relative L2 error against float64
-TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+from attention_cases import TOLERANCE, attend, make, relative
 
 # (B, H, K, L, S, D, Dv): block borders, odd widths, groups, fewer heads than threads, one of everything
 SIZES = {
@@ -19,14 +12,14 @@ SIZES = {
     "odd widths, gqa": (2, 4, 2, 77, 90, 33, 17),
     "wide": (1, 3, 1, 257, 256, 512, 130),
     "one head": (1, 1, 1, 600, 600, 64, 32),
+    "one short head": (1, 1, 1, 110, 90, 32, 40),
     "one of everything": (1, 1, 1, 1, 1, 1, 1),
 }
 
 
-def make(sizes, dtype):
+def make_with_gradient(sizes, dtype):
     B, H, K, L, S, D, Dv = sizes
-    shapes = [(B, H, L, D), (B, K, S, D), (B, K, S, Dv), (B, H, L, Dv)]
-    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+    return *make(sizes, dtype, grad=False), torch.randn(B, H, L, Dv, dtype=torch.float64).to(dtype)
 
 
 def results(function, q, k, v, g, **options):
@@ -40,10 +33,6 @@ def ours(q, k, v, **options):
     return attend(q, k, v, **options)[0]
 
 
-def relative(x, y):
-    return ((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-30)).item()
-
-
 def assert_close(tensors, expected, tolerance):
     for name, x, y in zip(("out", "dq", "dk", "dv"), tensors, expected, strict=True):
         assert relative(x, y) <= tolerance, name
@@ -53,20 +42,9 @@ def assert_close(tensors, expected, tolerance):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_against_float64(sizes, dtype, causal):
-    inputs = make(SIZES[sizes], dtype)
+    inputs = make_with_gradient(SIZES[sizes], dtype)
     expected = results(ours, *(x.double() for x in inputs), causal=causal)
     assert_close(results(ours, *inputs, causal=causal), expected, TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_error_at_most_twice_that_of_sdpa(dtype, causal):
-    inputs = make((1, 2, 2, 400, 400, 64, 64), dtype)
-    expected = results(F.scaled_dot_product_attention, *(x.double() for x in inputs), is_causal=causal)
-    stock = results(F.scaled_dot_product_attention, *inputs, is_causal=causal)
-    mine = results(ours, *inputs, causal=0 if causal else None)
-    for name, x, y, true in zip(("out", "dq", "dk", "dv"), mine, stock, expected, strict=True):
-        assert relative(x, true) <= 2 * relative(y, true), name
 
 
 def masks(L, S):
@@ -87,7 +65,7 @@ def masks(L, S):
 @pytest.mark.parametrize("name", masks(300, 400))
 def test_masks_over_several_blocks(name):
     mask = masks(300, 400)[name]
-    inputs = make((1, 4, 2, 300, 400, 24, 40), torch.float32)
+    inputs = make_with_gradient((1, 4, 2, 300, 400, 24, 40), torch.float32)
     wide = mask if mask.dtype == torch.bool else mask.double()
     doubles = [x.double() for x in inputs]
     expected = results(ours, *doubles, attn_mask=wide)
@@ -116,7 +94,7 @@ def test_masks_over_several_blocks(name):
 def test_features_over_several_blocks(options):
     if "seed" in options:
         options = options | {"seed": torch.tensor([options["seed"]])}
-    inputs = make((1, 4, 2, 300, 400, 24, 40), torch.float32)
+    inputs = make_with_gradient((1, 4, 2, 300, 400, 24, 40), torch.float32)
     expected = results(ours, *(x.double() for x in inputs), **options)
     mine = results(ours, *inputs, **options)
     for name, x, y in zip(("out", "dq", "dk", "dv"), mine, expected, strict=True):
@@ -124,31 +102,12 @@ def test_features_over_several_blocks(options):
 
 
 def test_gradient_expanded_from_a_sum():
-    q, k, v, _ = make((1, 2, 2, 40, 50, 16, 8), torch.float32)
+    q, k, v, _ = make_with_gradient((1, 2, 2, 40, 50, 16, 8), torch.float32)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     whole = torch.autograd.grad(ours(*inputs).sum(), inputs)
     out = ours(*inputs)
     for x, y in zip(whole, torch.autograd.grad(out, inputs, torch.ones_like(out)), strict=True):
         assert torch.equal(x, y)
-
-
-def test_strided_inputs():
-    B, H, L, D = 2, 3, 70, 16
-    packed = torch.randn(B, L, 3, H, D + 1)
-    views = [packed[:, :, i, :, :D].transpose(1, 2) for i in range(3)]
-    g = torch.randn(B, L, H, D).transpose(1, 2)
-    strided = results(ours, *views, g)
-    for x, y in zip(strided, results(ours, *(x.contiguous() for x in views), g.contiguous()), strict=True):
-        assert torch.equal(x, y)
-
-
-@pytest.mark.parametrize("empty", ["B", "L", "S"])
-def test_empty(empty):
-    sizes = dict(zip(("B", "H", "K", "L", "S", "D", "Dv"), (1, 2, 2, 3, 3, 4, 4), strict=True)) | {empty: 0}
-    inputs = make(tuple(sizes.values()), torch.float32)
-    assert all((x == 0).all() for x in results(ours, *inputs))
-    if empty == "S":
-        assert (attend(*inputs[:3])[1] == float("-inf")).all()
 
 
 def test_nan_propagates():
@@ -162,7 +121,7 @@ def test_nan_propagates():
 
 def test_runs_and_threads_give_the_same_bits():
     threads = torch.get_num_threads()
-    inputs = make((1, 4, 4, 300, 300, 32, 16), torch.float32)
+    inputs = make_with_gradient((1, 4, 4, 300, 300, 32, 16), torch.float32)
     try:
         found = []
         for count in (1, 2, 2):

@@ -9,15 +9,18 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from transformers import BertConfig, GenerationConfig, ViTConfig
+from transformers import BertConfig, GenerationConfig, GPT2Config, ViTConfig
 
 import two_level_mha as tlm
 
 ENCODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 TEXT = {"vocab_size": 30, "max_position_embeddings": 16, "type_vocab_size": 2}
-ENCODERS = {
+OTHERS = {
+    "GPT-2": ("GPT2LMHeadModel", lambda: GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=30, n_positions=16)),
     "Bert": ("BertModel", lambda: BertConfig(**ENCODER, **TEXT)),
     "ViT": ("ViTModel", lambda: ViTConfig(**ENCODER, image_size=8, patch_size=4, num_channels=1)),
 }
@@ -27,19 +30,21 @@ def make(kind: str, dtype: torch.dtype) -> nn.Module:
     if kind in tiny.CONFIGS:
         return tiny.make(kind, dtype)
     torch.manual_seed(0)
-    return getattr(transformers, ENCODERS[kind][0])(ENCODERS[kind][1]()).to(dtype)
+    return getattr(transformers, OTHERS[kind][0])(OTHERS[kind][1]()).to(dtype)
 
 
 def make_meta(kind: str, dtype: torch.dtype) -> nn.Module:
     if kind in tiny.CONFIGS:
         return tiny.make_meta(kind, dtype)
     with torch.device("meta"):
-        return getattr(transformers, ENCODERS[kind][0])._from_config(ENCODERS[kind][1](), dtype=dtype)
+        return getattr(transformers, OTHERS[kind][0])._from_config(OTHERS[kind][1](), dtype=dtype)
 
 
-def split(kind: str, model: nn.Module, grid: tuple[int, int], options: dict) -> nn.Module:
-    mesh = tlm.init_mesh("cpu", grid)
-    return tiny.store(model, mesh, **options) if kind in tiny.CONFIGS else tlm.parallelize(model, mesh, **options)
+def mesh_of(grid: tuple[int, ...]):
+    """A grid of all ranks, or, of three axes, one of several."""
+    if len(grid) == 2:
+        return tlm.init_mesh("cpu", grid)
+    return init_device_mesh("cpu", grid, mesh_dim_names=("data", "head", "slice"))["head", "slice"]
 
 
 def local(x: torch.Tensor) -> torch.Tensor:
@@ -56,8 +61,8 @@ def load(kind: str, directory: str, grid, options: dict, start: str, out: str | 
         model = make(kind, stock.dtype)
         for p in model.parameters():
             nn.init.ones_(p)
-    model = split(kind, model, grid, options)
-    frozen = [p for name, p in model.named_parameters() if "norm" in name.lower()]
+    model = tlm.parallelize(model, mesh_of(grid), **options)
+    frozen = [p for name, p in model.named_parameters() if "norm" in name.lower() or "ln_" in name]
     for p in frozen:
         p.requires_grad_(False)
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -100,8 +105,11 @@ CASES = {
     "Gemma3": ("Gemma3", (2, 2), {"scheme": "heads"}, "weights", "5GB"),
     "Qwen3-MoE": ("Qwen3-MoE", (1, 4), {}, "meta", "2KB"),
     "Mixtral": ("Mixtral", (2, 2), {}, "weights", "5GB"),
+    "several grids": ("Qwen3-MoE", (2, 1, 2), {}, "meta", "5GB"),
     "BERT": ("Bert", (2, 2), {}, "meta", "2KB"),
     "ViT": ("ViT", (1, 4), {"combine": "concat"}, "weights", "5GB"),
+    "GPT-2": ("GPT-2", (2, 2), {}, "meta", "2KB"),
+    "GPT-2, whole heads": ("GPT-2", (1, 4), {"scheme": "heads"}, "weights", "5GB"),
 }
 
 
@@ -121,3 +129,37 @@ def test_load_and_save(pool, case, tmp_path):
     again = type(stock).from_pretrained(out).state_dict()
     files = type(stock).from_pretrained(source).state_dict()
     assert again.keys() == files.keys() and all(torch.equal(again[name], x) for name, x in files.items())
+
+
+def save(kind: str, out: str) -> None:
+    model = tlm.parallelize(tiny.make(kind), tlm.init_mesh("cpu", (2, 2)))
+    model.save_pretrained(out, state_dict=tlm.full_state_dict(model))
+
+
+@pytest.mark.parametrize("kind", ["tied Llama", "Qwen3-MoE", "Mixtral"])
+def test_save_what_was_not_loaded(pool, kind, tmp_path):
+    """Fused experts are written apart, and tied weights once, as the unsplit model writes them."""
+    stock = tiny.make(kind)
+    stock.save_pretrained(tmp_path / "stock")
+    pool.run(save, 4, kind, str(tmp_path / "split"))
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("stock", "split")]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(x, files[1][name]) for name, x in files[0].items())
+    again = type(stock).from_pretrained(tmp_path / "split").state_dict()
+    assert all(torch.equal(x, again[name]) for name, x in stock.state_dict().items())
+
+
+def low_precision(directory: str) -> list[str]:
+    """Of a bf16 file in a bf16 model, and of a float32 one: what is not the file's numbers."""
+    wrong = []
+    for dtype in (torch.bfloat16, torch.float32):
+        stock = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=dtype).state_dict()
+        model = tlm.parallelize(tiny.make_meta("Llama", dtype), tlm.init_mesh("cpu", (2, 2)))
+        full = tlm.full_state_dict(tlm.load_pretrained(model, directory))
+        wrong += [f"{dtype} {name}" for name, x in full.items() if x.dtype != dtype or not torch.equal(x, stock[name])]
+    return wrong
+
+
+def test_dtype(pool, tmp_path):
+    """The model's dtype counts, whatever the file's."""
+    tiny.make("Llama", torch.bfloat16).save_pretrained(tmp_path)
+    assert pool.run(low_precision, 4, str(tmp_path)) == [[]] * 4

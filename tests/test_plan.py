@@ -121,6 +121,39 @@ def test_the_pass_runs_what_the_planner_says(pool):
     assert {scheme for scheme, _, _ in results[0]} == set(CHOSEN_PER_CALL)
 
 
+def kept(n, m, cases):
+    """Bytes of what autograd keeps of one forward pass, parameters apart, and those planned."""
+    mesh, found = tlm.init_mesh("cpu", (n, m)), []
+    for scheme, combine, batch in cases:
+        layer = tlm.TwoLevelMultiheadAttention(
+            32, 8, bias=False, batch_first=True, mesh=mesh, scheme=scheme, combine=combine
+        )
+        x = torch.randn(batch, 8, 32).requires_grad_()
+        storages = {}
+
+        def keep(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        layer(x, x, x, need_weights=False)  # the ranks compare their inputs in the first call
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layer(x, x, x, need_weights=False)
+        for parameter in layer.parameters():
+            storages.pop(parameter.to_local().untyped_storage().data_ptr(), None)
+        sizes = {"embed_dim": 32, "num_heads": 8, "devices": n * m, "batch": batch, "seq": 8}
+        plan = tlm.plan(**sizes, causal=False, dtype=torch.float32, combine=combine, device_type="cpu")
+        found.append((sum(storages.values()), options(plan, (n, m))[scheme].activation_bytes))
+    return found
+
+
+def test_kept_activations(pool):
+    """E. Localises: a tensor that the pass keeps for its backward and the planner does not know, or the reverse."""
+    cases = list(itertools.product([*CHOSEN_PER_CALL, "heads", "independent"], ["reduce", "concat"], [2, 3]))
+    for per_case in pool.run(kept, 4, 2, 2, cases, timeout=240):
+        for case, (seen, planned) in zip(cases, per_case, strict=True):
+            assert seen == planned, case
+
+
 def test_kv_cache_is_stored_once():
     """E. Localises: the cache's size per rank: 1/P of the whole on every grid, for both layouts."""
     plan = tlm.plan(**LLAMA, batch=16, seq=4096, decode=True)

@@ -4,6 +4,9 @@ Attention stays as it is here, so a failure is in the choice of the plan's rules
 transformers' own tensor parallelism; not in the pass.
 """
 
+import contextlib
+import io
+
 import pytest
 import tiny
 import torch
@@ -13,10 +16,11 @@ from torch.distributed.tensor import DTensor
 
 import two_level_mha as tlm
 from two_level_mha.integrations import private
+from two_level_mha.layer import GridAttention
 from two_level_mha.rest import find_rest, split_rest
+from two_level_mha.stock import put, resolve
 
-# RMSNorm rounds to float32 inside a float64 model, on both sides alike; Mixtral's router differentiates in float32.
-TIGHT = {"Mixtral": 1e-6}
+TIGHT = {"Mixtral": 1e-6}  # its router differentiates in float32
 
 
 def attentions(model: nn.Module) -> set[str]:
@@ -176,3 +180,29 @@ def test_versions(monkeypatch):
     monkeypatch.delattr("transformers.core_model_loading.rename_source_key")
     with pytest.raises(tlm.GridError, match="has no transformers.core_model_loading.rename_source_key"):
         private.private("rename_source_key")
+
+
+def end_to_end(kind: str, grid: tuple[int, int]) -> tuple[dict[str, float], str]:
+    """parallelize with everything split: what differs from stock, and what was printed."""
+    expected = run(tiny.make(kind, exact=True))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        model = tlm.parallelize(tiny.make(kind, exact=True), tlm.init_mesh("cpu", grid))
+    grads = run(model)
+    for name, module in model.named_modules():
+        for own, stock in module.stock_names.items() if isinstance(module, GridAttention) else ():
+            put(grads, resolve(name, stock.key), stock, grads.pop(f"{name}.{own}"))
+    assert grads.keys() == expected.keys()
+    errors = {name: (grads[name] - x).abs().max().item() for name, x in expected.items()}
+    limit = 1e-6 if kind in ("Mixtral", "Qwen3-MoE") else 1e-10  # routers in float32, of inputs that are not bit-equal
+    return {name: error for name, error in errors.items() if not error <= limit}, out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3", "Qwen3-MoE", "Mixtral"])
+def test_parallelize(pool, kind):
+    """Logits and every gradient of a model whose attention and all else is split; rank 0 says what it keeps."""
+    for rank, (off, printed) in enumerate(pool.run(end_to_end, 4, kind, (2, 2))):
+        assert not off
+        assert ("the tensor-parallel plan of " + tiny.CONFIGS[kind][1] in printed) == (rank == 0)
+        assert rank or " kB split, " in printed and "model.layers.*.input_layernorm" in printed
+        assert rank or ("model.embed_tokens stays whole: its weight is tied" in printed) == (kind == "Gemma3")

@@ -144,8 +144,8 @@ def test_an_inf_skips_the_step(pool, name, optimizer, together):
         assert found[kind] == {False} and found[other] == {not together} and found["scale"] == 4.0
 
 
-def replicated_first() -> float:
-    """Whether this rank hears of rank 3's inf when torch alone spreads it, and a replicated gradient comes first."""
+def replicated_first(ours: bool) -> float:
+    """Whether this rank hears of rank 3's inf where a replicated gradient comes first."""
     layer = Model(mesh((2, 2))).attentions[0]
     optimizer = torch.optim.SGD([layer.q_norm_weight, layer.q_weight])
     for p in (layer.q_norm_weight, layer.q_weight):
@@ -154,13 +154,21 @@ def replicated_first() -> float:
         layer.q_weight.grad._local_tensor.fill_(torch.inf)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(()))
-    scaler.unscale_(optimizer)
+    if ours:
+        tlm.unscale_(scaler, [optimizer])
+    else:
+        scaler.unscale_(optimizer)
     return sum(x.item() for x in scaler._found_inf_per_device(optimizer).values())
 
 
 def test_torch_looks_at_the_first_gradient_only(pool):
     """When this fails, torch spreads found_inf however a group is ordered, and param_groups need not sort."""
-    assert pool.run(replicated_first, 4) == [0.0, 0.0, 0.0, 1.0]
+    assert pool.run(replicated_first, 4, False) == [0.0, 0.0, 0.0, 1.0]
+
+
+def test_unscale_takes_any_order(pool):
+    """E. Localises: unscale_'s own news of an inf, for optimizers that param_groups did not order."""
+    assert pool.run(replicated_first, 4, True) == [1.0] * 4
 
 
 def test_param_groups_put_split_parameters_first(pool):

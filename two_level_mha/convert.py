@@ -1,7 +1,5 @@
 """parallelize: every attention of a model on a grid, in place. Structure proposes, a probe decides."""
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +8,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from two_level_mha.cache import LAYOUTS
+from two_level_mha.families import FAMILIES, Family
 from two_level_mha.integrations.private import pretrained_models
-from two_level_mha.integrations.projected import heads_of, probe_inputs, projected_like
 from two_level_mha.mesh import Grid, GridError, place_on, same_on_all_ranks
-from two_level_mha.multihead import TwoLevelMultiheadAttention, check_same_weights
+from two_level_mha.multihead import check_same_weights
 from two_level_mha.probe import HOOKS, changed_linear, has_hooks, random_copy, settings
 from two_level_mha.report import report
 from two_level_mha.rest import Rest, find_rest, split_rest
@@ -23,112 +21,6 @@ _PROJECTION_NAMES = {
     "query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin", "c_attn", "qkv", "qkv_proj",
     "in_proj", "Wqkv", "query_key_value", "q", "k", "v",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Family:
-    """One structure of attention: how to recognise it, where its projections are, how to replace and to call it."""
-
-    name: str
-    matches: Callable[[nn.Module, nn.Module | None], bool]  # (module, parent)
-    paths: dict[str, str]  # projections that are linears of their own: q, k, v, o -> path as in StockTensor.key
-    replace: Callable[..., nn.Module]  # (module, projections, paths, mesh, **options), gives a module with stock_names
-    inputs: Callable[[nn.Module, torch.dtype], list[tuple[tuple, dict]]]
-    parameters: tuple[str, ...] = ()  # that it may have besides those of the projections
-    cached: bool = False  # replace takes cache=, the layout of its KV cache
-
-    @property
-    def out_in_parent(self) -> bool:
-        return self.paths["o"].startswith("../")
-
-    def new(self, module: nn.Module, projections: dict[str, nn.Module], mesh, options: dict[str, object]) -> nn.Module:
-        """The replacement; it takes of the options of parallelize what it has."""
-        options = {name: value for name, value in options.items() if name != "cache" or self.cached}
-        return self.replace(module, projections, self.paths, mesh, **options)
-
-    def projections(self, module: nn.Module, parent: nn.Module) -> dict[str, nn.Module]:
-        return {
-            letter: (parent if path.startswith("../") else module).get_submodule(path.removeprefix("../"))
-            for letter, path in self.paths.items()
-        }
-
-
-def _has(module: nn.Module, *names: str) -> bool:
-    return all(hasattr(module, name) for name in names)
-
-
-def _is_bert(module: nn.Module, parent: nn.Module | None) -> bool:
-    known = _has(module, "query", "key", "value", "scaling", "num_attention_heads")
-    return known and hasattr(getattr(parent, "output", None), "dense")
-
-
-def _is_vit(module: nn.Module, parent: nn.Module | None) -> bool:
-    return _has(module, "q_proj", "k_proj", "v_proj", "o_proj", "scaling", "num_attention_heads")
-
-
-def _is_decoder(module: nn.Module, parent: nn.Module | None) -> bool:
-    known = _has(module, "q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "layer_idx", "config")
-    return known and {"position_embeddings", "past_key_values"} <= inspect.signature(module.forward).parameters.keys()
-
-
-def _replace_decoder(*args, **options) -> nn.Module:
-    from two_level_mha.integrations.decoder import decoder_like  # needs transformers
-
-    return decoder_like(*args, **options)
-
-
-def _decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
-    from two_level_mha.integrations.decoder import decoder_inputs
-
-    return decoder_inputs(original, dtype)
-
-
-def _torch_inputs(mha: nn.MultiheadAttention, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
-    widths = (mha.embed_dim, mha.kdim, mha.vdim)
-    query, key, value = (torch.randn(*((2, n) if mha.batch_first else (n, 2)), w, dtype=dtype)
-                         for n, w in zip((4, 5, 5), widths, strict=True))  # fmt: skip
-    hidden_BS = torch.zeros(2, 5, dtype=torch.bool)
-    hidden_BS[1, 3:] = True
-    return [((query, key, value), {"key_padding_mask": hidden_BS})]
-
-
-def _replace_mha(mha: nn.MultiheadAttention, projections, paths, mesh, **options) -> TwoLevelMultiheadAttention:
-    return TwoLevelMultiheadAttention.from_checked(mha, mesh, **options)
-
-
-FAMILIES = (
-    Family(
-        "nn.MultiheadAttention",
-        lambda module, parent: isinstance(module, nn.MultiheadAttention),
-        {"o": "out_proj"},
-        _replace_mha,
-        _torch_inputs,
-        ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v"),
-    ),
-    Family(
-        "BERT",
-        _is_bert,
-        {"q": "query", "k": "key", "v": "value", "o": "../output.dense"},
-        projected_like,
-        probe_inputs,
-    ),
-    Family(
-        "Llama",
-        _is_decoder,
-        {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
-        _replace_decoder,
-        _decoder_inputs,
-        ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias"),
-        cached=True,
-    ),
-    Family(
-        "ViT",
-        _is_vit,
-        {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
-        projected_like,
-        probe_inputs,
-    ),
-)
 
 
 @dataclass
@@ -153,9 +45,7 @@ class Found:
 
     def sizes(self) -> tuple[int, int, int]:
         """Heads, key/value heads, head_dim."""
-        if isinstance(self.module, nn.MultiheadAttention):
-            return self.module.num_heads, self.module.num_heads, self.module.head_dim
-        return heads_of(self.module, self.projections)
+        return self.family.sizes(self.module, self.projections)
 
 
 def parallelize(
@@ -170,11 +60,13 @@ def parallelize(
 ) -> nn.Module:
     """Replaces every supported attention of `model` by its split form, in place; returns the model.
 
-    Supported: nn.MultiheadAttention, and transformers' BERT, RoBERTa, ViT and Llama attention and what has their shape
-    (of Llama: Mistral, Mixtral, Qwen2, Qwen3, Gemma and others), model.generate() included. A replacement must give the
-    original's numbers on a small random input, once per class and configuration, or GridError names it.
-    rest: also split the MLPs of nn.TransformerEncoderLayer / DecoderLayer, BERT and ViT over the flattened grid, by
-    torch's ColwiseParallel and RowwiseParallel, where P divides the width and a copy, run in parts, gives its numbers.
+    Supported: nn.MultiheadAttention, and transformers' BERT, RoBERTa, ViT, GPT-2 and Llama attention and what has their
+    shape (of Llama: Mistral, Mixtral, Qwen2, Qwen3, Gemma and others), model.generate() included. A replacement must
+    give the original's numbers on a small random input, once per class and configuration, or GridError names it.
+    rest: also split over the flattened grid what is not attention: a transformers model by its own tensor-parallel plan
+    and transformers' code (MLPs, experts, embeddings unless tied, head); where there is no plan, the MLPs of
+    nn.TransformerEncoderLayer / DecoderLayer, BERT and ViT by torch's ColwiseParallel and RowwiseParallel, where P
+    divides the width and a copy, run in parts, gives its numbers.
     cache: how such decoders keep a KV cache that transformers made: "position" or "batch" (two_level_mha.cache).
     A collective over the grid. Raises GridError, on every rank and before anything is changed, when nothing is found,
     when an attention is found that is not supported, when the grid does not fit one, or when the ranks' arguments or
@@ -276,15 +168,16 @@ def _problem(one: Found, owners: dict[int, list[str]]) -> str | None:
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
     if implementation not in ("sdpa", "eager"):
         return f'its attention implementation is {implementation!r}: call model.set_attn_implementation("sdpa") first'
-    plain = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if problem := one.family.problem(module):
+        return problem
     for letter, projection in one.projections.items():
         what = f"its {letter} projection, {one.family.paths[letter].removeprefix('../')},"
         if problem := changed_linear(projection):
             return f"{what} {problem}"
-        if type(projection) not in plain:
+        if not one.family.is_plain(projection):
             return (
-                f"{what} is a {type(projection).__module__}.{type(projection).__name__}, not a plain nn.Linear (merge "
-                "adapters, or undo quantisation, first)"
+                f"{what} is a {type(projection).__module__}.{type(projection).__name__}, not a plain "
+                f"{one.family.linear} (merge adapters, or undo quantisation, first)"
             )
         if has_hooks(projection):
             return f"{what} has hooks, which would no longer run: remove them first"

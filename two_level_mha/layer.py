@@ -190,10 +190,9 @@ class GridAttention(nn.Module):
 def _stores_whole_heads(scheme: str, h: int, k: int, grid: Grid) -> bool:
     """Whether the query side is stored by whole heads. Raises GridError where scheme "heads" cannot."""
     H, K, m = h // grid.head_groups, k // grid.head_groups, grid.slices
-    fits = _C.whole_heads_fit(H, K, m)
-    if scheme == "heads" and not fits:
+    if scheme == "heads" and not _C.whole_heads_fit(H, K, m):
         raise GridError(
             f"scheme 'heads' deals the {H} query heads of a head group, with {K} key/value heads, to {m} slices: "
             f"slices must divide {H}, and slices must divide {K} or the other way round; take another grid or scheme"
         )
-    return scheme == "heads" or (scheme == "auto" and k < h and fits)
+    return scheme == "heads" or (scheme == "auto" and _C.stores_whole_heads(h, k, grid.head_groups, m))

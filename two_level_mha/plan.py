@@ -219,12 +219,16 @@ def _number(value: float) -> str:
 def _text(p: Plan) -> str:
     layer, call = p.layer, p.call
     lines = [
-        f"layer    embed_dim {layer['embed_dim']}, {layer['num_heads']} query heads, {layer['num_kv_heads']} "
-        f"key/value heads of {layer['head_dim']}, {layer['dtype']}, combine={layer['combine']!r}",
-        f"call     {_call_text(call)} on {call['devices']} {call['device_type']} ranks; all figures are of one rank",
-        *_wrap(f"profile  {p.profile['name']!r}, {p.profile['source']}", " " * 9),
-        "",
+        line
+        for text in (
+            f"layer    embed_dim {layer['embed_dim']}, {layer['num_heads']} query heads, {layer['num_kv_heads']} "
+            f"key/value heads of {layer['head_dim']}, {layer['dtype']}, combine={layer['combine']!r}",
+            f"call     {_call_text(call)} on {call['devices']} {call['device_type']} ranks; figures are of one rank",
+            f"profile  {p.profile['name']!r}, from which seconds are predicted: {p.profile['source']}",
+        )
+        for line in _wrap(text, " " * 9)
     ]
+    lines.append("")
     columns = [
         ("work", [option.flops for option in p.options], UNITS["FLOP"]),
         ("sent", [option.sent_bytes() for option in p.options], UNITS["B"]),

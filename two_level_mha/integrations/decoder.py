@@ -1,6 +1,7 @@
 """transformers' decoder attention with rotary position_embeddings: Llama, Mistral, Qwen, Gemma and their shape."""
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +38,13 @@ class DecoderAttention(ProjectedAttention):
     ) -> None:
         super().__init__(original, projections, paths, mesh, **options)
         if self.scheme == "independent":
-            raise GridError("scheme 'independent' has no KV cache, with which such a model is called; take an exact one")
+            raise GridError("scheme 'independent' has no KV cache, with which such a model is called; take another")
         self.layer_idx, self.cache_layout = original.layer_idx, cache
         self.softcap = getattr(original, "attn_logit_softcapping", None) or 0.0
+        self.use_positions(original)
+
+    def use_positions(self, original: nn.Module) -> None:
+        """Takes over what acts on single heads."""
         self.rotary = _rotary(original)
         for name in NORMS:
             norm = getattr(original, name, None)
@@ -70,10 +75,7 @@ class DecoderAttention(ProjectedAttention):
             self.compare(inputs, {"training": self.training, "tokens in the cache": call.get("position")})
 
         def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, deal) -> tuple[Tensor, Tensor, Tensor]:
-            for_q, for_k = deal([x.unsqueeze(1) for x in position_embeddings])
-            q_BHLd, k_BKSd = self._normed(q_BHLd, k_BKSd)
-            q_BHLd = self.rotary(q_BHLd, q_BHLd[:, :0], *(x.squeeze(1) for x in for_q))[0]
-            k_BKSd = self.rotary(k_BKSd[:, :0], k_BKSd, *(x.squeeze(1) for x in for_k))[1]
+            q_BHLd, k_BKSd = self.positioned(q_BHLd, k_BKSd, deal, position_embeddings)
             return (q_BHLd, k_BKSd, v) if layer is None else (q_BHLd, *layer.append(k_BKSd, v, L))
 
         causal = self.causal_without_mask(kwargs, L) if attention_mask is None else None
@@ -93,6 +95,14 @@ class DecoderAttention(ProjectedAttention):
             between=between,
             **call,
         )
+
+    def positioned(self, q_BHLd: Tensor, k_BKSd: Tensor, deal, position_embeddings) -> tuple[Tensor, Tensor]:
+        """Queries and keys as attention takes them: normed and rotated."""
+        for_q, for_k = deal([x.unsqueeze(1) for x in position_embeddings])
+        q_BHLd, k_BKSd = self._normed(q_BHLd, k_BKSd)
+        q_BHLd = self.rotary(q_BHLd, q_BHLd[:, :0], *(x.squeeze(1) for x in for_q))[0]
+        k_BKSd = self.rotary(k_BKSd[:, :0], k_BKSd, *(x.squeeze(1) for x in for_k))[1]
+        return q_BHLd, k_BKSd
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Norms over head_dim; each rank uses the whole weights for its own rows and heads."""
@@ -137,10 +147,19 @@ def decoder_like(original: nn.Module, *args, **options) -> DecoderAttention:
 
 
 def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
-    """Two sequences, one padded on the left: all at once, then with a cache in two steps, then without a mask."""
-    width = _rotary_width(original)
+    """Calls with rotary embedding."""
     x_BLD = torch.randn(2, 6, original.q_proj.in_features, dtype=dtype)
-    cos_BLd, sin_BLd = torch.randn(2, 2, 6, width, dtype=dtype)
+    cos_BLd, sin_BLd = torch.randn(2, 2, 6, _rotary_width(original), dtype=dtype)
+    return calls_with_cache(original, x_BLD, lambda rows: {"position_embeddings": (cos_BLd[:, rows], sin_BLd[:, rows])})
+
+
+def calls_with_cache(
+    original: nn.Module, x_BLD: Tensor, others: Callable[[slice], dict[str, object]]
+) -> list[tuple[tuple, dict]]:
+    """Two sequences of 6, one padded on the left: all at once, then with a cache in two steps, then without a mask.
+
+    others: the other arguments of a call with these rows.
+    """
     keep = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6).clone()
     keep[1, ..., :2] = False
     keep[1, :, :2, 0] = True  # no row without a key: what it gives is not defined
@@ -151,12 +170,8 @@ def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple,
         if mask is not None:
             mask = mask[:, :, rows, :end]
             if original.config._attn_implementation == "eager":
-                mask = additive(mask, dtype)
-        return (x_BLD[:, rows],), {
-            "position_embeddings": (cos_BLd[:, rows], sin_BLd[:, rows]),
-            "attention_mask": mask,
-            "past_key_values": past,
-        }
+                mask = additive(mask, x_BLD.dtype)
+        return (x_BLD[:, rows].contiguous(),), {"attention_mask": mask, "past_key_values": past, **others(rows)}
 
     return [call(0, 6, keep, None), call(0, 4, keep, cache), call(4, 6, keep, cache), call(0, 6, None, None)]
 

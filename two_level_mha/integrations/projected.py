@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from two_level_mha.layer import GridAttention
 from two_level_mha.masks import UsageRuntimeError
 from two_level_mha.mesh import GridError
-from two_level_mha.stock import from_stock, linear_names, take_stock_keys
+from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
 
 _REFUSED = {
     "past_key_values": "call with use_cache=False",
@@ -29,6 +29,14 @@ def heads_of(original: nn.Module, projections: dict[str, nn.Linear]) -> tuple[in
     return h, widths["k"] // d, d
 
 
+def names_of(projections: dict[str, nn.Linear], paths: dict[str, str], head_dim: int) -> dict[str, StockTensor]:
+    """Which tensor of which linear each parameter is."""
+    names: dict[str, StockTensor] = {}
+    for letter, linear in projections.items():
+        names |= linear_names("out" if letter == "o" else letter, paths[letter], linear, head_dim)
+    return names
+
+
 class ProjectedAttention(GridAttention):
     """Called as transformers calls such a module: (hidden_states, attention_mask, **kwargs) -> (out, weights or None).
 
@@ -39,6 +47,9 @@ class ProjectedAttention(GridAttention):
     projections: the original's linears, by letter q, k, v, o; paths: where they are, as in StockTensor.key.
     """
 
+    heads_of = staticmethod(heads_of)
+    names_of = staticmethod(names_of)
+
     def __init__(
         self,
         original: nn.Module,
@@ -47,7 +58,7 @@ class ProjectedAttention(GridAttention):
         mesh: DeviceMesh | None,
         **options,
     ) -> None:
-        h, k, d = heads_of(original, projections)
+        h, k, d = self.heads_of(original, projections)
         super().__init__(num_heads=h, num_kv_heads=k, head_dim=d, mesh=mesh, **options)
         self.config = original.config
         self.scaling = original.scaling
@@ -56,9 +67,8 @@ class ProjectedAttention(GridAttention):
         if not isinstance(dropout, nn.Dropout):
             dropout = nn.Dropout(getattr(original, "attention_dropout", 0.0))
         self.dropout = dropout  # read at each call, so that a change of its p counts
-        self.stock_names, state = {}, {}
+        self.stock_names, state = self.names_of(projections, paths, d), {}
         for letter, linear in projections.items():
-            self.stock_names |= linear_names("out" if letter == "o" else letter, paths[letter], linear, d)
             state |= {f"{paths[letter]}.{part}": p for part, p in linear.named_parameters()}
         trained = {name: state[stock.key].requires_grad for name, stock in self.stock_names.items()}
         self.store(from_stock({key: p.detach() for key, p in state.items()}, self.stock_names), trained)

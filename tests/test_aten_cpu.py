@@ -1,0 +1,27 @@
+"""ATen's CPU kernel behind the contract, in C++: only CPUs with AMX choose it, but any CPU can run it."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths, library_paths
+
+import two_level_mha as tlm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_calls_it_takes_and_their_values(tmp_path):
+    """R. Localises: a call handed to ATen that it answers otherwise than attention.h says."""
+    ops = Path(tlm.__file__).parent / "_ops.abi3.so"
+    program = tmp_path / "aten_cpu"
+    command = ["c++", "-std=c++20", "-O0", str(ROOT / "tests" / "cpp" / "aten_cpu_test.cpp"), str(ops)]
+    command += [f"-I{path}" for path in include_paths()]
+    for path in (*library_paths(), str(ops.parent)):
+        command += [f"-L{path}", f"-Wl,-rpath,{path}"]
+    subprocess.run([*command, "-ltorch_cpu", "-lc10", "-o", str(program)], check=True, timeout=300)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "all right\n", done.stdout + done.stderr
