@@ -7,6 +7,7 @@ recognised, copied, replaced or split besides attention.
 import contextlib
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -383,3 +384,14 @@ def test_random_state_is_left_alone():
     torch.manual_seed(5)
     tlm.parallelize(model, None)
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "ViTModel"])
+def test_pickle(kind):
+    """E. Localises: replacements whose class, made at run time, cannot be found again."""
+    attentions = [m for m in tlm.parallelize(make(kind), None).modules() if isinstance(m, GridAttention)]
+    for ours in attentions:
+        again = pickle.loads(pickle.dumps(ours))
+        assert type(again) is type(ours) and again.state_dict().keys() == ours.state_dict().keys()
+        x_BLD = torch.randn(1, 3, ours.q_weight.shape[2], dtype=ours.q_weight.dtype)
+        assert torch.equal(again.eval()(x_BLD)[0], ours.eval()(x_BLD)[0])

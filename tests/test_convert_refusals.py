@@ -13,6 +13,8 @@ from transformers import (
     AlbertModel,
     BloomConfig,
     BloomModel,
+    DeepseekV3Config,
+    DeepseekV3Model,
     DistilBertConfig,
     DistilBertModel,
     MPNetConfig,
@@ -177,6 +179,7 @@ def test_changed_bert(case):
 
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
 UNKNOWN = {
     "Bloom": (
         lambda: BloomModel(BloomConfig(vocab_size=30, hidden_size=16, n_layer=1, n_head=4)),
@@ -187,6 +190,10 @@ UNKNOWN = {
         "transformer.layer.0.attention",
     ),
     "MPNet": (lambda: MPNetModel(MPNetConfig(**SMALL)), "encoder.layer.0.attention.attn (MPNetSelfAttention)"),
+    "DeepSeek": (
+        lambda: nn.ModuleList([nn.MultiheadAttention(16, 4), DeepseekV3Model(DeepseekV3Config(**SMALL, **LATENT))]),
+        "1.layers.0.self_attn (DeepseekV3Attention)",
+    ),
     "ALBERT": (lambda: AlbertModel(AlbertConfig(**SMALL, embedding_size=8)), "attention (AlbertAttention)"),
 }
 
@@ -206,7 +213,7 @@ def test_cross_attention():
 def test_nothing_found():
     check_refused(nn.Sequential(nn.Linear(4, 4)), "no attention was found in Sequential")
     converted = tlm.parallelize(make_torch(), None)
-    check_refused(converted, "no attention was found")
+    check_refused(converted, "no attention was found", "it is split already")
 
 
 def test_attention_itself():
@@ -229,9 +236,11 @@ def test_options():
     for options, text in (({"scheme": "fast"}, "scheme must be"), ({"combine": "sum"}, "combine must be")):
         model = make_torch()
         before = state(model)
-        with pytest.raises(tlm.GridError, match=text):
+        with pytest.raises(tlm.GridError, match=f"^{text}"):
             tlm.parallelize(model, None, **options)
         assert state(model) == before
+    with pytest.raises(tlm.GridError, match="mesh must be a DeviceMesh or None, got tuple"):
+        tlm.parallelize(make_torch(), (2, 2))
 
 
 def test_calls():
@@ -241,6 +250,9 @@ def test_calls():
     for name in ("past_key_values", "encoder_hidden_states", "position_bias"):
         with pytest.raises(tlm.GridError, match=name):
             attention(x_BLD, **{name: x_BLD})
+    attention.config._attn_implementation = "flash_attention_2"  # without a mask it is causal, or has one of (B, S)
+    with pytest.raises(tlm.GridError, match="is now 'flash_attention_2', .*set_attn_implementation"):
+        attention(x_BLD)
 
 
 def refused(case: str, grid: tuple[int, int]) -> tuple[str, bool, bool]:
@@ -250,6 +262,9 @@ def refused(case: str, grid: tuple[int, int]) -> tuple[str, bool, bool]:
     model = make("BertModel")
     if case == "second does not fit":
         model = nn.Sequential(make_torch().encoder, make_torch(nhead=2).encoder)
+    if case == "scheme does not fit the second":
+        model = nn.Sequential(make_torch().encoder, make_torch(nhead=2).encoder)
+        options["scheme"] = "heads"
     if case == "hooks on one rank" and rank == 1:
         model.get_submodule(NAME).value.register_forward_hook(lambda *_: None)
     if case == "MLP on one rank" and rank == 1:
@@ -278,6 +293,7 @@ def refused(case: str, grid: tuple[int, int]) -> tuple[str, bool, bool]:
 
 ON_RANKS = {
     "second does not fit": ((4, 1), r"1\.layers\.0\.self_attn \(MultiheadAttention\).*\(2, 2\)"),
+    "scheme does not fit the second": ((1, 4), r"1\.layers\.0\.self_attn \(MultiheadAttention\): scheme 'heads' deals"),
     "hooks on one rank": ((2, 2), "encoder.layer.1.attention.self .*v projection, value, has hooks"),
     "weights": ((2, 2), "source parameters differs between ranks.*rank 2; seed every rank alike.*or broadcast it"),
     "norms": ((2, 2), "source parameters differs between ranks.*rank 2"),

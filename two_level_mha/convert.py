@@ -1,5 +1,6 @@
 """parallelize: every attention of a model on a grid, in place. Structure proposes, a probe decides."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch.distributed.tensor import DTensor
 from two_level_mha.cache import LAYOUTS
 from two_level_mha.families import FAMILIES, Family
 from two_level_mha.integrations.private import pretrained_models
+from two_level_mha.integrations.projected import IMPLEMENTATIONS
+from two_level_mha.layer import GridAttention, check_options, stores_whole_heads
 from two_level_mha.mesh import Grid, GridError, place_on, same_on_all_ranks
 from two_level_mha.multihead import check_same_weights
 from two_level_mha.probe import HOOKS, changed_linear, has_hooks, random_copy, settings
@@ -17,10 +20,8 @@ from two_level_mha.report import report
 from two_level_mha.rest import Rest, find_rest, split_rest
 from two_level_mha.stock import resolve, take_stock_keys
 
-_PROJECTION_NAMES = {
-    "query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin", "c_attn", "qkv", "qkv_proj",
-    "in_proj", "Wqkv", "query_key_value", "q", "k", "v",
-}  # fmt: skip
+# Names of projections: q, kv_b_proj, query_key_value, linear_v, c_attn and so on.
+_PROJECTION = re.compile(r"(^|_)(q|k|v|kv|qkv|Wqkv|query|key|value)(_|$)|^(c_attn|in_proj)$")
 
 
 @dataclass
@@ -77,11 +78,12 @@ def parallelize(
     grid = place_on(mesh).grid
     found, others, refusal = [], Rest(), None
     try:
+        check_options(scheme, combine)
         if cache not in LAYOUTS:
             raise GridError(f"cache must be one of {', '.join(LAYOUTS)}, got {cache!r}")
         pretrained_models(model)  # refuses a transformers that is too old
         found = _find(model)
-        _check_grid(found, grid)
+        _check_grid(found, grid, scheme)
         _probe_all(found, options)
         if rest and grid.size > 1:
             others = find_rest(model, grid.size, {name for one in found for name in one.names()})
@@ -108,7 +110,7 @@ def _dropout(module: nn.Module) -> float:
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
-    return "Attention" in type(module).__name__ and bool(_PROJECTION_NAMES & module._modules.keys())
+    return "Attention" in type(module).__name__ and any(_PROJECTION.search(name) for name in module._modules)
 
 
 def _find(model: nn.Module) -> list[Found]:
@@ -136,21 +138,25 @@ def _find(model: nn.Module) -> list[Found]:
             raise GridError(
                 f"{where} looks like attention of a structure that is not supported; supported: "
                 + ", ".join(f.name for f in FAMILIES)
+                + "; a part of the model without it can be split by itself: parallelize(model.part, mesh)"
             )
         one = Found(module, family, family.projections(module, parent), places[module], name)
         if problem := _problem(one, owners):
             raise GridError(f"{where} is not supported: {problem}")
         found.append(one)
     if not found:
-        supported = ", ".join(f.name for f in FAMILIES)
-        raise GridError(f"no attention was found in {type(model).__name__}; supported: {supported}")
+        done = any(isinstance(module, GridAttention) for module in model.modules())
+        known = "it is split already" if done else "supported: " + ", ".join(f.name for f in FAMILIES)
+        raise GridError(f"no attention was found in {type(model).__name__} that could be split; {known}")
     return found
 
 
-def _check_grid(found: list[Found], grid: Grid) -> None:
+def _check_grid(found: list[Found], grid: Grid, scheme: str) -> None:
     for one in found:
         try:
-            grid.check(*one.sizes())
+            h, k, d = one.sizes()
+            grid.check(h, k, d)
+            stores_whole_heads(scheme, h, k, grid)
         except GridError as error:
             raise GridError(f"{one.name} ({type(one.module).__name__}): {error}") from None
 
@@ -166,7 +172,7 @@ def _problem(one: Found, owners: dict[int, list[str]]) -> str | None:
     if "CrossAttention" in type(module).__name__:
         return "it is cross-attention"
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in IMPLEMENTATIONS:
         return f'its attention implementation is {implementation!r}: call model.set_attn_implementation("sdpa") first'
     if problem := one.family.problem(module):
         return problem

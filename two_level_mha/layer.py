@@ -61,15 +61,12 @@ class GridAttention(nn.Module):
         reduce_dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # a subclass may also inherit from the class it replaces, whose __init__ must not run
-        if scheme not in SCHEMES:
-            raise GridError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
-        if combine not in COMBINES:
-            raise GridError(f"combine must be one of {', '.join(COMBINES)}, got {combine!r}")
+        check_options(scheme, combine)
         if reduce_dtype not in REDUCE_DTYPES:
             raise GridError(f"reduce_dtype must be None or torch.float32, got {reduce_dtype}")
         self.place = place_on(mesh)
         self.place.grid.check(num_heads, num_kv_heads, head_dim)
-        self.whole_heads = _stores_whole_heads(scheme, num_heads, num_kv_heads, self.place.grid)
+        self.whole_heads = stores_whole_heads(scheme, num_heads, num_kv_heads, self.place.grid)
         self.mesh = mesh
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scheme, self.combine, self.debug, self.reduce_dtype = scheme, combine, debug, reduce_dtype
@@ -187,7 +184,15 @@ class GridAttention(nn.Module):
         return _ops.replicated(xs, self.place.grid.size, self.place.groups[2], self.reduce_dtype)
 
 
-def _stores_whole_heads(scheme: str, h: int, k: int, grid: Grid) -> bool:
+def check_options(scheme: str, combine: str) -> None:
+    """Raises GridError for a name that is none."""
+    if scheme not in SCHEMES:
+        raise GridError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+    if combine not in COMBINES:
+        raise GridError(f"combine must be one of {', '.join(COMBINES)}, got {combine!r}")
+
+
+def stores_whole_heads(scheme: str, h: int, k: int, grid: Grid) -> bool:
     """Whether the query side is stored by whole heads. Raises GridError where scheme "heads" cannot."""
     H, K, m = h // grid.head_groups, k // grid.head_groups, grid.slices
     if scheme == "heads" and not _C.whole_heads_fit(H, K, m):

@@ -118,6 +118,8 @@ def place_on(mesh: DeviceMesh | None) -> Place:
     """
     if mesh is None:
         return Place()
+    if not isinstance(mesh, DeviceMesh):
+        raise GridError(f"mesh must be a DeviceMesh or None, got {type(mesh).__name__}; use two_level_mha.init_mesh")
     if tuple(mesh.mesh_dim_names or ()) != AXES:
         raise GridError(
             f'mesh must have the axes ("head", "slice"), got {mesh.mesh_dim_names}; use two_level_mha.init_mesh, '

@@ -59,6 +59,7 @@ class DecoderAttention(ProjectedAttention):
         past_key_values=None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
+        self.check_implementation()
         B, L, _ = hidden_states.shape
         need_weights = self.needs_weights(kwargs)
         layer, call = None, {}

@@ -11,6 +11,8 @@ from two_level_mha.masks import UsageRuntimeError
 from two_level_mha.mesh import GridError
 from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
 
+IMPLEMENTATIONS = ("sdpa", "eager")  # whose masks are understood
+
 _REFUSED = {
     "past_key_values": "call with use_cache=False",
     "encoder_hidden_states": "it is self-attention",
@@ -77,6 +79,7 @@ class ProjectedAttention(GridAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
+        self.check_implementation()
         for name, advice in _REFUSED.items():
             if kwargs.get(name) is not None:
                 raise UsageRuntimeError(f"{name} is not supported by this attention: {advice}")
@@ -96,6 +99,14 @@ class ProjectedAttention(GridAttention):
             average_attn_weights=False,
         )
 
+    def check_implementation(self) -> None:
+        """Raises where the config was changed to an implementation whose masks, or whose lack of one, mean others."""
+        if self.config._attn_implementation not in IMPLEMENTATIONS:
+            raise UsageRuntimeError(
+                f"the model's attention implementation is now {self.config._attn_implementation!r}, whose masks a "
+                'split attention does not take: call model.set_attn_implementation("sdpa")'
+            )
+
     def causal_without_mask(self, kwargs: dict, length: int) -> bool:
         """Whether a call of `length` queries without a mask is causal: with "eager" the mask would say so."""
         is_causal = kwargs.get("is_causal")
@@ -110,7 +121,17 @@ class ProjectedAttention(GridAttention):
 @functools.cache
 def class_like(ours: type, original: type) -> type:
     """A class of ours whose instances are also the original's, by which transformers finds what to record."""
-    return type(f"TwoLevel{original.__name__}", (ours, original), {})
+    return type(f"TwoLevel{original.__name__}", (ours, original), {"__reduce__": _reduce})
+
+
+def _reduce(module: nn.Module) -> tuple:
+    """How to pickle an instance: its class has no place in a module, but can be made again."""
+    return _blank, type(module).__bases__, vars(module)
+
+
+def _blank(ours: type, original: type) -> nn.Module:
+    made = class_like(ours, original)
+    return made.__new__(made)
 
 
 def projected_like(original: nn.Module, *args, **options) -> ProjectedAttention:
