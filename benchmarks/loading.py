@@ -120,6 +120,8 @@ def run(case: Case, repeats: int) -> dict:
         writer = start.Process(target=write, args=(case, directory))
         writer.start()
         writer.join()
+        if writer.exitcode:
+            raise SystemExit(f"{case.name}: the model was not written (exit status {writer.exitcode})")
         size = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
         for repeat in range(repeats):
             found = start.Queue()
