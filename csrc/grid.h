@@ -14,6 +14,8 @@ struct Heads {
   int64_t num_heads;     // h
   int64_t num_kv_heads;  // k, divides h
   int64_t head_dim;      // d
+
+  bool positive() const { return num_heads > 0 && num_kv_heads > 0 && head_dim > 0; }
 };
 
 // P = head_groups * slices ranks; rank r = i * slices + j owns head group i and slice j of the head
@@ -30,7 +32,7 @@ struct Grid {
 
   // Every weight block has one owner, and the KV cache is never duplicated: n divides k, m divides d.
   bool valid(const Heads& heads) const {
-    return head_groups > 0 && slices > 0 && heads.num_kv_heads % head_groups == 0 &&
+    return head_groups > 0 && slices > 0 && heads.positive() && heads.num_kv_heads % head_groups == 0 &&
            heads.num_heads % head_groups == 0 && heads.head_dim % slices == 0;
   }
 
@@ -63,6 +65,10 @@ struct Grid {
     if (valid(heads)) return "";
     out << "grid " << text() << " does not fit num_heads=" << heads.num_heads
         << ", num_kv_heads=" << heads.num_kv_heads << ", head_dim=" << heads.head_dim << ": ";
+    if (!heads.positive()) {
+      out << "these must be positive";
+      return out.str();
+    }
     if (heads.num_kv_heads % head_groups != 0)
       out << "head_groups=" << head_groups << " must divide num_kv_heads=" << heads.num_kv_heads;
     else if (heads.num_heads % head_groups != 0)

@@ -5,6 +5,7 @@
 #include "ops.h"
 
 #include <ATen/ATen.h>
+#include <ATen/WrapDimUtils.h>
 #include <torch/library.h>
 
 namespace two_level_mha {
@@ -63,6 +64,7 @@ Tensor reduce_scatter_op(const Tensor& x, int64_t dim, int64_t group_size, std::
 Tensor all_to_all_op(const Tensor& x, int64_t split_dim, int64_t cat_dim, int64_t group_size,
                      std::string group) {
   if (group_size == 1) return x;
+  split_dim = at::maybe_wrap_dim(split_dim, x.dim()), cat_dim = at::maybe_wrap_dim(cat_dim, x.dim());
   Tensor parts = x.unflatten_symint(split_dim, {c10::SymInt(group_size), x.sym_size(split_dim) / group_size})
                      .movedim(split_dim, 0);
   Tensor moved = start(Collective::all_to_all, parts, {group, group_size}).wait();
@@ -80,7 +82,8 @@ Tensor hierarchical_all_gather_op(const Tensor& x, int64_t head_dim, int64_t sli
                                   bool replicated) {
   Groups groups =
       make_place(grid, slice_group, head_group, "", "auto", false, "reduce", false, std::nullopt).groups;
-  return hierarchical_all_gather(x, head_dim, slice_dim, groups, slices_first, replicated);
+  return hierarchical_all_gather(x, at::maybe_wrap_dim(head_dim, x.dim()),
+                                 at::maybe_wrap_dim(slice_dim, x.dim()), groups, slices_first, replicated);
 }
 
 std::tuple<Tensor, Tensor, Tensor> enter_op(

@@ -30,7 +30,7 @@ Local<I> local_sizes(Scheme scheme, const SchemeRow& row, const CallSizes<I>& s)
   if (row.k == Move::cyclic) local.keys = ceil_div(s.S, s.m);
   if (scheme == Scheme::heads) {
     local.heads = s.H / s.m;
-    local.kv_heads = s.K % s.m == 0 ? s.K / s.m : s.m == 1 ? s.K : 1;
+    local.kv_heads = s.K % s.m == 0 ? s.K / s.m : 1;
   }
   if (scheme == Scheme::independent) local.qk_width = s.d / s.m;
   if (row.v == Move::keep) local.v_width = s.d / s.m;

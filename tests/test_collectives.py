@@ -41,6 +41,7 @@ CASES = {
     "reduce_scatter, middle dim": (reduce_scatter, (1,), lambda g: 1, lambda g: 1),
     "all_to_all": (all_to_all, (1, 2), lambda g: 1, lambda g: 1),
     "all_to_all, other way": (all_to_all, (2, 0), lambda g: 1, lambda g: 1),
+    "all_to_all, dims from the end": (all_to_all, (-2, -3), lambda g: 1, lambda g: 1),
     "all_to_all, one dim": (all_to_all, (1, 1), lambda g: 1, lambda g: 1),
 }
 
@@ -118,7 +119,7 @@ def gather_twice(grid: tuple[int, int], slices_first: bool, replicated: bool) ->
     loss = (whole * (weight if replicated else sum(w for row in weights for w in row))).sum()
     x = xs[at.i][at.j].detach().requires_grad_()
     with record_collectives() as record:
-        y = ops.hierarchical_all_gather(x, 0, 2, *at.arguments[:3], slices_first, replicated)
+        y = ops.hierarchical_all_gather(x, 0, -1, *at.arguments[:3], slices_first, replicated)
         (y * weight).sum().backward()
     assert torch.equal(y, whole)
     assert torch.equal(x.grad, torch.autograd.grad(loss, xs[at.i][at.j])[0])

@@ -141,6 +141,11 @@ def test_replicated_parts_are_summed_in_float32():
     [
         (lambda: ops.pack([torch.ones(1, 1, 2, 1)], [2, 2], 2), "dims must have one entry per tensor"),
         (lambda: ops.pack([torch.ones(1, 1, 2, 1)], [2], 0), "parts must be positive"),
+        (lambda: ops.pack([torch.ones(1, 1, 2, 1)], [4], 2), "dims must be 0 .. 3"),
+        (lambda: ops.pack([torch.ones(1, 2, 1)], [2], 2), "4-D tensors of one dtype"),
+        (lambda: ops.pack([torch.ones(1, 1, 2, 1), torch.ones(1, 1, 2, 1).half()], [2, 2], 2), "of one dtype"),
+        (lambda: ops.unpack(torch.ones(2, 2), [], [], 2), "at least one tensor"),
+        (lambda: ops.unpack(torch.ones(2, 2), [1, 1, 5, 1], [2], 2), r"must be \(2, 3\)"),
         (lambda: ops.unpack(torch.ones(2, 2), [1, 2, 2], [2], 2), "four numbers per tensor"),
     ],
 )

@@ -233,7 +233,7 @@ Backward efficient_backward_of_out(const Call& call, const Tensor& grad_out, con
 bool cudnn_supports(const Call& call) {
   int arch = capability(call.q) / 10;
   return is_half(call.q) && (arch == 9 || arch == 10) && common_width(call) <= 128 &&
-         !call.params.mask.defined() && call.L > 1 && (!call.causal || call.L == call.keys);
+         !call.params.mask.defined() && call.L > 1 && call.keys > 1 && (!call.causal || call.L == call.keys);
 }
 
 bool flash_supports(const Call& call) {

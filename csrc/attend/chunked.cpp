@@ -74,7 +74,8 @@ struct Block {
   Tensor hide(Tensor s) const {
     if (call.params.mask.defined()) {
       Tensor m = group_heads(mask());
-      s = m.scalar_type() == at::kBool ? s.masked_fill(m.logical_not(), -kInfinity) : s + m;
+      s = m.scalar_type() == at::kBool ? s.masked_fill(m.logical_not(), -kInfinity)
+                                       : (s + m).to(s.scalar_type());  // a float64 mask widens the sum
     }
     if (call.params.causal) {
       auto options = s.options().dtype(at::kLong);

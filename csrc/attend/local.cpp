@@ -9,10 +9,19 @@ namespace two_level_mha {
 
 namespace {
 
+// Of the whole call, so that all ranks refuse a mask alike.
+void check_mask(const Tensor& mask, const c10::SymInt& heads, const c10::SymInt& keys, const Layout& layout) {
+  const std::array<c10::SymInt, 4> full{layout.shape.batch, heads, layout.shape.length, keys};
+  bool fits = mask.dim() == 4;
+  for (int64_t dim = 0; fits && dim < 4; ++dim)
+    fits = mask.sym_size(dim) == 1 || mask.sym_size(dim) == full[dim];
+  TORCH_CHECK_VALUE(fits, "attn_mask must be broadcastable to (B, h, L, S) = (", full[0], ", ", full[1], ", ",
+                    full[2], ", ", full[3], "), got ", mask.sym_sizes());
+}
+
 // The heads, sequences and keys of the mask that this rank attends to; its rows stay whole.
 Tensor local_mask(Tensor mask, const c10::SymInt& first_head, int64_t heads, const c10::SymInt& first_cyclic,
                   const Place& place, const Layout& layout) {
-  while (mask.dim() < 4) mask = mask.unsqueeze(0);
   mask = enter_replicated({mask}, place.groups, place.reduce_dtype)[0];
   if (fixed_size(mask, 1) != 1) mask = mask.narrow_symint(1, first_head, heads);
   if (layout.row.k == Move::cyclic && layout.m > 1 && mask.sym_size(3) != 1)
@@ -32,7 +41,13 @@ std::tuple<Tensor, Tensor> attend_local(const Tensor& q, const Tensor& k, const 
   const bool own_heads = layout.scheme == Scheme::heads && m > 1, cyclic = layout.row.k == Move::cyclic;
   const auto first_cyclic = cyclic ? layout.first_cyclic(first_key) : c10::SymInt(0);
   attend.origin[1] = own_heads ? H * (place.head_group * m + layout.j) : H * place.head_group;
-  if (attend.mask) attend.mask = local_mask(*attend.mask, attend.origin[1], H, first_cyclic, place, layout);
+  if (attend.mask) {
+    Tensor mask = *attend.mask;
+    while (mask.dim() < 4) mask = mask.unsqueeze(0);
+    check_mask(mask, H * place.grid.head_groups * (own_heads ? m : 1),
+               cyclic ? layout.shape.position + layout.shape.length - first_key : k.sym_size(2), layout);
+    attend.mask = local_mask(mask, attend.origin[1], H, first_cyclic, place, layout);
+  }
   if (attend.causal) attend.causal = *attend.causal - first_key - first_cyclic;
   if (cyclic) attend.key_stride = m;
   auto runs = layout.runs();

@@ -306,6 +306,21 @@ Tensor dropout_keep_mask(const Tensor& seed, double p, c10::SymIntArrayRef sizes
 
 namespace {
 
+void check_dropout(const Tensor& seed, size_t sizes, size_t origin) {
+  TORCH_CHECK_VALUE(seed.numel() == 1 && seed.scalar_type() == at::kLong,
+                    "seed must be an int64 tensor of one element, got ", seed.numel(), " of ",
+                    seed.scalar_type());
+  TORCH_CHECK_VALUE(sizes == 4 && origin == 3,
+                    "sizes must be (b, h, l, s) and origin (batch, head, row), got ", sizes, " and ", origin,
+                    " numbers");
+}
+
+template <auto kMask>
+Tensor dropout_kernel(const Tensor& seed, double p, at::IntArrayRef sizes, at::IntArrayRef origin) {
+  check_dropout(seed, sizes.size(), origin.size());
+  return kMask(seed, p, sizes, origin);
+}
+
 Tensor dropout_meta(const Tensor& seed, double, c10::SymIntArrayRef sizes, c10::SymIntArrayRef) {
   return at::empty_symint(sizes, seed.options().dtype(at::kBool));
 }
@@ -313,14 +328,14 @@ Tensor dropout_meta(const Tensor& seed, double, c10::SymIntArrayRef sizes, c10::
 }  // namespace
 
 TORCH_LIBRARY_IMPL(two_level_mha, CPU, library) {
-  library.impl("dropout_keep_mask", dropout_keep_mask_cpu);
+  library.impl("dropout_keep_mask", dropout_kernel<dropout_keep_mask_cpu>);
   library.impl("partial_attention", Schema<forward_kernel>::call);
   library.impl("partial_attention_backward", Schema<backward_kernel>::call);
 }
 
 TORCH_LIBRARY_IMPL(two_level_mha, CUDA, library) {
 #ifdef TLM_WITH_CUDA
-  library.impl("dropout_keep_mask", dropout_keep_mask_cuda);
+  library.impl("dropout_keep_mask", dropout_kernel<dropout_keep_mask_cuda>);
 #endif
   library.impl("partial_attention", Schema<forward_kernel>::call);
   library.impl("partial_attention_backward", Schema<backward_kernel>::call);

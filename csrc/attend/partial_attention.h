@@ -26,7 +26,7 @@ struct Attend {
 std::tuple<Tensor, Tensor> partial_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                              const Attend& options);
 
-// One value for each row of the dispatch table that would serve this call, the first of which is taken.
+// Name of the kernel that serves this call: of the first row of the dispatch table that supports it.
 std::string kernel_for(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& options);
 
 // bool (b, h, l, s): which elements dropout keeps; sizes (b, h, l, s), origin (batch, head, row).

@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "../sizes.h"
 #include "../traffic.h"
 
 namespace two_level_mha {
@@ -159,8 +160,7 @@ Tensor sum_over_grid(const Tensor& x, const Groups& groups, std::optional<at::Sc
     const int64_t m = groups.slice.size;
     auto elements = y.sym_numel();
     auto padded = (elements + (m - 1)) / m * m;
-    Tensor flat =
-        at::constant_pad_nd_symint(y.reshape(-1), {0, padded - elements}).view_symint({m, padded / m});
+    Tensor flat = pad_dim(y.reshape(-1), 0, 0, padded - elements).view_symint({m, padded / m});
     Tensor mine = run(Collective::reduce_scatter, flat, groups.slice);
     Tensor all = run(Collective::all_gather, sum_in_group(mine, groups.head), groups.slice);
     y = all.view(-1).narrow_symint(0, 0, elements).view_symint(x.sym_sizes());

@@ -42,8 +42,11 @@ bool empty(const Tensor& x) {
 
 Tensor issue(Collective kind, const Tensor& buffer, const Group& group) {
   Tensor x = buffer.contiguous();
-  if (empty(x))
-    return kind == Collective::all_gather ? x.expand_symint({group.size, x.sym_size(1)}).clone() : x.clone();
+  if (empty(x)) {
+    auto sizes = x.sym_sizes().vec();
+    if (kind == Collective::all_gather) sizes[0] = group.size;
+    return x.expand_symint(sizes).clone();
+  }
   if (kind == Collective::all_gather)
     return call("_c10d_functional::all_gather_into_tensor", {x, group.size, group.name});
   if (kind == Collective::reduce_scatter && !x.is_cpu())

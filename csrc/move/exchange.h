@@ -52,8 +52,7 @@ struct Exchange {
 
 Exchange start(Collective kind, const Tensor& buffer, const Group& group);
 
-// Sum over the group, in place of nothing: not differentiable, see combine/reduce.h for the differentiable
-// forms.
+// Sum over the group, as a new tensor. Not differentiable: combine/reduce.h has the differentiable forms.
 Tensor sum_in_group(const Tensor& x, const Group& group);
 
 // The same without autograd, for use inside autograd functions.

@@ -55,9 +55,7 @@ Tensor deal(const Tensor& x, const Layout& layout, double fill) {
   if (dim < 0) return x;
   auto runs = layout.runs();
   auto padded = runs[0].second * int64_t(runs.size()) * layout.m;
-  std::vector<c10::SymInt> pad(2 * (x.dim() - dim), 0);
-  pad.back() = padded - x.sym_size(dim);
-  Tensor whole = at::constant_pad_nd_symint(x, pad, fill);
+  Tensor whole = pad_dim(x, dim, 0, padded - x.sym_size(dim), fill);
   std::vector<Tensor> parts;
   for (const auto& [first, count] : runs) parts.push_back(whole.narrow_symint(dim, first, count));
   return parts.size() == 1 ? parts[0] : at::cat(parts, dim);
@@ -74,7 +72,7 @@ namespace {
 Tensor by_owner(const Tensor& x, const c10::SymInt& position, int64_t m) {
   auto before = position % m;
   auto rows = ceil_div(before + x.sym_size(2), m);
-  Tensor padded = at::constant_pad_nd_symint(x, {0, 0, before, rows * m - before - x.sym_size(2)}, 0.0);
+  Tensor padded = pad_dim(x, 2, before, rows * m - before - x.sym_size(2));
   return padded.unflatten_symint(2, {rows, c10::SymInt(m)}).transpose(2, 3).flatten(2, 3);
 }
 
@@ -82,9 +80,7 @@ Tensor by_owner(const Tensor& x, const c10::SymInt& position, int64_t m) {
 Tensor without_padding(const Tensor& x, const Layout& layout) {
   const auto& [B, L, S, position] = layout.shape;
   const bool skip = (position % layout.m) > layout.j;
-  auto first = layout.first_cyclic(position);
-  auto count = (L - first + (layout.m - 1)) / layout.m;
-  return x.narrow_symint(2, int64_t(skip), first < L ? count : c10::SymInt(0));
+  return x.narrow_symint(2, int64_t(skip), (L - layout.first_cyclic(position) + (layout.m - 1)) / layout.m);
 }
 
 int64_t pack_dim(Move move) {

@@ -8,32 +8,13 @@
 
 #include <cstring>
 
+#include "../schemes.h"
+
 namespace two_level_mha {
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-namespace {
-
-template <class I>
-I chunk_length(const I& size, int64_t dim, int64_t parts, bool zigzag) {
-  const int64_t pieces = zigzag && dim == 2 ? 2 * parts : parts;
-  return (size + (pieces - 1)) / pieces;
-}
-
-// Elements that tensor `sizes` takes in one part.
-template <class I>
-I part_elements(c10::ArrayRef<I> sizes, int64_t dim, int64_t parts, bool zigzag) {
-  I elements(1);
-  for (size_t i = 0; i < sizes.size(); ++i)
-    elements = elements * (int64_t(i) == dim
-                               ? chunk_length(sizes[i], dim, parts, zigzag) * (zigzag && dim == 2 ? 2 : 1)
-                               : sizes[i]);
-  return elements;
-}
-
-}  // namespace
 
 std::vector<Piece> make_pieces(const std::vector<std::vector<int64_t>>& sizes, at::IntArrayRef dims,
                                int64_t parts, bool zigzag) {
@@ -70,24 +51,31 @@ void copy_part(char* tensor, char* part_start, const Piece& piece, int64_t part,
 }
 
 void check_arguments(size_t tensors, at::IntArrayRef dims, int64_t parts) {
+  TORCH_CHECK_VALUE(tensors > 0, "there must be at least one tensor");
   TORCH_CHECK_VALUE(tensors == dims.size(), "dims must have one entry per tensor (", tensors, "), got ",
                     dims.size());
   TORCH_CHECK_VALUE(parts >= 1, "parts must be positive, got ", parts);
+  for (int64_t dim : dims)
+    TORCH_CHECK_VALUE(dim >= -1 && dim < 4, "dims must be 0 .. 3, or -1 for all of a tensor, got ", dim);
+}
+
+void check_tensors(at::TensorList tensors, at::IntArrayRef dims, int64_t parts) {
+  check_arguments(tensors.size(), dims, parts);
+  for (const Tensor& x : tensors)
+    TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == tensors[0].scalar_type(),
+                      "pack takes 4-D tensors of one dtype, got ", x.dim(), "-D ", x.scalar_type(),
+                      " beside ", tensors[0].scalar_type());
 }
 
 }  // namespace
 
 Tensor pack_cpu(at::TensorList tensors, at::IntArrayRef dims, int64_t parts, bool zigzag) {
-  check_arguments(tensors.size(), dims, parts);
   std::vector<std::vector<int64_t>> sizes;
-  int64_t elements = 0;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    sizes.push_back(tensors[i].sizes().vec());
-    elements += part_elements<int64_t>(sizes[i], dims[i], parts, zigzag);
-  }
+  for (const Tensor& x : tensors) sizes.push_back(x.sizes().vec());
+  auto pieces = make_pieces(sizes, dims, parts, zigzag);
+  const int64_t elements = part_elements(pieces);
   Tensor buffer = at::empty({parts, elements}, tensors[0].options());
   const int64_t bytes = buffer.element_size();
-  auto pieces = make_pieces(sizes, dims, parts, zigzag);
   for (size_t i = 0; i < tensors.size(); ++i) {
     Tensor x = tensors[i].contiguous();
     char* own = static_cast<char*>(x.data_ptr());
@@ -106,7 +94,6 @@ Tensor pack_cpu(at::TensorList tensors, at::IntArrayRef dims, int64_t parts, boo
 
 std::vector<Tensor> unpack_cpu(const Tensor& buffer, const std::vector<std::vector<int64_t>>& sizes,
                                at::IntArrayRef dims, int64_t parts, bool zigzag) {
-  check_arguments(sizes.size(), dims, parts);
   Tensor from = buffer.contiguous();
   const int64_t bytes = from.element_size(), elements = from.size(1);
   auto pieces = make_pieces(sizes, dims, parts, zigzag);
@@ -140,20 +127,38 @@ std::vector<std::vector<I>> split_sizes(c10::ArrayRef<I> flat) {
   return sizes;
 }
 
+using PackFunction = Tensor (*)(at::TensorList, at::IntArrayRef, int64_t, bool);
 using UnpackFunction = std::vector<Tensor> (*)(const Tensor&, const std::vector<std::vector<int64_t>>&,
                                                at::IntArrayRef, int64_t, bool);
 
+template <PackFunction kPack>
+Tensor pack_checked(at::TensorList tensors, at::IntArrayRef dims, int64_t parts, bool zigzag) {
+  check_tensors(tensors, dims, parts);
+  return kPack(tensors, dims, parts, zigzag);
+}
+
 template <UnpackFunction kUnpack>
-std::vector<Tensor> unpack_flat(const Tensor& buffer, at::IntArrayRef sizes, at::IntArrayRef dims,
+std::vector<Tensor> unpack_flat(const Tensor& buffer, at::IntArrayRef flat, at::IntArrayRef dims,
                                 int64_t parts, bool zigzag) {
-  return kUnpack(buffer, split_sizes<int64_t>(sizes), dims, parts, zigzag);
+  auto sizes = split_sizes<int64_t>(flat);
+  check_arguments(sizes.size(), dims, parts);
+  const int64_t elements = part_elements(make_pieces(sizes, dims, parts, zigzag));
+  TORCH_CHECK_VALUE(buffer.dim() == 2 && buffer.size(0) == parts && buffer.size(1) == elements,
+                    "the buffer of these sizes must be (", parts, ", ", elements, "), got ", buffer.sizes());
+  return kUnpack(buffer, sizes, dims, parts, zigzag);
 }
 
 Tensor pack_meta(at::TensorList tensors, at::IntArrayRef dims, int64_t parts, bool zigzag) {
-  check_arguments(tensors.size(), dims, parts);
+  check_tensors(tensors, dims, parts);
   c10::SymInt elements(0);
-  for (size_t i = 0; i < tensors.size(); ++i)
-    elements = elements + part_elements<c10::SymInt>(tensors[i].sym_sizes(), dims[i], parts, zigzag);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    c10::SymInt count(1);
+    for (int64_t dim = 0; dim < 4; ++dim) {
+      const c10::SymInt size = tensors[i].sym_size(dim);
+      count = count * (dim == dims[i] ? dealt_rows(size, parts, zigzag && dim == 2) : size);
+    }
+    elements = elements + count;
+  }
   return at::empty_symint({parts, elements}, tensors[0].options());
 }
 
@@ -168,10 +173,7 @@ std::vector<Tensor> unpack_meta(const Tensor& buffer, c10::SymIntArrayRef sizes,
 
 std::vector<c10::SymInt> flat_sizes(at::TensorList tensors) {
   std::vector<c10::SymInt> flat;
-  for (const Tensor& x : tensors) {
-    TORCH_CHECK_VALUE(x.dim() == 4, "pack takes 4-D tensors, got ", x.dim(), "-D");
-    flat.insert(flat.end(), x.sym_sizes().begin(), x.sym_sizes().end());
-  }
+  for (const Tensor& x : tensors) flat.insert(flat.end(), x.sym_sizes().begin(), x.sym_sizes().end());
   return flat;
 }
 
@@ -238,13 +240,13 @@ std::vector<Tensor> unpack(const Tensor& buffer, c10::SymIntArrayRef sizes, at::
 }
 
 TORCH_LIBRARY_IMPL(two_level_mha, CPU, library) {
-  library.impl("pack", pack_cpu);
+  library.impl("pack", pack_checked<pack_cpu>);
   library.impl("unpack", unpack_flat<unpack_cpu>);
 }
 
 #ifdef TLM_WITH_CUDA
 TORCH_LIBRARY_IMPL(two_level_mha, CUDA, library) {
-  library.impl("pack", pack_cuda);
+  library.impl("pack", pack_checked<pack_cuda>);
   library.impl("unpack", unpack_flat<unpack_cuda>);
 }
 #endif

@@ -25,8 +25,13 @@ namespace two_level_mha {
 std::vector<Piece> make_pieces(const std::vector<std::vector<int64_t>>& sizes, at::IntArrayRef dims,
                                int64_t parts, bool zigzag);
 
-// The ops: differentiable, any device. Tensors are 4-D; `sizes` of unpack is their shapes, one after the
-// other.
+// Elements of one part of their buffer.
+inline int64_t part_elements(const std::vector<Piece>& pieces) {
+  return pieces.back().offset + piece_count(pieces.back());
+}
+
+// The ops: differentiable, any device. Tensors are 4-D and of one dtype; `sizes` of unpack is their shapes,
+// one after the other.
 at::Tensor pack(at::TensorList tensors, at::IntArrayRef dims, int64_t parts, bool zigzag);
 std::vector<at::Tensor> unpack(const at::Tensor& buffer, c10::SymIntArrayRef sizes, at::IntArrayRef dims,
                                int64_t parts, bool zigzag);

@@ -43,8 +43,7 @@ at::Tensor pack_cuda(at::TensorList tensors, at::IntArrayRef dims, int64_t parts
   std::vector<std::vector<int64_t>> sizes;
   for (const at::Tensor& x : tensors) sizes.push_back(x.sizes().vec());
   auto pieces = make_pieces(sizes, dims, parts, zigzag);
-  at::Tensor buffer =
-      at::empty({parts, pieces.back().offset + piece_count(pieces.back())}, tensors[0].options());
+  at::Tensor buffer = at::empty({parts, part_elements(pieces)}, tensors[0].options());
   PackParams params = make_params(buffer, tensors, dims, parts, pieces, zigzag);
   int64_t unit = make_units(params, buffer.element_size());
   launch_on(buffer, [&](int processors, cudaStream_t stream) {

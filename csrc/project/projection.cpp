@@ -37,7 +37,9 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection(const Tensor& query, const Ten
                                                   const QkvWeights& weights, bool batch_first) {
   const QkvWeights& w = weights;
   const bool same = query.is_same(key) && key.is_same(value);
-  if (!same || !many_tokens(query))
+  const bool alike =
+      w.q_bias.has_value() == w.k_bias.has_value() && w.q_bias.has_value() == w.v_bias.has_value();
+  if (!same || !alike || !many_tokens(query))
     return {project(query, w.q, w.q_bias, batch_first), project(key, w.k, w.k_bias, batch_first),
             project(value, w.v, w.v_bias, batch_first)};
   Tensor weight = at::cat({w.q.flatten(0, 1), w.k.flatten(0, 1), w.v.flatten(0, 1)});

@@ -10,7 +10,7 @@ namespace two_level_mha {
 
 using at::Tensor;
 
-// Weight blocks of one rank. Weights (heads, E, D), biases (heads, E).
+// Weight blocks of one rank. Weights (heads, E, D), biases (heads, E), each of which may be absent.
 struct QkvWeights {
   Tensor q, k, v;
   std::optional<Tensor> q_bias, k_bias, v_bias;

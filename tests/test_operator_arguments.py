@@ -1,0 +1,81 @@
+"""Arguments that the modules never give, but a program that calls the operators may."""
+
+import pytest
+import torch
+from harness.layer import place
+
+import two_level_mha as tlm
+
+ops = torch.ops.two_level_mha
+
+
+@pytest.mark.parametrize("tokens", [3, 300])
+@pytest.mark.parametrize("names", [(), ("q",), ("k",), ("q", "v"), ("q", "k", "v")])
+def test_some_biases(names, tokens):
+    """Localises: the one GEMM of many tokens, which has no bias or all three."""
+    x = torch.randn(1, tokens, 6, dtype=torch.float64)
+    weights = [torch.randn(heads, 4, 6, dtype=torch.float64) for heads in (4, 2, 2)]
+    biases = [torch.randn_like(w[..., 0]) if n in names else None for n, w in zip("qkv", weights, strict=True)]
+    for y, w, b in zip(ops.qkv_projection(x, x, x, *weights, *biases), weights, biases, strict=True):
+        expected = torch.einsum("bld,hed->bhle", x, w)
+        torch.testing.assert_close(y, expected if b is None else expected + b[:, None], rtol=1e-10, atol=1e-10)
+
+
+def test_float64_bias_of_float32_scores():
+    """Localises: the dtype of the chunked path's scores, which a wider mask must not change."""
+    q, k, v = (torch.randn(1, 2, length, 8) for length in (5, 7, 7))
+    masks = [torch.randn(5, 7).to(dtype).requires_grad_() for dtype in (torch.float64, torch.float32)]
+    grads = [torch.autograd.grad(ops.partial_attention(q, k, v, mask)[0].sum(), mask)[0] for mask in masks]
+    assert grads[0].dtype == torch.float64
+    torch.testing.assert_close(grads[0].float(), grads[1])
+
+
+def test_nothing_is_sent_of_nothing():
+    """Localises: empty tensors, which no group is needed for."""
+    assert ops.all_gather(torch.ones(3, 0, 5), 0, 2, "no group").shape == (6, 0, 5)
+    assert ops.all_gather(torch.ones(3, 0, 5), 1, 2, "no group").shape == (3, 0, 5)
+    assert ops.reduce_scatter(torch.ones(4, 0), 0, 2, "no group").shape == (2, 0)
+    assert ops.all_to_all(torch.ones(4, 0), 0, 1, 2, "no group").shape == (2, 0)
+
+
+@pytest.mark.parametrize("sizes", [(0, 0, 0), (8, 0, 4), (8, 4, 0)])
+def test_sizes_of_zero_have_no_grid(sizes):
+    """Localises: divisions in the choice of a grid, before anything has checked the sizes."""
+    assert tlm._C.grid_candidates(4, *sizes, False) == []
+    assert "must be positive" in tlm._C.grid_problem(1, 2, *sizes)
+
+
+def test_dropout_mask_is_four_dimensional():
+    """Localises: sizes read beyond the end of the argument."""
+    for seed, sizes, origin in ((1, [2, 3], [0, 0, 0]), (1, [1, 2, 3, 4], [0]), (2, [1, 2, 3, 4], [0, 0, 0])):
+        with pytest.raises(ValueError, match="seed must be|sizes must be"):
+            ops.dropout_keep_mask(torch.ones(seed, dtype=torch.int64), 0.5, sizes, origin)
+
+
+def refused_masks(grid: tuple[int, int], scheme: str) -> dict[str, str]:
+    """What `leave` says to masks that fit no call, or that fit only what this rank holds."""
+    at = place(*grid)
+    B, h, L, d, D = 4, 4, 6, 4, 5
+    x = torch.ones(B, L, D)
+    weight = torch.ones(h // at.n, d // at.m, D)
+    common = (*at.arguments, scheme, False, "reduce", None)
+    q, k, v = ops.enter(x, x, x, weight, weight, weight, *[None] * 5, False, True, False, *common)
+    found = {}
+    for sizes in ((3, 1, L, L), (B + 1, 1, L, L), (1, h + 1, L, L), (1, 1, L - 1, L), (1, 1, 2 * L, L), (L, L - 1)):
+        mask, out_weight = torch.ones(sizes, dtype=torch.bool), weight.permute(2, 0, 1)
+        try:
+            ops.leave(
+                q, k, v, out_weight, None, mask, B, L, None, None, None, 0.0, 0.0, None, True, *common
+            )  # fmt: skip
+            found[str(sizes)] = ""
+        except ValueError as error:
+            found[str(sizes)] = str(error)
+    return found
+
+
+@pytest.mark.parametrize("scheme", ["slices", "sequence", "batch", "weights", "position"])
+def test_masks_that_do_not_fit(pool, scheme):
+    """Every rank refuses them alike. Localises: a part of a mask that fits a rank although the whole does not."""
+    found = pool.run(refused_masks, 4, (2, 2), scheme)
+    assert all(one == found[0] for one in found)
+    assert all("broadcastable to (B, h, L, S) = (4, 4, 6, 6)" in text for text in found[0].values()), found[0]
