@@ -132,7 +132,7 @@ class ForwardPass {
 bool blocked_supports(const Tensor& q, const Tensor&, const Tensor& v, const AttentionParams&) {
   const auto type = q.scalar_type();
   return q.is_cpu() && (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf) && q.size(3) > 0 &&
-         v.size(3) > 0;
+         v.size(3) > 0 && multiplies_float();
 }
 
 Forward blocked_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {

@@ -48,20 +48,29 @@ void pack_transposed_words(const C* x, int64_t n, int64_t n_padded, int64_t widt
               reinterpret_cast<uint32_t*>(out + c * width), std::min(kPanel, n_padded - c));
 }
 
+template <class C>
+bool multiplies() {
+  const C rows[2] = {}, panel[2 * kTile] = {};
+  float out[kTile];
+  constexpr bool kPairs = std::is_same_v<C, BFloat16>;
+  try {
+    at::native::cpublas::brgemm(1, kTile, 2, 2, kTile, kTile, false, rows, panel, out, kPairs);
+  } catch (const c10::Error&) {
+    return false;
+  }
+  at::native::cpublas::brgemm_release(kPairs);
+  return true;
+}
+
 }  // namespace
 
+bool multiplies_float() {
+  static const bool works = multiplies<float>();
+  return works;
+}
+
 bool multiplies_bfloat16() {
-  static const bool works = [] {
-    const BFloat16 rows[2] = {}, panel[2 * kTile] = {};
-    float out[kTile];
-    try {
-      at::native::cpublas::brgemm(1, kTile, 2, 2, kTile, kTile, false, rows, panel, out, true);
-    } catch (const c10::Error&) {
-      return false;
-    }
-    at::native::cpublas::brgemm_release();
-    return true;
-  }();
+  static const bool works = multiplies<BFloat16>();
   return works;
 }
 

@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../arithmetic.h"
+
 // One body compiled for each instruction set; the loader picks.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define TLM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -27,9 +29,6 @@ namespace two_level_mha {
 constexpr int64_t kPanel = 64;
 constexpr int64_t kPad = 32;
 
-inline int64_t ceil_div(int64_t x, int64_t y) {
-  return (x + y - 1) / y;
-}
 inline int64_t padded(int64_t rows) {
   return ceil_div(rows, kPad) * kPad;
 }
@@ -79,8 +78,9 @@ void pack(const c10::BFloat16* x, int64_t n, int64_t width, c10::BFloat16* out);
 void transpose(const float* x, int64_t n, int64_t width, float* out);
 void transpose(const c10::BFloat16* x, int64_t n, int64_t width, c10::BFloat16* out);
 
-// Whether brgemm multiplies interleaved bfloat16 on this CPU. Found by trying: cpublas::could_pack asks for
-// AMX, which brgemm does not need.
+// Whether brgemm multiplies float, and interleaved bfloat16, on this CPU. Found by trying:
+// cpublas::could_pack asks for AMX, which brgemm does not need.
+bool multiplies_float();
 bool multiplies_bfloat16();
 
 // C (M, N) (+)= A (M, K) B with B in panels. C has N columns.
