@@ -24,7 +24,8 @@ def test_some_biases(names, tokens):
 def test_float64_bias_of_float32_scores():
     """Localises: the dtype of the chunked path's scores, which a wider mask must not change."""
     q, k, v = (torch.randn(1, 2, length, 8) for length in (5, 7, 7))
-    masks = [torch.randn(5, 7).to(dtype).requires_grad_() for dtype in (torch.float64, torch.float32)]
+    bias = torch.randn(5, 7)
+    masks = [bias.to(dtype).requires_grad_() for dtype in (torch.float64, torch.float32)]
     grads = [torch.autograd.grad(ops.partial_attention(q, k, v, mask)[0].sum(), mask)[0] for mask in masks]
     assert grads[0].dtype == torch.float64
     torch.testing.assert_close(grads[0].float(), grads[1])
