@@ -15,8 +15,6 @@ import two_level_mha as tlm
 from two_level_mha.loading import StockSlice
 from two_level_mha.stock import StockTensor
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture
 def saved(tmp_path):
@@ -123,7 +121,7 @@ def test_part_of_a_tensor(case):
     """Every block of a parameter is the same block of StockTensor.part, in memory of its own."""
     stock = STOCK[case]
     source = torch.arange(float(torch.Size(stock.shape).numel())).view(stock.shape)
-    lazy, expected = StockSlice(source, CPU, stock), stock.part(source)
+    lazy, expected = StockSlice(source, True, stock), stock.part(source)
     assert lazy.get_shape() == list(expected.shape)
     cuts = [[slice(0, n), slice(0, (n + 1) // 2), slice(n // 2, n)] for n in expected.shape]
     for index in [..., *itertools.product(*cuts)]:

@@ -24,10 +24,10 @@ _NAMED = 8  # tensors in one sentence of an error
 
 
 class Slice:
-    """A tensor of a file, read when indexed, into memory of its own: nothing keeps the mapped file alive."""
+    """A tensor of a file, read when indexed: with own into memory of its own, else perhaps a view of the file."""
 
-    def __init__(self, source, device: torch.device) -> None:
-        self.source, self.device = source, device
+    def __init__(self, source, own: bool) -> None:
+        self.source, self.own = source, own
 
     def get_shape(self) -> list[int]:
         return self.source.get_shape()
@@ -37,14 +37,14 @@ class Slice:
 
     def __getitem__(self, index) -> Tensor:
         x = self.source[index]
-        return x.clone() if self.device.type == "cpu" else x
+        return x.clone() if self.own else x
 
 
 class StockSlice(Slice):
     """A parameter of a split attention inside a tensor of a file: heads and head_dim apart, read when indexed."""
 
-    def __init__(self, source, device: torch.device, stock: StockTensor) -> None:
-        super().__init__(source, device)
+    def __init__(self, source, own: bool, stock: StockTensor) -> None:
+        super().__init__(source, own)
         self.stock = stock
 
     def get_shape(self) -> list[int]:
@@ -66,7 +66,7 @@ class StockSlice(Slice):
         read = [self.source[tuple(piece)] for piece in pieces]
         x = torch.cat(read, joined) if len(read) > 1 else read[0]
         x = (x.t() if self.stock.transposed else x).reshape([len(part) for part in asked])
-        return x.clone(memory_format=torch.contiguous_format) if self.device.type == "cpu" else x
+        return x.clone(memory_format=torch.contiguous_format) if self.own else x
 
     def _stock_dims(self) -> list[list[int]]:
         """For each dim of the stock tensor the dims of ours that it holds, outer first."""
@@ -260,12 +260,13 @@ class _Checkpoint:
     def load(self) -> None:
         """Lets transformers fill the model."""
         state: dict[str, Slice] = {}
+        own = self.device.type == "cpu"  # else the reader copies it to the device
         for key, source in self.sources.items():
-            entries = self.ours.get(self.targets[key][0])
-            if entries is None:
-                state[key] = Slice(source, self.device)
+            name, pattern = self.targets[key]
+            if name in self.ours:
+                state |= {mine: StockSlice(source, own, stock) for mine, stock in self.ours[name]}
             else:
-                state |= {name: StockSlice(source, self.device, stock) for name, stock in entries}
+                state[key] = Slice(source, own and pattern is None)  # a converter copies what it fuses
         for (
             module
         ) in self.model.modules():  # ours are complete; in others buffers that the files have not are made again
@@ -282,6 +283,10 @@ class _Checkpoint:
         )
         with _one_after_the_other():
             info, _ = private_method(self.model, "_load_pretrained_model")(self.model, state, None, config)
+        for name, p in self.model.named_parameters():  # a converter may have returned a view
+            local = p._local_tensor if isinstance(p, DTensor) else p
+            if name in self.expected and local.untyped_storage().nbytes() != local.nbytes:
+                local.data = local.detach().clone()
         private_method(self.model, "_finalize_model_loading")(self.model, config, info)
         left = (info.missing_keys, info.mismatched_keys, info.conversion_errors, info.error_msgs)
         assert not any(left), f"what was checked is not what was read: {left}"
