@@ -8,6 +8,7 @@
 #include "combine/dealt.h"
 #include "combine/reduce.h"
 #include "combine/weights.h"
+#include "move/gather.h"
 #include "project/whole.h"
 #include "sizes.h"
 
@@ -93,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> enter_by_tokens(std::vector<Tensor> inputs,
   inputs = enter_dealt(inputs, layout, place);
   auto [q, k, v] = qkv_projection(inputs[qkv[0]], inputs[qkv[1]], inputs[qkv[2]], whole, true);
   if (layout.dealt_dim() == 2) {
-    auto rows = gather_rows({k, v}, keys, layout, place.groups.slice);
+    auto rows = gather_along({k, v}, 2, keys, layout.zigzag, place.groups.slice);
     k = rows[0], v = rows[1];
   }
   return {q, with_extra_keys(k, whole_extra.bias_k, extra.zero),

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from two_level_mha.blocks import local_blocks
 from two_level_mha.cache import CacheLayer
 from two_level_mha.layer import Deal, Drops, GridAttention
+from two_level_mha.masks import wrong_device, wrong_dtype
 from two_level_mha.mesh import GridError
 from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
 
@@ -268,13 +269,8 @@ def _rotary_fits(r: int, head_dim: int) -> bool:
 def _check_tensor(name: str, x: Tensor, weight: Tensor) -> None:
     if x.is_nested:
         raise GridError(f"{name} is a nested tensor, which is not supported: pad it, and pass attn_mask")
-    if x.device != weight.device:
-        raise GridError(f"{name} is on {x.device}, but the module is on {weight.device}: move one of them")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise GridError(
-            f"{name} has dtype {x.dtype}, but the module's weights are {weight.dtype}: convert one of them, or run "
-            "under torch.autocast"
-        )
+    if problem := wrong_device(name, x, weight) or wrong_dtype(name, x, weight):
+        raise GridError(problem)
 
 
 def _check_mask(mask: Tensor, full: tuple[int, int, int, int], x: Tensor) -> None:

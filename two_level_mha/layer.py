@@ -111,7 +111,7 @@ class GridAttention(nn.Module):
 
         A DTensor is compared as each rank holds it: for replicated parameters.
         """
-        fields = {name: value for name, value in settings.items()}
+        fields = dict(settings)
         for name, x in tensors.items():
             if isinstance(x, DTensor):
                 x = x._local_tensor.clone()  # numpy() pins a storage that FSDP frees

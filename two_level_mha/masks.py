@@ -24,6 +24,23 @@ def _is_mask_dtype(mask: Tensor) -> bool:
     return mask.dtype == torch.bool or mask.is_floating_point()
 
 
+def wrong_device(name: str, x: Tensor, weight: Tensor) -> str | None:
+    """What is wrong with the device of an input of the module that owns `weight`, or None."""
+    if x.device == weight.device:
+        return None
+    return f"{name} is on {x.device}, but the module is on {weight.device}: move one of them"
+
+
+def wrong_dtype(name: str, x: Tensor, weight: Tensor) -> str | None:
+    """What is wrong with the dtype of an input of the module that owns `weight`, or None."""
+    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return None
+    return (
+        f"{name} has dtype {x.dtype}, but the module's weights are {weight.dtype}: convert one of them, or run "
+        "under torch.autocast"
+    )
+
+
 def check_inputs(
     mha, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None,
     is_causal: bool,
@@ -74,14 +91,11 @@ def _check_dtypes(mha, query, key, value, key_padding_mask, attn_mask) -> None:
     weight = mha.q_weight
     tensors = {"query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
     for name, x in tensors.items():
-        if x is not None and x.device != weight.device:
-            raise UsageRuntimeError(f"{name} is on {x.device}, but the module is on {weight.device}: move one of them")
+        if x is not None and (problem := wrong_device(name, x, weight)):
+            raise UsageRuntimeError(problem)
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise UsageRuntimeError(
-                f"{name} has dtype {x.dtype}, but the module's weights are {weight.dtype}: convert one of them, or run "
-                "under torch.autocast"
-            )
+        if problem := wrong_dtype(name, x, weight):
+            raise UsageRuntimeError(problem)
 
 
 def _check_shapes(mha, query, key, value, key_padding_mask, attn_mask) -> None:

@@ -85,6 +85,12 @@ def project(x_BLD: Tensor, weight_hdD: Tensor, bias_hd: Tensor | None = None) ->
     return y_BhLd if bias_hd is None else y_BhLd + bias_hd[:, None, :]
 
 
+def project_out(o_BhLd: Tensor, weight_Dhd: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    """Heads (B, h, L, d) through weights (D, h, d) to y (B, L, D)."""
+    y_BLD = torch.einsum("bhle,dhe->bld", o_BhLd, weight_Dhd)
+    return y_BLD if bias_D is None else y_BLD + bias_D
+
+
 def multihead_attention(
     query_BLD: Tensor,
     key_BSD: Tensor,
@@ -145,8 +151,7 @@ def multihead_attention(
         columns = mask.expand(*mask.shape[:-1], key_BSD.shape[1])
         mask = torch.nn.functional.pad(columns, (0, extra), value=True if mask.dtype == torch.bool else 0.0)
     o_BHLE, _, weights_BHLS = attention(q_BHLE, k_BKSE, v_BKSE, mask=mask, **options)
-    y_BLD = torch.einsum("bhle,dhe->bld", o_BHLE, out_weight)
-    return (y_BLD if out_bias is None else y_BLD + out_bias), weights_BHLS
+    return project_out(o_BHLE, out_weight, out_bias), weights_BHLS
 
 
 def rms_norm(x: Tensor, weight_d: Tensor, eps: float) -> Tensor:
@@ -200,8 +205,7 @@ def decoder_attention(
     if cos_sin is not None:
         q_BHLd, k_BKLd = rotary(q_BHLd, *cos_sin, interleaved), rotary(k_BKLd, *cos_sin, interleaved)
     o_BHLd = attention(q_BHLd, k_BKLd, v_BKLd, **options)[0]
-    y_BLD = torch.einsum("bhle,dhe->bld", o_BHLd, out_weight)
-    return y_BLD if out_bias is None else y_BLD + out_bias
+    return project_out(o_BHLd, out_weight, out_bias)
 
 
 def stock_parameters(mha: torch.nn.MultiheadAttention) -> dict[str, Tensor]:

@@ -100,14 +100,4 @@ Tensor reduce_dealt(const Tensor& y, const Layout& layout, const Place& place) {
   return ReduceDealt::apply(y, c10::make_intrusive<Saved>(layout, place));
 }
 
-std::vector<Tensor> gather_rows(const std::vector<Tensor>& xs, const c10::SymInt& rows, const Layout& layout,
-                                const Group& group) {
-  std::vector<c10::SymInt> sizes;
-  for (const Tensor& x : xs)
-    for (int64_t dim = 0; dim < 4; ++dim) sizes.push_back(dim == 2 ? rows : x.sym_size(dim));
-  Tensor buffer =
-      start(Collective::all_gather, pack(xs, std::vector<int64_t>(xs.size(), -1), 1, false), group).wait();
-  return unpack(buffer, sizes, std::vector<int64_t>(xs.size(), 2), layout.m, layout.zigzag);
-}
-
 }  // namespace two_level_mha

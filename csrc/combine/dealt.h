@@ -14,8 +14,4 @@ std::vector<Tensor> enter_dealt(const std::vector<Tensor>& xs, const Layout& lay
 // same bits on every rank. Backward: this rank's tokens of the gradient.
 Tensor reduce_dealt(const Tensor& y, const Layout& layout, const Place& place);
 
-// Forward: rows (B, K, S / m, d) of every rank -> all of them. Backward: their sum over the ranks' uses.
-std::vector<Tensor> gather_rows(const std::vector<Tensor>& xs, const c10::SymInt& rows, const Layout& layout,
-                                const Group& group);
-
 }  // namespace two_level_mha

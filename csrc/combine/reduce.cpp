@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "../arithmetic.h"
 #include "../sizes.h"
 #include "../traffic.h"
 
@@ -159,7 +160,7 @@ Tensor sum_over_grid(const Tensor& x, const Groups& groups, std::optional<at::Sc
   } else {
     const int64_t m = groups.slice.size;
     auto elements = y.sym_numel();
-    auto padded = (elements + (m - 1)) / m * m;
+    auto padded = ceil_div(elements, m) * m;
     Tensor flat = pad_dim(y.reshape(-1), 0, 0, padded - elements).view_symint({m, padded / m});
     Tensor mine = run(Collective::reduce_scatter, flat, groups.slice);
     Tensor all = run(Collective::all_gather, sum_in_group(mine, groups.head), groups.slice);

@@ -2,27 +2,22 @@
 
 #include <ATen/ATen.h>
 
-#include "../move/pack.h"
+#include "../move/gather.h"
 
 namespace two_level_mha {
 
 namespace {
 
-// Blocks split along `dim` over the slice group -> whole. Fewer than four dims are padded with ones at the
-// end.
+// Blocks split alike along `dim` over the slice group -> whole. Fewer than four dims are padded with ones at
+// the end.
 std::vector<Tensor> whole(const std::vector<Tensor>& blocks, int64_t dim, const Place& place) {
-  const int64_t m = place.grid.slices;
   std::vector<Tensor> four_d;
-  std::vector<c10::SymInt> sizes;
   for (const Tensor& block : blocks) {
-    Tensor x = block;
-    while (x.dim() < 4) x = x.unsqueeze(-1);
-    for (int64_t i = 0; i < 4; ++i) sizes.push_back(i == dim ? x.sym_size(i) * m : x.sym_size(i));
-    four_d.push_back(x);
+    four_d.push_back(block);
+    while (four_d.back().dim() < 4) four_d.back() = four_d.back().unsqueeze(-1);
   }
-  Tensor packed = pack(four_d, std::vector<int64_t>(blocks.size(), -1), 1, false);
-  Tensor buffer = start(Collective::all_gather, packed, place.groups.slice).wait();
-  auto out = unpack(buffer, sizes, std::vector<int64_t>(blocks.size(), dim), m, false);
+  const auto size = blocks[0].sym_size(dim) * place.grid.slices;
+  auto out = gather_along(four_d, dim, size, /*zigzag=*/false, place.groups.slice);
   for (size_t i = 0; i < out.size(); ++i)
     while (out[i].dim() > blocks[i].dim()) out[i] = out[i].squeeze(-1);
   return out;

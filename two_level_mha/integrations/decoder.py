@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import DynamicCache
 
 from two_level_mha.integrations.cache import split_layer
-from two_level_mha.integrations.projected import ProjectedAttention, class_like
+from two_level_mha.integrations.projected import ProjectedAttention, additive, class_like
 from two_level_mha.masks import UsageRuntimeError
 from two_level_mha.mesh import GridError
 
@@ -117,11 +117,6 @@ class DecoderAttention(ProjectedAttention):
             parameters = {name: next(shared) for name in parameters}
             out.append(x if norm is None else torch.func.functional_call(norm, parameters, (x,)))
         return tuple(out)
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask (True = attend) as "eager" attention has it."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _rotary(original: nn.Module):

@@ -139,14 +139,16 @@ def projected_like(original: nn.Module, *args, **options) -> ProjectedAttention:
     return class_like(ProjectedAttention, type(original))(original, *args, **options)
 
 
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask (True = attend) as "eager" attention has it."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
 def probe_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
     """A small batch of two with a padding mask, as transformers would call the module, and without a mask."""
     projection = original.query if hasattr(original, "query") else original.q_proj
     hidden_BLD = torch.randn(2, 5, projection.in_features, dtype=dtype)
     keep_B11S = torch.ones(2, 1, 1, 5, dtype=torch.bool)
     keep_B11S[1, ..., 3:] = False
-    if original.config._attn_implementation == "eager":
-        mask = torch.zeros(keep_B11S.shape, dtype=dtype).masked_fill(~keep_B11S, torch.finfo(dtype).min)
-    else:
-        mask = keep_B11S
+    mask = additive(keep_B11S, dtype) if original.config._attn_implementation == "eager" else keep_B11S
     return [((hidden_BLD,), {"attention_mask": mask}), ((hidden_BLD,), {"attention_mask": None})]
