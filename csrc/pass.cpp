@@ -63,21 +63,24 @@ Tensor concatenate_heads(const Tensor& o, const Place& place) {
   return hierarchical_all_gather(o.unsqueeze(1), 1, 2, place.groups, false, true).flatten(1, 2);
 }
 
-Tensor combine(const Tensor& o, const Output& output, const Layout& layout, const Place& place) {
+Tensor combine(Tensor o, const Output& output, const Layout& layout, const Place& place) {
+  const bool by_tokens = layout.by_tokens() && !place.concat;
+  const bool swap = !output.batch_first && !by_tokens;  // before the copy that projecting makes, not after it
+  if (swap) o = o.transpose(0, 2);
   Tensor y;
   if (place.concat) {
     y = out_projection(concatenate_heads(o, place), output.weight, output.bias);
   } else if (place.grid.size() == 1) {
     y = out_projection(o, output.weight, output.bias);
   } else {
-    y = layout.by_tokens()
+    y = by_tokens
             ? reduce_dealt(out_projection(o, whole_out_weight(output.weight, place), std::nullopt), layout,
                            place)
             : reduce_replicated(out_projection(o, output.weight, std::nullopt), place.groups,
                                 place.reduce_dtype);
     if (output.bias) y = y + output.bias->to(y.scalar_type());
   }
-  return output.batch_first ? y : y.transpose(0, 1).contiguous();
+  return output.batch_first || swap ? y : y.transpose(0, 1).contiguous();
 }
 
 // The tokens of a call through whole weights: nothing moves but the weights, and the keys and values where

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import two_level_mha as tlm
@@ -20,8 +21,11 @@ def test_calls_it_takes_and_their_values(tmp_path):
     program = tmp_path / "aten_cpu"
     command = ["c++", "-std=c++20", "-O0", str(ROOT / "tests" / "cpp" / "aten_cpu_test.cpp"), str(ops)]
     command += [f"-I{path}" for path in include_paths()]
-    for path in (*library_paths(), str(ops.parent)):
+    cuda = torch._C._dispatch_has_kernel_for_dispatch_key("two_level_mha::pack", "CUDA")  # then it needs CUDA's
+    for path in (*library_paths("cuda" if cuda else "cpu"), str(ops.parent)):
         command += [f"-L{path}", f"-Wl,-rpath,{path}"]
-    subprocess.run([*command, "-ltorch_cpu", "-lc10", "-o", str(program)], check=True, timeout=300)
+    # the old tags: the paths count for what the library needs too
+    command += ["-Wl,--disable-new-dtags", "-ltorch_cpu", "-lc10"]
+    subprocess.run([*command, "-o", str(program)], check=True, timeout=300)
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
     assert done.stdout == "all right\n", done.stdout + done.stderr

@@ -23,6 +23,12 @@ PLANS = {
 }
 
 
+def in_every_layout(plans: dict[str, Plan]) -> list[Plan]:
+    """With both layouts of the cache, and the weights in blocks and by whole heads."""
+    both = [(layout, scheme) for layout in ("position", "batch") for scheme in ("slices", "heads")]
+    return [replace(plan, layout=layout, scheme=scheme) for plan in plans.values() for layout, scheme in both]
+
+
 def run_plans(grid, plans):
     return [off(plan, grid) for plan in plans]
 
@@ -31,12 +37,7 @@ def run_plans(grid, plans):
 def test_calls_with_a_cache_are_the_unsplit_layer(pool, grid):
     """T. Localises: the cache's columns, its growth and trimming, or the pass with keys by position and by batch."""
     n, m = grid
-    plans = [
-        replace(plan, layout=layout, scheme=scheme)
-        for plan in PLANS.values()
-        for layout in ("position", "batch")
-        for scheme in ("slices", "heads")
-    ]
+    plans = in_every_layout(PLANS)
     for rank, found in enumerate(pool.run(run_plans, n * m, grid, plans, timeout=240)):
         for plan, error in zip(plans, found, strict=True):
             assert error <= 1e-10, (rank, error, plan)
@@ -84,12 +85,7 @@ def run_gradients(grid, plans):
 def test_gradients_pass_through_the_cache(pool, grid):
     """T. Localises: memory that autograd does not see, in the first call (training with use_cache=True) or later."""
     n, m = grid
-    plans = [
-        replace(plan, layout=layout, scheme=scheme)
-        for plan in TRAINED.values()
-        for layout in ("position", "batch")
-        for scheme in ("slices", "heads")
-    ]
+    plans = in_every_layout(TRAINED)
     for rank, found in enumerate(pool.run(run_gradients, n * m, grid, plans, timeout=240)):
         for plan, errors in zip(plans, found, strict=True):
             assert max(errors.values()) <= 1e-10, (rank, errors, plan)

@@ -3,35 +3,17 @@
 import pytest
 import torch
 from harness.calls import mesh
-from torch._dynamo.testing import CompileCounterWithBackend
+from harness.compiled import LENGTHS, compiled_over_lengths
 
 import two_level_mha as tlm
-from two_level_mha.blocks import whole
 
-LENGTHS = (5, 8, 12, 17, 24, 33, 64)
 OPTIONS = {"bias": True, "qk_norm": 1e-6, "rope": tlm.Rotary(dim=4), "window": 4, "softcap": 2.0}
 
 
-def compiled_over_lengths(grid, scheme: str, dynamic: bool | None, lengths=LENGTHS) -> tuple[int, float]:
-    """Graphs compiled for the lengths, and the largest difference from eager in y and in the gradients."""
-    torch._dynamo.reset()
+def over_lengths(grid, scheme: str, dynamic: bool | None, lengths=LENGTHS) -> tuple[int, float]:
     torch.manual_seed(0)
     layer = tlm.TwoLevelAttention(12, 8, 4, 8, dtype=torch.float64, mesh=mesh(grid), scheme=scheme, **OPTIONS)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=counter)
-    error = 0.0
-    for length in lengths:
-        x = torch.randn(2, length, 12, dtype=torch.float64)
-        results = []
-        for call in (layer, compiled):
-            layer.zero_grad()
-            leaf = x.clone().requires_grad_()
-            y = call(leaf)
-            y.square().sum().backward()
-            results.append([y.detach(), leaf.grad, *(whole(p.grad) for p in layer.parameters())])
-        for mine, theirs in zip(*results, strict=True):
-            error = max(error, (mine - theirs).abs().max().item())
-    return counter.frame_count, error
+    return compiled_over_lengths(layer, 12, dynamic, lengths=lengths)
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
@@ -40,7 +22,7 @@ def test_one_process(dynamic):
 
     dynamic=True makes float options symbolic first, and starts again when an operator wants a number: two graphs.
     """
-    graphs, error = compiled_over_lengths(None, "auto", dynamic)
+    graphs, error = over_lengths(None, "auto", dynamic)
     assert graphs <= 2 and error <= 1e-10
 
 
@@ -60,7 +42,7 @@ def test_layers_that_differ_in_a_float(dynamic):
 
 def test_four_ranks(pool):
     """Localises: a graph break where angles are dealt to the rows and norms are replicated DTensors."""
-    for graphs, error in pool.run(compiled_over_lengths, 4, (2, 2), "sequence", None, LENGTHS[:1], timeout=300):
+    for graphs, error in pool.run(over_lengths, 4, (2, 2), "sequence", None, LENGTHS[:1], timeout=300):
         assert graphs == 1 and error <= 1e-10
 
 
@@ -68,5 +50,5 @@ def test_four_ranks(pool):
 @pytest.mark.parametrize("scheme", ["slices", "sequence", "heads", "batch"])
 def test_four_ranks_over_lengths(pool, scheme):
     """Localises: a guard on a size in the same."""
-    for graphs, error in pool.run(compiled_over_lengths, 4, (2, 2), scheme, True, timeout=400):
+    for graphs, error in pool.run(over_lengths, 4, (2, 2), scheme, True, timeout=400):
         assert graphs <= 2 and error <= 1e-10

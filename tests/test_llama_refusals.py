@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from harness.decoders import BASE
+from harness.calls import mesh
+from harness.decoders import BASE, make
 
 import two_level_mha as tlm
 
@@ -13,7 +14,6 @@ REFUSED = {
     "norms over all heads": ("Olmo2Config", {}, r"q_norm.weight has shape \(32,\): only norms of each head"),
     "rotary of a part, elsewhere": ("StableLmConfig", {}, "its parts do not work like it"),
     "another rotary": ("Llama4TextConfig", {}, "has no apply_rotary_pos_emb"),
-    "layers without rotary": ("SmolLM3Config", {"num_hidden_layers": 4}, "differ from it by"),
     "packed projections": ("Phi3Config", {}, "looks like attention of a structure that is not supported"),
 }
 
@@ -61,3 +61,44 @@ def test_the_core_needs_no_transformers():
     program = "import sys; sys.modules['transformers'] = None; import two_level_mha as tlm; " \
               "tlm.KVCache(dict(num_layers=1, num_kv_heads=2, head_dim=8), None)"  # fmt: skip
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def alone(case):
+    """The text on this rank when a call is wrong on rank 1 only."""
+    model = make("llama")
+    attention = tlm.parallelize(model, mesh((1, 2)), rest=False).model.layers[0].self_attn
+    hidden_BLD, angles = torch.zeros(1, 3, 32, dtype=torch.float64), [torch.zeros(1, 3, 8, dtype=torch.float64)] * 2
+    past = transformers.DynamicCache(config=model.config)
+    if torch.distributed.get_rank() == 1:
+        if case == "implementation":
+            model.config._attn_implementation = "flash_attention_2"
+        else:
+            past.update(*torch.zeros(2, 1, 2, 4, 8), 0)
+    with pytest.raises(ValueError) as caught:
+        attention(hidden_BLD, angles, past_key_values=past)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [("implementation", "is now 'flash_attention_2'"), ("cache", "filled by a model that is not split")],
+)
+def test_wrong_on_one_rank(pool, case, text):
+    """Localises: a rank that raises alone, while the others wait for it until the time-out."""
+    others, own = pool.run(alone, 2, case)
+    assert text in own and others == f"rank 1 of the grid: {own}"
+
+
+def test_flash_and_flex_are_refused():
+    """Localises: masks of another kind, which a split attention would take for its own."""
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**BASE))
+    for implementation in ("flash_attention_2", "flex_attention"):
+        model.config._attn_implementation = implementation
+        with pytest.raises(tlm.GridError, match=rf'is {implementation!r}: call model.set_attn_implementation\("sdpa"'):
+            tlm.parallelize(model, None)
+
+
+def test_repr_says_where_it_is():
+    """Localises: a replacement that prints like the original."""
+    model = tlm.parallelize(transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**BASE)), None)
+    assert "num_heads=4, num_kv_heads=2, head_dim=8, grid=(1, 1), scheme='auto'" in repr(model)

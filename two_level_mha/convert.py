@@ -1,7 +1,7 @@
 """parallelize: every attention of a model on a grid, in place. Structure proposes, a probe decides."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from two_level_mha.integrations.projected import IMPLEMENTATIONS
 from two_level_mha.layer import GridAttention, check_options, stores_whole_heads
 from two_level_mha.mesh import Grid, GridError, place_on, same_on_all_ranks
 from two_level_mha.multihead import check_same_weights
-from two_level_mha.probe import HOOKS, changed_linear, has_hooks, random_copy, settings
+from two_level_mha.probe import HOOKS, changed_linear, has_hooks, layer_settings, random_copy, settings
 from two_level_mha.report import report
 from two_level_mha.rest import Rest, find_rest, split_rest
 from two_level_mha.stock import resolve, take_stock_keys
@@ -34,6 +34,7 @@ class Found:
     places: list[tuple[nn.Module, str]]  # parent and name of the child
 
     name: str  # the first place
+    variant: dict[str, object] = field(default_factory=dict)  # of the family's, the one that the probe chose
 
     @property
     def parent(self) -> nn.Module:
@@ -93,7 +94,8 @@ def parallelize(
     same_on_all_ranks(arguments, mesh, "call parallelize alike on every rank")
     if mesh is not None:
         check_same_weights([model], mesh, any(_dropout(module) > 0.0 for module in model.modules()))
-        kinds = {"which MLPs can be split": list(others.mlps), "the plan": [plan for _, plan in others.plans.values()]}
+        kinds = {"which MLPs can be split": list(others.mlps), "the plan": [plan for _, plan in others.plans.values()],
+                 "what attention does": [one.variant for one in found]}  # fmt: skip
         same_on_all_ranks(kinds, mesh, "build the model alike on every rank")
     for one in found:
         _replace(one, mesh, options)
@@ -205,19 +207,35 @@ def _features(one: Found) -> tuple:
     """What makes two modules of one class behave differently."""
     shapes = tuple((letter, tuple(p.weight.shape), p.bias is None) for letter, p in one.projections.items())
     own = tuple((name, tuple(p.shape)) for name, p in one.module.named_parameters())
-    implementation = getattr(getattr(one.module, "config", None), "_attn_implementation", None)
-    return type(one.module), implementation, shapes, own, settings(one.module)
+    config, layer = getattr(one.module, "config", None), getattr(one.module, "layer_idx", None)
+    implementation = getattr(config, "_attn_implementation", None)
+    return type(one.module), implementation, shapes, own, settings(one.module), layer_settings(config, layer)
 
 
 def _probe_all(found: list[Found], options: dict) -> None:
-    """Probes one module of each kind."""
-    first = {}
+    """Probes one module of each kind, and notes for all of them which variant gives its numbers."""
+    variants: dict[tuple, dict[str, object]] = {}
     for one in found:
-        first.setdefault(_features(one), one)
-    for one in first.values():
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
-            torch.manual_seed(0)
-            _probe(one, options)
+        kind = _features(one)
+        if kind not in variants:
+            variants[kind] = _agreeing(one, options)
+        one.variant = variants[kind]
+
+
+def _agreeing(one: Found, options: dict) -> dict[str, object]:
+    """The first of the family's variants that gives the original's numbers. Raises the GridError of the first if none
+    does.
+    """
+    refusals = []
+    for variant in one.family.variants:
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
+                torch.manual_seed(0)
+                _probe(one, options | variant)
+            return variant
+        except GridError as error:
+            refusals.append(error)
+    raise refusals[0]
 
 
 def _probe(one: Found, options: dict) -> None:
@@ -257,7 +275,7 @@ def _probe(one: Found, options: dict) -> None:
 
 
 def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
-    ours = one.family.new(one.module, one.projections, mesh, options).train(one.module.training)
+    ours = one.family.new(one.module, one.projections, mesh, options | one.variant).train(one.module.training)
     for name, value in vars(one.module).items():  # what others may read or hook stays
         if name in HOOKS or (not name.startswith("_") and name not in vars(ours)):
             vars(ours)[name] = value

@@ -144,10 +144,12 @@ class TwoLevelAttention(Drops, GridAttention):
         norms = [self._parameters[name] for name in NORMS] if self.qk_norm is not None else []
         alike = {"x": x_BLD, "attn_mask": attn_mask, **cos_sin, "out_bias": self._parameters["out_bias"]}
         alike |= dict(zip(NORMS, norms, strict=False))
-        self.check_call(
-            lambda: self._check(x_BLD, position_embeddings, attn_mask, is_causal, cache), alike,
-            {"is_causal": is_causal, "tokens in the cache": None if cache is None else cache.length},
-        )  # fmt: skip
+
+        def check() -> dict[str, object]:
+            self._check(x_BLD, position_embeddings, attn_mask, is_causal, cache)
+            return {"is_causal": is_causal, "tokens in the cache": None if cache is None else cache.length}
+
+        self.check_call(check, alike)
         batch, length, _ = x_BLD.shape
         call = {} if cache is None else cache.begin(batch, length)
         past = call.get("position", 0)
@@ -220,11 +222,7 @@ class TwoLevelAttention(Drops, GridAttention):
                 )
 
     def extra_repr(self) -> str:
-        return (
-            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-            f"head_dim={self.head_dim}, grid=({self.place.grid.head_groups}, {self.place.grid.slices}), "
-            f"scheme={self.scheme!r}, combine={self.combine!r}"
-        )
+        return f"embed_dim={self.embed_dim}, {super().extra_repr()}"
 
 
 def _head_dim(embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> int:

@@ -25,6 +25,7 @@ class Family:
     inputs: Callable[[nn.Module, torch.dtype], list[tuple[tuple, dict]]]
     parameters: tuple[str, ...] = ()  # that it may have besides those of the projections
     cached: bool = False  # replace takes cache=, the layout of its KV cache
+    variants: tuple[dict[str, object], ...] = ({},)  # options of replace, of which the probe takes the first that fits
     sizes: Callable[[nn.Module, dict], tuple[int, int, int]] = heads_of  # heads, key/value heads, head_dim
     linear: str = "nn.Linear"  # what a projection must be
     problem: Callable[[nn.Module], str | None] = lambda module: None  # a feature that is not supported
@@ -126,6 +127,7 @@ FAMILIES = (
         _later("decoder", "decoder_inputs"),
         ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias"),
         cached=True,
+        variants=({}, {"rotates": False}),
     ),
     Family(
         "ViT",

@@ -94,17 +94,22 @@ class GridAttention(nn.Module):
         return debug or not self._compared
 
     def check_call(
-        self, check: Callable[[], None], tensors: dict[str, Tensor | None], settings: dict[str, object]
-    ) -> None:
-        """check(), which raises for this rank's arguments; where the call compares, an error is raised on all ranks."""
+        self, check: Callable[[], dict[str, object]], tensors: dict[str, Tensor | None]
+    ) -> dict[str, object]:
+        """Returns check(), which raises for this rank's arguments, or returns what else must be alike on every rank.
+
+        Where the call compares, an error of one rank is raised on all, and so is a difference.
+        """
         if not self.compares():
             return check()
         try:
-            check()
+            settings = check()
         except Exception as error:  # whatever it is, the others would wait for this rank
             same_on_all_ranks({"error": error}, self.mesh, "")
+            raise  # not reached
         common = {"training": self.training, "grad mode": torch.is_grad_enabled()}
         self.compare(tensors, {**common, "scheme": self.scheme, "combine": self.combine, **settings})
+        return settings
 
     def compare(self, tensors: dict[str, Tensor | None], settings: dict[str, object]) -> None:
         """Raises GridError on every rank if a tensor or a setting differs between ranks. A collective.
@@ -182,6 +187,13 @@ class GridAttention(nn.Module):
     def replicated(self, xs: list[Tensor]) -> list[Tensor]:
         """Parameters that every rank holds and uses for its own rows and heads: their gradients become the sum."""
         return _ops.replicated(xs, self.place.grid.size, self.place.groups[2], self.reduce_dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"grid=({self.place.grid.head_groups}, {self.place.grid.slices}), scheme={self.scheme!r}, "
+            f"combine={self.combine!r}"
+        )
 
 
 def check_options(scheme: str, combine: str) -> None:

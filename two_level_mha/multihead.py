@@ -119,12 +119,13 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         not average_attn_weights, or None. A row that sees no key is NaN with need_weights, else out_proj's bias.
         Raises ValueError (often also what stock raises) before anything is sent.
         """
+
+        def check() -> dict[str, object]:
+            check_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal)
+            return {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal}
+
         masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
-        self.check_call(
-            lambda: check_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal),
-            {"query": query, "key": key, "value": value, **masks},
-            {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal},
-        )
+        self.check_call(check, {"query": query, "key": key, "value": value, **masks})
         batched = query.dim() == 3
         if not batched:
             same_key, same_value = key is query, value is key
@@ -207,11 +208,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         return state
 
     def extra_repr(self) -> str:
-        return (
-            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
-            f"grid=({self.place.grid.head_groups}, {self.place.grid.slices}), scheme={self.scheme!r}, "
-            f"combine={self.combine!r}"
-        )
+        return f"embed_dim={self.embed_dim}, {super().extra_repr()}"
 
 
 def stock_names(embed_dim: int, num_heads: int, kdim: int, vdim: int) -> dict[str, StockTensor]:

@@ -47,6 +47,12 @@ def settings(module: nn.Module) -> tuple:
     return tuple(sorted(found, key=lambda item: item[0]))
 
 
+def layer_settings(config: object, layer: int | None) -> tuple:
+    """What a config says of one layer: entry `layer` of its lists, such as layer_types. () without a layer."""
+    lists = {} if layer is None else {name: value for name, value in vars(config).items() if isinstance(value, list)}
+    return tuple((name, repr(value[layer])) for name, value in lists.items() if layer < len(value))
+
+
 def changed_linear(module: nn.Module) -> str | None:
     """What torch.nn.utils has done to the module's weights, or None."""
     if hasattr(module, "parametrizations"):

@@ -291,11 +291,6 @@ std::tuple<Tensor, Tensor> partial_attention(const Tensor& q, const Tensor& k, c
   return call_op(forward_op(), options, q, k, v);
 }
 
-std::string kernel_for(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& options) {
-  check(options, q, k, v);
-  return choose(q, k, v, concrete(options, q)).name;
-}
-
 Tensor dropout_keep_mask(const Tensor& seed, double p, c10::SymIntArrayRef sizes,
                          c10::SymIntArrayRef origin) {
   static auto op = c10::Dispatcher::singleton()

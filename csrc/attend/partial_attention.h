@@ -26,9 +26,6 @@ struct Attend {
 std::tuple<Tensor, Tensor> partial_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                              const Attend& options);
 
-// Name of the kernel that serves this call: of the first row of the dispatch table that supports it.
-std::string kernel_for(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& options);
-
 // bool (b, h, l, s): which elements dropout keeps; sizes (b, h, l, s), origin (batch, head, row).
 Tensor dropout_keep_mask(const Tensor& seed, double p, c10::SymIntArrayRef sizes, c10::SymIntArrayRef origin);
 

@@ -35,6 +35,15 @@ Layout layout_for(const Tensor& x, Layout layout) {
   return layout;
 }
 
+// This rank's tokens of (B, L, D).
+Tensor my_tokens(const Tensor& x, const Layout& layout) {
+  return deal(four_d(x), layout_for(x, layout)).squeeze(1);
+}
+
+bool needs_gradient(const Tensor& x) {
+  return x.requires_grad() && at::GradMode::is_enabled();
+}
+
 // This rank's parts (.., rows, ..) of several tensors -> the whole ones of `sizes`.
 std::vector<Tensor> whole_again(const std::vector<Tensor>& parts, const std::vector<c10::SymInt>& sizes,
                                 const Layout& layout, const Place& place) {
@@ -60,7 +69,7 @@ struct EnterDealt : torch::autograd::Function<EnterDealt> {
     for (const Tensor& x : xs) {
       Tensor whole = four_d(x);
       sizes.insert(sizes.end(), whole.sym_sizes().begin(), whole.sym_sizes().end());
-      out.push_back(deal(whole, layout_for(x, call->layout)).squeeze(1).clone());
+      out.push_back(my_tokens(x, call->layout).clone());
     }
     ctx->saved_data["sizes"] = sizes;
     return out;
@@ -86,14 +95,26 @@ struct ReduceDealt : torch::autograd::Function<ReduceDealt> {
         .squeeze(1);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return {deal(four_d(grads[0]), saved(ctx)->layout).squeeze(1).clone(), Tensor()};
+    return {my_tokens(grads[0], saved(ctx)->layout).clone(), Tensor()};
   }
 };
 
 }  // namespace
 
 std::vector<Tensor> enter_dealt(const std::vector<Tensor>& xs, const Layout& layout, const Place& place) {
-  return EnterDealt::apply(at::TensorList(xs), c10::make_intrusive<Saved>(layout, place));
+  std::vector<Tensor> trained, out = xs;
+  for (Tensor& x : out)
+    if (needs_gradient(x))
+      trained.push_back(x);
+    else
+      x = my_tokens(x, layout);
+  if (trained.empty()) return out;
+  variable_list entered =
+      EnterDealt::apply(at::TensorList(trained), c10::make_intrusive<Saved>(layout, place));
+  size_t next = 0;
+  for (size_t i = 0; i < xs.size(); ++i)
+    if (needs_gradient(xs[i])) out[i] = entered[next++];
+  return out;
 }
 
 Tensor reduce_dealt(const Tensor& y, const Layout& layout, const Place& place) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../arithmetic.h"
 #include "../host_device.h"
 
 namespace two_level_mha {
@@ -39,8 +40,7 @@ inline Piece make_piece(const int64_t* sizes, int64_t ndim, int64_t dim, int64_t
   for (int64_t i = 0; i < ndim; i++) (i < dim ? p.outer : i == dim ? p.size : p.inner) *= sizes[i];
   if (dim < 0) return p;
   p.chunks = zigzag && dim == 2 ? 2 : 1;
-  int64_t pieces = parts * p.chunks;
-  p.chunk = (p.size + pieces - 1) / pieces;
+  p.chunk = ceil_div(p.size, parts * p.chunks);
   return p;
 }
 

@@ -24,6 +24,7 @@ class DecoderAttention(ProjectedAttention):
     is in the mask. None: all keys for one query, else those up to its position. past_key_values: a DynamicCache, whose
     empty layer becomes one of ours, or a KVCache. Norms of queries and keys, and the rotary function, are the model's.
     Weights (B, h, L, S) with output_attentions, but not from a cache by position: a rank sees only some of the keys.
+    rotates: False for a layer that leaves position_embeddings alone, as some of SmolLM3's and Cohere2's do.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class DecoderAttention(ProjectedAttention):
         mesh: DeviceMesh | None,
         *,
         cache: str,
+        rotates: bool = True,
         **options,
     ) -> None:
         super().__init__(original, projections, paths, mesh, **options)
@@ -41,11 +43,11 @@ class DecoderAttention(ProjectedAttention):
             raise GridError("scheme 'independent' has no KV cache, with which such a model is called; take another")
         self.layer_idx, self.cache_layout = original.layer_idx, cache
         self.softcap = getattr(original, "attn_logit_softcapping", None) or 0.0
-        self.use_positions(original)
+        self.use_positions(original, rotates)
 
-    def use_positions(self, original: nn.Module) -> None:
+    def use_positions(self, original: nn.Module, rotates: bool) -> None:
         """Takes over what acts on single heads."""
-        self.rotary = _rotary(original)
+        self.rotary = _rotary(original) if rotates else None
         for name in NORMS:
             norm = getattr(original, name, None)
             if norm is not None:
@@ -59,21 +61,24 @@ class DecoderAttention(ProjectedAttention):
         past_key_values=None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        self.check_implementation()
         B, L, _ = hidden_states.shape
         need_weights = self.needs_weights(kwargs)
         layer, call = None, {}
-        if past_key_values is not None:
-            layer = split_layer(past_key_values, self.layer_idx, self.place, self.cache_layout)
-            call = layer.begin(B, L)
-            if need_weights and layer.layout == "position":
-                raise UsageRuntimeError(
-                    "output_attentions needs all keys of a query on one rank, which a cache by position has not: call "
-                    'with use_cache=False, or parallelize with cache="batch"'
-                )
-        if self.compares():
-            inputs = {"hidden_states": hidden_states, "attention_mask": attention_mask}
-            self.compare(inputs, {"training": self.training, "tokens in the cache": call.get("position")})
+
+        def check() -> dict[str, object]:
+            nonlocal layer, call
+            self.check_implementation()
+            if past_key_values is not None:
+                layer = split_layer(past_key_values, self.layer_idx, self.place, self.cache_layout)
+                call = layer.begin(B, L)
+                if need_weights and layer.layout == "position":
+                    raise UsageRuntimeError(
+                        "output_attentions needs all keys of a query on one rank, which a cache by position has not: "
+                        'call with use_cache=False, or parallelize with cache="batch"'
+                    )
+            return {"need_weights": need_weights, **call}
+
+        self.check_call(check, {"hidden_states": hidden_states, "attention_mask": attention_mask})
 
         def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, deal) -> tuple[Tensor, Tensor, Tensor]:
             q_BHLd, k_BKSd = self.positioned(q_BHLd, k_BKSd, deal, position_embeddings)
@@ -99,8 +104,10 @@ class DecoderAttention(ProjectedAttention):
 
     def positioned(self, q_BHLd: Tensor, k_BKSd: Tensor, deal, position_embeddings) -> tuple[Tensor, Tensor]:
         """Queries and keys as attention takes them: normed and rotated."""
-        for_q, for_k = deal([x.unsqueeze(1) for x in position_embeddings])
         q_BHLd, k_BKSd = self._normed(q_BHLd, k_BKSd)
+        if self.rotary is None:
+            return q_BHLd, k_BKSd
+        for_q, for_k = deal([x.unsqueeze(1) for x in position_embeddings])
         q_BHLd = self.rotary(q_BHLd, q_BHLd[:, :0], *(x.squeeze(1) for x in for_q))[0]
         k_BKSd = self.rotary(k_BKSd[:, :0], k_BKSd, *(x.squeeze(1) for x in for_k))[1]
         return q_BHLd, k_BKSd

@@ -54,7 +54,7 @@ class GPT2Attention(DecoderAttention):
         super().__init__(original, *args, **options)
         self.dropout, self.resid_dropout = original.attn_dropout, original.resid_dropout
 
-    def use_positions(self, original: nn.Module) -> None:
+    def use_positions(self, original: nn.Module, rotates: bool) -> None:
         """Positions are in hidden_states."""
 
     def positioned(self, q_BHLd: Tensor, k_BKSd: Tensor, deal, position_embeddings) -> tuple[Tensor, Tensor]:

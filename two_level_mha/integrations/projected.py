@@ -79,13 +79,15 @@ class ProjectedAttention(GridAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
-        self.check_implementation()
-        for name, advice in _REFUSED.items():
-            if kwargs.get(name) is not None:
-                raise UsageRuntimeError(f"{name} is not supported by this attention: {advice}")
-        if self.compares():
-            inputs = {"hidden_states": hidden_states, "attention_mask": attention_mask}
-            self.compare(inputs, {"training": self.training})
+
+        def check() -> dict[str, object]:
+            self.check_implementation()
+            for name, advice in _REFUSED.items():
+                if kwargs.get(name) is not None:
+                    raise UsageRuntimeError(f"{name} is not supported by this attention: {advice}")
+            return {"need_weights": self.needs_weights(kwargs)}
+
+        self.check_call(check, {"hidden_states": hidden_states, "attention_mask": attention_mask})
         causal = attention_mask is None and self.causal_without_mask(kwargs, hidden_states.shape[1])
         return self.attend(
             hidden_states,
