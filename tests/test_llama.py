@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from harness.decoders import MODELS, pair, prompt
-
-from two_level_mha.blocks import whole
+from harness.decoders import MODELS, full_gradients, pair, prompt
 
 SDPA = [name for name in MODELS if name != "gemma2"]  # which has "eager" attention only
 EXACT = {"exact": True}
@@ -105,21 +103,6 @@ def gradients_off(names, grid, use_cache, options):
             (grads[key] - p.grad).abs().max().item() / max(1.0, p.grad.abs().max().item())
             for key, p in stock.named_parameters()
         ]
-    return found
-
-
-def full_gradients(model):
-    """By stock's names and shapes."""
-    from two_level_mha.stock import put, resolve
-
-    found = {}
-    for name, p in model.named_parameters():
-        owner, _, own = name.rpartition(".")
-        names = getattr(model.get_submodule(owner), "stock_names", {})
-        if own in names:
-            put(found, resolve(owner, names[own].key), names[own], whole(p.grad))
-        else:
-            found[name] = p.grad
     return found
 
 

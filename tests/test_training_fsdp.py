@@ -3,11 +3,14 @@
 A failure here with test_training_decoder.py green is in how FSDP and the storage of blocks meet.
 """
 
+import copy
+
 import pytest
 import torch
+from harness.decoders import full_gradients, make, prompt
 from harness.language import Model, backward, difference, gradients, tokens, weights
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import two_level_mha as tlm
@@ -72,3 +75,54 @@ def dims() -> bool:
             assert isinstance(p, DTensor) and tlm.shard_embed_dim(p) == expected.get(name), name
     assert tlm.shard_embed_dim(torch.nn.Parameter(torch.zeros(2, 3, 4))) is None
     return True
+
+
+def mixed_precision() -> tuple[float, float]:
+    """Relative errors of bf16 gradients from float64, split and unsplit under one policy: the largest."""
+    mesh = init_device_mesh("cpu", (DP, 2, 2), mesh_dim_names=("dp", "head", "slice"))
+    policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+    exact, split, whole = Model(), Model(mesh["head", "slice"]).float(), Model().float()
+    for model in (split, whole):
+        for attention in model.attentions:
+            fully_shard(attention, mesh=mesh["dp"], shard_placement_fn=tlm.shard_embed_dim, **policy)
+        fully_shard(model, mesh=mesh["dp"], shard_placement_fn=tlm.shard_embed_dim, **policy)
+    ids = tokens(batch=2 * DP)
+    backward(exact, ids)
+    for model in (split, whole):
+        backward(model, ids.chunk(DP)[mesh.get_local_rank("dp")])
+    wanted = gradients(exact)
+    ours, stock = (
+        max(((x.double() - wanted[name]).norm() / wanted[name].norm()).item() for name, x in gradients(model).items())
+        for model in (split, whole)
+    )
+    return ours, stock
+
+
+def test_mixed_precision(pool):
+    """R. Localises: an input or a replicated parameter that FSDP's cast does not reach, or a sum in bf16."""
+    for ours, stock in pool.run(mixed_precision, 8, timeout=120):
+        assert ours <= 2 * stock, (ours, stock)
+
+
+def with_the_rest() -> dict[str, float]:
+    """What differs by more than rounding from the unsplit Llama on the whole batch: logits and gradients."""
+    mesh = init_device_mesh("cpu", (DP, 2, 2), mesh_dim_names=("dp", "head", "slice"))
+    stock = make("llama", exact=True)
+    split = tlm.parallelize(copy.deepcopy(stock), mesh["head", "slice"])
+    for part in (*split.model.layers, split):
+        fully_shard(part, mesh=mesh["dp"], shard_placement_fn=tlm.shard_embed_dim)
+    ids, keep = prompt(rows=2 * DP)
+    dp = mesh.get_local_rank("dp")
+    logits = [model(x, use_cache=False).logits for model, x in ((stock, ids), (split, ids.chunk(DP)[dp]))]
+    found = {"logits": (logits[0].chunk(DP)[dp] - logits[1]).abs().max().item()}
+    for y in logits:
+        y.square().mean().backward()
+    grads = full_gradients(split)
+    for name, p in stock.named_parameters():
+        found[name] = (grads[name] - p.grad).abs().max().item() / p.grad.abs().max().item()
+    return {name: error for name, error in found.items() if not error <= 1e-10}
+
+
+def test_with_the_models_own_plan(pool):
+    """T. Localises: MLPs and embeddings split over the flattened grid, which FSDP must find in the same mesh."""
+    assert pool.run(with_the_rest, 8, timeout=120) == [{}] * 8

@@ -88,3 +88,19 @@ def prompt(rows: int = 2, length: int = 11) -> tuple[torch.Tensor, torch.Tensor]
         keep[0, :4] = 0
         ids[0, :4] = 0
     return ids, keep
+
+
+def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """By stock's names and shapes."""
+    from two_level_mha.blocks import whole
+    from two_level_mha.stock import put, resolve
+
+    found = {}
+    for name, p in model.named_parameters():
+        owner, _, own = name.rpartition(".")
+        names = getattr(model.get_submodule(owner), "stock_names", {})
+        if own in names:
+            put(found, resolve(owner, names[own].key), names[own], whole(p.grad))
+        else:
+            found[name] = whole(p.grad)
+    return found
