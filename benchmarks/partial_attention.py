@@ -127,6 +127,7 @@ def run_against_stock(case: Case, repeats: int) -> dict:
 FEATURES: dict[str, tuple[int, Callable[[int, torch.dtype], dict]]] = {
     "bool mask (1,1,L,S)": (8, lambda L, dtype: {"attn_mask": torch.rand(1, 1, L, L) < 0.7}),
     "additive mask (1,1,L,S)": (8, lambda L, dtype: {"attn_mask": torch.randn(1, 1, L, L).to(dtype)}),
+    "additive mask (1,h,L,S)": (8, lambda L, dtype: {"attn_mask": torch.randn(1, 8, L, L).to(dtype)}),
     "padding mask (1,1,1,S)": (8, lambda L, dtype: {"attn_mask": torch.rand(1, 1, 1, L) < 0.9}),
     "GQA 8 on 2": (2, lambda L, dtype: {}),
     "dropout": (8, lambda L, dtype: {"dropout_p": 0.1, "seed": torch.tensor([3])}),
@@ -220,7 +221,13 @@ RUN = {Memory: run_memory, Case: run_against_stock, Cost: run_cost}
 
 
 def main() -> None:
-    costs = [Cost(dtype, feature, backward) for feature in FEATURES for dtype in KIND for backward in PASSES]
+    costs = [
+        Cost(dtype, feature, backward, width)
+        for width in (128, 64)
+        for feature in FEATURES
+        for dtype in KIND
+        for backward in PASSES
+    ]
     named = {case.name(): case for case in (Memory(), *against_stock(), *costs)}
     run_cases("partial_attention", __doc__.splitlines()[0], named, lambda c, n: RUN[type(c)](c, n), line, repeats=5)
 

@@ -73,11 +73,10 @@ Tensor combine(Tensor o, const Output& output, const Layout& layout, const Place
   } else if (place.grid.size() == 1) {
     y = out_projection(o, output.weight, output.bias);
   } else {
-    y = by_tokens
-            ? reduce_dealt(out_projection(o, whole_out_weight(output.weight, place), std::nullopt), layout,
-                           place)
-            : reduce_replicated(out_projection(o, output.weight, std::nullopt), place.groups,
-                                place.reduce_dtype);
+    y = by_tokens ? reduce_dealt(out_projection(o, whole_out_weight(output.weight, place), std::nullopt),
+                                 layout, place)
+                  : reduce_replicated(out_projection(o, output.weight, std::nullopt), place.groups,
+                                      place.reduce_dtype);
     if (output.bias) y = y + output.bias->to(y.scalar_type());
   }
   return output.batch_first || swap ? y : y.transpose(0, 1).contiguous();

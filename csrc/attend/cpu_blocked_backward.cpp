@@ -122,7 +122,7 @@ class BackwardPass {
           grad_packed(kHalf ? pass.block_ : 0),
           scores(pass.block_),
           grad_weights(pass.block_),
-          mask(pass.p_.mask.defined() ? pass.block_ : 0),
+          mask(pass.p_.mask.defined() ? kStripe * pass.p_.block_rows : 0),
           slope(pass.p_.block_rows),
           stripe(kStripe * pass.width_),
           kept(pass.p_.block_rows) {
@@ -209,14 +209,19 @@ class BackwardPass {
     for (int64_t first = seen.begin / p_.block_rows * p_.block_rows; first < seen.end;
          first += p_.block_rows) {
       const int64_t r = std::min(p_.block_rows, p_.L - first), r_padded = padded(r);
-      if (p_.mask.defined()) {
-        if (!p_.mask.any(batch, h, first, r, key, n)) continue;
-        p_.mask.load_transposed(batch, h, first, r, key, n, scratch.mask, r_padded);
-      }
+      if (p_.mask.defined() && !p_.mask.any(batch, h, first, r, key, n)) continue;
       gemm<C>(n, r_padded, width_, scratch.key, head.query_t + first * width_, scratch.scores, false);
       gemm<C>(n, r_padded, width_v_, scratch.value, head.grad_t + first * width_v_, scratch.grad_weights,
               false);
-      for (int64_t y = 0; y < n; ++y) step(scratch, head, first, r, key, y);
+      for (int64_t y = 0; y < n; ++y) {
+        if (p_.mask.defined()) {
+          if (y % kStripe == 0)
+            p_.mask.load_transposed(batch, h, first, r, key + y, std::min(kStripe, n - y), scratch.mask,
+                                    r_padded);
+          expect_mask(batch, h, first, key, n, y);
+        }
+        step(scratch, head, first, r, key, y);
+      }
       std::memset(static_cast<void*>(scratch.grad_scores + n * r_padded), 0,
                   (n_padded - n) * r_padded * sizeof(C));
       add_keys(scratch.weights, n, r, head_rows<const T>(t_.grad_out, batch, h).from(first), width_v_,
@@ -225,6 +230,14 @@ class BackwardPass {
                head.query + first * width_, dk);
       add_queries(scratch, n_padded, r_padded, dq + first * width_);
     }
+  }
+
+  // Asks for the stripe of the mask after that of key y, some rows with each key: rows are far apart, and no
+  // hardware sees what is next.
+  void expect_mask(int64_t batch, int64_t h, int64_t first, int64_t key, int64_t n, int64_t y) {
+    const int64_t next = y / kStripe * kStripe + kStripe, share = ceil_div(p_.block_rows, kStripe);
+    const int64_t begin = first + (next < n ? 0 : p_.block_rows) + y % kStripe * share;
+    p_.mask.expect(batch, h, begin, std::min(begin + share, p_.L), key + (next < n ? next : 0));
   }
 
   // One key of a block: raw products to P and dS.
@@ -249,7 +262,7 @@ class BackwardPass {
       through_softcap(grad_weights, delta, scratch.slope, count);
       delta = scratch.zeros;
     }
-    const Bias bias = p_.bias(p_.mask.defined() ? scratch.mask + y * ld : nullptr, begin);
+    const Bias bias = p_.bias(p_.mask.defined() ? scratch.mask + y % kStripe * ld : nullptr, begin);
     softmax_grad(scores, bias, grad_weights, head.logsumexp + seen.begin, delta, count, p_.unit_log2(),
                  weights + begin, grad_scores + begin);
     if (p_.dropout) drop_rows(weights + begin, count, scratch.kept.data());

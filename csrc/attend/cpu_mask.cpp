@@ -3,6 +3,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "cpu_panels.h"
@@ -32,6 +33,8 @@ TLM_HOST_DEVICE void load_body(const T* x, int64_t stride, int64_t n, float* out
   if (stride == 1) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = bias(x[i]);
+  } else if (stride == 0) {
+    std::fill_n(out, n, bias(*x));
   } else {
     for (int64_t i = 0; i < n; ++i) out[i] = bias(x[i * stride]);
   }
@@ -57,7 +60,6 @@ TLM_HOST_DEVICE void load_across_body(const T* x, int64_t stride, int64_t rows, 
     for (int64_t i = 0; i < keys; i += kTile) {
       const T* from = x + j * stride + i;
       float* to = tile + i * ld + j;
-      for (int64_t r = kTile; r < 2 * kTile && j + r < rows; ++r) __builtin_prefetch(from + r * stride);
       if (j + kTile <= rows && i + kTile <= keys)
         load_tile(from, stride, kTile, kTile, to, ld);
       else
@@ -139,6 +141,11 @@ const float* MaskView::row(int64_t batch, int64_t head, int64_t row, int64_t key
     load(static_cast<const decltype(element)*>(data), stride_[3], keys, buffer);
   });
   return buffer;
+}
+
+void MaskView::expect(int64_t batch, int64_t head, int64_t begin, int64_t end, int64_t key) const {
+  if (one_row()) return;
+  for (int64_t row = begin; row < end; ++row) __builtin_prefetch(at(batch, head, row, key), 0, 2);
 }
 
 void MaskView::load_transposed(int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t key,

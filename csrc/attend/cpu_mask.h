@@ -16,6 +16,8 @@ class MaskView {
   bool any(int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t key, int64_t keys) const;
   // One row against keys key .. key + keys: where it is, or in the buffer.
   const float* row(int64_t batch, int64_t head, int64_t row, int64_t key, int64_t keys, float* buffer) const;
+  // Brings rows begin .. end near, from this key on.
+  void expect(int64_t batch, int64_t head, int64_t begin, int64_t end, int64_t key) const;
   // Rows row .. row + rows against keys key .. key + keys as tile[s * ld + r].
   void load_transposed(int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t key, int64_t keys,
                        float* tile, int64_t ld) const;
