@@ -11,7 +11,7 @@ from two_level_mha.decoder import Rotary, TwoLevelAttention  # noqa: E402
 from two_level_mha.loading import load_pretrained  # noqa: E402
 from two_level_mha.mesh import Grid, GridError, init_mesh  # noqa: E402
 from two_level_mha.multihead import TwoLevelMultiheadAttention  # noqa: E402
-from two_level_mha.plan import plan  # noqa: E402
+from two_level_mha.planner import plan  # noqa: E402
 from two_level_mha.training import clip_grad_norm_, param_groups, shard_embed_dim, unscale_  # noqa: E402
 
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ import torch
 
 import two_level_mha as tlm
 from two_level_mha import _C, _load
-from two_level_mha.plan import COMBINES, DEVICE_TYPES
+from two_level_mha.planner import COMBINES, DEVICE_TYPES
 
 
 def registered_ops() -> dict[str, list[str]]:
