@@ -19,7 +19,7 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "two_level_mha"
-DEFAULT_ARCHS = ("8.0", "9.0a", "10.0")
+DEFAULT_ARCHS = ("8.0", "9.0a", "10.0+PTX")  # PTX: for what is newer
 
 
 class Decision(NamedTuple):
@@ -60,7 +60,7 @@ def decide_archs() -> Decision:
         [f"{CUDA_HOME}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True
     ).stdout
     known = set(out.split())
-    archs = [arch for arch in DEFAULT_ARCHS if "compute_" + arch.rstrip("a").replace(".", "") in known]
+    archs = [arch for arch in DEFAULT_ARCHS if "compute_" + re.sub(r"\D", "", arch) in known]
     return Decision(";".join(archs), f"default, as far as nvcc {nvcc_release()} goes")
 
 

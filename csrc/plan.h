@@ -75,7 +75,13 @@ struct Price {
 template <class I>
 Price<I> price(Scheme scheme, const CallSizes<I>& s, const Profile& profile) {
   const Work<I> work = forward_work(scheme, s);
-  Price<I> price{work.attention + work.projections, work.read * (profile.flops / profile.memory), I(0), I(0)};
+  I attention = work.attention;
+  if (s.element_size == 2 && s.d <= profile.equal) {
+    const Local<I> local = local_sizes(scheme, concrete_row(scheme, s), s);
+    const int64_t widest = std::max(local.qk_width, local.v_width);
+    attention = attention / (local.qk_width + local.v_width) * (2 * widest);
+  }
+  Price<I> price{attention + work.projections, work.read * (profile.flops / profile.memory), I(0), I(0)};
   int64_t collectives = 0;
   for (const Sent<I>& row : forward_traffic(scheme, s)) {
     price.sending =

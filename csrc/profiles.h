@@ -16,6 +16,7 @@ struct Profile {
   int64_t network;  // bytes/s that one rank's adapter sends to other nodes
   int64_t latency;  // nanoseconds of one collective
   int64_t node;     // ranks in a node
+  int64_t equal;    // head_dim up to which half precision pads values to the width of keys; 0: it does not
   const char* source;
 
   // Bytes/s that a rank of an (n, m) grid sends along an axis. Ranks are numbered along the slice axis first.
@@ -30,9 +31,9 @@ struct Profile {
 
 // flops: what good kernels reach, not the peak.
 inline constexpr Profile kProfiles[] = {
-    {"cpu", 90'000'000'000, 10'000'000'000, 1'000'000'000, 1'000'000'000, 250'000, 1 << 20,
+    {"cpu", 90'000'000'000, 10'000'000'000, 1'000'000'000, 1'000'000'000, 250'000, 1 << 20, 0,
      "Gloo over loopback, one AVX-512 core a rank, float32: measured by benchmarks/predictions.py"},
-    {"cuda", 400'000'000'000'000, 2'500'000'000'000, 350'000'000'000, 50'000'000'000, 20'000, 8,
+    {"cuda", 400'000'000'000'000, 2'500'000'000'000, 350'000'000'000, 50'000'000'000, 20'000, 8, 256,
      "H100 SXM data sheet: 8 GPUs a node, NVLink 450 GB/s a way, an adapter of 400 Gb/s a GPU; rates "
      "assumed"},
 };

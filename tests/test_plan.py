@@ -57,6 +57,23 @@ def test_numbers_of_one_option():
     assert option.activation_bytes == 2 * (tokens * D + own) + 4 * tokens * (h // P)
 
 
+def test_half_precision_pads_values_on_a_gpu():
+    """E. Localises: `slices` predicted too fast where the kernels want values as wide as keys, up to head_dim 256."""
+    for head_dim, dtype, factor in (
+        (128, torch.bfloat16, 2 * 128 / (128 + 64)),
+        (512, torch.bfloat16, 1),
+        (128, torch.float32, 1),
+    ):
+        layer = {"embed_dim": 1024, "num_heads": 8, "num_kv_heads": 2, "head_dim": head_dim, "dtype": dtype}
+        gpu, cpu = (
+            options(tlm.plan(**layer, devices=4, batch=2, seq=512, device_type=kind), (2, 2))["slices"]
+            for kind in ("cuda", "cpu")
+        )
+        flops = gpu.attention_flops * factor + gpu.projection_flops
+        assert gpu.predicted_seconds["compute"] == pytest.approx(flops / 400e12)
+        assert cpu.predicted_seconds["compute"] == pytest.approx((cpu.attention_flops + cpu.projection_flops) / 90e9)
+
+
 def test_the_pick_is_the_fastest_exact_one():
     """Localises: the pick and its reason."""
     for decode in (False, True):

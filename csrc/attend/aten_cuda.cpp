@@ -30,22 +30,27 @@ int capability(const Tensor& x) {
 
 // The call as all three kernels take it. A causal mask of theirs ends in the bottom-right corner (flash:
 // always; efficient: mask type 2), ours is offset by params.causal: keys that no row sees are cut off, which
-// makes them agree.
+// makes them agree. Where all rows see the same keys nothing causal is left, for one row of a cache say.
 struct Call {
   const AttentionParams& params;
   Tensor q, k, v;
-  int64_t B, H, K, L, S, keys;
+  int64_t B, H, K, L, S, first_key, keys;
   bool causal;
 
   Call(const Tensor& q_, const Tensor& k_, const Tensor& v_, const AttentionParams& p)
       : params(p), q(q_), B(q_.size(0)), H(q_.size(1)), K(k_.size(1)), L(q_.size(2)), S(k_.size(2)) {
-    causal = p.causal && *p.causal < S - 1;
-    keys = causal ? std::clamp<int64_t>(L + *p.causal, 0, S) : S;
-    k = k_.narrow(2, 0, keys);
-    v = v_.narrow(2, 0, keys);
+    const auto same = p.keys_of_all(L, S);
+    causal = !same;
+    first_key = same ? same->begin : 0;
+    keys = p.keys_of(L - 1, S).end - first_key;
+    k = k_.narrow(2, first_key, keys);
+    v = v_.narrow(2, first_key, keys);
   }
-  // Rows before the first key, and the corner in mid-matrix, are left to the chunked path.
-  bool mask_fits() const { return !causal || (*params.causal >= 0 && *params.causal <= S - L); }
+  // Rows before the first key are left to the chunked path.
+  bool fits() const {
+    if (!causal) return keys > 0;
+    return !params.window && params.key_stride == 1 && *params.causal >= 0 && *params.causal <= S - L;
+  }
   int64_t d_qk() const { return q.size(3); }
   int64_t d_v() const { return v.size(3); }
 };
@@ -58,7 +63,7 @@ Tensor aligned(const Tensor& x) {
 }
 
 Tensor widen(const Tensor& x, int64_t d) {
-  return x.size(3) == d ? aligned(x) : at::constant_pad_nd(x, {0, d - x.size(3)});
+  return aligned(x.size(3) == d ? x : at::constant_pad_nd(x, {0, d - x.size(3)}));
 }
 
 // (B, H, L, D) cut to `d`, in memory (B, L, H, D).
@@ -67,8 +72,9 @@ Tensor as_rows(const Tensor& x, int64_t d) {
 }
 
 Backward as_gradients(const Call& call, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+  const int64_t after = call.S - call.first_key - call.keys;
   auto of_keys = [&](const Tensor& x, int64_t d) {
-    return as_rows(call.keys == call.S ? x : at::constant_pad_nd(x, {0, 0, 0, call.S - call.keys}), d);
+    return as_rows(call.keys == call.S ? x : at::constant_pad_nd(x, {0, 0, call.first_key, after}), d);
   };
   return {as_rows(dq, call.d_qk()), of_keys(dk, call.d_qk()), of_keys(dv, call.d_v()), Tensor()};
 }
@@ -133,31 +139,30 @@ Tensor key_rows(const Call& call, const Tensor& x, int64_t d) {
   return wide.transpose(1, 2);
 }
 
-Tensor visible_keys(const Call& call) {
-  const Tensor& mask = call.params.mask;
-  return mask.size(3) == 1 ? mask.expand({-1, -1, -1, call.keys}) : mask.narrow(3, 0, call.keys);
-}
-
-// The mask as a bias (B, H, L, keys) in q's dtype; broadcast dims stay without memory, rows are 16-byte
-// aligned.
-std::optional<Tensor> bias(const Call& call) {
-  if (!call.params.mask.defined()) return std::nullopt;
-  Tensor mask = visible_keys(call);
+// The mask as a bias in q's dtype, (b, h, l, keys): what broadcasts takes no memory, rows are 16-byte
+// aligned. Undefined without a mask.
+Tensor bias_of(const Call& call) {
+  const Tensor& whole = call.params.mask;
+  if (!whole.defined()) return Tensor();
+  Tensor mask =
+      whole.size(3) == 1 ? whole.expand({-1, -1, -1, call.keys}) : whole.narrow(3, call.first_key, call.keys);
   auto sizes = mask.sizes().vec();
   sizes[3] = round_up(call.keys, 16);
   Tensor bias = at::zeros(sizes, call.q.options()).narrow(3, 0, call.keys);
-  if (mask.scalar_type() == at::kBool)
-    bias.masked_fill_(mask.logical_not(), -kInfinity);
-  else
-    bias.copy_(mask);
+  if (mask.scalar_type() == at::kBool) return bias.masked_fill_(mask.logical_not(), -kInfinity);
+  return bias.copy_(mask);
+}
+
+std::optional<Tensor> for_kernel(const Call& call, const Tensor& bias) {
+  if (!bias.defined()) return std::nullopt;
   return bias.expand({call.B, call.H, call.L, call.keys});
 }
 
-// (B, H, L), true for rows that see no key; from mask and geometry, since the kernel's logsumexp does not
-// tell.
-Tensor empty_rows_of_mask(const Call& call) {
-  Tensor mask = visible_keys(call);
-  Tensor visible = mask.scalar_type() == at::kBool ? mask : at::isneginf(mask).logical_not();
+// (B, H, L), true for rows whose scores are all -inf to the kernel, since its logsumexp does not tell. It
+// multiplies scores by log2(e) in float32, where the lowest numbers of float32 and bfloat16 overflow.
+Tensor empty_rows_of(const Call& call, const Tensor& bias) {
+  const bool overflows = call.q.scalar_type() != at::kHalf;
+  Tensor visible = bias.le(overflows ? std::numeric_limits<float>::lowest() / 1.5 : -kInfinity).logical_not();
   Tensor any = visible.any(-1);
   if (call.causal) {
     Tensor first = visible.to(at::kByte).argmax(-1);
@@ -172,16 +177,16 @@ int64_t mask_type(const Call& call) {
 
 Forward efficient_forward(const Call& call) {
   int64_t d_qk = round_up(call.d_qk(), alignment(call)), d_v = round_up(call.d_v(), alignment(call));
-  Tensor q = query_rows(call, call.q, d_qk);
-  auto result = at::_efficient_attention_forward(q, key_rows(call, call.k, d_qk), key_rows(call, call.v, d_v),
-                                                 bias(call), std::nullopt, std::nullopt, std::nullopt,
-                                                 std::nullopt, 0.0, mask_type(call), true, call.params.scale);
+  Tensor q = query_rows(call, call.q, d_qk), bias = bias_of(call);
+  auto result = at::_efficient_attention_forward(
+      q, key_rows(call, call.k, d_qk), key_rows(call, call.v, d_v), for_kernel(call, bias), std::nullopt,
+      std::nullopt, std::nullopt, std::nullopt, 0.0, mask_type(call), true, call.params.scale);
   Tensor out = std::get<0>(result).transpose(1, 2).reshape({call.B, call.H, call.L, d_v});
   Tensor logsumexp =
       std::get<1>(result).narrow(2, 0, q.size(1)).reshape({call.B, call.H, call.L}).contiguous();
   out = as_rows(out, call.d_v());
-  if (call.params.mask.defined()) {
-    Tensor empty = empty_rows_of_mask(call);
+  if (bias.defined()) {
+    Tensor empty = empty_rows_of(call, bias);
     out.masked_fill_(empty.unsqueeze(-1), 0);
     logsumexp.masked_fill_(empty, -kInfinity);
   }
@@ -189,8 +194,10 @@ Forward efficient_forward(const Call& call) {
 }
 
 // The kernel takes delta = sum(out * grad_out) over the columns by itself, where a gradient g of the
-// logsumexp asks for delta - g. Two more columns do that: grad_out 1, out -g (rounded, and what rounding
-// lost), v 0.
+// logsumexp asks for delta - g. Two more columns do that: grad_out c, out -g / c (rounded, and what rounding
+// lost), v 0. c keeps a g that a GradScaler made large in float16's range.
+constexpr double kLift = 256;
+
 Backward efficient_backward(const Call& call, const Tensor& grad_out, const Tensor& grad_logsumexp,
                             const Tensor& out, const Tensor& logsumexp) {
   bool more = grad_logsumexp.defined();
@@ -198,9 +205,9 @@ Backward efficient_backward(const Call& call, const Tensor& grad_out, const Tens
           d_v = round_up(call.d_v() + 2 * more, alignment(call));
   Tensor grad_wide = widen(grad_out, d_v), out_wide = widen(out, d_v);
   if (more) {
-    Tensor g = at::where(at::isneginf(logsumexp), 0.0, grad_logsumexp.to(at::kFloat)).neg();
+    Tensor g = at::where(at::isneginf(logsumexp), 0.0, grad_logsumexp.to(at::kFloat)).div(-kLift);
     Tensor rounded = g.to(call.q.scalar_type());
-    grad_wide.narrow(3, call.d_v(), 2).fill_(1);
+    grad_wide.narrow(3, call.d_v(), 2).fill_(kLift);
     out_wide.select(3, call.d_v()).copy_(rounded);
     out_wide.select(3, call.d_v() + 1).copy_(g - rounded);
   }
@@ -211,10 +218,10 @@ Backward efficient_backward(const Call& call, const Tensor& grad_out, const Tens
   lse.narrow(2, 0, rows)
       .copy_(at::where(at::isneginf(logsumexp), kInfinity, logsumexp).reshape({call.B, heads, rows}));
   Tensor random = at::empty({}, call.q.options().dtype(at::kLong));  // not read without dropout
-  auto result = at::_efficient_attention_backward(query_rows(call, grad_wide, d_v).contiguous(), q, k, v,
-                                                  bias(call), query_rows(call, out_wide, d_v).contiguous(),
-                                                  std::nullopt, std::nullopt, rows, call.keys, lse, 0.0,
-                                                  random, random, mask_type(call), false, call.params.scale);
+  auto result = at::_efficient_attention_backward(
+      query_rows(call, grad_wide, d_v).contiguous(), q, k, v, for_kernel(call, bias_of(call)),
+      query_rows(call, out_wide, d_v).contiguous(), std::nullopt, std::nullopt, rows, call.keys, lse, 0.0,
+      random, random, mask_type(call), false, call.params.scale);
   Tensor dq = std::get<0>(result).transpose(1, 2).reshape({call.B, call.H, call.L, d_qk});
   auto of_heads = [&](const Tensor& x) {
     Tensor heads_first = x.transpose(1, 2);
@@ -230,23 +237,32 @@ Backward efficient_backward_of_out(const Call& call, const Tensor& grad_out, con
 
 // --- the table: the first row that supports a call and is not switched off in torch.backends.cuda serves it.
 
+// cuDNN 9.15.0 and older read beyond lengths that 128 does not divide (pytorch #169849).
+constexpr int64_t kSafeCudnn = 91501;
+
 bool cudnn_supports(const Call& call) {
   int arch = capability(call.q) / 10;
   return is_half(call.q) && (arch == 9 || arch == 10) && common_width(call) <= 128 &&
-         !call.params.mask.defined() && call.L > 1 && call.keys > 1 && (!call.causal || call.L == call.keys);
+         at::Context::versionRuntimeCuDNN() >= kSafeCudnn && !call.params.mask.defined() && call.L > 1 &&
+         call.keys > 1 && (!call.causal || call.L == call.keys);
 }
 
 bool flash_supports(const Call& call) {
-  return is_half(call.q) && capability(call.q) >= 80 && common_width(call) <= 256 &&
-         !call.params.mask.defined();
+  const int arch = capability(call.q);
+  const int64_t d = common_width(call);
+  // where shared memory is small the backward of these widths has no kernel
+  const bool small = arch == 86 || arch == 89 || arch >= 120, fits = d <= 192 || (d > 224 && d <= 256);
+  return is_half(call.q) && arch >= 80 && (small ? fits : d <= 256) && !call.params.mask.defined();
 }
 
 bool efficient_supports(const Call& call) {
   const Tensor& mask = call.params.mask;
   bool dtype = call.q.scalar_type() == at::kFloat || call.q.scalar_type() == at::kHalf ||
                (call.q.scalar_type() == at::kBFloat16 && capability(call.q) >= 80);
-  return dtype &&
-         (!mask.defined() || mask.scalar_type() == at::kBool || mask.scalar_type() == call.q.scalar_type());
+  // torch 2.11 indexes a bias by 32 bits
+  const bool large = mask.defined() && mask.size(2) > 1 &&
+                     call.L * round_up(call.keys, 16) > std::numeric_limits<int32_t>::max();
+  return dtype && !large;
 }
 
 struct AtenKernel {
@@ -270,16 +286,54 @@ const AtenKernel* choose(const Call& call) {
   return nullptr;
 }
 
+// Rows before the causal corner where that is in mid-matrix, else all: those after it see every key.
+int64_t rows_to_corner(const AttentionParams& p, int64_t L, int64_t S) {
+  const bool plain = p.causal && !p.window && p.key_stride == 1 && *p.causal >= 0;
+  return plain && *p.causal > S - L && *p.causal < S - 1 ? S - 1 - *p.causal : L;
+}
+
+// A call cut at its corner.
+struct Cut {
+  int64_t before, after;  // rows
+  AttentionParams top, bottom;
+
+  Cut(const AttentionParams& p, int64_t L, int64_t S)
+      : before(rows_to_corner(p, L, S)), after(L - before), top(p), bottom(p) {
+    if (after == 0) return;
+    bottom.causal = std::nullopt;
+    if (p.mask.defined() && p.mask.size(2) == 1) return;
+    top.mask = above(p.mask);
+    bottom.mask = below(p.mask);
+  }
+  Tensor above(const Tensor& x) const { return x.defined() ? x.narrow(2, 0, before) : x; }
+  Tensor below(const Tensor& x) const { return x.defined() ? x.narrow(2, before, after) : x; }
+};
+
+// (B, H, L, D) in memory (B, L, H, D)
+Tensor cat_rows(const Tensor& a, const Tensor& b) {
+  return at::cat({a.transpose(1, 2), b.transpose(1, 2)}, 1).transpose(1, 2);
+}
+
 }  // namespace
 
 bool aten_cuda_supports(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
   if (!q.is_cuda() || q.numel() == 0 || v.numel() == 0 || q.size(0) > 65535) return false;
-  if (params.dropout_p > 0 || params.softcap > 0 || params.window || params.key_stride != 1) return false;
+  if (params.dropout_p > 0 || params.softcap > 0) return false;
+  const Cut cut(params, q.size(2), k.size(2));
+  if (cut.after > 0)
+    return aten_cuda_supports(cut.above(q), k, v, cut.top) &&
+           aten_cuda_supports(cut.below(q), k, v, cut.bottom);
   Call call(q, k, v, params);
-  return call.mask_fits() && choose(call) != nullptr;
+  return call.fits() && choose(call) != nullptr;
 }
 
 Forward aten_cuda_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
+  const Cut cut(params, q.size(2), k.size(2));
+  if (cut.after > 0) {
+    auto [out, logsumexp] = aten_cuda_forward(cut.above(q), k, v, cut.top);
+    auto [out_below, logsumexp_below] = aten_cuda_forward(cut.below(q), k, v, cut.bottom);
+    return {cat_rows(out, out_below), at::cat({logsumexp, logsumexp_below}, 2)};
+  }
   Call call(q, k, v, params);
   return choose(call)->forward(call);
 }
@@ -287,6 +341,15 @@ Forward aten_cuda_forward(const Tensor& q, const Tensor& k, const Tensor& v, con
 Backward aten_cuda_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
                             const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
                             const AttentionParams& params) {
+  const Cut cut(params, q.size(2), k.size(2));
+  if (cut.after > 0) {
+    auto [dq, dk, dv, _] = aten_cuda_backward(cut.above(grad_out), cut.above(grad_logsumexp), cut.above(q), k,
+                                              v, cut.above(out), cut.above(logsumexp), cut.top);
+    auto [dq_below, dk_below, dv_below, _below] =
+        aten_cuda_backward(cut.below(grad_out), cut.below(grad_logsumexp), cut.below(q), k, v, cut.below(out),
+                           cut.below(logsumexp), cut.bottom);
+    return {cat_rows(dq, dq_below), dk + dk_below, dv + dv_below, Tensor()};
+  }
   Call call(q, k, v, params);
   if (grad_logsumexp.defined()) return efficient_backward(call, grad_out, grad_logsumexp, out, logsumexp);
   return choose(call)->backward(call, grad_out, out, logsumexp);

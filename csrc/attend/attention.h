@@ -9,7 +9,8 @@
 // A finite mask hides nothing from a row that has nothing else: where finfo.min is added to all of a row its
 // scores are equal, and its weights 1 / n, as softmax has it. Its logsumexp is finfo.min + log(n), which
 // rounds to finfo.min: parts of such a row merge with equal weights. Gradients do not depend on what rounding
-// lost, but in ATen's CUDA kernels, as in stock.
+// lost. ATen's CUDA kernels overflow at the lowest numbers of float32 and bfloat16: there, as in stock, such
+// a row has out = 0, and counts as one that sees no key.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -55,6 +56,12 @@ struct AttentionParams {
     if (!causal) return {0, S};
     const int64_t last = row + *causal;
     return Range{window ? keys_until(last - *window) : 0, keys_until(last)}.within({0, S});
+  }
+  // The keys of every row, where all rows see the same ones.
+  std::optional<Range> keys_of_all(int64_t L, int64_t S) const {
+    const Range first = keys_of(0, S), last = keys_of(L - 1, S);
+    if (first.begin != last.begin || first.end != last.end) return std::nullopt;
+    return first;
   }
   // Rows of L that see key s.
   Range rows_of(int64_t key, int64_t L) const {

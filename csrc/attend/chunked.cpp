@@ -11,7 +11,8 @@ namespace two_level_mha {
 
 namespace {
 
-constexpr int64_t kBlockElements = 1 << 22;  // of scores at a time, over all batches and heads
+// Scores at a time, over all batches and heads.
+constexpr int64_t kBlockElements = 1 << 22, kBlockElementsCuda = 1 << 26;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Half precision is computed in float32.
@@ -31,8 +32,8 @@ struct Call {
     q = grouped(q_);
     k = wide(k_).unsqueeze(2);
     v = wide(v_).unsqueeze(2);
-    block =
-        std::clamp<int64_t>(kBlockElements / std::max<int64_t>(B * H * S, 1), 16, std::max<int64_t>(L, 16));
+    const int64_t elements = q.is_cuda() ? kBlockElementsCuda : kBlockElements;
+    block = std::clamp<int64_t>(elements / std::max<int64_t>(B * H * S, 1), 16, std::max<int64_t>(L, 16));
   }
   Tensor grouped(const Tensor& x) const { return wide(x).unflatten(1, {K, H / K}); }
 };
