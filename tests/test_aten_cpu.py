@@ -1,4 +1,4 @@
-"""ATen's CPU kernel behind the contract, in C++: only CPUs with AMX choose it, but any CPU can run it."""
+"""In C++, what no call here reaches: ATen's CPU kernel, which only CPUs with AMX choose, and the GPU's corners."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_calls_it_takes_and_their_values(tmp_path):
-    """R. Localises: a call handed to ATen that it answers otherwise than attention.h says."""
+    """R. Localises: a call handed to ATen that it answers otherwise than attention.h says; keys that a row loses."""
     ops = Path(tlm.__file__).parent / "_ops.abi3.so"
     program = tmp_path / "aten_cpu"
     command = ["c++", "-std=c++20", "-O0", str(ROOT / "tests" / "cpp" / "aten_cpu_test.cpp"), str(ops)]

@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "corner.h"
+
 namespace two_level_mha {
 
 namespace {
@@ -28,29 +30,23 @@ int capability(const Tensor& x) {
   return 10 * properties->major + properties->minor;
 }
 
-// The call as all three kernels take it. A causal mask of theirs ends in the bottom-right corner (flash:
-// always; efficient: mask type 2), ours is offset by params.causal: keys that no row sees are cut off, which
-// makes them agree. Where all rows see the same keys nothing causal is left, for one row of a cache say.
-struct Call {
+// The call as all three kernels take it (corner.h; flash: always, efficient: mask type 2).
+struct Call : Corner {
   const AttentionParams& params;
   Tensor q, k, v;
-  int64_t B, H, K, L, S, first_key, keys;
-  bool causal;
+  int64_t B, H, K, L, S;
 
   Call(const Tensor& q_, const Tensor& k_, const Tensor& v_, const AttentionParams& p)
-      : params(p), q(q_), B(q_.size(0)), H(q_.size(1)), K(k_.size(1)), L(q_.size(2)), S(k_.size(2)) {
-    const auto same = p.keys_of_all(L, S);
-    causal = !same;
-    first_key = same ? same->begin : 0;
-    keys = p.keys_of(L - 1, S).end - first_key;
-    k = k_.narrow(2, first_key, keys);
-    v = v_.narrow(2, first_key, keys);
-  }
-  // Rows before the first key are left to the chunked path.
-  bool fits() const {
-    if (!causal) return keys > 0;
-    return !params.window && params.key_stride == 1 && *params.causal >= 0 && *params.causal <= S - L;
-  }
+      : Corner(p, q_.size(2), k_.size(2)),
+        params(p),
+        q(q_),
+        k(k_.narrow(2, first_key, keys)),
+        v(v_.narrow(2, first_key, keys)),
+        B(q_.size(0)),
+        H(q_.size(1)),
+        K(k_.size(1)),
+        L(q_.size(2)),
+        S(k_.size(2)) {}
   int64_t d_qk() const { return q.size(3); }
   int64_t d_v() const { return v.size(3); }
 };
@@ -286,29 +282,6 @@ const AtenKernel* choose(const Call& call) {
   return nullptr;
 }
 
-// Rows before the causal corner where that is in mid-matrix, else all: those after it see every key.
-int64_t rows_to_corner(const AttentionParams& p, int64_t L, int64_t S) {
-  const bool plain = p.causal && !p.window && p.key_stride == 1 && *p.causal >= 0;
-  return plain && *p.causal > S - L && *p.causal < S - 1 ? S - 1 - *p.causal : L;
-}
-
-// A call cut at its corner.
-struct Cut {
-  int64_t before, after;  // rows
-  AttentionParams top, bottom;
-
-  Cut(const AttentionParams& p, int64_t L, int64_t S)
-      : before(rows_to_corner(p, L, S)), after(L - before), top(p), bottom(p) {
-    if (after == 0) return;
-    bottom.causal = std::nullopt;
-    if (p.mask.defined() && p.mask.size(2) == 1) return;
-    top.mask = above(p.mask);
-    bottom.mask = below(p.mask);
-  }
-  Tensor above(const Tensor& x) const { return x.defined() ? x.narrow(2, 0, before) : x; }
-  Tensor below(const Tensor& x) const { return x.defined() ? x.narrow(2, before, after) : x; }
-};
-
 // (B, H, L, D) in memory (B, L, H, D)
 Tensor cat_rows(const Tensor& a, const Tensor& b) {
   return at::cat({a.transpose(1, 2), b.transpose(1, 2)}, 1).transpose(1, 2);
@@ -324,7 +297,7 @@ bool aten_cuda_supports(const Tensor& q, const Tensor& k, const Tensor& v, const
     return aten_cuda_supports(cut.above(q), k, v, cut.top) &&
            aten_cuda_supports(cut.below(q), k, v, cut.bottom);
   Call call(q, k, v, params);
-  return call.fits() && choose(call) != nullptr;
+  return call.fits && choose(call) != nullptr;
 }
 
 Forward aten_cuda_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {

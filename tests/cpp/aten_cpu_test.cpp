@@ -1,10 +1,12 @@
-// The row of the dispatch table that needs AMX, on any CPU: which calls it takes, and what it answers.
+// What no CPU at hand chooses: the row of the dispatch table that needs AMX, which calls it takes and what it
+// answers; and how the GPU's kernels take a causal call.
 #include <ATen/ATen.h>
 
 #include <cstdio>
 
 #include "../../csrc/attend/aten_cpu.h"
 #include "../../csrc/attend/chunked.h"
+#include "../../csrc/attend/corner.h"
 
 using namespace two_level_mha;
 
@@ -90,10 +92,60 @@ void check_values(const AttentionParams& params, bool grad_logsumexp) {
   expect(error(std::get<2>(mine), std::get<2>(true_)) < 2e-2, "dv");
 }
 
+// Whether what a kernel would show each row is what each row sees.
+bool agrees(const AttentionParams& p, int64_t L, int64_t S) {
+  const Cut cut(p, L, S);
+  if (cut.after > 0) {
+    for (int64_t row = cut.before; row < L; ++row)
+      if (p.keys_of(row, S).begin != 0 || p.keys_of(row, S).end != S) return false;
+    return !cut.bottom.causal && Corner(cut.bottom, cut.after, S).fits &&
+           Corner(cut.top, cut.before, S).fits && agrees(cut.top, cut.before, S);
+  }
+  const Corner corner(p, L, S);
+  for (int64_t row = 0; corner.fits && row < L; ++row) {
+    const Range seen = p.keys_of(row, S);
+    const int64_t end = corner.first_key + corner.keys - (corner.causal ? L - 1 - row : 0);
+    if (seen.begin != corner.first_key || seen.end != end) return false;
+  }
+  return true;
+}
+
+void check_corners() {
+  for (int64_t L = 1; L <= 5; ++L)
+    for (int64_t S = 1; S <= 6; ++S)
+      for (int64_t causal = -3; causal <= 8; ++causal)
+        for (int64_t window = 0; window <= 3; ++window)
+          for (int64_t stride = 1; stride <= 3; ++stride) {
+            AttentionParams p = plain();
+            p.causal = causal, p.key_stride = stride;
+            if (window > 0) p.window = window;
+            expect(agrees(p, L, S), "keys of a causal call");
+            const bool must = causal >= 0 && ((window == 0 && stride == 1) || (window == 0 && L == 1));
+            expect(!must || Cut(p, L, S).after > 0 || Corner(p, L, S).fits,
+                   "a causal call left to no kernel");
+          }
+}
+
+void check_cut_values() {
+  const Inputs x = make(4, 2, 7, 5, 8, 4, at::kDouble);
+  AttentionParams p = plain();
+  p.causal = 1;
+  p.mask = at::randn({2, 1, 7, 5}, at::kDouble);
+  const Cut cut(p, 7, 5);
+  auto [out, lse] = chunked_forward(x.q, x.k, x.v, p);
+  auto [top, lse_top] = chunked_forward(cut.above(x.q), x.k, x.v, cut.top);
+  auto [bottom, lse_bottom] = chunked_forward(cut.below(x.q), x.k, x.v, cut.bottom);
+  expect(cut.before == 3 && cut.after == 4, "where a call is cut");
+  expect(at::allclose(out, at::cat({top, bottom}, 2)), "out of a cut call");
+  expect(at::allclose(lse, at::cat({lse_top, lse_bottom}, 2)), "logsumexp of a cut call");
+}
+
 }  // namespace
 
 int main() {
   check_what_it_takes();
+  check_corners();
+  check_cut_values();
   AttentionParams causal = plain(), all = plain();
   causal.causal = 0;
   all.causal = 89;
