@@ -98,7 +98,7 @@ bool agrees(const AttentionParams& p, int64_t L, int64_t S) {
   if (cut.after > 0) {
     for (int64_t row = cut.before; row < L; ++row)
       if (p.keys_of(row, S).begin != 0 || p.keys_of(row, S).end != S) return false;
-    return !cut.bottom.causal && Corner(cut.bottom, cut.after, S).fits &&
+    return !Corner(p, L, S).fits && !cut.bottom.causal && Corner(cut.bottom, cut.after, S).fits &&
            Corner(cut.top, cut.before, S).fits && agrees(cut.top, cut.before, S);
   }
   const Corner corner(p, L, S);
