@@ -24,8 +24,8 @@ def test_calls_it_takes_and_their_values(tmp_path):
     cuda = torch._C._dispatch_has_kernel_for_dispatch_key("two_level_mha::pack", "CUDA")  # then it needs CUDA's
     for path in (*library_paths("cuda" if cuda else "cpu"), str(ops.parent)):
         command += [f"-L{path}", f"-Wl,-rpath,{path}"]
-    # the old tags: the paths count for what the library needs too
-    command += ["-Wl,--disable-new-dtags", "-ltorch_cpu", "-lc10"]
+    # the old tags: the paths count for what the library needs too; what torch needs beyond, it finds itself
+    command += ["-Wl,--disable-new-dtags,--allow-shlib-undefined", "-ltorch_cpu", "-lc10"]
     subprocess.run([*command, "-o", str(program)], check=True, timeout=300)
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
     assert done.stdout == "all right\n", done.stdout + done.stderr

@@ -128,3 +128,50 @@ def test_full_state_dict(pool, grid):
     results = [full_states(None)] if grid is None else pool.run(full_states, grid[0] * grid[1], grid)
     assert all(results[0])
     assert all(result == ({}, {}) for result in results[1:])
+
+
+def tied(grid) -> bool:
+    """Whether attentions that share a weight write it twice, as stock has it."""
+    torch.manual_seed(0)
+    stock = nn.ModuleList([stock_layer(Call()), stock_layer(Call(), seed=1)])
+    ours = nn.ModuleList([tlm.TwoLevelMultiheadAttention.from_torch(one, mesh(grid)) for one in stock])
+    ours[1].k_weight = ours[0].k_weight
+    ours[1].out_weight = ours[0].out_weight
+    state = tlm.full_state_dict(ours)
+    if not state:
+        return True
+    again = nn.ModuleList([stock_layer(Call()), stock_layer(Call())])
+    again.load_state_dict(state)
+    k_rows, expected = slice(EMBED, 2 * EMBED), stock.state_dict()
+    expected["1.in_proj_weight"][k_rows] = expected["0.in_proj_weight"][k_rows]
+    expected["1.out_proj.weight"] = expected["0.out_proj.weight"]
+    return all(torch.equal(x, expected[name]) for name, x in again.state_dict().items())
+
+
+def test_tied_attentions(pool):
+    """Localises: a tensor taken as written because another module wrote it."""
+    assert tied(None)
+    assert pool.run(tied, 2, (1, 2)) == [True] * 2
+
+
+def stages() -> int:
+    """Tensors that this rank gets of its stage of a pipeline of two."""
+    whole = torch.distributed.init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("pp", "head", "slice"))
+    layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, mesh=whole["head", "slice"])
+    return len(tlm.full_state_dict(layer))
+
+
+def test_a_stage_without_rank_0(pool):
+    """Localises: the weights of a stage that rank 0 has no part of, kept by nobody."""
+    assert pool.run(stages, 4) == [4, 0, 4, 0]
+
+
+def test_extra_state():
+    class Counts(nn.Module):
+        def get_extra_state(self):
+            return {"steps": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    assert tlm.full_state_dict(nn.Sequential(Counts()))["0._extra_state"] == {"steps": 3}

@@ -143,3 +143,21 @@ def test_autocast_takes_other_dtypes():
 def test_nothing_in_nothing_out(shape):
     layer = tlm.TwoLevelAttention(32, 8, 4, qk_norm=1e-6, rope=tlm.Rotary())
     assert layer(torch.zeros(shape)).shape == shape
+
+
+def dropout_with_cache() -> list[str]:
+    layer = tlm.TwoLevelAttention(32, 8, 4, dropout=0.5, mesh=mesh((2, 2)))
+    texts = []
+    for layout in ("position", "batch"):
+        cache = tlm.KVCache({"num_layers": 1, "num_kv_heads": 4, "head_dim": 4}, mesh((2, 2)), layout=layout)
+        try:
+            layer(X, cache=cache.layers[0])
+            texts.append("accepted")
+        except tlm.GridError as error:
+            texts.append(str(error))
+    return texts
+
+
+def test_dropout_with_a_cache_by_position(pool):
+    for by_position, by_batch in pool.run(dropout_with_cache, 4):
+        assert "dropout of attention weights (0.5) needs all keys" in by_position and by_batch == "accepted"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from harness.calls import EMBED, HEADS, mesh
 from torch import nn
+from torch.nn.utils import prune
 
 import two_level_mha as tlm
 from two_level_mha.testing import record_collectives
@@ -282,3 +283,77 @@ def test_other_seeds(pool):
     assert all(texts == found[0] for texts in found)
     for text, what in zip(found[0], ("source parameters", "random generator"), strict=True):
         assert what in text and "rank 1" in text and "seed every rank alike" in text
+
+
+def differing_state(case: str, grid) -> str:
+    """What the first call says where ranks differ in something that is not an argument."""
+    mine = torch.distributed.get_rank() == ODD
+    concat = {"combine": "concat"} if case == "content of out_weight" else {}
+    layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, dropout=0.5, dtype=F64, mesh=mesh(grid), **concat)
+    if case == "content of out_bias":
+        torch.nn.init.constant_(layer.out_bias, float(mine))
+    if case == "content of out_weight":
+        layer.out_weight.to_local().data.add_(float(mine))
+    if case == "random generator":
+        torch.manual_seed(int(mine))
+    return str(error_of(layer, {"key": QUERY, "value": QUERY}))
+
+
+@pytest.mark.parametrize("case", ["content of out_bias", "content of out_weight", "random generator"])
+def test_ranks_that_differ_in_state(pool, case):
+    """Localises: parameters that every rank holds, or the generator of dropout, taken to be alike."""
+    for text in pool.run(differing_state, 4, case, (2, 2)):
+        assert case in text and f"rank {ODD}" in text
+
+
+def second_derivative(grid, need_weights: bool) -> str:
+    layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, dtype=F64, mesh=mesh(grid))
+    query = torch.randn(L, B, EMBED, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = layer(query, query, query, need_weights=need_weights)[0]
+    try:
+        (first,) = torch.autograd.grad(y.sin().sum(), query, create_graph=True)
+        torch.autograd.grad(first.square().sum(), [query, layer.q_weight])
+    except NotImplementedError as error:
+        return str(error)
+    return "a number"
+
+
+@pytest.mark.parametrize("grid", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_gradients_of_gradients(pool, grid, need_weights):
+    """Localises: second derivatives that lack what other ranks would add, without a word."""
+    assert all("create_graph=True" in text for text in pool.run(second_derivative, 2, grid, need_weights))
+    if need_weights:  # the math path, as stock's
+        assert second_derivative(None, True) == "a number"
+
+
+def test_what_would_be_ignored():
+    """Localises: a module that a property hides, weights that a hook computes, a DTensor."""
+    layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, dtype=F64)
+    with pytest.raises(tlm.GridError, match="out_proj cannot be replaced"):
+        layer.out_proj = nn.Linear(EMBED, EMBED)
+    prune.l1_unstructured(layer, "q_weight", 0.9)
+    whole = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, dtype=F64)
+    whole.load_state_dict({name: getattr(layer, name).detach() for name in whole.state_dict()})
+    query = torch.randn(L, B, EMBED, dtype=F64)
+    assert torch.equal(layer(query, query, query)[0], whole(query, query, query)[0])
+    mha = torch.nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(EMBED, HEADS), "in_proj_weight")
+    with pytest.raises(tlm.GridError, match="mha, or its out_proj, is parametrized"):
+        tlm.TwoLevelMultiheadAttention.from_torch(mha)
+
+    class Other(nn.MultiheadAttention):
+        pass
+
+    with pytest.raises(tlm.GridError, match="mha must be an nn.MultiheadAttention, got Other"):
+        tlm.TwoLevelMultiheadAttention.from_torch(Other(EMBED, HEADS))
+
+
+def dtensor_text(grid) -> str:
+    from torch.distributed.tensor import distribute_tensor
+
+    layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, dtype=F64, mesh=mesh(grid))
+    return str(error_of(layer, {"query": distribute_tensor(QUERY, mesh(grid))}))
+
+
+def test_dtensor(pool):
+    assert all("query is a DTensor: give every rank the whole" in text for text in pool.run(dtensor_text, 2, (1, 2)))

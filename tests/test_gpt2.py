@@ -121,3 +121,26 @@ def test_adapters_are_refused():
     model.transformer.h[1].attn.c_attn = Adapter(48, 16).double()
     with pytest.raises(tlm.GridError, match="qkv projection, c_attn, is a .*Adapter, not a plain Conv1D"):
         tlm.parallelize(model, None)
+
+
+def train_with_cache(grid: tuple[int, int] | None) -> float:
+    """A loss in training, attention dropout and transformers' own cache on, as models have it by default."""
+    model = make(attn_pdrop=0.3)
+    mesh = None if grid is None else tlm.init_mesh("cpu", grid)
+    model = tlm.parallelize(model, mesh, rest=False).train()
+    ids, _ = prompt()
+    torch.manual_seed(4)
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    if grid is None:
+        return loss.item()
+    with pytest.raises(tlm.GridError, match=r"dropout of attention weights \(0.3\) .*use_cache=False"):
+        model(ids, past_key_values=tlm.KVCache(model.config, mesh))
+    return loss.item()
+
+
+@pytest.mark.parametrize("grid", [(1, 2), (2, 2)])
+def test_dropout_with_a_cache(pool, grid):
+    """E. Localises: dropout drawn by a rank's own count of keys; a cache by position refuses it."""
+    expected = train_with_cache(None)
+    assert all(abs(loss - expected) <= 1e-10 for loss in pool.run(train_with_cache, grid[0] * grid[1], grid))

@@ -102,3 +102,14 @@ def test_repr_says_where_it_is():
     """Localises: a replacement that prints like the original."""
     model = tlm.parallelize(transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**BASE)), None)
     assert "num_heads=4, num_kv_heads=2, head_dim=8, grid=(1, 1), scheme='auto'" in repr(model)
+
+
+def test_what_is_split_already():
+    """Localises: a replacement with norms of heads that looks like attention of unknown structure."""
+    config = transformers.Qwen3Config(**BASE, head_dim=16)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    tlm.parallelize(model.model.layers[0], None, rest=False)
+    tlm.parallelize(model, None, rest=False, reduce_dtype=torch.float32)
+    assert [layer.self_attn.reduce_dtype for layer in model.model.layers] == [None, torch.float32, torch.float32]
+    with pytest.raises(tlm.GridError, match="it is split already"):
+        tlm.parallelize(model, None)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -64,9 +65,12 @@ class _Local(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *params):
         ctx.specs = [p._spec for p in params]
-        return tuple(p._local_tensor.view_as(p._local_tensor) for p in params)
+        blocks = tuple(p._local_tensor.view_as(p._local_tensor) for p in params)
+        ctx.mark_non_differentiable(*(x for x, p in zip(blocks, params, strict=True) if not p.requires_grad))
+        return blocks
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         return tuple(
             None if g is None else DTensor(g, spec, requires_grad=False)

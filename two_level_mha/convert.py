@@ -59,6 +59,7 @@ def parallelize(
     rest: bool = True,
     cache: str = "position",
     debug: bool | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Replaces every supported attention of `model` by its split form, in place; returns the model.
 
@@ -70,12 +71,13 @@ def parallelize(
     nn.TransformerEncoderLayer / DecoderLayer, BERT and ViT by torch's ColwiseParallel and RowwiseParallel, where P
     divides the width and a copy, run in parts, gives its numbers.
     cache: how such decoders keep a KV cache that transformers made: "position" or "batch" (two_level_mha.cache).
+    reduce_dtype: torch.float32 sums outputs and gradients over ranks in it, None in the tensors' own dtype.
     A collective over the grid. Raises GridError, on every rank and before anything is changed, when nothing is found,
     when an attention is found that is not supported, when the grid does not fit one, or when the ranks' arguments or
     weights differ. Rank 0 prints what was split. Attributes, hooks and the training mode of the originals are kept, and
     load_state_dict takes the original model's state dict.
     """
-    options = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache}
+    options = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache, "reduce_dtype": reduce_dtype}
     grid = place_on(mesh).grid
     found, others, refusal = [], Rest(), None
     try:
@@ -91,6 +93,7 @@ def parallelize(
     except GridError as error:
         refusal = error
     arguments = {"refusal": refusal, "scheme": scheme, "combine": combine, "rest": rest, "cache": cache}
+    arguments["reduce_dtype"] = str(reduce_dtype)
     same_on_all_ranks(arguments, mesh, "call parallelize alike on every rank")
     if mesh is not None:
         check_same_weights([model], mesh, any(_dropout(module) > 0.0 for module in model.modules()))
@@ -127,6 +130,8 @@ def _find(model: nn.Module) -> list[Found]:
     found: list[Found] = []
     for name, module in model.named_modules():
         parent = places[module][0][0] if name else None
+        if isinstance(module, GridAttention):  # split already
+            continue
         family = next((f for f in FAMILIES if f.matches(module, parent)), None)
         if family is None and not _looks_like_attention(module):
             continue

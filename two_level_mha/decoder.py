@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from two_level_mha.blocks import local_blocks
 from two_level_mha.cache import CacheLayer
@@ -142,14 +143,14 @@ class TwoLevelAttention(Drops, GridAttention):
         """
         cos_sin = dict(zip(("cos", "sin"), position_embeddings or (), strict=False))
         norms = [self._parameters[name] for name in NORMS] if self.qk_norm is not None else []
-        alike = {"x": x_BLD, "attn_mask": attn_mask, **cos_sin, "out_bias": self._parameters["out_bias"]}
-        alike |= dict(zip(NORMS, norms, strict=False))
+        dropout_p = self.dropout if self.training and self._drops else 0.0
 
         def check() -> dict[str, object]:
-            self._check(x_BLD, position_embeddings, attn_mask, is_causal, cache)
-            return {"is_causal": is_causal, "tokens in the cache": None if cache is None else cache.length}
+            self._check(x_BLD, position_embeddings, attn_mask, is_causal, cache, dropout_p)
+            tokens = None if cache is None else cache.length
+            return {"is_causal": is_causal, "dropout_p": dropout_p, "tokens in the cache": tokens}
 
-        self.check_call(check, alike)
+        self.check_call(check, {"x": x_BLD, "attn_mask": attn_mask, **cos_sin})
         batch, length, _ = x_BLD.shape
         call = {} if cache is None else cache.begin(batch, length)
         past = call.get("position", 0)
@@ -170,11 +171,11 @@ class TwoLevelAttention(Drops, GridAttention):
 
         return self.attend(
             x_BLD, x_BLD, x_BLD, attn_mask=attn_mask, scale=self.scale, causal=past if is_causal else None,
-            window=self.window, softcap=self.softcap, dropout_p=self.dropout if self.training and self._drops else 0.0,
+            window=self.window, softcap=self.softcap, dropout_p=dropout_p,
             between=between, **call,
         )[0]  # fmt: skip
 
-    def _check(self, x, position_embeddings, attn_mask, is_causal: bool, cache) -> None:
+    def _check(self, x, position_embeddings, attn_mask, is_causal: bool, cache, dropout_p: float) -> None:
         _check_tensor("x", x, self.q_weight)
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise GridError(f"x must have shape (B, L, {self.embed_dim}), got {tuple(x.shape)}")
@@ -185,6 +186,7 @@ class TwoLevelAttention(Drops, GridAttention):
             self._check_embeddings(position_embeddings, B, L)
         if cache is not None:
             self._check_cache(cache)
+            check_dropout(cache, dropout_p)
         if attn_mask is not None:
             seen = L if cache is None else cache.length - cache.first_key + L
             _check_mask(attn_mask, (B, self.num_heads, L, seen), x)
@@ -260,6 +262,15 @@ def _check_options(bias, qk_norm, rope, window, softcap, dropout, scheme, head_d
         raise GridError(f"dropout must be between 0 and 1, got {dropout}")
 
 
+def check_dropout(cache: CacheLayer, dropout_p: float) -> None:
+    """Raises GridError for dropout with a cache by position: it is drawn by the index of a key among all."""
+    if dropout_p > 0.0 and cache.layout == "position" and cache.place.grid.slices > 1:
+        raise GridError(
+            f"dropout of attention weights ({dropout_p}) needs all keys of a query on one rank, which a cache by "
+            'position has not: call without a cache (use_cache=False), or with one of layout "batch"'
+        )
+
+
 def _rotary_fits(r: int, head_dim: int) -> bool:
     return r % 2 == 0 and 0 < r <= head_dim
 
@@ -267,6 +278,8 @@ def _rotary_fits(r: int, head_dim: int) -> bool:
 def _check_tensor(name: str, x: Tensor, weight: Tensor) -> None:
     if x.is_nested:
         raise GridError(f"{name} is a nested tensor, which is not supported: pad it, and pass attn_mask")
+    if isinstance(x, DTensor):
+        raise GridError(f"{name} is a DTensor: give every rank the whole tensor, {name}.full_tensor()")
     if problem := wrong_device(name, x, weight) or wrong_dtype(name, x, weight):
         raise GridError(problem)
 

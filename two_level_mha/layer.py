@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from two_level_mha import _C
 from two_level_mha.blocks import LAYOUTS, block, local_blocks
@@ -98,7 +98,8 @@ class GridAttention(nn.Module):
     ) -> dict[str, object]:
         """Returns check(), which raises for this rank's arguments, or returns what else must be alike on every rank.
 
-        Where the call compares, an error of one rank is raised on all, and so is a difference.
+        Where the call compares, an error of one rank is raised on all, and so is a difference. Compared are also the
+        parameters that every rank holds, and with a "dropout_p" the random generator.
         """
         if not self.compares():
             return check()
@@ -108,18 +109,26 @@ class GridAttention(nn.Module):
             same_on_all_ranks({"error": error}, self.mesh, "")
             raise  # not reached
         common = {"training": self.training, "grad mode": torch.is_grad_enabled()}
+        if settings.get("dropout_p"):
+            common["the state of the random generator"] = digest([random_state(next(iter(tensors.values())).device)])
+        tensors = tensors | self._held_alike()
         self.compare(tensors, {**common, "scheme": self.scheme, "combine": self.combine, **settings})
         return settings
 
-    def compare(self, tensors: dict[str, Tensor | None], settings: dict[str, object]) -> None:
-        """Raises GridError on every rank if a tensor or a setting differs between ranks. A collective.
+    def _held_alike(self) -> dict[str, Tensor]:
+        """Parameters that every rank holds whole, those of norms too, as it holds them."""
+        held = {}
+        for name, p in self.named_parameters():
+            if not isinstance(p, DTensor):
+                held[name] = p.detach()
+            elif all(isinstance(placement, Replicate) for placement in p.placements):
+                held[name] = p._local_tensor
+        return {name: x.clone() for name, x in held.items()}  # numpy() would pin a storage that FSDP frees
 
-        A DTensor is compared as each rank holds it: for replicated parameters.
-        """
+    def compare(self, tensors: dict[str, Tensor | None], settings: dict[str, object]) -> None:
+        """Raises GridError on every rank if a tensor or a setting differs between ranks. A collective."""
         fields = dict(settings)
         for name, x in tensors.items():
-            if isinstance(x, DTensor):
-                x = x._local_tensor.clone()  # numpy() pins a storage that FSDP frees
             fields[f"shape of {name}"] = None if x is None else tuple(x.shape)
             fields[f"dtype of {name}"] = None if x is None else str(x.dtype)
             fields[f"content of {name}"] = None if x is None or x.is_meta else digest([x])
@@ -156,9 +165,11 @@ class GridAttention(nn.Module):
         perhaps as those of a cache. deal(xs) gives the rows of tensors (B or 1, 1, L, ..) that go with q, and with k.
         scheme overrides the module's, for a cache; position: of the first token; first_key: of the first cached key.
         """
-        # nn.Module finds parameters by a slow path
+        # nn.Module finds parameters by a slow path; pruned and parametrized ones are attributes
         p = self._parameters
-        q_w, k_w, v_w, q_b, k_b, v_b, bias_k, bias_v, out_w, out_b = local_blocks([p[name] for name in LAYOUTS])
+        q_w, k_w, v_w, q_b, k_b, v_b, bias_k, bias_v, out_w, out_b = local_blocks(
+            [p[name] if name in p else getattr(self, name) for name in LAYOUTS]
+        )
         place = (*self.place.args, scheme or self.scheme, self.whole_heads, self.combine)
         q, k, v = _ops.enter(
             query, key, value, q_w, k_w, v_w, q_b, k_b, v_b, bias_k, bias_v, add_zero_attn, batch_first,
@@ -194,6 +205,13 @@ class GridAttention(nn.Module):
             f"grid=({self.place.grid.head_groups}, {self.place.grid.slices}), scheme={self.scheme!r}, "
             f"combine={self.combine!r}"
         )
+
+
+def random_state(device: torch.device) -> Tensor:
+    """State of the generator that dropout on this device is drawn from."""
+    if device.type in ("cpu", "meta"):
+        return torch.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(device)
 
 
 def check_options(scheme: str, combine: str) -> None:

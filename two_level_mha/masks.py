@@ -8,6 +8,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from two_level_mha.mesh import GridError
 
@@ -47,6 +48,8 @@ def check_inputs(
 ) -> None:  # fmt: skip
     """Raises for everything nn.MultiheadAttention refuses, and for what would go wrong later. Sends nothing."""
     for name, x in (("query", query), ("key", key), ("value", value)):
+        if isinstance(x, DTensor):
+            raise UsageRuntimeError(f"{name} is a DTensor: give every rank the whole tensor, {name}.full_tensor()")
         if x.is_nested:
             raise UsageRuntimeError(
                 f"{name} is a nested tensor, which is not supported: pad it (torch.nested.to_padded_tensor) and pass "

@@ -8,9 +8,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.init import xavier_normal_, xavier_uniform_
 
 from two_level_mha.blocks import whole
-from two_level_mha.layer import Drops, GridAttention
+from two_level_mha.layer import Drops, GridAttention, random_state
 from two_level_mha.masks import UsageAssertionError, check_inputs, one_mask
 from two_level_mha.mesh import GridError, digest, same_on_all_ranks
+from two_level_mha.probe import changed_linear
 from two_level_mha.stock import StockTensor, from_stock, put, take_stock_keys
 
 
@@ -99,6 +100,11 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         """weight and bias of the output projection, as this rank stores them."""
         return SimpleNamespace(weight=self.out_weight, bias=self.out_bias)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "out_proj":  # nn.Module would take it, and forward would not use it
+            raise GridError("out_proj cannot be replaced: its weight is split, as out_weight; change the layer first")
+        super().__setattr__(name, value)
+
     def forward(
         self,
         query: Tensor,
@@ -119,10 +125,12 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         not average_attn_weights, or None. A row that sees no key is NaN with need_weights, else out_proj's bias.
         Raises ValueError (often also what stock raises) before anything is sent.
         """
+        dropout_p = self.dropout if self.training and self._drops else 0.0
 
         def check() -> dict[str, object]:
             check_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal)
-            return {"need_weights": need_weights, "average_attn_weights": average_attn_weights, "is_causal": is_causal}
+            settings = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
+            return settings | {"is_causal": is_causal, "dropout_p": dropout_p}
 
         masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
         self.check_call(check, {"query": query, "key": key, "value": value, **masks})
@@ -139,7 +147,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
             key,
             value,
             attn_mask=one_mask(self.num_heads, key_padding_mask, attn_mask, extra_keys),
-            dropout_p=self.dropout if self.training and self._drops else 0.0,
+            dropout_p=dropout_p,
             batch_first=self.batch_first or not batched,
             add_zero_attn=self.add_zero_attn,
             need_weights=need_weights,
@@ -158,16 +166,20 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         scheme: str = "auto",
         combine: str = "reduce",
         debug: bool | None = None,
+        reduce_dtype: torch.dtype | None = None,
     ) -> "TwoLevelMultiheadAttention":
         """The same layer on a grid. Raises GridError on every rank if mha's weights differ between ranks.
 
         Weights are kept bit for bit, requires_grad and training mode too; a collective over the grid.
         """
-        if not isinstance(mha, nn.MultiheadAttention):
+        known = isinstance(mha, nn.MultiheadAttention)
+        if known and (problem := changed_linear(mha) or changed_linear(mha.out_proj)):
+            raise GridError(f"mha, or its out_proj, {problem}")
+        if type(mha) is not nn.MultiheadAttention:  # a subclass may do something else
             raise GridError(f"mha must be an nn.MultiheadAttention, got {type(mha).__name__}")
         if mesh is not None:
             check_same_weights([mha], mesh, mha.dropout > 0.0)
-        return cls.from_checked(mha, mesh, scheme=scheme, combine=combine, debug=debug)
+        return cls.from_checked(mha, mesh, scheme=scheme, combine=combine, debug=debug, reduce_dtype=reduce_dtype)
 
     @classmethod
     def from_checked(
@@ -233,7 +245,9 @@ def check_same_weights(modules: list[nn.Module], mesh: DeviceMesh, random: bool)
     params = [p for module in modules for p in module.parameters() if not p.is_meta]
     fields: dict[str, object] = {"the source parameters": digest(params)}
     if random:
-        fields["the state of torch's random generator"] = digest([torch.get_rng_state()])
+        fields["the state of torch's random generator"] = digest(
+            [torch.get_rng_state(), random_state(torch.device(mesh.device_type))]
+        )
     same_on_all_ranks(fields, mesh, "seed every rank alike before building the model, or broadcast it first")
 
 

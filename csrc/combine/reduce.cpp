@@ -53,6 +53,7 @@ struct ReduceReplicated : torch::autograd::Function<ReduceReplicated> {
     return sum_over_grid(x, groups, reduce_dtype);
   }
   static variable_list backward(AutogradContext*, variable_list grads) {
+    once_differentiable(grads[0]);
     return {grads[0], Tensor(), Tensor()};
   }
 };
@@ -111,6 +112,7 @@ struct HierarchicalAllGather : torch::autograd::Function<HierarchicalAllGather> 
     return whole.is_alias_of(x) ? whole.clone() : whole;  // a function must not return a view of its input
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    once_differentiable(grads[0]);
     Groups groups = load(ctx);
     auto dims = ctx->saved_data["dims"].toIntVector();
     int64_t head_dim = dims[0], slice_dim = dims[1];

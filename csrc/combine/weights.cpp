@@ -23,6 +23,7 @@ struct KeepGradient : torch::autograd::Function<KeepGradient> {
     return x.view_as(x);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    once_differentiable(grads[0]);
     return {ctx->saved_data["kept"].toBool() ? grads[0] : at::zeros_like(grads[0]), Tensor()};
   }
 };
@@ -39,6 +40,7 @@ struct GatherDealt : torch::autograd::Function<GatherDealt> {
     return unpack(buffer, whole, {dim}, group.size, zigzag)[0];
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    once_differentiable(grads[0]);
     auto where = ctx->saved_data["where"].toIntVector();
     Tensor parts = pack({grads[0]}, {where[0]}, where[2], where[1]);
     Tensor mine = parts.select(0, where[3]).view_symint(ctx->saved_data["sizes"].toSymIntVector());

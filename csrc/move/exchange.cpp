@@ -41,6 +41,7 @@ bool empty(const Tensor& x) {
 }
 
 Tensor issue(Collective kind, const Tensor& buffer, const Group& group) {
+  once_differentiable(buffer);
   Tensor x = buffer.contiguous();
   if (empty(x)) {
     auto sizes = x.sym_sizes().vec();
@@ -123,8 +124,15 @@ Tensor run(Collective kind, const Tensor& buffer, const Group& group) {
   return finish(kind, issue(kind, buffer, group));
 }
 
+void once_differentiable(const Tensor& gradient) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!(gradient.defined() && gradient.requires_grad() && at::GradMode::is_enabled()),
+                              "gradients of gradients (create_graph=True) are not available on a grid of "
+                              "several ranks: take them of the layer without a mesh");
+}
+
 Tensor sum_in_group(const Tensor& x, const Group& group) {
   if (group.size == 1 || empty(x)) return x;
+  once_differentiable(x);
   return wait_tensor(call("_c10d_functional::all_reduce", {x.contiguous(), std::string("sum"), group.name}));
 }
 

@@ -52,6 +52,10 @@ struct Exchange {
 
 Exchange start(Collective kind, const Tensor& buffer, const Group& group);
 
+// For backward passes whose own gradient would have to cross ranks: raises for a gradient that is part of a
+// graph (create_graph=True), since gradients of gradients would be wrong without a word.
+void once_differentiable(const Tensor& gradient);
+
 // Sum over the group, as a new tensor. Not differentiable: combine/reduce.h has the differentiable forms.
 Tensor sum_in_group(const Tensor& x, const Group& group);
 

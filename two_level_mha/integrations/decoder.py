@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import DynamicCache
 
+from two_level_mha.decoder import check_dropout
 from two_level_mha.integrations.cache import split_layer
 from two_level_mha.integrations.projected import ProjectedAttention, additive, class_like
 from two_level_mha.masks import UsageRuntimeError
@@ -24,6 +25,7 @@ class DecoderAttention(ProjectedAttention):
     is in the mask. None: all keys for one query, else those up to its position. past_key_values: a DynamicCache, whose
     empty layer becomes one of ours, or a KVCache. Norms of queries and keys, and the rotary function, are the model's.
     Weights (B, h, L, S) with output_attentions, but not from a cache by position: a rank sees only some of the keys.
+    Nor is there dropout with one: where it acts, a cache that transformers made is kept by batch.
     rotates: False for a layer that leaves position_embeddings alone, as some of SmolLM3's and Cohere2's do.
     """
 
@@ -62,21 +64,23 @@ class DecoderAttention(ProjectedAttention):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         B, L, _ = hidden_states.shape
-        need_weights = self.needs_weights(kwargs)
+        need_weights, dropout_p = self.needs_weights(kwargs), self.dropout.p if self.training else 0.0
+        layout = "batch" if dropout_p > 0.0 else self.cache_layout  # see check_dropout
         layer, call = None, {}
 
         def check() -> dict[str, object]:
             nonlocal layer, call
             self.check_implementation()
             if past_key_values is not None:
-                layer = split_layer(past_key_values, self.layer_idx, self.place, self.cache_layout)
+                layer = split_layer(past_key_values, self.layer_idx, self.place, layout)
+                check_dropout(layer, dropout_p)
                 call = layer.begin(B, L)
                 if need_weights and layer.layout == "position":
                     raise UsageRuntimeError(
                         "output_attentions needs all keys of a query on one rank, which a cache by position has not: "
                         'call with use_cache=False, or parallelize with cache="batch"'
                     )
-            return {"need_weights": need_weights, **call}
+            return {"need_weights": need_weights, "dropout_p": dropout_p, **call}
 
         self.check_call(check, {"hidden_states": hidden_states, "attention_mask": attention_mask})
 
@@ -95,7 +99,7 @@ class DecoderAttention(ProjectedAttention):
             scale=self.scaling,
             causal=call.get("position", 0) if causal else None,
             softcap=self.softcap,
-            dropout_p=self.dropout.p if self.training else 0.0,
+            dropout_p=dropout_p,
             need_weights=need_weights,
             average_attn_weights=False,
             between=between,

@@ -79,13 +79,14 @@ class ProjectedAttention(GridAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
+        dropout_p = self.dropout.p if self.training else 0.0
 
         def check() -> dict[str, object]:
             self.check_implementation()
             for name, advice in _REFUSED.items():
                 if kwargs.get(name) is not None:
                     raise UsageRuntimeError(f"{name} is not supported by this attention: {advice}")
-            return {"need_weights": self.needs_weights(kwargs)}
+            return {"need_weights": self.needs_weights(kwargs), "dropout_p": dropout_p}
 
         self.check_call(check, {"hidden_states": hidden_states, "attention_mask": attention_mask})
         causal = attention_mask is None and self.causal_without_mask(kwargs, hidden_states.shape[1])
@@ -96,7 +97,7 @@ class ProjectedAttention(GridAttention):
             attn_mask=attention_mask,
             scale=self.scaling,
             causal=0 if causal else None,
-            dropout_p=self.dropout.p if self.training else 0.0,
+            dropout_p=dropout_p,
             need_weights=self.needs_weights(kwargs),
             average_attn_weights=False,
         )
