@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness.cached import Plan, gradients_off, off
+from harness.cached import Plan, gradients_off, off, visible
+from torch.nn.functional import scaled_dot_product_attention
+
+from two_level_mha import KVCache
 
 GRIDS = [(1, 1), (2, 2), (1, 4), *(pytest.param(grid, marks=pytest.mark.slow) for grid in ((2, 1), (1, 2), (2, 4)))]
 
@@ -89,3 +92,42 @@ def test_gradients_pass_through_the_cache(pool, grid):
     for rank, found in enumerate(pool.run(run_gradients, n * m, grid, plans, timeout=240)):
         for plan, errors in zip(plans, found, strict=True):
             assert max(errors.values()) <= 1e-10, (rank, errors, plan)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("trained", ["query", "mask"])
+@pytest.mark.parametrize("later", ["append", "select"])
+def test_gradients_with_frozen_keys(later, trained, window):
+    """T. Localises: memory written to by a later call, also without gradients, though attention's graph saved it."""
+    B, K, d, calls = 2, 2, 8, (1, 2, 6)
+    L = sum(calls)
+    q, k, v = torch.randn(3, B, K, L, d, dtype=torch.float64)
+    bias = torch.zeros(L, L, dtype=torch.float64).masked_fill(~visible(Plan((L,), window=window))[0, 0], float("-inf"))
+    weight = torch.randn(B, K, L, d, dtype=torch.float64)
+
+    def gradient(attend):
+        leaf = (q if trained == "query" else bias).clone().requires_grad_()
+        y = attend(leaf if trained == "query" else q, leaf if trained == "mask" else bias)
+        return torch.autograd.grad((y * weight).sum(), leaf)[0]
+
+    def by_calls(q, bias):
+        layer = KVCache({"num_layers": 1, "num_kv_heads": K, "head_dim": d, "window": window}, None).layers[0]
+        ys, first = [], 0
+        for tokens in calls:
+            rows = slice(first, first + tokens)
+            seen = slice(layer.first_key, rows.stop)
+            layer.begin(B, tokens)
+            kv = layer.append(k[:, :, rows], v[:, :, rows], tokens, for_gradients=True)
+            ys.append(scaled_dot_product_attention(q[:, :, rows], *kv, bias[rows, seen]))
+            first = rows.stop
+        with torch.no_grad():  # there is room in the memory: what the window dropped, or what is taken back
+            if later == "select":
+                layer.select(torch.tensor([1, 0]))
+            else:
+                layer.rewind(1 if window is None else 0)
+                layer.begin(B, 1)
+                layer.append(k[:, :, :1], v[:, :, :1], 1)
+        return torch.cat(ys, 2)
+
+    expected = gradient(lambda q, bias: scaled_dot_product_attention(q, k, v, bias))
+    assert (gradient(by_calls) - expected).abs().max() <= 1e-10

@@ -1,10 +1,13 @@
 """What is done to a KV cache between calls: other sequences, going back, starting anew; its memory and its bytes."""
 
+import copy
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from harness.cached import Cached, Plan, make, new_cache, unsplit
+from harness.cached import Cached, Plan, by_calls, make, new_cache, unsplit
+from transformers import LlamaConfig
 
 import two_level_mha as tlm
 from two_level_mha.mesh import place_on
@@ -129,6 +132,75 @@ def test_reset(pool, layout):
         assert equal and kept and error <= 1e-10
 
 
+def after_inference_mode(plan, grid, between):
+    """A call in inference mode, then the others under no_grad: difference from the unsplit layer."""
+    weights, x_BLD, sees = make(plan)
+    module, layer = Cached(plan, grid, weights), new_cache(plan, grid).layers[0]
+    with torch.inference_mode():
+        module(x_BLD[:, : plan.calls[0]], layer)
+    with torch.no_grad():
+        if between == "reset":
+            layer.reset()
+            y, expected = by_calls(module, plan, layer, x_BLD, sees), unsplit(weights, x_BLD, sees)
+        else:
+            if between == "select":
+                layer.select(torch.arange(plan.batch))
+            y = torch.cat([module(x, layer) for x in x_BLD[:, plan.calls[0] :].split(plan.calls[1:], 1)], 1)
+            expected = unsplit(weights, x_BLD, sees)[:, plan.calls[0] :]
+    return (y - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("between", ["nothing", "reset", "select"])
+def test_inference_mode_then_no_grad(pool, layout, between):
+    """T. Localises: memory that was made in inference mode written to outside of it, or old tokens lost with it."""
+    plan = Plan((5, 1, 2), layout=layout, max_length=8)
+    for grid in ((1, 1), (1, 2)):
+        assert max(pool.run(after_inference_mode, grid[0] * grid[1], plan, grid, between)) <= 1e-10, grid
+
+
+def copied_off(plan, grid):
+    """Differences from the unsplit layer of a cache and of its deep copy, which go on with other tokens."""
+    from harness.cached import random
+
+    weights, x_BLD, sees = make(plan)
+    module, cache, first = Cached(plan, grid, weights), new_cache(plan, grid), plan.calls[0]
+    other = torch.cat([x_BLD[:, :first], random(x_BLD[:, first:].shape, plan.dtype)], 1)
+    found = []
+    with torch.no_grad():
+        module(x_BLD[:, :first], cache.layers[0])
+        twin = copy.deepcopy(cache)
+        for at in range(first, plan.length):
+            for c, x in ((twin, other), (cache, x_BLD)):
+                y = module(x[:, at : at + 1], c.layers[0]) - unsplit(weights, x, sees)[:, at : at + 1]
+                found.append(y.abs().max().item())
+    assert type(twin) is type(cache) and twin.layers[0] is not cache.layers[0]
+    return max(found)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_deep_copy(pool, layout):
+    """T. Localises: a copy that cannot be made, or that shares memory or counts with its original."""
+    assert max(pool.run(copied_off, 2, Plan((5, 1, 1), layout=layout, max_length=7), (1, 2))) <= 1e-10
+
+
+def test_deep_copy_of_a_models_cache():
+    """E. Localises: the same for the class that is made from a transformers config."""
+    config = LlamaConfig(hidden_size=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2)
+    cache = tlm.KVCache(config, None, max_length=4)
+    k_BKLd, v_BKLd = torch.randn(2, 2, 1, 3, 4)
+    for layer in cache.layers:
+        layer.begin(2, 3)
+        layer.append(k_BKLd, v_BKLd, 3)
+    twin = copy.deepcopy(cache)
+    assert type(twin) is type(cache) and twin.get_seq_length() == 3
+    twin.layers[1].begin(2, 1)
+    seen = twin.layers[1].append(-k_BKLd[:, :, :1], -v_BKLd[:, :, :1], 1)
+    for x, new in zip(seen, (k_BKLd, v_BKLd), strict=True):
+        assert torch.equal(x, torch.cat([new, -new[:, :, :1]], 2))
+    assert (cache.layers[1].length, twin.layers[0].length, twin.layers[1].length) == (3, 3, 4)
+
+
 def memory(plan, grid):
     weights, x_BLD, _ = make(plan)
     module, cache = Cached(plan, grid, weights), new_cache(plan, grid, layers=2)
@@ -241,3 +313,45 @@ def test_calls_that_do_not_fit(pool):
         parts = ("3", "holds 3 sequences, but the input has 1", "max_length=8 and holds 4 tokens: 6 more",
                  "holds 4 tokens: cannot forget 5", "has dropped token")  # fmt: skip
         assert all(part in message for part, message in zip(parts, messages, strict=True)), messages
+
+
+NO_INDICES = {
+    "list": ([0, 1], "1-D integer tensor, got list"),
+    "floats": (torch.tensor([0.0, 1.0]), r"1-D integer tensor, got shape \(2,\) of torch.float32"),
+    "mask": (torch.tensor([True, False, True]), r"1-D integer tensor, got shape \(3,\) of torch.bool"),
+    "number": (torch.tensor(1), r"1-D integer tensor, got shape \(\)"),
+    "none": (torch.tensor([], dtype=torch.int64), "of at least one sequence, got none"),
+    "negative": (torch.tensor([0, -1, 1]), "sequences 0 to 2 that the cache holds, got values from -1 to 1"),
+    "beyond": (torch.tensor([0, 1, 2, 3]), "sequences 0 to 2 that the cache holds, got values from 0 to 3"),
+}
+
+
+def refused_indices(plan, grid):
+    """Texts of the errors, and the difference from the unsplit layer of a call after them."""
+    weights, x_BLD, sees = make(plan)
+    module, cache = Cached(plan, grid, weights), new_cache(plan, grid)
+    texts = []
+    with torch.no_grad():
+        module(x_BLD[:, :-1], cache.layers[0])
+        with record_collectives() as record:
+            for refused in (
+                *(lambda index=index: cache.select(index) for index, _ in NO_INDICES.values()),
+                *(lambda repeats=repeats: cache.repeat_interleave(repeats) for repeats in (0, -1, 2.0)),
+            ):
+                with pytest.raises(tlm.GridError) as error:
+                    refused()
+                texts.append(str(error.value))
+        y = module(x_BLD[:, -1:], cache.layers[0])
+    assert not record.calls
+    return texts, (y - unsplit(weights, x_BLD, sees)[:, -1:]).abs().max().item()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sequences_that_are_not_there(pool, layout):
+    """Localises: the checks of select and repeat_interleave: alike on every rank, or those that pass them wait."""
+    found = pool.run(refused_indices, 2, Plan((4, 1), layout=layout), (1, 2), timeout=30)
+    assert found[0][0] == found[1][0] and max(error for _, error in found) <= 1e-10
+    patterns = [pattern for _, pattern in NO_INDICES.values()]
+    patterns += [f"repeats must be a positive integer, got {repeats}" for repeats in ("0", "-1", "2.0")]
+    for text, pattern in zip(found[0][0], patterns, strict=True):
+        assert re.search(pattern, text), text

@@ -210,6 +210,50 @@ def test_refused_arguments(wrong, message):
         tlm.plan(**LLAMA | CALL | wrong)
 
 
+HUGE = {"embed_dim": 16384, "num_heads": 128, "head_dim": 128}
+
+
+def test_sizes_that_overflow_are_refused():
+    """Localises: numbers of csrc/plan.h that wrap around 2**63."""
+    with pytest.raises(tlm.GridError, match="batch=1024 with seq=10000000 is too large to price"):
+        tlm.plan(**HUGE, devices=16, batch=1024, seq=10**7)
+    for devices, decode in itertools.product((1, 16, 1024), (False, True)):
+        tlm.plan(**HUGE, devices=devices, batch=64, seq=2**20, decode=decode, causal=False)
+
+
+def numbers(option):
+    sent = [row.bytes for row in option.forward + option.backward]
+    return [option.activation_bytes, option.cache_bytes, *option.predicted_seconds.values(), *sent]
+
+
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("combine", ["reduce", "concat"])
+def test_the_largest_sizes_that_are_not_refused(device_type, decode, combine):
+    """Localises: a bound that lets something overflow: twice the sequences would not cost more."""
+    layers = (
+        (HUGE | {"devices": 16}, 2**20),
+        (HUGE | {"num_kv_heads": 1, "devices": 128, "bias": True}, 5),
+        ({"embed_dim": 2**20, "num_heads": 4, "head_dim": 16, "devices": 64, "dtype": torch.float64}, 1000),
+        ({"embed_dim": 8, "num_heads": 8192, "head_dim": 1, "devices": 8192}, 1),
+    )
+    for layer, seq in layers:
+
+        def priced(batch, layer=layer, seq=seq):
+            try:
+                call = {"batch": batch, "seq": seq, "decode": decode}
+                return tlm.plan(**layer, **call, combine=combine, device_type=device_type).options
+            except tlm.GridError as error:
+                assert "too large to price" in str(error)
+
+        most = next(2**bits for bits in range(63, -1, -1) if priced(2**bits))
+        assert most > 1
+        for large, small in zip(priced(most), priced(most // 2), strict=True):
+            assert large.flops >= 1.9 * small.flops > 0, large
+            for more, fewer in zip(numbers(large), numbers(small), strict=True):
+                assert more >= fewer >= 0, large
+
+
 def command(*arguments):
     line = "plan --embed-dim 8192 --heads 64 --kv-heads 8 --head-dim 128 --batch 8 --seq 8192".split()
     return subprocess.run(

@@ -28,6 +28,7 @@ class CacheLayer:
     window: keeps window - 1 old tokens. recording: keeps older ones too, until the next `trim`, so that `rewind` can
     bring them back. max_length: allocates once; without it the memory grows by at most doubling.
     With gradients a call makes new tensors instead, so that autograd sees through the cache as through a concatenation.
+    So does the first call in grad or no_grad mode after calls in inference mode, whose memory is then read-only.
     """
 
     def __init__(self, place: Place, layout: str, *, max_length: int | None = None, window: int | None = None) -> None:
@@ -45,6 +46,7 @@ class CacheLayer:
         self._oldest = 0  # position of the first token in memory
         self._start = 0  # where it lies
         self._memory: tuple[Tensor, Tensor] | None = None  # keys, values: (B or its part, K, capacity, d)
+        self._attached = False  # whether the memory is part of a graph, which may have saved it
 
     @property
     def first_key(self) -> int:
@@ -74,11 +76,15 @@ class CacheLayer:
         self.batch = batch
         return {"scheme": self.layout, "position": self.length, "first_key": self.first_key}
 
-    def append(self, k_BKSd: Tensor, v_BKSd: Tensor, new_tokens: int) -> tuple[Tensor, Tensor]:
+    def append(
+        self, k_BKSd: Tensor, v_BKSd: Tensor, new_tokens: int, *, for_gradients: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Takes this rank's part of new keys and values; returns its part of all that the call attends to, as views.
 
         Layout "position": (B, K, S_j, d), those of the new_tokens tokens whose position is this rank's, maybe none.
         Layout "batch": (ceil(B / m), K, new_tokens, d).
+        for_gradients: whether attention's other inputs, the query or an additive mask, require gradients: then its
+        graph saves what is returned, even of frozen keys and values, and no later call may write there.
         """
         new = (k_BKSd, v_BKSd)
         first, oldest = self.first_key, self._oldest
@@ -93,16 +99,17 @@ class CacheLayer:
                     f"the cache holds {held.dtype} keys on {held.device}, the new ones are {k_BKSd.dtype} on "
                     f"{k_BKSd.device}: reset() it first"
                 )
-            self._memory = None
+            self._memory, self._attached = None, False
         self.length += new_tokens
         if not self.recording:
             oldest = self.first_key
         keep = self._own(oldest, self.length)
-        graph = torch.is_grad_enabled() and (self._attached or any(x.requires_grad for x in new))
+        trained = for_gradients or self._attached or any(x.requires_grad for x in new)
+        graph = trained and torch.is_grad_enabled()
         if graph or keep < k_BKSd.shape[2]:  # the second: more new tokens than a window keeps
             whole = [torch.cat([x, y], 2) for x, y in zip(self._tail(kept, kept), new, strict=True)] if kept else new
             if graph:
-                self._memory, self._start = tuple(whole), whole[0].shape[2] - keep
+                self._memory, self._start, self._attached = tuple(whole), whole[0].shape[2] - keep, True
             else:
                 self._start = 0
                 self._reserve(0, keep, new)
@@ -139,32 +146,63 @@ class CacheLayer:
         self.length = self._oldest = self._start = 0
 
     def select(self, index: Tensor) -> None:
-        """Sequence b becomes what sequence index[b] was. index: int64 (new batch,), the same on every rank.
+        """Sequence b becomes what sequence index[b] was. index: integers (new batch,), the same on every rank.
 
         With layout "batch" a collective of the slice group, unless every sequence stays on its rank.
+        Raises GridError, on every rank alike, before anything is sent, for what is no index of the cache's sequences;
+        an empty cache has none, and takes any.
         """
+        self._check_index(index)
         if self._memory is not None and self.length:
             kept = self._own(self._oldest, self.length)
             if self.layout == "batch" and self.place.grid.slices > 1:
                 parts = self._moved(index.tolist(), kept)
             else:
-                parts = [x.index_select(0, index.to(x.device)) for x in self._tail(kept, kept)]
+                parts = [x.index_select(0, index.to(x.device, torch.int64)) for x in self._tail(kept, kept)]
             if self._attached:
                 self._memory, self._start = tuple(parts), 0
             else:
-                if parts[0].shape[0] != self._memory[0].shape[0]:
+                if not self._writable or parts[0].shape[0] != self._memory[0].shape[0]:
                     self._allocate(self._memory[0].shape[2], parts)
                 self._write(self._start, parts)
         self.batch = index.numel()
 
     def repeat_interleave(self, repeats: int) -> None:
-        """Every sequence `repeats` times, one after the other."""
+        """Every sequence `repeats` times, one after the other. Raises GridError unless that is at least once."""
+        if not isinstance(repeats, int) or repeats < 1:
+            raise GridError(f"repeats must be a positive integer, got {repeats!r}: to forget the sequences, reset()")
         self.select(torch.arange(self.batch).repeat_interleave(repeats))
 
+    def _check_index(self, index: Tensor) -> None:
+        expected = "index must be a 1-D integer tensor"
+        if not isinstance(index, Tensor):
+            raise GridError(f"{expected}, got {type(index).__name__}: give torch.tensor([...])")
+        integer = index.dtype != torch.bool and not index.is_floating_point() and not index.is_complex()
+        if index.dim() != 1 or not integer:
+            raise GridError(
+                f"{expected}, got shape {tuple(index.shape)} of {index.dtype}: give the numbers of sequences"
+            )
+        if not self.length:
+            return
+        if not index.numel():
+            raise GridError(f"{expected} of at least one sequence, got none: to forget them all, reset()")
+        low, high = torch.stack(index.aminmax()).tolist()
+        if low < 0 or high >= self.batch:  # negative ones too: they name no owner
+            raise GridError(
+                f"{expected} of the sequences 0 to {self.batch - 1} that the cache holds, got values from {low} to "
+                f"{high}: count from the first sequence"
+            )
+
     @property
-    def _attached(self) -> bool:
-        """Whether the memory is part of a graph, and so not to be written to."""
-        return self._memory is not None and any(x.requires_grad for x in self._memory)
+    def _writable(self) -> bool:
+        """Whether the memory may be written to: not what a graph may have saved, nor, once inference mode is left,
+        what was made in it.
+        """
+        if self._memory is None or self._attached:
+            return False
+        if torch.compiler.is_compiling():  # cannot ask for the mode
+            return True
+        return torch.is_inference_mode_enabled() or not self._memory[0].is_inference()
 
     def _own(self, first: int, end: int) -> int:
         """How many of the tokens at positions first, ..., end - 1 are this rank's."""
@@ -188,7 +226,7 @@ class CacheLayer:
         """Makes room for `more` tokens behind the `kept` ones from _start on; may move them."""
         needed = kept + more
         capacity = 0 if self._memory is None else self._memory[0].shape[2]
-        writable = self._memory is not None and not self._attached
+        writable = self._writable
         if writable and self._start + needed <= capacity:
             return
         old = self._tail(kept, kept) if kept else []
@@ -208,6 +246,7 @@ class CacheLayer:
 
     def _allocate(self, capacity: int, like) -> None:
         self._memory = tuple(x.detach().new_empty(*x.shape[:2], capacity, x.shape[3]) for x in like)
+        self._attached = False
 
     def _moved(self, index: list[int], kept: int) -> list[Tensor]:
         """This rank's sequences of the new batch; each crosses once to a rank that wants it."""
@@ -250,7 +289,7 @@ class KVCache:
 
     layer_class = CacheLayer
 
-    def __new__(cls, config, *args, **options):
+    def __new__(cls, config=None, *args, **options):  # deepcopy and pickle name the class alone
         if cls is KVCache and hasattr(config, "get_text_config"):
             from two_level_mha.integrations.cache import ModelCache
 

@@ -1,6 +1,7 @@
 """The grid of ranks: n head groups times m slices of the head dimension."""
 
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,9 @@ class Grid:
     slices: int = 1
 
     def __post_init__(self) -> None:
+        for name, value in (("head_groups", self.head_groups), ("slices", self.slices)):
+            if not isinstance(value, Integral):
+                raise GridError(f"{name} must be an integer, got {value!r}")
         if self.head_groups < 1 or self.slices < 1:
             raise GridError(
                 f"head_groups and slices must be positive, got head_groups={self.head_groups}, slices={self.slices}"
@@ -72,7 +76,8 @@ def init_mesh(
 
     grid: (n, m); or None, then num_heads, num_kv_heads (num_heads if None) and head_dim choose it for the world size:
     the first of Grid.candidates.
-    Raises ValueError if the process group is not initialised, GridError if the world size is not n * m or no grid fits.
+    Raises GridError if the process group is not initialised, if grid is no pair of positive integers, if the world size
+    is not n * m, or if no grid fits.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise GridError("init_mesh needs an initialised process group: call torch.distributed.init_process_group first")
@@ -84,6 +89,11 @@ def init_mesh(
         if not found:
             raise GridError(_C.grid_choices(ranks, num_heads, num_kv_heads or num_heads, head_dim))
         grid = (found[0].head_groups, found[0].slices)
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise GridError(
+            f"grid must be two integers, (head_groups, slices), got {grid!r}; leave it out to choose by num_heads and "
+            "head_dim"
+        )
     n, m = grid
     if Grid(n, m).size != ranks:
         pairs = ", ".join(f"({d}, {ranks // d})" for d in range(ranks, 0, -1) if ranks % d == 0)
@@ -112,9 +122,12 @@ class Place:
 
 
 def place_on(mesh: DeviceMesh | None) -> Place:
-    """This rank's place. Raises GridError if the mesh is not one of "head" and "slice".
+    """This rank's place.
 
-    The first call on a mesh made elsewhere creates the group of the whole grid: a collective over its ranks.
+    For a mesh made elsewhere with more than one head group and more than one slice, the first call makes the group of
+    the whole grid, which takes every rank of the world: those outside the mesh must call too, and get the error after
+    it. Later calls, and those for another mesh, are for the mesh's ranks alone.
+    Raises GridError if the mesh is not one of "head" and "slice", or does not hold this rank.
     """
     if mesh is None:
         return Place()
@@ -125,17 +138,37 @@ def place_on(mesh: DeviceMesh | None) -> Place:
             f'mesh must have the axes ("head", "slice"), got {mesh.mesh_dim_names}; use two_level_mha.init_mesh, '
             'or take mesh["head", "slice"] of a bigger one'
         )
-    n, m = mesh.shape
-    if n * m == 1:
+    whole = grid_group(mesh)
+    if mesh.size() == 1:
         return Place()
-    names = (mesh.get_group("slice"), mesh.get_group("head"), mesh._flatten("grid").get_group())
-    i, j = mesh.get_coordinate()
-    return Place(Grid(n, m), i, j, tuple(group.group_name for group in names))
+    groups = (mesh.get_group("slice"), mesh.get_group("head"), whole)
+    return Place(Grid(*mesh.shape), *mesh.get_coordinate(), tuple(group.group_name for group in groups))
 
 
 def grid_group(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The process group of the whole grid."""
-    return mesh._flatten("grid").get_group() if mesh.size() > 1 else mesh.get_group("head")
+    """The process group of the whole grid: that of the only axis with more than one rank, or a flattened axis "grid".
+
+    Who must call, and what is raised for a rank outside the mesh: see place_on.
+    """
+    n, m = mesh.shape
+    # before this rank's own error: torch has every rank of the world wait for a new group
+    flat = _flattened(mesh) if n > 1 and m > 1 else None
+    if mesh.get_coordinate() is None:
+        raise GridError(
+            f"rank {dist.get_rank()} is not in the mesh: once every rank of the world has called "
+            'mesh._flatten("grid"), use it on its own ranks alone'
+        )
+    return mesh.get_group("slice" if n == 1 else "head") if flat is None else flat.get_group()
+
+
+def _flattened(mesh: DeviceMesh) -> DeviceMesh:
+    try:
+        return mesh._flatten("grid")
+    except ValueError as error:  # from torch, alike on every rank
+        raise GridError(
+            'the mesh that ("head", "slice") were taken of has another axis "grid", the name of the two flattened: '
+            "give that one another name"
+        ) from error
 
 
 def same_on_all_ranks(fields: dict[str, object], mesh: DeviceMesh | None, advice: str) -> None:

@@ -14,6 +14,7 @@ from two_level_mha.mesh import GridError
 
 COMBINES = ("reduce", "concat")
 DEVICE_TYPES = ("cuda", "cpu")
+MOST = 2**63 - 1  # what an integer of csrc/plan.h holds
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,16 @@ def plan(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise GridError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
     cuda = device_type == "cuda"
+    profile = _C.profile(cuda)
+    bound = _most_flops(
+        h=num_heads, k=kv_heads, d=head_dim, D=embed_dim, P=devices, B=batch, L=1 if decode else seq, S=seq,
+        size=dtype.itemsize, profile=profile,
+    )  # fmt: skip
+    if bound > MOST:
+        raise GridError(
+            f"batch={batch} with seq={seq} is too large to price: for this layer on {devices} devices the numbers may "
+            f"reach 2**{bound.bit_length() - 1}, and must stay below 2**63; plan a part of the batch, or a shorter seq"
+        )
     rows, picked = _C.plan(
         ranks=devices, heads=num_heads, kv_heads=kv_heads, head_dim=head_dim, embed_dim=embed_dim, B=batch,
         L=1 if decode else seq, S=seq, element_size=dtype.itemsize, cached=decode, causal=causal and not decode,
@@ -168,11 +179,31 @@ def plan(
             "decode": decode,
             "causal": causal,
         },
-        profile=_C.profile(cuda),
+        profile=profile,
         options=options,
         pick=options[picked],
         why=_why(options, options[picked], decode),
     )
+
+
+def _most_flops(
+    *, h: int, k: int, d: int, D: int, P: int, B: int, L: int, S: int, size: int, profile: dict[str, object]
+) -> int:
+    """A bound, over every grid and scheme, of what csrc/plan.h computes for a call: it would overflow in silence.
+
+    Its price of the call is the largest number: FLOPs, and bytes times the FLOPs that take as long as one of them.
+    """
+    rows = B * (L + 2 * P)  # dealt-out tokens are padded by less
+    weights = 2 * (h + k) * d * (D + 1)
+    flops = 4 * rows * S * h * d + 2 * rows * weights
+    read = max(4, size) * (2 * B * S * k * d + weights)
+    # at most q, k, v and out, each with what merges it, and the sum, each once
+    sent = max(4, size) * (5 * rows * ((h + k) * d + D) + weights)
+    slowest = min(profile["link"], profile["network"])
+    # a sum over P ranks is first multiplied by up to 2 P
+    byte = max(profile["flops"] // slowest, 2 * P)
+    latency = 20 * (profile["flops"] // 10**9) * profile["latency_ns"]  # of more collectives than a call has
+    return flops + read * (profile["flops"] // profile["memory"]) + sent * byte + latency
 
 
 def _why(options: tuple[Option, ...], pick: Option, decode: bool) -> str:
