@@ -13,7 +13,13 @@ REFUSED = {
     "attention sinks": ("GptOssConfig", {}, "has a parameter that Llama attention has not: sinks"),
     "norms over all heads": ("Olmo2Config", {}, r"q_norm.weight has shape \(32,\): only norms of each head"),
     "rotary of a part, elsewhere": ("StableLmConfig", {}, "its parts do not work like it"),
-    "another rotary": ("Llama4TextConfig", {}, "has no apply_rotary_pos_emb"),
+    "chunks": ("Llama4TextConfig", {}, "its layer is of type 'chunked_attention'"),
+    "a cache of two kinds": (
+        "FalconH1Config",
+        {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
+        "its layer is of type 'hybrid'",
+    ),
+    "a fused linear": ("GPTBigCodeConfig", {}, "looks like attention of a structure that is not supported"),
     "packed projections": ("Phi3Config", {}, "looks like attention of a structure that is not supported"),
 }
 
@@ -26,7 +32,7 @@ def test_refused_by_name(case):
     implementation = "eager" if kind == "GptOssConfig" else "sdpa"
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(tlm.GridError, match=r"(?s)self_attn \(\w+\).*" + message):
+    with pytest.raises(tlm.GridError, match=r"(?s)attn \(\w+\).*" + message):
         tlm.parallelize(model, None, rest=False)
     assert before == {name: type(module) for name, module in model.named_modules()}
 

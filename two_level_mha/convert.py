@@ -246,7 +246,10 @@ def _agreeing(one: Found, options: dict) -> dict[str, object]:
 def _probe(one: Found, options: dict) -> None:
     """Runs a copy of the original and its replacement on small random inputs; raises GridError if they differ."""
     where, known = f"{one.name} ({type(one.module).__name__})", one.family.name
-    original, *copies = random_copy([one.module, *one.projections.values()])
+    try:
+        original, *copies = random_copy([one.module, *one.projections.values()])
+    except Exception as error:
+        raise GridError(f"{where} is not supported: it cannot be copied for a trial: {error!r}") from error
     projections = dict(zip(one.projections, copies, strict=True))
     try:
         ours = one.family.new(original, projections, None, options).eval()

@@ -76,7 +76,7 @@ def _is_decoder(module: nn.Module, parent: nn.Module | None) -> bool:
 def _is_gpt2(module: nn.Module, parent: nn.Module | None) -> bool:
     return _has(
         module, "c_attn", "c_proj", "attn_dropout", "resid_dropout", "num_heads", "head_dim", "scaling", "layer_idx",
-        "is_cross_attention",
+        "is_cross_attention", "reorder_and_upcast_attn",
     )  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from two_level_mha.cache import CacheLayer, KVCache
 from two_level_mha.masks import UsageRuntimeError
 from two_level_mha.mesh import GridError, Place
 
-_WINDOWED = {"full_attention": False, "sliding_attention": True}
+# type of layer -> whether it keeps a window of tokens
+WINDOWED = {"full_attention": False, "sliding_attention": True}
 
 
 class ModelCacheLayer(CacheLayer, CacheLayerMixin):
@@ -103,14 +104,14 @@ class ModelCache(KVCache, Cache):
         config = config.get_text_config(decoder=True)
         kinds, options = get_layer_types_and_kwargs(config)
         for layer, kind in enumerate(kinds):
-            if kind not in _WINDOWED:
+            if kind not in WINDOWED:
                 raise GridError(
                     f"layer {layer} of {type(config).__name__} is of type {kind!r}, which a KV cache on a grid does "
-                    f"not keep; supported: {', '.join(_WINDOWED)}"
+                    f"not keep; supported: {', '.join(WINDOWED)}"
                 )
         heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
         place.grid.check(heads, heads, _head_dim(config))
-        return [options[i].get("sliding_window") if _WINDOWED[kind] else None for i, kind in enumerate(kinds)]
+        return [options[i].get("sliding_window") if WINDOWED[kind] else None for i, kind in enumerate(kinds)]
 
     reset = Cache.reset
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import DynamicCache
 
 from two_level_mha.decoder import check_dropout
-from two_level_mha.integrations.cache import split_layer
+from two_level_mha.integrations.cache import WINDOWED, split_layer
 from two_level_mha.integrations.projected import ProjectedAttention, additive, class_like
 from two_level_mha.masks import UsageRuntimeError
 from two_level_mha.mesh import GridError
@@ -44,6 +44,11 @@ class DecoderAttention(ProjectedAttention):
         if self.scheme == "independent":
             raise GridError("scheme 'independent' has no KV cache, with which such a model is called; take another")
         self.layer_idx, self.cache_layout = original.layer_idx, cache
+        kind = dict(enumerate(getattr(original.config, "layer_types", None) or ())).get(self.layer_idx)
+        if kind is not None and kind not in WINDOWED:
+            raise GridError(
+                f"its layer is of type {kind!r}, whose cache is not split; supported: {', '.join(WINDOWED)}"
+            )
         self.softcap = getattr(original, "attn_logit_softcapping", None) or 0.0
         self.use_positions(original, rotates)
 
