@@ -108,3 +108,16 @@ def other_grid() -> str:
 def test_cache_of_another_grid(pool):
     for message in pool.run(other_grid, 4):
         assert "give both one mesh" in message
+
+
+def test_frozen_keys():
+    """Localises: memory of frozen keys written to while the query's graph still reads it."""
+    torch.manual_seed(0)
+    layer = tlm.TwoLevelAttention(16, 4, 2, dtype=torch.float64)
+    layer.k_weight.requires_grad_(False)
+    layer.v_weight.requires_grad_(False)
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+    layers = cache(num_layers=1, num_kv_heads=2, head_dim=4).layers
+    by_calls = torch.cat([layer(x[:, :4], cache=layers[0]), layer(x[:, 4:], cache=layers[0])], 1)
+    grads = [torch.autograd.grad(y.square().sum(), layer.q_weight)[0] for y in (by_calls, layer(x))]
+    assert torch.allclose(*grads, rtol=0, atol=1e-12)

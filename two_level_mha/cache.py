@@ -186,6 +186,8 @@ class CacheLayer:
             return
         if not index.numel():
             raise GridError(f"{expected} of at least one sequence, got none: to forget them all, reset()")
+        if self.layout == "position" and not index.is_cpu:
+            return  # reading it would wait for the device, and index_select checks it there, alike on every rank
         low, high = torch.stack(index.aminmax()).tolist()
         if low < 0 or high >= self.batch:  # negative ones too: they name no owner
             raise GridError(

@@ -166,7 +166,8 @@ class TwoLevelAttention(Drops, GridAttention):
                 of_q, of_k = deal([x.unsqueeze(1) for x in position_embeddings])
                 q, k = _ops.rotary(q, *of_q, interleaved), _ops.rotary(k, *of_k, interleaved)
             if cache is not None:
-                k, v = cache.append(k, v, length)
+                others = q.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
+                k, v = cache.append(k, v, length, for_gradients=others)
             return q, k, v
 
         return self.attend(

@@ -126,7 +126,7 @@ def place_on(mesh: DeviceMesh | None) -> Place:
 
     For a mesh made elsewhere with more than one head group and more than one slice, the first call makes the group of
     the whole grid, which takes every rank of the world: those outside the mesh must call too, and get the error after
-    it. Later calls, and those for another mesh, are for the mesh's ranks alone.
+    it. Later calls, and any for a mesh of one row or one column, are for the mesh's ranks alone.
     Raises GridError if the mesh is not one of "head" and "slice", or does not hold this rank.
     """
     if mesh is None:
@@ -151,7 +151,7 @@ def grid_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     Who must call, and what is raised for a rank outside the mesh: see place_on.
     """
     n, m = mesh.shape
-    # before this rank's own error: torch has every rank of the world wait for a new group
+    # before this rank's own error: torch names groups by a count that all ranks of the world must keep alike
     flat = _flattened(mesh) if n > 1 and m > 1 else None
     if mesh.get_coordinate() is None:
         raise GridError(

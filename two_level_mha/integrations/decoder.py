@@ -91,7 +91,9 @@ class DecoderAttention(ProjectedAttention):
 
         def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, deal) -> tuple[Tensor, Tensor, Tensor]:
             q_BHLd, k_BKSd = self.positioned(q_BHLd, k_BKSd, deal, position_embeddings)
-            return (q_BHLd, k_BKSd, v) if layer is None else (q_BHLd, *layer.append(k_BKSd, v, L))
+            if layer is None:
+                return q_BHLd, k_BKSd, v
+            return q_BHLd, *layer.append(k_BKSd, v, L, for_gradients=q_BHLd.requires_grad)
 
         causal = self.causal_without_mask(kwargs, L) if attention_mask is None else None
         if need_weights and attention_mask is not None and attention_mask.dtype == torch.bool:
