@@ -109,18 +109,21 @@ bool hidden(T x) {
 MaskView::MaskView(const at::Tensor& mask) : mask_(mask) {
   if (!mask.defined()) return;
   data_ = mask.data_ptr();
+  type_ = mask.scalar_type();
+  size_ = mask.element_size();
+  rows_ = mask.size(2);
   for (int64_t dim = 0; dim < 4; ++dim) stride_[dim] = mask.size(dim) == 1 ? 0 : mask.stride(dim);
 }
 
 const void* MaskView::at(int64_t batch, int64_t head, int64_t row, int64_t key) const {
   const int64_t offset = batch * stride_[0] + head * stride_[1] + row * stride_[2] + key * stride_[3];
-  return static_cast<const char*>(data_) + offset * mask_.element_size();
+  return static_cast<const char*>(data_) + offset * size_;
 }
 
 bool MaskView::any(int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t key, int64_t keys) const {
   if (stride_[2] == 0) rows = 1;
   if (stride_[3] == 0) keys = 1;
-  return by_mask_type(mask_.scalar_type(), [&](auto element) {
+  return by_mask_type(type_, [&](auto element) {
     const auto* x = static_cast<const decltype(element)*>(at(batch, head, row, key));
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t s = 0; s < keys; ++s)
@@ -133,24 +136,26 @@ const float* MaskView::row(int64_t batch, int64_t head, int64_t row, int64_t key
                            float* buffer) const {
   const void* data = at(batch, head, row, key);
   // Pieces of far apart rows: no hardware sees what is next.
-  if (stride_[3] == 1 && row + kAhead < mask_.size(2))
-    for (int64_t byte = 0; byte < keys * mask_.element_size(); byte += 64)
-      __builtin_prefetch(static_cast<const char*>(at(batch, head, row + kAhead, key)) + byte);
-  if (mask_.scalar_type() == at::kFloat && stride_[3] == 1) return static_cast<const float*>(data);
-  by_mask_type(mask_.scalar_type(), [&](auto element) {
+  if (stride_[3] == 1 && row + kAhead < rows_) {
+    const char* ahead = static_cast<const char*>(data) + kAhead * stride_[2] * size_;
+    for (int64_t byte = 0; byte < keys * size_; byte += 64) __builtin_prefetch(ahead + byte);
+  }
+  if (type_ == at::kFloat && stride_[3] == 1) return static_cast<const float*>(data);
+  by_mask_type(type_, [&](auto element) {
     load(static_cast<const decltype(element)*>(data), stride_[3], keys, buffer);
   });
   return buffer;
 }
 
 void MaskView::expect(int64_t batch, int64_t head, int64_t begin, int64_t end, int64_t key) const {
-  if (one_row()) return;
-  for (int64_t row = begin; row < end; ++row) __builtin_prefetch(at(batch, head, row, key), 0, 2);
+  if (one_row() || begin >= end) return;
+  const char* first = static_cast<const char*>(at(batch, head, begin, key));
+  for (int64_t row = 0; row < end - begin; ++row) __builtin_prefetch(first + row * stride_[2] * size_, 0, 2);
 }
 
 void MaskView::load_transposed(int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t key,
                                int64_t keys, float* tile, int64_t ld) const {
-  by_mask_type(mask_.scalar_type(), [&](auto element) {
+  by_mask_type(type_, [&](auto element) {
     const auto* x = static_cast<const decltype(element)*>(at(batch, head, row, key));
     if (stride_[3] == 1 && stride_[2] != 0) return load_across(x, stride_[2], rows, keys, tile, ld);
     for (int64_t s = 0; s < keys; ++s) load(x + s * stride_[3], stride_[2], rows, tile + s * ld);

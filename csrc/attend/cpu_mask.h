@@ -27,6 +27,8 @@ class MaskView {
 
   at::Tensor mask_;
   const void* data_ = nullptr;
+  at::ScalarType type_ = at::kBool;
+  int64_t size_ = 1, rows_ = 1;  // bytes of an element
   int64_t stride_[4] = {0, 0, 0, 0};
 };
 
