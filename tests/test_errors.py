@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from harness.calls import EMBED, HEADS, mesh
+from harness.calls import EMBED, HEADS, mesh, text_of
 from torch import nn
 from torch.nn.utils import prune
 
@@ -156,14 +156,6 @@ def test_no_process_group():
     with pytest.raises(ValueError, match="needs an initialised process group.*init_process_group"):
         tlm.init_mesh("cpu", (2, 2))
     assert not torch.distributed.is_initialized()
-
-
-def text_of(function, *args, **kwargs) -> str:
-    try:
-        function(*args, **kwargs)
-    except tlm.GridError as error:
-        return str(error)
-    return "no error"
 
 
 def wrong_grids() -> list[str]:

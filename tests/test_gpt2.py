@@ -8,12 +8,11 @@ import copy
 import pytest
 import torch
 import transformers
+from harness.decoders import full_gradients
 from torch import nn
 from transformers import GPT2Config
 
 import two_level_mha as tlm
-from two_level_mha.blocks import whole
-from two_level_mha.integrations.gpt2 import GPT2Attention
 
 SIZES = {
     "n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": 40, "n_positions": 64, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
@@ -44,13 +43,7 @@ def run(model: nn.Module) -> dict[str, torch.Tensor]:
     torch.manual_seed(2)
     logits = model(ids, attention_mask=keep, use_cache=False).logits[rows]
     (logits * torch.randn(logits.shape, dtype=torch.float64)).sum().backward()
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    for module in model.modules():
-        for name, stock in module.stock_names.items() if isinstance(module, GPT2Attention) else ():
-            grad = whole(grads.pop(next(key for key, p in model.named_parameters() if p is module._parameters[name])))
-            prefix = next(key for key, one in model.named_modules() if one is module)
-            x = grads.setdefault(f"{prefix}.{stock.key}", torch.zeros(stock.shape, dtype=grad.dtype))
-            stock.part(x).copy_(grad)
+    grads = full_gradients(model)
     with torch.no_grad():
         first = model(ids[:, :4], attention_mask=keep[:, :4], use_cache=True)
         second = model(ids[:, 4:], attention_mask=keep, past_key_values=first.past_key_values).logits

@@ -5,19 +5,11 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
+from harness.calls import text_of
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import two_level_mha as tlm
 from two_level_mha.mesh import AXES, Grid, Place, grid_group, place_on
-
-
-def text_of(function, *args, **kwargs) -> str:
-    try:
-        function(*args, **kwargs)
-    except tlm.GridError as error:
-        return str(error)
-    return "no error"
-
 
 GRIDS = {
     "three": ((2, 2, 1), r"grid must be two integers, \(head_groups, slices\), got \(2, 2, 1\)"),

@@ -120,7 +120,7 @@ void check_corners() {
             p.causal = causal, p.key_stride = stride;
             if (window > 0) p.window = window;
             expect(agrees(p, L, S), "keys of a causal call");
-            const bool must = causal >= 0 && ((window == 0 && stride == 1) || (window == 0 && L == 1));
+            const bool must = causal >= 0 && window == 0 && (stride == 1 || L == 1);
             expect(!must || Cut(p, L, S).after > 0 || Corner(p, L, S).fits,
                    "a causal call left to no kernel");
           }

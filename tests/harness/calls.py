@@ -139,3 +139,12 @@ def off(call: Call, grid: tuple[int, int] | None, **options) -> dict[str, float]
     ours = tlm.TwoLevelMultiheadAttention.from_torch(stock, mesh(grid), **options)
     found = difference(everything(ours, call), everything(stock, call))
     return {name: error for name, error in found.items() if not error <= 1e-10}
+
+
+def text_of(function, *args, **kwargs) -> str:
+    """The sentence of the GridError that a call raises, or "no error"."""
+    try:
+        function(*args, **kwargs)
+    except tlm.GridError as error:
+        return str(error)
+    return "no error"
