@@ -196,6 +196,7 @@ def search(args: argparse.Namespace, device_type: str) -> int:
         print(f"largest difference from the unmodified model: {difference:.2e} (allowed: {TOLERANCE:.0e})")
         verdict = [0 if same and difference <= TOLERANCE else 1]
     dist.broadcast_object_list(verdict, src=0, device=device)
+    dist.barrier()  # torch's Gloo threads may not drop a Python tensor while Python exits (pytorch#179291): wait for them
     dist.destroy_process_group()
     return verdict[0]
 

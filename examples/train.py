@@ -150,6 +150,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         print(f"\nlargest difference of the loss: {difference:.1e} (allowed: {allowed:.0e}); curves: {args.picture}")
         verdict = [0 if difference <= allowed else 1]
     dist.broadcast_object_list(verdict, src=0, device=device)
+    dist.barrier()  # torch's Gloo threads may not drop a Python tensor while Python exits (pytorch#179291): wait for them
     return verdict[0]
 
 

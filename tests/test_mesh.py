@@ -75,21 +75,30 @@ def test_a_mesh_of_some_ranks(pool, world, ranks):
         assert members == sorted(held) and difference <= 1e-10
 
 
-def groups_of_lines() -> list[bool]:
-    """Whether meshes of one row and of one column make no further group, so that their own ranks may call alone."""
-    alone = []
+def groups_of_lines() -> list[float]:
+    """Differences from one process of a model split by the first two ranks alone, on a row and on a column."""
+    differences = []
     for shape in ((1, 2), (2, 1)):
         mesh = DeviceMesh("cpu", torch.tensor([0, 1]).view(shape), mesh_dim_names=AXES)
         if dist.get_rank() < 2:
             place_on(mesh)
-        alone.append(not mesh._flatten_mapping)
+            torch.manual_seed(0)
+            stock = torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, dtype=torch.float64)
+            x_BLD = torch.randn(2, 5, 16, dtype=torch.float64)
+            whole = stock(x_BLD)
+            split = tlm.parallelize(stock, mesh, rest=True)
+            assert split.linear1.weight.to_local().shape == (16, 16)
+            differences.append((split(x_BLD) - whole).abs().max().item())
+        assert not mesh._flatten_mapping
     dist.barrier(dist.new_group())
-    return alone
+    return differences
 
 
 def test_only_a_grid_of_both_axes_makes_a_group(pool):
     """Localises: a group that ranks outside would have to join, where an axis has the same ranks."""
-    assert pool.run(groups_of_lines, 4, timeout=40) == [[True, True]] * 4
+    found = pool.run(groups_of_lines, 4, timeout=40)
+    assert [len(differences) for differences in found] == [2, 2, 0, 0]
+    assert max(max(differences, default=0.0) for differences in found) <= 1e-10
 
 
 def with_another_grid_axis() -> list[str]:

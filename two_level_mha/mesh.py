@@ -146,19 +146,24 @@ def place_on(mesh: DeviceMesh | None) -> Place:
 
 
 def grid_group(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The process group of the whole grid: that of the only axis with more than one rank, or a flattened axis "grid".
+    """The process group of grid_mesh(mesh)."""
+    return grid_mesh(mesh).get_group()
+
+
+def grid_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The whole grid as one axis: the only axis with more than one rank, or the flattened axis "grid".
 
     Who must call, and what is raised for a rank outside the mesh: see place_on.
     """
     n, m = mesh.shape
     # before this rank's own error: torch names groups by a count that all ranks of the world must keep alike
-    flat = _flattened(mesh) if n > 1 and m > 1 else None
+    flat = _flattened(mesh) if n > 1 and m > 1 else mesh["slice" if n == 1 else "head"]
     if mesh.get_coordinate() is None:
         raise GridError(
             f"rank {dist.get_rank()} is not in the mesh: once every rank of the world has called "
             'mesh._flatten("grid"), use it on its own ranks alone'
         )
-    return mesh.get_group("slice" if n == 1 else "head") if flat is None else flat.get_group()
+    return flat
 
 
 def _flattened(mesh: DeviceMesh) -> DeviceMesh:

@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from two_level_mha.integrations.plan import find_plan, split_by_plan
 from two_level_mha.integrations.private import pretrained_models
+from two_level_mha.mesh import grid_mesh
 from two_level_mha.probe import has_hooks, random_copy, settings
 from two_level_mha.stock import take_full_tensors
 
@@ -64,7 +65,7 @@ def split_rest(rest: Rest, mesh: DeviceMesh) -> None:
     """Splits what find_rest found."""
     for part, plan in rest.plans.values():
         split_by_plan(part, plan, mesh)
-    grid = mesh._flatten("grid")
+    grid = grid_mesh(mesh)
     for module, paths in rest.mlps.values():
         styles = (ColwiseParallel(), RowwiseParallel())
         parallelize_module(module, grid, dict(zip(paths, styles, strict=True)), src_data_rank=None)

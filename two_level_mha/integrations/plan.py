@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from two_level_mha.integrations.private import private, private_method
-from two_level_mha.mesh import GridError
+from two_level_mha.mesh import GridError, grid_mesh
 from two_level_mha.probe import changed_linear, has_hooks
 from two_level_mha.stock import take_full_tensors
 
@@ -74,7 +74,7 @@ def _problem(module: nn.Module, owner: str, name: str, plan: dict[str, str], own
 
 def split_by_plan(model: nn.Module, plan: dict[str, str], mesh: DeviceMesh) -> None:
     """Applies what find_plan found. load_state_dict takes full tensors afterwards too."""
-    private("apply_tensor_parallelism")(model, mesh._flatten("grid"), plan)
+    private("apply_tensor_parallelism")(model, grid_mesh(mesh), plan)
     modules = dict(model.named_modules())
     for owner in {name if name in modules else name.rpartition(".")[0] for name in plan}:
         take_full_tensors(modules[owner])
