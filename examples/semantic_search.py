@@ -153,7 +153,7 @@ def join_group(device_type: str) -> torch.device:
 
 
 def search(args: argparse.Namespace, device_type: str) -> int:
-    """The job of one rank; returns the exit code, the same on every rank."""
+    """The job of one rank; returns the exit code: 0 or 2 on every rank, or 1 on rank 0, which compares."""
     torch.set_num_threads(1)
     n, m = args.grid
     reference = load_model()
@@ -183,7 +183,7 @@ def search(args: argparse.Namespace, device_type: str) -> int:
 
     everywhere = [torch.empty_like(e_BD) for _ in range(dist.get_world_size())]
     dist.all_gather(everywhere, e_BD)
-    verdict = [None]
+    code = 0
     if rank == 0:
         difference = (e_BD - embed(reference.to(device), batches, device)).abs().max().item()
         same = all(torch.equal(e_BD, other_BD) for other_BD in everywhere)
@@ -194,11 +194,11 @@ def search(args: argparse.Namespace, device_type: str) -> int:
         )
         print(f"every rank holds the same embeddings, bit for bit: {'yes' if same else 'NO'}")
         print(f"largest difference from the unmodified model: {difference:.2e} (allowed: {TOLERANCE:.0e})")
-        verdict = [0 if same and difference <= TOLERANCE else 1]
-    dist.broadcast_object_list(verdict, src=0, device=device)
-    dist.barrier()  # torch's Gloo threads may not drop a Python tensor while Python exits (pytorch#179291): wait for them
+        code = 0 if same and difference <= TOLERANCE else 1
+    # not a broadcast of the code: a Gloo thread that drops a Python tensor while Python exits aborts (pytorch#179291)
+    dist.barrier()
     dist.destroy_process_group()
-    return verdict[0]
+    return code
 
 
 def report(args, whole: dict, mine: dict, e_BD: torch.Tensor, sentences: list[str], config) -> None:

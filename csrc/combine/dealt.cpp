@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "../move/pack.h"
+#include "trained.h"
 
 namespace two_level_mha {
 
@@ -38,10 +39,6 @@ Layout layout_for(const Tensor& x, Layout layout) {
 // This rank's tokens of (B, L, D).
 Tensor my_tokens(const Tensor& x, const Layout& layout) {
   return deal(four_d(x), layout_for(x, layout)).squeeze(1);
-}
-
-bool needs_gradient(const Tensor& x) {
-  return x.requires_grad() && at::GradMode::is_enabled();
 }
 
 // This rank's parts (.., rows, ..) of several tensors -> the whole ones of `sizes`.
@@ -103,19 +100,12 @@ struct ReduceDealt : torch::autograd::Function<ReduceDealt> {
 }  // namespace
 
 std::vector<Tensor> enter_dealt(const std::vector<Tensor>& xs, const Layout& layout, const Place& place) {
-  std::vector<Tensor> trained, out = xs;
+  std::vector<Tensor> out = xs;
   for (Tensor& x : out)
-    if (needs_gradient(x))
-      trained.push_back(x);
-    else
-      x = my_tokens(x, layout);
-  if (trained.empty()) return out;
-  variable_list entered =
-      EnterDealt::apply(at::TensorList(trained), c10::make_intrusive<Saved>(layout, place));
-  size_t next = 0;
-  for (size_t i = 0; i < xs.size(); ++i)
-    if (needs_gradient(xs[i])) out[i] = entered[next++];
-  return out;
+    if (!x.requires_grad() || !at::GradMode::is_enabled()) x = my_tokens(x, layout);
+  return where_trained(out, [&](at::TensorList trained) {
+    return EnterDealt::apply(trained, c10::make_intrusive<Saved>(layout, place));
+  });
 }
 
 Tensor reduce_dealt(const Tensor& y, const Layout& layout, const Place& place) {

@@ -7,6 +7,7 @@
 #include "../arithmetic.h"
 #include "../sizes.h"
 #include "../traffic.h"
+#include "trained.h"
 
 namespace two_level_mha {
 
@@ -177,15 +178,9 @@ Tensor reduce_replicated(const Tensor& x, const Groups& groups, std::optional<at
 
 std::vector<Tensor> enter_replicated(const std::vector<Tensor>& xs, const Groups& groups,
                                      std::optional<at::ScalarType> reduce_dtype) {
-  std::vector<Tensor> trained, out = xs;
-  for (const Tensor& x : xs)
-    if (x.requires_grad()) trained.push_back(x);
-  if (groups.grid.size == 1 || trained.empty() || !at::GradMode::is_enabled()) return xs;
-  variable_list entered = EnterReplicated::apply(at::TensorList(trained), groups, reduce_dtype);
-  size_t next = 0;
-  for (Tensor& x : out)
-    if (x.requires_grad()) x = entered[next++];
-  return out;
+  if (groups.grid.size == 1) return xs;
+  return where_trained(
+      xs, [&](at::TensorList trained) { return EnterReplicated::apply(trained, groups, reduce_dtype); });
 }
 
 Tensor hierarchical_all_gather(const Tensor& x, int64_t head_dim, int64_t slice_dim, const Groups& groups,
