@@ -2,10 +2,13 @@
 // torch.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <sstream>
 #include <string>
 #include <vector>
+
+#include "arithmetic.h"
 
 namespace two_level_mha {
 
@@ -39,7 +42,7 @@ struct Grid {
   // All valid grids of `ranks` ranks, most head groups first (they need the fewest exchanges).
   static std::vector<Grid> candidates(int64_t ranks, const Heads& heads) {
     std::vector<Grid> found;
-    for (int64_t n = ranks; n >= 1; --n) {
+    for (int64_t n = std::min(ranks, heads.num_kv_heads); n >= 1; --n) {
       Grid grid{n, ranks / n};
       if (ranks % n == 0 && grid.valid(heads)) found.push_back(grid);
     }
@@ -49,10 +52,15 @@ struct Grid {
   // The numbers of ranks nearest to `ranks`, below and above, that have a valid grid (0: none above within
   // 4x).
   static std::pair<int64_t, int64_t> nearest(int64_t ranks, const Heads& heads) {
-    int64_t below = ranks - 1, above = ranks + 1;
-    while (below > 0 && candidates(below, heads).empty()) --below;
-    while (above <= 4 * ranks && candidates(above, heads).empty()) ++above;
-    return {below, above <= 4 * ranks ? above : 0};
+    int64_t below = 0, above = 0;
+    for (int64_t n = 1; n <= heads.num_kv_heads; ++n)
+      for (int64_t m = 1; m <= heads.head_dim && Grid{n, 1}.valid(heads); ++m) {
+        const int64_t p = n * m;
+        if (!Grid{n, m}.valid(heads)) continue;
+        if (p < ranks) below = std::max(below, p);
+        if (p > ranks && ceil_div(p, 4) <= ranks) above = above > 0 ? std::min(above, p) : p;
+      }
+    return {below, above};
   }
 
   // Empty when valid, else the rule that broke and the grids that would do.

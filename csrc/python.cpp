@@ -36,6 +36,10 @@ std::vector<std::pair<int64_t, int64_t>> grid_candidates(int64_t ranks, int64_t 
   return found;
 }
 
+bool has_grid(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim) {
+  return !Grid::candidates(ranks, {heads, kv_heads, head_dim}).empty();
+}
+
 std::string grid_choices(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim) {
   return Grid::choices(ranks, {heads, kv_heads, head_dim});
 }
@@ -91,7 +95,7 @@ py::dict option_dict(const Option& option, const Profile& profile) {
                   "predicted_seconds"_a = seconds_of(option.price, profile));
 }
 
-// (options, index of the pick or -1)
+// (options, index of the pick)
 std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                   int64_t embed_dim, int64_t B, int64_t L, int64_t S, int64_t element_size,
                                   bool cached, bool causal, bool concat, bool bias, bool cuda) {
@@ -115,6 +119,7 @@ PYBIND11_MODULE(_C, m) {
         "What was compiled in: torch (version), cuda (yes or no), archs (GPU architectures), compiler.");
   m.def("grid_problem", &grid_problem,
         "Empty if the grid fits, else the rule that broke and the grids that would do.");
+  m.def("has_grid", &has_grid, "Whether a number of ranks has a valid grid.");
   m.def("grid_candidates", &grid_candidates,
         "Valid (n, m) for a number of ranks, the fastest in a typical call first.");
   m.def("grid_choices", &grid_choices, "A sentence with the valid grids for a number of ranks, and near it.");
@@ -126,8 +131,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("resolve_scheme", &resolve, "The scheme that scheme='auto' takes for a call.");
   m.def("traffic", &traffic_of, "What one rank sends in a call, forward and backward, exchange by exchange.");
   m.def("profile", &profile_dict, "The rates that predictions are made with.");
-  m.def("plan", &plan, "Every valid grid with every scheme, and the index of the pick, -1 without a grid.",
-        py::kw_only(), "ranks"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "embed_dim"_a, "B"_a, "L"_a, "S"_a,
+  m.def("plan", &plan, "Every valid grid with every scheme, and the index of the pick.", py::kw_only(),
+        "ranks"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "embed_dim"_a, "B"_a, "L"_a, "S"_a,
         "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "cuda"_a);
 
   // csrc/schemes.h says what the fields mean

@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 REFUSED = {
     "attention sinks": ("GptOssConfig", {}, "has a parameter that Llama attention has not: sinks"),
+    "clipping": ("OlmoConfig", {"clip_qkv": 6.0}, r"it clips queries, keys and values \(clip_qkv=6.0\)"),
     "norms over all heads": ("Olmo2Config", {}, r"q_norm.weight has shape \(32,\): only norms of each head"),
     "rotary of a part, elsewhere": ("StableLmConfig", {}, "its parts do not work like it"),
     "chunks": ("Llama4TextConfig", {}, "its layer is of type 'chunked_attention'"),

@@ -3,10 +3,13 @@
 import itertools
 import json
 import pickle
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from harness.calls import mesh
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter
@@ -71,6 +74,33 @@ def test_paths(saved, tmp_path_factory):
     refuses(model, directory, "has no model-2.safetensors")
     with pytest.raises(tlm.GridError, match="takes a transformers model, got Linear"):
         tlm.load_pretrained(torch.nn.Linear(2, 2), directory)
+
+
+def on_one_rank(directory: Path, cut: Path, file: str) -> tuple[str, bool]:
+    """The error where one rank's copy of a file ends early; whether the model is as it was."""
+    config = transformers.LlamaConfig.from_pretrained(directory)
+    model = tlm.parallelize(transformers.LlamaForCausalLM(config), mesh((1, 2)), rest=False)
+    before = pickle.dumps(model.state_dict())
+    if torch.distributed.get_rank() == 1:
+        directory = shutil.copytree(directory, cut, dirs_exist_ok=True)
+        (directory / file).write_bytes((directory / file).read_bytes()[:50])
+    try:
+        tlm.load_pretrained(model, directory)
+        text = "no error"
+    except Exception as error:  # rank 1's own comes from whoever reads the file
+        text = str(error)
+    return text, pickle.dumps(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "generation_config.json"])
+def test_a_file_cut_short_on_one_rank(pool, tmp_path, file):
+    """Localises: an error that is not ours, on one rank, while the others wait for it."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}
+    config = transformers.LlamaConfig(**sizes, vocab_size=30, max_position_embeddings=16, num_key_value_heads=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "whole")
+    found = pool.run(on_one_rank, 2, tmp_path / "whole", tmp_path / "cut", file)
+    assert found[0][0].startswith("rank 1 of the grid: ") and all(unchanged for _, unchanged in found), found
+    assert found[1][0] != "no error"
 
 
 def test_packed_projections(saved, monkeypatch):

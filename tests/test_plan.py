@@ -187,6 +187,9 @@ def test_no_grid():
     """Localises: the refusal, and the numbers of ranks it names."""
     with pytest.raises(tlm.GridError, match=r"no grid of 12 ranks is valid; for 8: .*; for 16: \(8, 2\)"):
         tlm.plan(**LLAMA | {"devices": 12}, **CALL)
+    with pytest.raises(tlm.GridError, match=r"no grid of 1000000000039 ranks is valid; for 1024: \(8, 128\)$"):
+        tlm.plan(**LLAMA | {"devices": 10**12 + 39}, **CALL)
+    assert tlm.Grid.candidates(10**12, 64, 8, 128) == []
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,17 @@ class Normed(MLP):
         return self.norm(x)
 
 
+class Scaled(MLP):
+    """Its own parameter acts between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)  # for now
+
+    def between(self, x):
+        return self.scale * x
+
+
 class Mixed(MLP):
     """Columns change places."""
 
@@ -161,6 +172,8 @@ SPLIT = {
 WHOLE = {
     "softmax": (Softmax, "its numbers differ by"),
     "norm": (Normed, "not with a part of its columns: RuntimeError"),
+    "scale": (Scaled, "the gradient of scale, which acts between them"),
+    "trained activation": (lambda: layer(activation=nn.PReLU()), "the gradient of activation.weight, which acts"),
     "moved columns": (Mixed, "its numbers differ by"),
     "fixed width": (Wide, "not with a part of its columns: RuntimeError"),
     "used twice": (Twice, "its numbers differ by"),

@@ -155,6 +155,16 @@ def test_left_whole():
     }
 
 
+def test_parameters_between_split_linears():
+    """Localises: a trained activation on a part of the columns, whose gradient would be of that part."""
+    model = tiny.make("Apertus")
+    rest = find_rest(model, 4, attentions(model))
+    assert set(rest.whole) == {"model.layers.0.mlp", "model.layers.1.mlp"}
+    assert "the gradient of model.layers.0.mlp.act_fn.alpha_p, which has no rule" in rest.whole["model.layers.0.mlp"]
+    ((_, plan),) = rest.plans.values()
+    assert not any(".mlp." in name for name in plan) and "lm_head" in plan
+
+
 def test_a_part_of_a_model():
     """A transformers model inside another module goes by its plan, what is beside it by its structure."""
     mlp = nn.TransformerEncoderLayer(16, 4, 24)

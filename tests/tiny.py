@@ -17,6 +17,7 @@ CONFIGS = {
     "biased Llama": ("LlamaConfig", "LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {"tie_word_embeddings": True, "sliding_window": 4}),
     "Qwen3-MoE": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**EXPERTS, "num_experts": 4}),
+    "Apertus": ("ApertusConfig", "ApertusForCausalLM", {}),
     "Mixtral": ("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 4}),
 }
 

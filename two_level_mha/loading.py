@@ -115,8 +115,8 @@ def load_pretrained(model: nn.Module, path: str | Path) -> nn.Module:
             raise problem
         checkpoint = _Checkpoint(model, Path(path), _device(model))
         checkpoint.check()
-        shapes = checkpoint.shapes
-    except GridError as error:
+        shapes, generation_config = checkpoint.shapes, _generation_config(model, Path(path))
+    except Exception as error:  # whatever it is, the others would wait for this rank
         problem, shapes = error, None
     fields = {"refusal": problem, "the names and shapes in the checkpoint": shapes}
     same_on_all_ranks(fields, grid, "give every rank the same files")
@@ -125,11 +125,19 @@ def load_pretrained(model: nn.Module, path: str | Path) -> nn.Module:
     for name, p in model.named_parameters():
         p.requires_grad_(trained[name])
     model.eval()
-    if model.can_generate():
-        own = (Path(path) / "generation_config.json").is_file()
-        other = {} if own else {"config_file_name": "config.json", "_from_model_config": True}
-        model.generation_config = type(model.generation_config).from_pretrained(str(path), **other)
+    if generation_config is not None:
+        model.generation_config = generation_config
     return model
+
+
+def _generation_config(model: nn.Module, directory: Path):
+    """What from_pretrained would give the model; None for one that does not generate, and without any file."""
+    names = ("generation_config.json", "config.json")
+    name = next((name for name in names if (directory / name).is_file()), None)
+    if name is None or not model.can_generate():
+        return None
+    other = {"config_file_name": name, "_from_model_config": True} if name == names[1] else {}
+    return type(model.generation_config).from_pretrained(str(directory), **other)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -139,6 +139,8 @@ def plan(
         raise GridError(f"device_type must be one of {', '.join(DEVICE_TYPES)}, got {device_type!r}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise GridError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
+    if not _C.has_grid(devices, num_heads, kv_heads, head_dim):
+        raise GridError(_C.grid_choices(devices, num_heads, kv_heads, head_dim))
     cuda = device_type == "cuda"
     profile = _C.profile(cuda)
     bound = _most_flops(
@@ -155,8 +157,6 @@ def plan(
         L=1 if decode else seq, S=seq, element_size=dtype.itemsize, cached=decode, causal=causal and not decode,
         concat=combine == "concat", bias=bias, cuda=cuda,
     )  # fmt: skip
-    if picked < 0:
-        raise GridError(_C.grid_choices(devices, num_heads, kv_heads, head_dim))
     for row in rows:
         for direction in ("forward", "backward"):
             row[direction] = tuple(Sent(**sent) for sent in row[direction])

@@ -17,10 +17,11 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in HOOKS)
 
 
-def random_copy(modules: list[nn.Module]) -> list[nn.Module]:
+def random_copy(modules: list[nn.Module], gain: float = 1.0) -> list[nn.Module]:
     """Copies to probe, with what they share: on the CPU, in float64, in eval mode, without hooks.
 
-    Random weights, whatever the originals have (meta ones too): zeros or tiny weights would hide a difference.
+    Random weights, whatever the originals have (meta ones too): zeros or tiny weights would hide a difference. A linear
+    gives about `gain` times what it gets.
     """
     copies = copy.deepcopy(modules)
     for module in copies:
@@ -32,7 +33,7 @@ def random_copy(modules: list[nn.Module]) -> list[nn.Module]:
         module.cpu().double().eval()
         for p in module.parameters():
             with torch.no_grad():
-                p.normal_(std=p.shape[-1] ** -0.5)
+                p.normal_(std=gain * p.shape[-1] ** -0.5)
     return copies
 
 

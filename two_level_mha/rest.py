@@ -131,12 +131,31 @@ def _probe(module: nn.Module, paths: tuple[str, str], share: int) -> str | tuple
             parts = [_Part(original, paths, columns) for columns in (slice(0, share), slice(share, None))]
             total = sum(part.run(args) for part in parts) + (0 if second.bias is None else second.bias)
             got = parts[0].run(args, total)
+            trained = _parameters_between(original, paths, args)
         except Exception as error:
             return f"it cannot be called like an MLP, or not with a part of its columns: {error!r}"
     difference = (expected - got).abs().max().item() if expected.shape == got.shape else float("inf")
     if not difference <= 1e-6 * expected.abs().max().item():
         return f"its numbers differ by {difference:.1e} from {paths[1]}(activation({paths[0]}(x))) on a small input"
+    if trained:
+        return f"the gradient of {trained[0]}, which acts between them, would be that of a part of the columns"
     return parts[0].between
+
+
+def _parameters_between(module: nn.Module, paths: tuple[str, str], args: tuple) -> list[str]:
+    """Names of the parameters that act on what the first linear gives before the second takes it."""
+    first, second = (module.get_submodule(path) for path in paths)
+    taken = []
+    hooks = [
+        first.register_forward_hook(lambda module, args, y: y.detach().requires_grad_()),
+        second.register_forward_pre_hook(lambda module, args: taken.append(args[0])),
+    ]
+    names, parameters = zip(*module.requires_grad_().named_parameters(), strict=True)
+    module(*args)
+    for hook in hooks:
+        hook.remove()
+    gradients = torch.autograd.grad(taken[0].sum(), parameters, allow_unused=True)
+    return [name for name, gradient in zip(names, gradients, strict=True) if gradient is not None]
 
 
 def _first(output) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from two_level_mha.decoder import check_dropout
 from two_level_mha.integrations.cache import WINDOWED, split_layer
@@ -43,6 +43,8 @@ class DecoderAttention(ProjectedAttention):
         super().__init__(original, projections, paths, mesh, **options)
         if self.scheme == "independent":
             raise GridError("scheme 'independent' has no KV cache, with which such a model is called; take another")
+        if getattr(original.config, "clip_qkv", None) is not None:  # a trial's numbers may be too small for it
+            raise GridError(f"it clips queries, keys and values (clip_qkv={original.config.clip_qkv})")
         self.layer_idx, self.cache_layout = original.layer_idx, cache
         kind = dict(enumerate(getattr(original.config, "layer_types", None) or ())).get(self.layer_idx)
         if kind is not None and kind not in WINDOWED:
@@ -87,7 +89,8 @@ class DecoderAttention(ProjectedAttention):
                     )
             return {"need_weights": need_weights, "dropout_p": dropout_p, **call}
 
-        self.check_call(check, {"hidden_states": hidden_states, "attention_mask": attention_mask})
+        continues = isinstance(past_key_values, Cache) and past_key_values.get_seq_length(self.layer_idx) > 0
+        self.check_call(check, {"hidden_states": hidden_states, "attention_mask": attention_mask}, continues)
 
         def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, deal) -> tuple[Tensor, Tensor, Tensor]:
             q_BHLd, k_BKSd = self.positioned(q_BHLd, k_BKSd, deal, position_embeddings)

@@ -47,6 +47,12 @@ def find_plan(
                     "parallelize(..., rest=False)"
                 )
             whole[owner] = problem
+    for name, style in plan.items():
+        block = name.rpartition(".")[0]
+        if style == "colwise" and isinstance(modules.get(name), nn.Linear) and not _is_inside(name, set(whole)):
+            names = (f"{block}.{own}" for own, _ in modules[block].named_parameters())
+            if alone := next((own for own in names if not _is_inside(own, set(plan))), None):
+                whole[block] = f"the gradient of {alone}, which has no rule, would be that of a part of the columns"
     return {name: style for name, style in plan.items() if not _is_inside(name, set(whole))}, whole
 
 
