@@ -72,7 +72,7 @@ def make_mesh(model: torch.nn.Module, head_groups: int | None, device: str) -> D
     config = model.config.get_text_config()
     h, k = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
     if head_groups is not None:
-        return tlm.init_mesh(device, (head_groups, dist.get_world_size() // head_groups))
+        return tlm.init_mesh(device, (head_groups, dist.get_world_size() // max(head_groups, 1)))
     d = getattr(config, "head_dim", None) or config.hidden_size // h
     return tlm.init_mesh(device, num_heads=h, num_kv_heads=k, head_dim=d)
 
@@ -138,6 +138,7 @@ def main() -> int:
     except tlm.GridError as error:
         if dist.get_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
+        dist.barrier()  # a rank that is gone would have torchrun stop rank 0 before it prints
         return 2
     finally:
         dist.destroy_process_group()

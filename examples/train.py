@@ -130,11 +130,14 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     try:
         if len(text) <= LENGTH:
             raise ValueError(f"the text must be longer than {LENGTH} bytes, got {len(text)} in {args.text}")
+        if args.steps < 1:
+            raise ValueError(f"--steps must be positive, got {args.steps}")
         mesh = tlm.init_mesh(device.type, tuple(int(part) for part in args.grid.split("x")))
         tlm.Grid(*mesh.shape).check(HEADS, KV_HEADS, HEAD_DIM)
     except ValueError as error:
         if first:
             print(f"error: {error}", file=sys.stderr)
+        dist.barrier()  # a rank that is gone would have torchrun stop rank 0 before it prints
         return 2
     job = (text, args.steps, device, dtype)
     split = train(mesh, *job, f"grid {args.grid}" if first else None)
