@@ -1,14 +1,11 @@
 """Unmodified model.generate() of split decoders on real Gloo ranks: the tokens of the stock model."""
 
-import copy
-
 import pytest
 import torch
 from harness.calls import mesh, text_of
 from harness.decoders import MODELS, pair, prompt
 
 import two_level_mha as tlm
-from two_level_mha.layer import GridAttention
 
 GREEDY = {"max_new_tokens": 50, "do_sample": False, "pad_token_id": 0}
 
@@ -133,19 +130,15 @@ def test_every_mode_on_every_grid(pool, grid, layout):
 
 
 def sampled(grid):
-    """The error where every rank draws other tokens."""
-    _, ours = pair("llama", grid)
-    ours = copy.deepcopy(ours)
-    for module in ours.modules():
-        if isinstance(module, GridAttention):
-            module._compared.clear()
+    """The error where every rank draws other tokens and inputs are compared at each call."""
+    _, ours = pair("llama", grid, debug=True)
     ids, _ = prompt()
     torch.manual_seed(torch.distributed.get_rank())
     return text_of(ours.generate, ids, max_new_tokens=6, do_sample=True, pad_token_id=0)
 
 
 def test_ranks_that_sample_differently(pool):
-    """Localises: the comparison at the first call that continues; without it tokens differ, or one rank ends alone."""
+    """Localises: debug in a decoder; without it tokens differ in silence, or a rank ends alone."""
     for text in pool.run(sampled, 4, (2, 2)):
         assert "content of hidden_states differs between ranks of the grid" in text, text
 

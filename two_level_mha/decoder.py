@@ -150,8 +150,7 @@ class TwoLevelAttention(Drops, GridAttention):
             tokens = None if cache is None else cache.length
             return {"is_causal": is_causal, "dropout_p": dropout_p, "tokens in the cache": tokens}
 
-        continues = isinstance(cache, CacheLayer) and cache.length > 0
-        self.check_call(check, {"x": x_BLD, "attn_mask": attn_mask, **cos_sin}, continues)
+        self.check_call(check, {"x": x_BLD, "attn_mask": attn_mask, **cos_sin})
         batch, length, _ = x_BLD.shape
         call = {} if cache is None else cache.begin(batch, length)
         past = call.get("position", 0)

@@ -70,7 +70,7 @@ class GridAttention(nn.Module):
         self.mesh = mesh
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scheme, self.combine, self.debug, self.reduce_dtype = scheme, combine, debug, reduce_dtype
-        self._compared: set[bool] = set()  # of first calls, and of first calls that continue from a cache
+        self._compared = False
 
     def store(self, full: dict[str, Tensor | None], requires_grad: dict[str, bool] | None = None) -> None:
         """Keeps this rank's blocks of full tensors, the same on every rank, as the module's parameters."""
@@ -86,24 +86,22 @@ class GridAttention(nn.Module):
         """`full`, the same on every rank, as this module stores parameter `name`."""
         return block(full, name, self.mesh, self.combine, self.whole_heads)
 
-    def compares(self, continues: bool = False) -> bool:
-        """Whether this call compares its inputs over the grid: the first one, the first that continues from a cache
-        (ranks that sample differently part there), and all with debug.
-        """
+    def compares(self) -> bool:
+        """Whether this call compares its inputs over the grid: the first one, and all with debug."""
         if torch.compiler.is_compiling() or self.place.grid.size == 1:
             return False
         debug = os.environ.get("TLM_DEBUG") == "1" if self.debug is None else self.debug
-        return debug or continues not in self._compared
+        return debug or not self._compared
 
     def check_call(
-        self, check: Callable[[], dict[str, object]], tensors: dict[str, Tensor | None], continues: bool = False
+        self, check: Callable[[], dict[str, object]], tensors: dict[str, Tensor | None]
     ) -> dict[str, object]:
         """Returns check(), which raises for this rank's arguments, or returns what else must be alike on every rank.
 
         Where the call compares, an error of one rank is raised on all, and so is a difference. Compared are also the
         parameters that every rank holds, and with a "dropout_p" the random generator.
         """
-        if not self.compares(continues):
+        if not self.compares():
             return check()
         try:
             settings = check()
@@ -115,7 +113,6 @@ class GridAttention(nn.Module):
             common["the state of the random generator"] = digest([random_state(next(iter(tensors.values())).device)])
         tensors = tensors | self._held_alike()
         self.compare(tensors, {**common, "scheme": self.scheme, "combine": self.combine, **settings})
-        self._compared.add(continues)
         return settings
 
     def _held_alike(self) -> dict[str, Tensor]:
@@ -136,6 +133,7 @@ class GridAttention(nn.Module):
             fields[f"dtype of {name}"] = None if x is None else str(x.dtype)
             fields[f"content of {name}"] = None if x is None or x.is_meta else digest([x])
         same_on_all_ranks(fields, self.mesh, "every rank of a grid must be given the same inputs and arguments")
+        self._compared = True
 
     def attend(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 from two_level_mha.decoder import check_dropout
 from two_level_mha.integrations.cache import WINDOWED, split_layer
@@ -89,8 +89,7 @@ class DecoderAttention(ProjectedAttention):
                     )
             return {"need_weights": need_weights, "dropout_p": dropout_p, **call}
 
-        continues = isinstance(past_key_values, Cache) and past_key_values.get_seq_length(self.layer_idx) > 0
-        self.check_call(check, {"hidden_states": hidden_states, "attention_mask": attention_mask}, continues)
+        self.check_call(check, {"hidden_states": hidden_states, "attention_mask": attention_mask})
 
         def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, deal) -> tuple[Tensor, Tensor, Tensor]:
             q_BHLd, k_BKSd = self.positioned(q_BHLd, k_BKSd, deal, position_embeddings)
