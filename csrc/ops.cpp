@@ -19,6 +19,9 @@ Place make_place(at::IntArrayRef grid, const std::string& slice_group, const std
                     combine, "'");
   TORCH_CHECK_VALUE(grid.size() == 4, "grid must be (head_groups, slices, head_group, slice), got ",
                     grid.size(), " numbers");
+  TORCH_CHECK_VALUE(
+      grid[0] >= 1 && grid[1] >= 1 && 0 <= grid[2] && grid[2] < grid[0] && 0 <= grid[3] && grid[3] < grid[1],
+      "grid must be (n, m, i, j) with 0 <= i < n and 0 <= j < m, got ", grid);
   Place place;
   place.grid = {grid[0], grid[1]};
   place.head_group = grid[2];
@@ -48,32 +51,40 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection_op(const Tensor& query, const 
                         batch_first);
 }
 
+Group make_group(const std::string& name, int64_t size) {
+  TORCH_CHECK_VALUE(size >= 1, "group_size must be positive, got ", size);
+  return {name, size};
+}
+
 Tensor all_gather_op(const Tensor& x, int64_t dim, int64_t group_size, std::string group) {
+  const Group to = make_group(group, group_size);
   if (group_size == 1) return x;
-  Tensor parts = start(Collective::all_gather, x.movedim(dim, 0).unsqueeze(0), {group, group_size}).wait();
+  Tensor parts = start(Collective::all_gather, x.movedim(dim, 0).unsqueeze(0), to).wait();
   return parts.flatten(0, 1).movedim(0, dim);
 }
 
 Tensor reduce_scatter_op(const Tensor& x, int64_t dim, int64_t group_size, std::string group) {
+  const Group to = make_group(group, group_size);
   if (group_size == 1) return x;
   Tensor parts =
       x.movedim(dim, 0).unflatten_symint(0, {c10::SymInt(group_size), x.sym_size(dim) / group_size});
-  return start(Collective::reduce_scatter, parts, {group, group_size}).wait().squeeze(0).movedim(0, dim);
+  return start(Collective::reduce_scatter, parts, to).wait().squeeze(0).movedim(0, dim);
 }
 
 Tensor all_to_all_op(const Tensor& x, int64_t split_dim, int64_t cat_dim, int64_t group_size,
                      std::string group) {
+  const Group to = make_group(group, group_size);
   if (group_size == 1) return x;
   split_dim = at::maybe_wrap_dim(split_dim, x.dim()), cat_dim = at::maybe_wrap_dim(cat_dim, x.dim());
   Tensor parts = x.unflatten_symint(split_dim, {c10::SymInt(group_size), x.sym_size(split_dim) / group_size})
                      .movedim(split_dim, 0);
-  Tensor moved = start(Collective::all_to_all, parts, {group, group_size}).wait();
+  Tensor moved = start(Collective::all_to_all, parts, to).wait();
   return moved.movedim(0, cat_dim).flatten(cat_dim, cat_dim + 1);
 }
 
 Tensor all_reduce_op(const Tensor& x, int64_t group_size, std::string group) {
   Groups groups;
-  groups.head = groups.grid = {group, group_size};
+  groups.head = groups.grid = make_group(group, group_size);
   return reduce_replicated(x, groups, std::nullopt);
 }
 
@@ -150,7 +161,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> deal_rows_op(
 std::vector<Tensor> replicated_op(at::TensorList xs, int64_t group_size, std::string group,
                                   std::optional<at::ScalarType> reduce_dtype) {
   Groups groups;
-  groups.head = groups.grid = {group, group_size};
+  groups.head = groups.grid = make_group(group, group_size);
   return enter_replicated(xs.vec(), groups, reduce_dtype);
 }
 

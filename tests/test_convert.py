@@ -333,6 +333,7 @@ def test_keeps_what_others_use():
     attention.note, calls = "mine", []
     attention.register_forward_hook(lambda *_: calls.append("after"))
     attention.register_forward_pre_hook(lambda *_: calls.append("before"))
+    attention.register_full_backward_hook(lambda *_: calls.append("backward"))
     attention.query.bias.requires_grad_(False)
     tlm.parallelize(model, None)
     assert not calls  # the probe runs a copy without them
@@ -341,8 +342,8 @@ def test_keeps_what_others_use():
     names = ("note", "layer_idx", "attention_head_size", "num_attention_heads", "is_decoder", "config", "dropout")
     assert all(getattr(ours, name) == getattr(attention, name) for name in names)
     assert not ours.training and not ours.q_bias.requires_grad and ours.k_bias.requires_grad
-    model(**inputs("BertModel"))
-    assert calls == ["before", "after"]
+    model(**inputs("BertModel"))[0].sum().backward()
+    assert calls == ["before", "after", "backward"]
     mha = make_torch()
     mha.encoder.layers[0].self_attn.note = "mine"
     mha.encoder.layers[0].self_attn.register_forward_hook(lambda *_: calls.append("torch"))

@@ -280,20 +280,37 @@ def test_other_seeds(pool):
 def differing_state(case: str, grid) -> str:
     """What the first call says where ranks differ in something that is not an argument."""
     mine = torch.distributed.get_rank() == ODD
-    concat = {"combine": "concat"} if case == "content of out_weight" else {}
-    layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, dropout=0.5, dtype=F64, mesh=mesh(grid), **concat)
+    options = {
+        "content of out_weight": {"combine": "concat"},
+        "add_zero_attn": {"add_zero_attn": mine},
+        "parameters": {"add_bias_kv": mine},
+        "reduce_dtype": {"reduce_dtype": torch.float32 if mine else None},
+    }.get(case, {})
+    layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, dropout=0.5, dtype=F64, mesh=mesh(grid), **options)
+    query, key = QUERY, QUERY.clone() if mine and case == "which inputs are one tensor" else QUERY
+    if case == "requires_grad of query":
+        query = QUERY.clone().requires_grad_(mine)
+    if case == "trained parameters":
+        layer.q_weight.requires_grad_(mine)
     if case == "content of out_bias":
         torch.nn.init.constant_(layer.out_bias, float(mine))
     if case == "content of out_weight":
         layer.out_weight.to_local().data.add_(float(mine))
     if case == "random generator":
         torch.manual_seed(int(mine))
-    return str(error_of(layer, {"key": QUERY, "value": QUERY}))
+    with torch.autocast("cpu", torch.bfloat16, enabled=mine and case == "autocast"):
+        return str(error_of(layer, {"query": query, "key": key, "value": key}))
 
 
-@pytest.mark.parametrize("case", ["content of out_bias", "content of out_weight", "random generator"])
+DIFFERING = [
+    "content of out_bias", "content of out_weight", "random generator", "autocast", "add_zero_attn", "parameters",
+    "trained parameters", "reduce_dtype", "requires_grad of query", "which inputs are one tensor",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DIFFERING)
 def test_ranks_that_differ_in_state(pool, case):
-    """Localises: parameters that every rank holds, or the generator of dropout, taken to be alike."""
+    """Localises: what decides what is sent, then or in backward, or what every rank holds, taken to be alike."""
     for text in pool.run(differing_state, 4, case, (2, 2)):
         assert case in text and f"rank {ODD}" in text
 

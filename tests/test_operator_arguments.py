@@ -53,6 +53,31 @@ def test_dropout_mask_is_four_dimensional():
             ops.dropout_keep_mask(torch.ones(seed, dtype=torch.int64), 0.5, sizes, origin)
 
 
+def test_what_the_operators_refuse():
+    """Localises: a division by zero, or memory read that is not there, where only the modules checked."""
+    x, weight = torch.ones(2, 3, 8), torch.ones(2, 4, 8)
+    for numbers in ([0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 5], [2, 1, 2, 0]):
+        with pytest.raises(ValueError, match="grid must be"):
+            ops.enter(x, x, x, *[weight] * 3, *[None] * 5, False, True, False, numbers, "", "", "", "slices", False,
+                      "reduce", None)  # fmt: skip
+    for call in (lambda: ops.all_gather(x, 0, 0, ""), lambda: ops.reduce_scatter(x, 0, 0, ""),
+                 lambda: ops.all_to_all(x, 0, 1, 0, ""), lambda: ops.all_reduce(x, 0, "")):  # fmt: skip
+        with pytest.raises(ValueError, match="group_size must be positive, got 0"):
+            call()
+    q = torch.ones(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="int64 tensor of one element on cpu"):
+        ops.partial_attention(q, q, q, dropout_p=0.5, seed=torch.ones(1, dtype=torch.int64, device="meta"))
+    with pytest.raises(ValueError, match="pack takes 4-D tensors of one dtype and device"):
+        ops.pack([q, q.to("meta")], [1, 1], 2)
+    for p in (-1.0, 2.0, float("nan")):
+        with pytest.raises(ValueError, match="p must be in"):
+            ops.dropout_keep_mask(torch.ones(1, dtype=torch.int64), p, [1, 2, 3, 4], [0, 0, 0])
+    for wrong in ({"out": q[:, :1]}, {"logsumexp": q[0, 0, 0]}, {"grad_out": q[:, :, :1]}, {"v": q[:, :, :1]}):
+        sizes = {"grad_out": q, "grad_logsumexp": None, "q": q, "k": q, "v": q, "out": q, "logsumexp": q[..., 0]}
+        with pytest.raises(ValueError, match="must have shape|must have one length"):
+            ops.partial_attention_backward(**sizes | wrong, mask_grad=False)
+
+
 def refused_masks(grid: tuple[int, int], scheme: str) -> dict[str, str]:
     """What `leave` says to masks that fit no call, or that fit only what this rank holds."""
     at = place(*grid)

@@ -1,5 +1,7 @@
 """The numbers of the attention op against the reference and against stock SDPA, levels E, T and R apart."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -232,3 +234,18 @@ def test_run_to_run(dtype):
         (out, *torch.autograd.grad(out.sum(), (q, k, v))) for out in (attend(q, k, v, causal=50)[0] for _ in range(2))
     )
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_far_windows(dtype):
+    """Localises: an overflow of positions where sys.maxsize stands for no window or no causal mask."""
+    q, k, v = make((1, 4, 2, 70, 70, 8, 8), dtype)
+    weights = torch.randn(1, 4, 70, 8, dtype=dtype), torch.randn(1, 4, 70, dtype=dtype)
+    for options, same in (
+        ({"causal": 0, "window": sys.maxsize}, {"causal": 0}),
+        ({"causal": sys.maxsize, "window": sys.maxsize}, {}),
+        ({"causal": sys.maxsize}, {}),
+    ):
+        found, expected = (gradients(lambda *x, o=o: attend(*x, **o), (q, k, v), weights) for o in (options, same))
+        for name, x, y in zip(NAMES, found, expected, strict=False):
+            assert relative(x, y) <= (1e-12 if dtype == torch.float64 else 1e-5), (options, name)

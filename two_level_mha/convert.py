@@ -78,8 +78,8 @@ def parallelize(
     reduce_dtype: torch.float32 sums outputs and gradients over ranks in it, None in the tensors' own dtype.
     A collective over the grid. Raises GridError, on every rank and before anything is changed, when nothing is found,
     when an attention is found that is not supported, when the grid does not fit one, or when the ranks' arguments or
-    weights differ. Rank 0 prints what was split. Attributes, hooks and the training mode of the originals are kept, and
-    load_state_dict takes the original model's state dict.
+    weights differ. Rank 0 prints what was split. Attributes, forward and backward hooks, and the training mode of the
+    originals are kept, and load_state_dict takes the original model's state dict.
     """
     options = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache, "reduce_dtype": reduce_dtype}
     grid = place_on(mesh).grid
@@ -290,7 +290,7 @@ def _probe(one: Found, options: dict, gain: float, tolerance: float) -> None:
 def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
     ours = one.family.new(one.module, one.projections, mesh, options | one.variant).train(one.module.training)
     for name, value in vars(one.module).items():  # what others may read or hook stays
-        if name in HOOKS or (not name.startswith("_") and name not in vars(ours)):
+        if name in (*HOOKS, "_is_full_backward_hook") or (not name.startswith("_") and name not in vars(ours)):
             vars(ours)[name] = value
     for parent, child in one.places:
         setattr(parent, child, ours)

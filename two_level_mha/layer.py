@@ -27,6 +27,11 @@ Deal = Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 Between = Callable[[Tensor, Tensor, Tensor, Deal], tuple[Tensor, Tensor, Tensor]]
 
 
+def _autocast_dtype(device_type: str) -> str | None:
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return str(torch.get_autocast_dtype(device_type)) if on else None
+
+
 class Drops:
     """A module with `dropout`: the probability with which an attention weight is dropped in training."""
 
@@ -108,7 +113,14 @@ class GridAttention(nn.Module):
         except Exception as error:  # whatever it is, the others would wait for this rank
             same_on_all_ranks({"error": error}, self.mesh, "")
             raise  # not reached
-        common = {"training": self.training, "grad mode": torch.is_grad_enabled()}
+        common = {
+            "training": self.training,
+            "grad mode": torch.is_grad_enabled(),
+            "autocast": _autocast_dtype(next(iter(tensors.values())).device.type),
+            "reduce_dtype": str(self.reduce_dtype),
+            "parameters": [name for name, _ in self.named_parameters()],
+            "trained parameters": [name for name, p in self.named_parameters() if p.requires_grad],
+        }
         if settings.get("dropout_p"):
             common["the state of the random generator"] = digest([random_state(next(iter(tensors.values())).device)])
         tensors = tensors | self._held_alike()
@@ -131,7 +143,11 @@ class GridAttention(nn.Module):
         for name, x in tensors.items():
             fields[f"shape of {name}"] = None if x is None else tuple(x.shape)
             fields[f"dtype of {name}"] = None if x is None else str(x.dtype)
+            fields[f"requires_grad of {name}"] = None if x is None else x.requires_grad
             fields[f"content of {name}"] = None if x is None or x.is_meta else digest([x])
+        given = [(name, x) for name, x in tensors.items() if x is not None]
+        firsts = [(name, next(first for first, y in given if y is x)) for name, x in given]
+        fields["which inputs are one tensor"] = [f"{name} is {first}" for name, first in firsts if name != first]
         same_on_all_ranks(fields, self.mesh, "every rank of a grid must be given the same inputs and arguments")
         self._compared = True
 

@@ -130,6 +130,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         def check() -> dict[str, object]:
             check_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal)
             settings = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
+            settings |= {"add_zero_attn": self.add_zero_attn, "batch_first": self.batch_first}
             return settings | {"is_causal": is_causal, "dropout_p": dropout_p}
 
         masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}

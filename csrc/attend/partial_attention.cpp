@@ -121,10 +121,12 @@ void check(const Attend& a, const Tensor& q, const Tensor& k, const Tensor& v) {
                     a.dropout_p);
   TORCH_CHECK_VALUE(a.softcap >= 0.0, "softcap must be positive, or 0 for none, got ", a.softcap);
   TORCH_CHECK_VALUE(
-      a.dropout_p == 0.0 || (a.seed && a.seed->numel() == 1 && a.seed->scalar_type() == at::kLong),
-      "dropout_p > 0 needs seed, an int64 tensor of one element");
+      a.dropout_p == 0.0 || (a.seed && a.seed->numel() == 1 && a.seed->scalar_type() == at::kLong &&
+                             a.seed->device() == q.device()),
+      "dropout_p > 0 needs seed, an int64 tensor of one element on ", q.device());
   TORCH_CHECK_VALUE(!a.window || a.causal, "window needs causal");
-  TORCH_CHECK_VALUE(a.key_stride >= 1, "key_stride must be at least 1, got ", a.key_stride);
+  TORCH_CHECK_VALUE(a.key_stride >= 1 && a.key_stride <= int64_t(1) << 31,
+                    "key_stride must be at least 1 and at most 2**31, got ", a.key_stride);
   TORCH_CHECK_VALUE(a.dropout_p == 0.0 || a.key_stride == 1,
                     "dropout_p must be 0 where key_stride is not 1, got dropout_p ", a.dropout_p,
                     " and key_stride ", a.key_stride, ": dropout is drawn by the index of a key");
@@ -152,8 +154,9 @@ Tensor four_d(Tensor mask) {
 AttentionParams concrete(const Attend& a, const Tensor& q) {
   AttentionParams params;
   params.scale = a.scale.value_or(1.0 / std::sqrt(double(q.size(3))));
-  if (a.causal) params.causal = a.causal->expect_int();
-  if (a.window) params.window = a.window->expect_int();
+  constexpr int64_t kFar = int64_t(1) << 60;  // beyond every key; positions computed from it do not overflow
+  if (a.causal) params.causal = std::clamp(a.causal->expect_int(), -kFar, kFar);
+  if (a.window) params.window = std::clamp(a.window->expect_int(), -2 * kFar, 2 * kFar);
   params.softcap = a.softcap;
   params.dropout_p = a.dropout_p;
   if (a.mask) params.mask = four_d(*a.mask);
@@ -170,11 +173,28 @@ std::tuple<Tensor, Tensor> forward_kernel(const Attend& a, const Tensor& q, cons
   return choose(q, k, v, params).forward(q, k, v, params);
 }
 
+// What forward gave for these inputs, and the gradients of it.
+void check_results(const Tensor& q, const Tensor& v, const Tensor& grad_out,
+                   const std::optional<Tensor>& grad_logsumexp, const Tensor& out, const Tensor& logsumexp) {
+  const std::array<int64_t, 4> rows{q.size(0), q.size(1), q.size(2), v.size(3)};
+  const at::IntArrayRef row_sizes(rows), sums(rows.data(), 3);
+  TORCH_CHECK_VALUE(out.sizes() == row_sizes && grad_out.sizes() == row_sizes,
+                    "out and grad_out must have shape ", row_sizes, ", got ", out.sizes(), " and ",
+                    grad_out.sizes());
+  TORCH_CHECK_VALUE(logsumexp.sizes() == sums && (!grad_logsumexp || grad_logsumexp->sizes() == sums),
+                    "logsumexp and its gradient must have shape ", sums, ", got ", logsumexp.sizes());
+  for (const Tensor& x : {out, grad_out, logsumexp})
+    TORCH_CHECK_VALUE(x.device() == q.device(), "out, logsumexp and gradients must be on ", q.device(),
+                      ", got ", x.device());
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_kernel(const Attend& a, const Tensor& grad_out,
                                                            const std::optional<Tensor>& grad_logsumexp,
                                                            const Tensor& q, const Tensor& k, const Tensor& v,
                                                            const Tensor& out, const Tensor& logsumexp,
                                                            bool mask_grad) {
+  check(a, q, k, v);
+  check_results(q, v, grad_out, grad_logsumexp, out, logsumexp);
   AttentionParams params = concrete(a, q);
   Tensor grad_lse = grad_logsumexp.value_or(Tensor());
   Backward grads =
@@ -313,6 +333,7 @@ void check_dropout(const Tensor& seed, size_t sizes, size_t origin) {
 template <auto kMask>
 Tensor dropout_kernel(const Tensor& seed, double p, at::IntArrayRef sizes, at::IntArrayRef origin) {
   check_dropout(seed, sizes.size(), origin.size());
+  TORCH_CHECK_VALUE(p >= 0.0 && p <= 1.0, "p must be in [0, 1], got ", p);
   return kMask(seed, p, sizes, origin);
 }
 

@@ -62,9 +62,10 @@ void check_arguments(size_t tensors, at::IntArrayRef dims, int64_t parts) {
 void check_tensors(at::TensorList tensors, at::IntArrayRef dims, int64_t parts) {
   check_arguments(tensors.size(), dims, parts);
   for (const Tensor& x : tensors)
-    TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == tensors[0].scalar_type(),
-                      "pack takes 4-D tensors of one dtype, got ", x.dim(), "-D ", x.scalar_type(),
-                      " beside ", tensors[0].scalar_type());
+    TORCH_CHECK_VALUE(
+        x.dim() == 4 && x.scalar_type() == tensors[0].scalar_type() && x.device() == tensors[0].device(),
+        "pack takes 4-D tensors of one dtype and device, got ", x.dim(), "-D ", x.scalar_type(), " on ",
+        x.device(), " beside ", tensors[0].scalar_type(), " on ", tensors[0].device());
 }
 
 }  // namespace
