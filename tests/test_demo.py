@@ -45,6 +45,7 @@ def test_sixteen_ranks():
     assert float(re.search(r"each rank sent (\S+) MB", result.stdout)[1]) > 0
 
 
+@pytest.mark.slow
 def test_another_model_is_refused():
     """Softmax on slices is another model, so the comparison has to fail: it would catch a wrong split too."""
     result = run([str(SCRIPT), "--grid", "1x2", "--scheme", "independent"], timeout=120)

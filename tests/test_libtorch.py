@@ -24,6 +24,7 @@ def run(*command: str) -> str:
     torch.version.cuda is not None and CUDA_HOME is None,
     reason="this torch has CUDA and its CMake config needs the CUDA toolkit, which is not installed",
 )
+@pytest.mark.slow
 def test_attention_by_blocks(tmp_path):
     """examples/libtorch builds and agrees with the unsplit layer. Localises headers, CMake, autograd."""
     prefix = f"{torch.utils.cmake_prefix_path};{tlm.cmake_prefix_path}"
