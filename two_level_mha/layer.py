@@ -113,16 +113,17 @@ class GridAttention(nn.Module):
         except Exception as error:  # whatever it is, the others would wait for this rank
             same_on_all_ranks({"error": error}, self.mesh, "")
             raise  # not reached
+        device = next(iter(tensors.values())).device
         common = {
             "training": self.training,
             "grad mode": torch.is_grad_enabled(),
-            "autocast": _autocast_dtype(next(iter(tensors.values())).device.type),
+            "autocast": _autocast_dtype(device.type),
             "reduce_dtype": str(self.reduce_dtype),
             "parameters": [name for name, _ in self.named_parameters()],
             "trained parameters": [name for name, p in self.named_parameters() if p.requires_grad],
         }
         if settings.get("dropout_p"):
-            common["the state of the random generator"] = digest([random_state(next(iter(tensors.values())).device)])
+            common["the state of the random generator"] = digest([random_state(device)])
         tensors = tensors | self._held_alike()
         self.compare(tensors, {**common, "scheme": self.scheme, "combine": self.combine, **settings})
         return settings
