@@ -35,11 +35,13 @@ Layout layout_before(const Tensor& query, const Tensor& key, const QkvWeights& w
                 query.is_cuda());
 }
 
-Layout layout_after(const Tensor& q, const Tensor& k, const Output& output, const Place& place) {
+// dtype: that of `enter`'s results. What acts between the halves may widen q and k, never v.
+Layout layout_after(const Tensor& q, const Tensor& k, at::ScalarType dtype, const Output& output,
+                    const Place& place) {
   const bool by_slices = !place.concat && !place.whole_heads;
   const int64_t d = fixed_size(output.weight, 2) * (by_slices ? place.grid.slices : 1);
   return Layout(place, {output.batch, output.length, k.sym_size(2), output.position}, fixed_size(q, 1),
-                fixed_size(k, 1), d, fixed_size(output.weight, 0), q.scalar_type(), q.is_cuda());
+                fixed_size(k, 1), d, fixed_size(output.weight, 0), dtype, q.is_cuda());
 }
 
 // Keys every query sees, after the given ones; biases (K, width of x).
@@ -131,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> enter(const Tensor& query, const Tensor& key,
 
 Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend, const Output& output,
              const Place& place) {
-  const Layout layout = layout_after(q, k, output, place);
+  const Layout layout = layout_after(q, k, v.scalar_type(), output, place);
   auto [o, logsumexp] = attend_local(q, k, v, attend, output.first_key, place, layout, partial_attention);
   if (layout.row.out == Move::merge)
     o = merge_out(o, logsumexp, layout, place.groups.slice);
@@ -143,7 +145,7 @@ Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& at
 std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
                                               const Attend& attend, const Output& output, const Place& place,
                                               bool average) {
-  const Layout layout = layout_after(q, k, output, place);
+  const Layout layout = layout_after(q, k, v.scalar_type(), output, place);
   TORCH_CHECK_VALUE(layout.row.out != Move::merge,
                     "attention weights are not available with scheme 'position'");
   auto [o, weights] = attend_local(q, k, v, attend, output.first_key, place, layout, attention_with_weights);
@@ -153,7 +155,7 @@ std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, 
 
 DealtRows deal_rows(const std::vector<Tensor>& xs, const Tensor& q, const Tensor& k, const Output& output,
                     const Place& place) {
-  const Layout layout = layout_after(q, k, output, place);
+  const Layout layout = layout_after(q, k, q.scalar_type(), output, place);
   DealtRows dealt;
   for (const Tensor& x : xs) {
     const bool one_for_all = layout.dealt_dim() == 0 && x.sym_size(0) == 1;

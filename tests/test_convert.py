@@ -366,8 +366,8 @@ def digests(model: nn.Module) -> int:
     """How many tensors parallelize reads to compare them over the grid."""
     read = []
     with pytest.MonkeyPatch.context() as patch:
-        digest = tlm.multihead.digest
-        patch.setattr(tlm.multihead, "digest", lambda tensors: read.extend(tensors) or digest(tensors))
+        digest = tlm.agreement.digest
+        patch.setattr(tlm.agreement, "digest", lambda tensors: read.extend(tensors) or digest(tensors))
         quietly(model, tlm.init_mesh("cpu", (2, 2)))
     return len(read)
 

@@ -8,8 +8,9 @@ from two_level_mha.cache import KVCache  # noqa: E402
 from two_level_mha.checkpoint import full_state_dict  # noqa: E402
 from two_level_mha.convert import parallelize  # noqa: E402
 from two_level_mha.decoder import Rotary, TwoLevelAttention  # noqa: E402
+from two_level_mha.errors import GridError  # noqa: E402
 from two_level_mha.loading import load_pretrained  # noqa: E402
-from two_level_mha.mesh import Grid, GridError, init_mesh  # noqa: E402
+from two_level_mha.mesh import Grid, init_mesh  # noqa: E402
 from two_level_mha.multihead import TwoLevelMultiheadAttention  # noqa: E402
 from two_level_mha.planner import plan  # noqa: E402
 from two_level_mha.training import clip_grad_norm_, param_groups, shard_embed_dim, unscale_  # noqa: E402

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from two_level_mha.masks import UsageRuntimeError
-from two_level_mha.mesh import GridError, Place, place_on
+from two_level_mha.errors import GridError, UsageRuntimeError
+from two_level_mha.mesh import Place, place_on
 
 LAYOUTS = ("position", "batch")
 

@@ -8,13 +8,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from two_level_mha.agreement import check_same_weights, same_on_all_ranks
 from two_level_mha.cache import LAYOUTS
+from two_level_mha.errors import GridError
 from two_level_mha.families import FAMILIES, Family
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
 from two_level_mha.layer import GridAttention, check_options, stores_whole_heads
-from two_level_mha.mesh import Grid, GridError, place_on, same_on_all_ranks
-from two_level_mha.multihead import check_same_weights
+from two_level_mha.mesh import Grid, place_on
 from two_level_mha.probe import HOOKS, changed_linear, has_hooks, layer_settings, random_copy, settings
 from two_level_mha.report import report
 from two_level_mha.rest import Rest, find_rest, split_rest
@@ -100,7 +101,7 @@ def parallelize(
     arguments["reduce_dtype"] = str(reduce_dtype)
     same_on_all_ranks(arguments, mesh, "call parallelize alike on every rank")
     if mesh is not None:
-        check_same_weights([model], mesh, any(_dropout(module) > 0.0 for module in model.modules()))
+        check_same_weights(model, mesh, any(_dropout(module) > 0.0 for module in model.modules()))
         kinds = {"which MLPs can be split": list(others.mlps), "the plan": [plan for _, plan in others.plans.values()],
                  "what attention does": [one.variant for one in found]}  # fmt: skip
         same_on_all_ranks(kinds, mesh, "build the model alike on every rank")

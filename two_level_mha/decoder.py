@@ -13,9 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from two_level_mha.blocks import local_blocks
 from two_level_mha.cache import CacheLayer
+from two_level_mha.errors import GridError, wrong_device, wrong_dtype
 from two_level_mha.layer import Deal, Drops, GridAttention
-from two_level_mha.masks import wrong_device, wrong_dtype
-from two_level_mha.mesh import GridError
 from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
 
 BIASES = (False, True, "qkv", "out")

@@ -4,17 +4,17 @@ Letters: B batch, L query length, S key length, D embed_dim, h and k heads of al
 E its slice.
 """
 
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
 
 from two_level_mha import _C
+from two_level_mha.agreement import check_call, compares
 from two_level_mha.blocks import LAYOUTS, block, local_blocks
-from two_level_mha.mesh import Grid, GridError, digest, place_on, same_on_all_ranks
+from two_level_mha.errors import GridError
+from two_level_mha.mesh import Grid, place_on
 
 CACHED = "position"  # the scheme of a KV cache dealt by position: not for a call without one
 SCHEMES = ("auto", *(name for name, _, _ in _C.schemes() if name != CACHED))
@@ -25,11 +25,6 @@ _ops = torch.ops.two_level_mha
 
 Deal = Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 Between = Callable[[Tensor, Tensor, Tensor, Deal], tuple[Tensor, Tensor, Tensor]]
-
-
-def _autocast_dtype(device_type: str) -> str | None:
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return str(torch.get_autocast_dtype(device_type)) if on else None
 
 
 class Drops:
@@ -91,66 +86,19 @@ class GridAttention(nn.Module):
         """`full`, the same on every rank, as this module stores parameter `name`."""
         return block(full, name, self.mesh, self.combine, self.whole_heads)
 
-    def compares(self) -> bool:
-        """Whether this call compares its inputs over the grid: the first one, and all with debug."""
-        if torch.compiler.is_compiling() or self.place.grid.size == 1:
-            return False
-        debug = os.environ.get("TLM_DEBUG") == "1" if self.debug is None else self.debug
-        return debug or not self._compared
-
     def check_call(
         self, check: Callable[[], dict[str, object]], tensors: dict[str, Tensor | None]
     ) -> dict[str, object]:
         """Returns check(), which raises for this rank's arguments, or returns what else must be alike on every rank.
 
-        Where the call compares, an error of one rank is raised on all, and so is a difference. Compared are also the
-        parameters that every rank holds, and with a "dropout_p" the random generator.
+        Where the call compares (agreement.compares), an error of one rank is raised on all, and so is a difference.
         """
-        if not self.compares():
+        if not compares(self.place.grid.size, self.debug, self._compared):
             return check()
-        try:
-            settings = check()
-        except Exception as error:  # whatever it is, the others would wait for this rank
-            same_on_all_ranks({"error": error}, self.mesh, "")
-            raise  # not reached
-        device = next(iter(tensors.values())).device
-        common = {
-            "training": self.training,
-            "grad mode": torch.is_grad_enabled(),
-            "autocast": _autocast_dtype(device.type),
-            "reduce_dtype": str(self.reduce_dtype),
-            "parameters": [name for name, _ in self.named_parameters()],
-            "trained parameters": [name for name, p in self.named_parameters() if p.requires_grad],
-        }
-        if settings.get("dropout_p"):
-            common["the state of the random generator"] = digest([random_state(device)])
-        tensors = tensors | self._held_alike()
-        self.compare(tensors, {**common, "scheme": self.scheme, "combine": self.combine, **settings})
-        return settings
-
-    def _held_alike(self) -> dict[str, Tensor]:
-        """Parameters that every rank holds whole, those of norms too, as it holds them."""
-        held = {}
-        for name, p in self.named_parameters():
-            if not isinstance(p, DTensor):
-                held[name] = p.detach()
-            elif all(isinstance(placement, Replicate) for placement in p.placements):
-                held[name] = p._local_tensor
-        return {name: x.clone() for name, x in held.items()}  # numpy() would pin a storage that FSDP frees
-
-    def compare(self, tensors: dict[str, Tensor | None], settings: dict[str, object]) -> None:
-        """Raises GridError on every rank if a tensor or a setting differs between ranks. A collective."""
-        fields = dict(settings)
-        for name, x in tensors.items():
-            fields[f"shape of {name}"] = None if x is None else tuple(x.shape)
-            fields[f"dtype of {name}"] = None if x is None else str(x.dtype)
-            fields[f"requires_grad of {name}"] = None if x is None else x.requires_grad
-            fields[f"content of {name}"] = None if x is None or x.is_meta else digest([x])
-        given = [(name, x) for name, x in tensors.items() if x is not None]
-        firsts = [(name, next(first for first, y in given if y is x)) for name, x in given]
-        fields["which inputs are one tensor"] = [f"{name} is {first}" for name, first in firsts if name != first]
-        same_on_all_ranks(fields, self.mesh, "every rank of a grid must be given the same inputs and arguments")
+        options = {"reduce_dtype": str(self.reduce_dtype), "scheme": self.scheme, "combine": self.combine}
+        settings = check_call(self, self.mesh, options, check, tensors)
         self._compared = True
+        return settings
 
     def attend(
         self,
@@ -222,13 +170,6 @@ class GridAttention(nn.Module):
             f"grid=({self.place.grid.head_groups}, {self.place.grid.slices}), scheme={self.scheme!r}, "
             f"combine={self.combine!r}"
         )
-
-
-def random_state(device: torch.device) -> Tensor:
-    """State of the generator that dropout on this device is drawn from."""
-    if device.type in ("cpu", "meta"):
-        return torch.get_rng_state()
-    return torch.get_device_module(device).get_rng_state(device)
 
 
 def check_options(scheme: str, combine: str) -> None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from two_level_mha.agreement import same_on_all_ranks
+from two_level_mha.errors import GridError
 from two_level_mha.integrations.private import pretrained_models, private, private_method
 from two_level_mha.layer import GridAttention
-from two_level_mha.mesh import GridError, same_on_all_ranks
 from two_level_mha.stock import StockTensor, resolve
 
 _NAMED = 8  # tensors in one sentence of an error

@@ -1,8 +1,4 @@
-"""nn.MultiheadAttention's arguments: their checks, with the sentences stock has for them, and its masks as one mask.
-
-Stock raises AssertionError, RuntimeError and ValueError for usage errors; ours are ValueErrors that also inherit from
-what stock raises, so that code written for either catches them.
-"""
+"""nn.MultiheadAttention's arguments: their checks, with the sentences stock has for them, and its masks as one mask."""
 
 import warnings
 
@@ -10,36 +6,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from two_level_mha.mesh import GridError
-
-
-class UsageAssertionError(GridError, AssertionError):
-    """A usage error where nn.MultiheadAttention raises AssertionError."""
-
-
-class UsageRuntimeError(GridError, RuntimeError):
-    """A usage error where nn.MultiheadAttention raises RuntimeError."""
+from two_level_mha.errors import UsageAssertionError, UsageRuntimeError, wrong_device, wrong_dtype
 
 
 def _is_mask_dtype(mask: Tensor) -> bool:
     return mask.dtype == torch.bool or mask.is_floating_point()
-
-
-def wrong_device(name: str, x: Tensor, weight: Tensor) -> str | None:
-    """What is wrong with the device of an input of the module that owns `weight`, or None."""
-    if x.device == weight.device:
-        return None
-    return f"{name} is on {x.device}, but the module is on {weight.device}: move one of them"
-
-
-def wrong_dtype(name: str, x: Tensor, weight: Tensor) -> str | None:
-    """What is wrong with the dtype of an input of the module that owns `weight`, or None."""
-    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
-        return None
-    return (
-        f"{name} has dtype {x.dtype}, but the module's weights are {weight.dtype}: convert one of them, or run "
-        "under torch.autocast"
-    )
 
 
 def check_inputs(

@@ -3,17 +3,13 @@
 from dataclasses import dataclass, field
 from numbers import Integral
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from two_level_mha import _C
+from two_level_mha.errors import GridError
 
 AXES = ("head", "slice")
-
-
-class GridError(ValueError):
-    """A grid, a mesh or an argument that does not fit; the message says what would."""
 
 
 @dataclass(frozen=True)
@@ -174,41 +170,3 @@ def _flattened(mesh: DeviceMesh) -> DeviceMesh:
             'the mesh that ("head", "slice") were taken of has another axis "grid", the name of the two flattened: '
             "give that one another name"
         ) from error
-
-
-def same_on_all_ranks(fields: dict[str, object], mesh: DeviceMesh | None, advice: str) -> None:
-    """Compares `fields` over the grid; raises the same GridError on every rank, naming the ranks and the field.
-
-    A collective. A value may be an exception: then it is what every rank raises.
-    """
-    if mesh is None or mesh.size() == 1:
-        for value in fields.values():
-            if isinstance(value, Exception):
-                raise value
-        return
-    group = grid_group(mesh)
-    everyone: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, fields, group=group)
-    for value in fields.values():  # this rank's own error keeps its class
-        if isinstance(value, Exception):
-            raise value
-    for rank, other in enumerate(everyone):
-        for name, value in other.items():
-            if isinstance(value, Exception):
-                raise GridError(f"rank {rank} of the grid: {value}")
-            mine = everyone[0].get(name)
-            if value != mine:
-                raise GridError(
-                    f"{name} differs between ranks of the grid: {mine} on rank 0, {value} on rank {rank}; {advice}"
-                )
-
-
-def digest(tensors: list[torch.Tensor]) -> str:
-    """A digest of the bytes, shapes and dtypes of tensors."""
-    import hashlib
-
-    state = hashlib.blake2b(digest_size=8)
-    for x in tensors:
-        state.update(f"{tuple(x.shape)}{x.dtype}".encode())
-        state.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return state.hexdigest()

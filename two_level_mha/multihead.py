@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.init import xavier_normal_, xavier_uniform_
 
+from two_level_mha.agreement import check_same_weights
 from two_level_mha.blocks import whole
-from two_level_mha.layer import Drops, GridAttention, random_state
-from two_level_mha.masks import UsageAssertionError, check_inputs, one_mask
-from two_level_mha.mesh import GridError, digest, same_on_all_ranks
+from two_level_mha.errors import GridError, UsageAssertionError
+from two_level_mha.layer import Drops, GridAttention
+from two_level_mha.masks import check_inputs, one_mask
 from two_level_mha.probe import changed_linear
 from two_level_mha.stock import StockTensor, from_stock, put, take_stock_keys
 
@@ -178,8 +179,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
             raise GridError(f"mha, or its out_proj, {problem}")
         if type(mha) is not nn.MultiheadAttention:  # a subclass may do something else
             raise GridError(f"mha must be an nn.MultiheadAttention, got {type(mha).__name__}")
-        if mesh is not None:
-            check_same_weights([mha], mesh, mha.dropout > 0.0)
+        check_same_weights(mha, mesh, mha.dropout > 0.0)
         return cls.from_checked(mha, mesh, scheme=scheme, combine=combine, debug=debug, reduce_dtype=reduce_dtype)
 
     @classmethod
@@ -239,17 +239,6 @@ def stock_names(embed_dim: int, num_heads: int, kdim: int, vdim: int) -> dict[st
     names["out_weight"] = StockTensor("out_proj.weight", (E, E), (E, *heads))
     names["out_bias"] = StockTensor("out_proj.bias", (E,), (E,))
     return names
-
-
-def check_same_weights(modules: list[nn.Module], mesh: DeviceMesh, random: bool) -> None:
-    """Raises GridError on every rank if parameters (meta ones aside) or the random generator differ over the grid."""
-    params = [p for module in modules for p in module.parameters() if not p.is_meta]
-    fields: dict[str, object] = {"the source parameters": digest(params)}
-    if random:
-        fields["the state of torch's random generator"] = digest(
-            [torch.get_rng_state(), random_state(torch.device(mesh.device_type))]
-        )
-    same_on_all_ranks(fields, mesh, "seed every rank alike before building the model, or broadcast it first")
 
 
 def _drawn_as_stock(E: int, kdim: int, vdim: int, bias: bool, bias_kv: bool, device, dtype) -> dict[str, Tensor]:

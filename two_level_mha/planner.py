@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from two_level_mha import _C
-from two_level_mha.mesh import GridError
+from two_level_mha.errors import GridError
 
 COMBINES = ("reduce", "concat")
 DEVICE_TYPES = ("cuda", "cpu")

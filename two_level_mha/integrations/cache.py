@@ -10,8 +10,8 @@ from transformers.cache_utils import (
 )
 
 from two_level_mha.cache import CacheLayer, KVCache
-from two_level_mha.masks import UsageRuntimeError
-from two_level_mha.mesh import GridError, Place
+from two_level_mha.errors import GridError, UsageRuntimeError
+from two_level_mha.mesh import Place
 
 # type of layer -> whether it keeps a window of tokens
 WINDOWED = {"full_attention": False, "sliding_attention": True}

@@ -9,10 +9,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import DynamicCache
 
 from two_level_mha.decoder import check_dropout
+from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations.cache import WINDOWED, split_layer
 from two_level_mha.integrations.projected import ProjectedAttention, additive, class_like
-from two_level_mha.masks import UsageRuntimeError
-from two_level_mha.mesh import GridError
 
 NORMS = ("q_norm", "k_norm")
 

@@ -10,8 +10,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from two_level_mha.errors import GridError
 from two_level_mha.integrations.private import private, private_method
-from two_level_mha.mesh import GridError, grid_mesh
+from two_level_mha.mesh import grid_mesh
 from two_level_mha.probe import changed_linear, has_hooks
 from two_level_mha.stock import take_full_tensors
 

@@ -5,7 +5,7 @@ import sys
 
 from torch import nn
 
-from two_level_mha.mesh import GridError
+from two_level_mha.errors import GridError
 
 FLOOR = (5, 23)
 

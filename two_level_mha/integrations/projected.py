@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.layer import GridAttention
-from two_level_mha.masks import UsageRuntimeError
-from two_level_mha.mesh import GridError
 from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # whose masks are understood

@@ -1,0 +1,37 @@
+"""Users' errors, each a ValueError that says what was expected, what came, and the way out; and two shared sentences.
+
+nn.MultiheadAttention raises AssertionError, RuntimeError and ValueError for usage errors; ours also inherit from what
+it raises, so that code written for either catches them.
+"""
+
+import torch
+from torch import Tensor
+
+
+class GridError(ValueError):
+    """A grid, a mesh or an argument that does not fit; the message says what would."""
+
+
+class UsageAssertionError(GridError, AssertionError):
+    """A usage error where nn.MultiheadAttention raises AssertionError."""
+
+
+class UsageRuntimeError(GridError, RuntimeError):
+    """A usage error where nn.MultiheadAttention, or transformers, raises RuntimeError."""
+
+
+def wrong_device(name: str, x: Tensor, weight: Tensor) -> str | None:
+    """What is wrong with the device of an input of the module that owns `weight`, or None."""
+    if x.device == weight.device:
+        return None
+    return f"{name} is on {x.device}, but the module is on {weight.device}: move one of them"
+
+
+def wrong_dtype(name: str, x: Tensor, weight: Tensor) -> str | None:
+    """What is wrong with the dtype of an input of the module that owns `weight`, or None."""
+    if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return None
+    return (
+        f"{name} has dtype {x.dtype}, but the module's weights are {weight.dtype}: convert one of them, or run "
+        "under torch.autocast"
+    )
