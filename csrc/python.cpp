@@ -6,7 +6,8 @@
 #include <map>
 #include <string>
 
-#include "plan.h"
+#include "pass/context.h"
+#include "plan/options.h"
 
 namespace {
 
@@ -100,9 +101,13 @@ std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads
                                   int64_t embed_dim, int64_t B, int64_t L, int64_t S, int64_t element_size,
                                   bool cached, bool causal, bool concat, bool bias, bool cuda) {
   const Profile& profile = profile_for(cuda);
-  const auto options = plan_options(
-      {ranks, {heads, kv_heads, head_dim}, embed_dim, B, L, S, element_size, cached, causal, concat, bias},
-      profile);
+  PlanRequest request{ranks, {{heads, kv_heads, head_dim}, embed_dim}, {B, L, S}, cached};
+  request.layer.bias = bias;
+  request.layer.concat = concat;
+  request.call.position = cached ? S - L : 0;
+  request.call.element_size = element_size;
+  request.call.causal = causal;
+  const auto options = plan_options(request, profile);
   py::list found;
   for (const Option& option : options) found.append(option_dict(option, profile));
   return {found, pick(options)};
@@ -110,6 +115,24 @@ std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads
 
 bool stores_whole(int64_t heads, int64_t kv_heads, int64_t n, int64_t m) {
   return stores_whole_heads({heads, kv_heads, 1}, {n, m});
+}
+
+template <class Fields>
+std::vector<std::string> names_of(const Fields& fields) {
+  std::vector<std::string> names;
+  for (const auto& field : fields) names.emplace_back(field.name);
+  return names;
+}
+
+std::map<std::string, int64_t> scheme_numbers() {
+  std::map<std::string, int64_t> numbers{{"auto", int64_t(Scheme::automatic)}};
+  for (const SchemeRow& row : kSchemes) numbers[row.name] = int64_t(row.scheme);
+  return numbers;
+}
+
+std::vector<int64_t> rates(bool cuda) {
+  const Rates& r = profile_for(cuda);
+  return {r.flops, r.memory, r.link, r.network, r.latency, r.node, r.equal};
 }
 
 }  // namespace
@@ -124,6 +147,11 @@ PYBIND11_MODULE(_C, m) {
         "Valid (n, m) for a number of ranks, the fastest in a typical call first.");
   m.def("grid_choices", &grid_choices, "A sentence with the valid grids for a number of ranks, and near it.");
   m.def("schemes", &schemes, "(name, exact, storage) of every scheme.");
+  m.def("layer_fields", [] { return names_of(kLayerFields); }, "Names of the numbers that make a layer.");
+  m.def("call_fields", [] { return names_of(kCallFields); }, "Names of the numbers that make a call.");
+  m.def("scheme_numbers", &scheme_numbers, "The number of every scheme, and of \"auto\".");
+  m.def("scalar_type", [](at::ScalarType type) { return int64_t(type); }, "The number of a dtype.");
+  m.def("rates", &rates, "The profile as the last of the layer's numbers.");
   m.def("whole_heads_fit", &whole_heads_fit,
         "Whether H query and K KV heads can be stored as whole heads on m.");
   m.def("stores_whole_heads", &stores_whole,

@@ -1,4 +1,4 @@
-"""Packing for an exchange: every number lands where the contract of csrc/move/pack.h says (level E,
+"""Packing for an exchange: every number lands where the contract of csrc/comm/pack.h says (level E,
 torch.equal).
 """
 

@@ -56,8 +56,9 @@ class GPT2Attention(DecoderAttention):
 
     def use_positions(self, original: nn.Module, rotates: bool) -> None:
         """Positions are in hidden_states."""
+        self.rotary = None
 
-    def positioned(self, q_BHLd: Tensor, k_BKSd: Tensor, deal, position_embeddings) -> tuple[Tensor, Tensor]:
+    def positioned(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
         return q_BHLd, k_BKSd
 
     def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
