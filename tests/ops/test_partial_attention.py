@@ -5,7 +5,18 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import FEATURES, NAMES, NEG_INF, SIZES, attend, by_reference, features, gradients, make, relative
+from harness.attention_cases import (
+    FEATURES,
+    NAMES,
+    NEG_INF,
+    SIZES,
+    attend,
+    by_reference,
+    features,
+    gradients,
+    make,
+    relative,
+)
 
 
 @pytest.mark.parametrize("sizes", SIZES)

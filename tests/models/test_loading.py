@@ -6,9 +6,9 @@ A failure here with the tests of the split green is in what is read of a tensor,
 import json
 
 import pytest
-import tiny
 import torch
 import transformers
+from harness import tiny
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from attention_cases import attend, make, ops
+from harness.attention_cases import attend, make, ops
 
 
 def splitmix64(x):

@@ -10,7 +10,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 import two_level_mha as tlm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import two_level_mha as tlm
 from two_level_mha import _C
 from two_level_mha.testing import record_collectives
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {"embed_dim": 8192, "num_heads": 64, "num_kv_heads": 8, "head_dim": 128, "devices": 16}
 CALL = {"batch": 8, "seq": 8192}
 CHOSEN_PER_CALL = ("slices", "sequence", "batch", "weights")

@@ -9,7 +9,7 @@ import io
 
 import pytest
 import torch
-from test_convert import check, errors, inputs, make
+from harness.encoders import check, errors, inputs, make
 from torch import nn
 from torch.distributed.tensor import DTensor
 

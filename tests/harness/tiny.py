@@ -2,8 +2,9 @@
 
 import torch
 import transformers
-from harness.decoders import Norm
 from torch import nn
+
+from .decoders import Norm
 
 SIZES = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,

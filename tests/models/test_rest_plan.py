@@ -8,9 +8,9 @@ import contextlib
 import io
 
 import pytest
-import tiny
 import torch
 import transformers
+from harness import tiny
 from torch import nn
 from torch.distributed.tensor import DTensor
 

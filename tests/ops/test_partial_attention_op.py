@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import NAMES, SIZES, attend, by_reference, features, gradients, make, ops, relative
+from harness.attention_cases import NAMES, SIZES, attend, by_reference, features, gradients, make, ops, relative
 
 
 @pytest.mark.parametrize("cuts", [(5,), (0, 5), (3, 4, 9), (11,)])

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from attention_cases import TOLERANCE, attend, make, relative
+from harness.attention_cases import TOLERANCE, attend, make, relative
 
 # (B, H, K, L, S, D, Dv): block borders, odd widths, groups, fewer heads than threads, one of everything
 SIZES = {

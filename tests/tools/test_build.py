@@ -15,7 +15,7 @@ import torch.utils.cpp_extension
 
 from two_level_mha import _load
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NO_TOOLKIT = "no CUDA toolkit found (set CUDA_HOME, or put nvcc on the PATH)"
 
 

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from test_convert import check, inputs, make, quietly, stock_grads, whole
+from harness.encoders import check, inputs, make, quietly, stock_grads, whole
 from torch import nn
 from torch.distributed.tensor import DTensor
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from harness import RankFailure
-from test_convert import make, make_torch, quietly
+from harness.encoders import make, make_torch, quietly
 from torch import nn
 from transformers import (
     AlbertConfig,

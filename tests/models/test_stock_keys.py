@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_convert import MODELS, make, make_torch, quietly
+from harness.encoders import MODELS, make, make_torch, quietly
 from torch import nn
 from torch.distributed.tensor import DTensor
 

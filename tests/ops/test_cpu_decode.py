@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import NEG_INF, TOLERANCE, attend, by_reference, make, relative
+from harness.attention_cases import NEG_INF, TOLERANCE, attend, by_reference, make, relative
 
 # (B, H, K, L, S, D, Dv): several stretches and a tail, odd widths, one row and many, less than a chunk
 SIZES = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "semantic_search.py"
 QUERY = "Which animals navigate in the dark?"
 NEAREST = "Bats find insects in the dark by listening to the echoes of their own calls."
