@@ -57,12 +57,9 @@ class Cached(GridAttention):
         call = {} if layer is None else layer.begin(B, L)
         first = call.get("position", 0)
 
-        def between(q, k, v, deal):
-            return (q, k, v) if layer is None else (q, *layer.append(k, v, L))
-
         y, _ = self.attend(
             x_BLD, x_BLD, x_BLD, attn_mask=mask_BhLS, causal=first if mask_BhLS is None else None,
-            window=self.window if mask_BhLS is None else None, between=between, **call,
+            window=self.window if mask_BhLS is None else None, cache=layer, **call,
         )  # fmt: skip
         return y
 

@@ -116,10 +116,10 @@ def restarted(plan, grid):
     module, layer = Cached(plan, grid, weights), new_cache(plan, grid).layers[0]
     with torch.no_grad():
         fresh = module(x_BLD[:2], layer)
-        addresses = [x.data_ptr() for x in layer._memory]
+        addresses = [x.data_ptr() for x in layer.memory]
         layer.reset()
         again = module(x_BLD[:2], layer)
-        kept = addresses == [x.data_ptr() for x in layer._memory]
+        kept = addresses == [x.data_ptr() for x in layer.memory]
         layer.reset()
         other = module(x_BLD, layer)[:2]
     return torch.equal(fresh, again), kept, (fresh - other).abs().max().item()
