@@ -8,11 +8,12 @@ import pickle
 
 import pytest
 import torch
-from harness.encoders import MODELS, TIGHT, check, errors, first, inputs, make, make_torch, quietly, torch_inputs, whole
+from harness.encoders import MODELS, TIGHT, check, errors, first, inputs, make, make_torch, quietly, torch_inputs
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 import two_level_mha as tlm
+from two_level_mha.blocks import whole
 from two_level_mha.integrations.projected import ProjectedAttention
 from two_level_mha.layer import SCHEMES, GridAttention
 

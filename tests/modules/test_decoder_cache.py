@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness.calls import mesh
-from harness.decoder import HALF, PAIRS, Decoder, finish, make
+from harness.calls import mesh, on_ranks
+from harness.two_level_attention import HALF, PAIRS, Decoder, finish, make
 
 import two_level_mha as tlm
 
@@ -73,7 +73,7 @@ def differences(grid, case: Decoder) -> dict[str, float]:
 def test_call_after_call(pool, name, grid):
     """T. Localises: positions of angles and rows after the first call, what norm and rotary act on, first_key."""
     case = replace(CASES[name], heads=16, kv_heads=4)
-    found = [differences(None, case)] if grid is None else pool.run(differences, 4, grid, case)
+    found = on_ranks(pool, differences, grid, case)
     assert not any(found), found
 
 

@@ -7,14 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness.calls import EMBED, HEADS, Call, everything, make_inputs, mesh, off, stock_layer
+from harness.calls import EMBED, FLOAT64, GRIDS, HEADS, Call, everything, make_inputs, mesh, off, on_ranks, stock_layer
 from torch.utils.checkpoint import checkpoint
 
 import two_level_mha as tlm
 from two_level_mha.blocks import whole
-
-GRIDS = [None, (2, 2), (1, 4), (4, 2)]
-FLOAT64 = {"dtype": torch.float64}
 
 CALLS = {
     "self": Call(),
@@ -78,13 +75,6 @@ def contract(grid, calls: dict[str, Call], options: list[dict]) -> list[str]:
         for option in options
         if (found := off(call, grid, **option))
     ]
-
-
-def on_ranks(pool, function, grid, *args):
-    """The results of function(grid, *args), one per rank; in this process without a grid."""
-    if grid is None:
-        return [function(None, *args)]
-    return pool.run(function, grid[0] * grid[1], grid, *args, timeout=120)
 
 
 SLICES, SEQUENCE = {"scheme": "slices"}, {"scheme": "sequence", "combine": "concat"}

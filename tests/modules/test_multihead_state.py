@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from harness.calls import EMBED, HEADS, Call, everything, mesh, stock_layer
-from test_multihead import FLOAT64, GRIDS, on_ranks
+from harness.calls import EMBED, FLOAT64, GRIDS, HEADS, Call, everything, mesh, on_ranks, stock_layer
 from torch import nn
 
 import two_level_mha as tlm

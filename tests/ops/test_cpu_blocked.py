@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from harness.attention_cases import TOLERANCE, attend, make, relative
+from harness.attention_op import TOLERANCE, attend, qkv, relative
 
 # (B, H, K, L, S, D, Dv): block borders, odd widths, groups, fewer heads than threads, one of everything
 SIZES = {
@@ -19,7 +19,7 @@ SIZES = {
 
 def make_with_gradient(sizes, dtype):
     B, H, K, L, S, D, Dv = sizes
-    return *make(sizes, dtype, grad=False), torch.randn(B, H, L, Dv, dtype=torch.float64).to(dtype)
+    return *qkv(sizes, dtype, grad=False), torch.randn(B, H, L, Dv, dtype=torch.float64).to(dtype)
 
 
 def results(function, q, k, v, g, **options):

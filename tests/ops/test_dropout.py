@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from harness.attention_cases import attend, make, ops
+from harness.attention_op import attend, ops, qkv
 
 
 def splitmix64(x):
@@ -70,7 +70,7 @@ def test_dropout_of_everything(L, dtype):
     """E (logsumexp: R). Localises: p = 1, where 1 / (1 - p) has no value: nothing is kept, so out is 0 and passes no
     gradient; the logsumexp does not know of dropout.
     """
-    q, k, v = make((1, 2, 1, L, 150, 8, 8), dtype)
+    q, k, v = qkv((1, 2, 1, L, 150, 8, 8), dtype)
     out, logsumexp = attend(q, k, v, dropout_p=1.0, seed=torch.tensor([3]))
     assert not out.any()
     torch.testing.assert_close(logsumexp, attend(q, k, v)[1], rtol=0, atol=1e-5)  # by another kernel, perhaps

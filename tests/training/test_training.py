@@ -7,11 +7,12 @@ import copy
 
 import pytest
 import torch
-from harness.encoders import check, inputs, make, quietly, stock_grads, whole
+from harness.encoders import check, inputs, make, quietly, stock_grads
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 import two_level_mha as tlm
+from two_level_mha.blocks import whole
 
 OPTIMIZERS = ({}, {"foreach": True}, {"fused": True})
 
