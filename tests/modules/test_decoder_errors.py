@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness.calls import mesh
+from harness.calls import mesh, text_of
 
 import two_level_mha as tlm
 
@@ -119,18 +119,24 @@ def test_ranks_that_disagree(pool, name, sentence):
         assert sentence in message
 
 
+def no_grids() -> list[str]:
+    return [
+        text_of(tlm.TwoLevelAttention, 32, 8, 2, mesh=mesh((4, 1))),
+        text_of(tlm.TwoLevelAttention, 32, 8, 2, 6, mesh=mesh((1, 4))),
+    ]
+
+
 def test_grids_that_do_not_fit(pool):
-    """Two key/value heads have no grid of four head groups; a slice of 3 does not divide 4 dims."""
-    for message in pool.run(no_grid, 4):
-        assert "4" in message and "2" in message
-
-
-def no_grid() -> str:
-    try:
-        tlm.TwoLevelAttention(32, 8, 2, mesh=mesh((4, 1)))
-    except tlm.GridError as error:
-        return str(error)
-    return ""
+    """Localises: which heads are counted: two KV heads have no four groups, and four slices do not divide 6 dims."""
+    expected = [
+        "grid (4, 1) does not fit num_heads=8, num_kv_heads=2, head_dim=4: head_groups=4 must divide num_kv_heads=2; "
+        "valid grids for 4 ranks: (2, 2), (1, 4);",
+        "grid (1, 4) does not fit num_heads=8, num_kv_heads=2, head_dim=6: slices=4 must divide head_dim=6; "
+        "valid grids for 4 ranks: (2, 2);",
+    ]
+    for texts in pool.run(no_grids, 4):
+        for text, sentence in zip(texts, expected, strict=True):
+            assert text.startswith(sentence), text
 
 
 def test_autocast_takes_other_dtypes():

@@ -43,8 +43,8 @@ def test_dropout_counter():
         for b, h, row, column in itertools.product(range(2), range(3), range(5), range(40))
     ]
     assert torch.equal(whole, torch.tensor(by_hand).view(2, 3, 5, 40))
-    part = ops.dropout_keep_mask(torch.tensor([seed]), p, [1, 2, 2, 40], [2, 3, 5])
-    assert torch.equal(part, whole[1:, 1:, 2:4])
+    part = ops.dropout_keep_mask(torch.tensor([seed]), p, [1, 2, 2, 25], [2, 3, 5])
+    assert torch.equal(part, whole[1:, 1:, 2:4, :25])
     many = ops.dropout_keep_mask(torch.tensor([seed]), p, [4, 8, 64, 64])
     assert abs(many.float().mean().item() - 0.6) < 4 * (0.24 / many.numel()) ** 0.5
 
