@@ -44,10 +44,12 @@ def without_a_mask(kind: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("kind", ["BertModel", "ViTModel"])
 def test_without_a_mask(pool, kind):
+    """Localises: the path of a call without a mask, which transformers drops before attention."""
     check(pool.run(without_a_mask, 4, kind))
 
 
 def test_more_ranks_than_heads(pool):
+    """Localises: slices of heads inside a converted model: eight ranks for four heads."""
     check(pool.run(on_grids, 8, "BertModel", [(2, 4)], [{}], {}))
 
 
@@ -266,6 +268,7 @@ def test_weights_are_compared_once(pool):
 
 
 def test_random_state_is_left_alone():
+    """E. Localises: the trial before a replacement, which draws inputs and weights of its own."""
     torch.manual_seed(5)
     expected = torch.rand(3)
     model = make("BertModel")

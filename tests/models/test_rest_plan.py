@@ -176,6 +176,7 @@ def test_a_part_of_a_model():
 
 
 def test_without_a_plan():
+    """Localises: a transformers model that has no plan, left whole in place of going by its structure."""
     config = transformers.BertConfig(hidden_size=16, num_attention_heads=4, intermediate_size=24, num_hidden_layers=1)
     rest = find_rest(transformers.BertModel(config), 4, set())
     assert not rest.plans and list(rest.mlps) == ["encoder.layer.0"]

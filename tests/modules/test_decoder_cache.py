@@ -91,6 +91,7 @@ def cache(grid=None, **sizes):
     ],
 )
 def test_refused(make_cache, options, sentence):
+    """Localises: a cache whose sizes, window or scheme are not those of the module, used as if they were."""
     layer = tlm.TwoLevelAttention(12, 8, 4, 8, **options)
     with pytest.raises(tlm.GridError, match=sentence):
         layer(torch.zeros(2, 3, 12), cache=make_cache())
@@ -106,6 +107,7 @@ def other_grid() -> str:
 
 
 def test_cache_of_another_grid(pool):
+    """Localises: a cache of another mesh, whose exchanges the ranks would not all join."""
     for message in pool.run(other_grid, 4):
         assert "give both one mesh" in message
 

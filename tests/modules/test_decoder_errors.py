@@ -26,6 +26,7 @@ CONSTRUCTION = [
 
 @pytest.mark.parametrize("options, sentence", CONSTRUCTION, ids=lambda x: str(x)[:40])
 def test_construction(options, sentence):
+    """Localises: which argument is checked first, and the sentence of the constructor."""
     with pytest.raises(tlm.GridError, match=sentence):
         tlm.TwoLevelAttention(**{"embed_dim": 32, "num_heads": 8, **options})
 
@@ -66,6 +67,7 @@ def refusal(grid, arguments: dict, options: dict) -> str:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_calls(name):
+    """Localises: the checks of a call's arguments, in one process."""
     arguments, sentence = CALLS[name]
     assert sentence in refusal(None, arguments, {"window": 3})
 
@@ -140,6 +142,7 @@ def test_grids_that_do_not_fit(pool):
 
 
 def test_autocast_takes_other_dtypes():
+    """Localises: the check of dtypes, which autocast makes void."""
     layer = tlm.TwoLevelAttention(32, 8, 4, qk_norm=1e-6, rope=tlm.Rotary())
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(X.bfloat16()).dtype == torch.bfloat16
@@ -147,6 +150,7 @@ def test_autocast_takes_other_dtypes():
 
 @pytest.mark.parametrize("shape", [(0, 5, 32), (2, 0, 32)])
 def test_nothing_in_nothing_out(shape):
+    """Localises: sizes of 0 in projection, norm, rotary or attention."""
     layer = tlm.TwoLevelAttention(32, 8, 4, qk_norm=1e-6, rope=tlm.Rotary())
     assert layer(torch.zeros(shape)).shape == shape
 
@@ -165,5 +169,6 @@ def dropout_with_cache() -> list[str]:
 
 
 def test_dropout_with_a_cache_by_position(pool):
+    """Localises: dropout drawn by the keys that a rank has, in place of all keys."""
     for by_position, by_batch in pool.run(dropout_with_cache, 4):
         assert "dropout of attention weights (0.5) needs all keys" in by_position and by_batch == "accepted"

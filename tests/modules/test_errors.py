@@ -99,6 +99,7 @@ def test_alike_on_every_rank(pool, grid):
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested(layout):
+    """Localises: nested tensors of either layout, which have no length to split."""
     layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, batch_first=True)
     nested = torch.nested.nested_tensor([torch.zeros(n, EMBED) for n in (2, 3)], layout=layout)
     with pytest.raises(ValueError, match="query is a nested tensor.*to_padded_tensor"):
@@ -106,6 +107,7 @@ def test_nested(layout):
 
 
 def test_autocast_takes_other_dtypes():
+    """Localises: the check of dtypes, which autocast makes void."""
     layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS)
     with torch.autocast("cpu", torch.bfloat16):
         y, _ = layer(*[x(L, B, EMBED, dtype=torch.bfloat16)] * 3)
@@ -123,6 +125,7 @@ CONSTRUCTIONS = {
 
 @pytest.mark.parametrize("name", CONSTRUCTIONS)
 def test_construction_as_stock(name):
+    """Localises: the constructor's errors: of stock's type, beginning with stock's sentence."""
     embed, heads, options, sentence = CONSTRUCTIONS[name]
     with pytest.raises((ValueError, AssertionError), match=sentence) as theirs:
         nn.MultiheadAttention(embed, heads, **options)
@@ -141,16 +144,19 @@ def test_construction_as_stock(name):
     ],
 )
 def test_options(options, text):
+    """Localises: the checks of our own options of the constructor."""
     with pytest.raises(tlm.GridError, match=text):
         tlm.TwoLevelMultiheadAttention(EMBED, HEADS, **options)
 
 
 def test_from_torch_takes_only_stock():
+    """Localises: from_torch of another module, which would fail later at an attribute."""
     with pytest.raises(tlm.GridError, match="mha must be an nn.MultiheadAttention, got Linear"):
         tlm.TwoLevelMultiheadAttention.from_torch(nn.Linear(2, 2))
 
 
 def test_no_process_group():
+    """Localises: init_mesh without a process group: it must not start one by itself."""
     with pytest.raises(ValueError, match="needs an initialised process group.*init_process_group"):
         tlm.init_mesh("cpu", (2, 2))
     assert not torch.distributed.is_initialized()
@@ -255,6 +261,7 @@ def later_calls(grid, debug, variable) -> list[bool]:
     [(None, "0", False), (True, "0", True), (None, "1", True), (False, "1", False)],
 )
 def test_debug_compares_every_call(pool, debug, variable, compared):
+    """Localises: debug, TLM_DEBUG and which of them wins, after the first call."""
     assert pool.run(later_calls, 4, (2, 2), debug, variable) == [[compared, False]] * 4
 
 
@@ -364,4 +371,5 @@ def dtensor_text(grid) -> str:
 
 
 def test_dtensor(pool):
+    """Localises: an input that is split already, of which each rank would take its part for the whole."""
     assert all("query is a DTensor: give every rank the whole" in text for text in pool.run(dtensor_text, 2, (1, 2)))

@@ -115,12 +115,14 @@ def no_keys(grid) -> list[float]:
 
 @pytest.mark.parametrize("grid", [None, (2, 2)])
 def test_no_keys_gives_the_output_bias(pool, grid):
+    """E. Localises: S = 0: the shape of the weights, and gradients that would be NaN."""
     for found in on_ranks(pool, no_keys, grid):
         assert max(found) == 0.0
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_empty_row_without_weights_is_the_output_bias(training):
+    """E. Localises: rows that see nothing: the bias alone, and NaN with weights, as stock's math path."""
     call = Call(attn_mask="bool2", empty_row=True, need_weights=False)
     stock = stock_layer(call)
     ours = tlm.TwoLevelMultiheadAttention.from_torch(stock).train(training)
@@ -211,6 +213,7 @@ def recomputed(grid) -> list[float]:
 
 @pytest.mark.parametrize("grid", [None, (2, 2)])
 def test_activation_checkpointing_redraws_the_same_dropout(pool, grid):
+    """E. Localises: a dropout seed that is not drawn from torch's generator, which checkpointing restores."""
     for found in on_ranks(pool, recomputed, grid):
         assert max(found) == 0.0
 

@@ -102,6 +102,7 @@ def loaded(grid) -> None:
 
 @pytest.mark.parametrize("grid", [None, (2, 2), (4, 2)])
 def test_load_state_dict(pool, grid):
+    """T. Localises: the table of stock names, or the hook that reads them; `msg` says after which load."""
     on_ranks(pool, loaded, grid)
 
 
@@ -130,6 +131,7 @@ def copies(grid, directory) -> None:
 
 @pytest.mark.parametrize("grid", [None, (2, 2)])
 def test_copies(pool, grid, tmp_path):
+    """T. Localises: state of a layer that does not travel with its copy."""
     on_ranks(pool, copies, grid, str(tmp_path))
 
 
@@ -147,6 +149,7 @@ def on_meta(grid) -> None:
 
 @pytest.mark.parametrize("grid", [None, (2, 2)])
 def test_meta_construction(pool, grid):
+    """T. Localises: a constructor that touches numbers, which meta has not."""
     on_ranks(pool, on_meta, grid)
 
 

@@ -167,6 +167,8 @@ def test_a_stage_without_rank_0(pool):
 
 
 def test_extra_state():
+    """Localises: values of a state dict that are no tensors."""
+
     class Counts(nn.Module):
         def get_extra_state(self):
             return {"steps": 3}

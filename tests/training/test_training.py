@@ -82,6 +82,7 @@ def test_steps(pool, optimizer):
 
 
 def test_steps_on_slices_only(pool):
+    """Localises: an axis of one rank in the meshes that the steps go by."""
     check(pool.run(steps, 4, (1, 4), {}, 1.0))
 
 
