@@ -11,6 +11,7 @@ from two_level_mha.cache import KVCache
 from two_level_mha.layer import GridAttention
 
 from .calls import mesh
+from .layer import random
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,6 @@ def make(plan: Plan) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     weights = {name: random(shape, plan.dtype) / shape[-1] ** 0.5 for name, shape in plan.shapes().items()}
     x_BLD = random((plan.batch, plan.length, plan.embed_dim), plan.dtype)
     return weights, x_BLD, visible(plan)
-
-
-def random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
 def visible(plan: Plan) -> Tensor:

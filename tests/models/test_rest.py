@@ -194,6 +194,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("case", SPLIT)
 def test_is_split(case):
+    """Localises: an MLP of a known form that is no longer taken for one."""
     rest = find_rest(nn.ModuleDict({"one": SPLIT[case](), "two": SPLIT[case]()}), 4, set())
     assert list(rest.mlps) == ["one", "two"] and not rest.whole_mlps
 
@@ -215,11 +216,13 @@ def test_stays_whole(case):
 
 
 def test_width():
+    """Localises: a width that the ranks do not divide: dealt unevenly, where only plans can."""
     rest = find_rest(MLP(), 16, set())
     assert not rest.mlps and rest.whole_mlps == {"": "16 does not divide its width 24"}
 
 
 def test_meta():
+    """Localises: trials of MLPs whose weights are not there yet."""
     with torch.device("meta"):
         rest = find_rest(nn.ModuleList([layer(), layer(Other)]), 4, set())
     assert list(rest.mlps) == ["0"] and list(rest.whole_mlps) == ["1"]
