@@ -1,15 +1,21 @@
-// Rates of known hardware, for predictions only. Equal on all ranks, so that all ranks choose alike.
+// Rates of hardware, for predictions only. Equal on all ranks, so that all ranks choose alike. A profile is
+// data: the table has those that are known, and numbers measured elsewhere make another. No torch.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
 
 #include "traffic.h"
 
 namespace two_level_mha {
 
 struct Profile {
-  const char* name;
+  std::string name;
   int64_t flops;    // FLOP/s reached by attention and projections in the working precision
   int64_t memory;   // bytes/s read from memory
   int64_t link;     // bytes/s that one rank sends to ranks of its node
@@ -17,7 +23,15 @@ struct Profile {
   int64_t latency;  // nanoseconds of one collective
   int64_t node;     // ranks in a node
   int64_t equal;    // head_dim up to which half precision pads values to the width of keys; 0: it does not
-  const char* source;
+  std::string source;
+
+  // What predictions take of it, as plain integers, and back.
+  using Numbers = std::array<int64_t, 7>;
+  Numbers numbers() const { return {flops, memory, link, network, latency, node, equal}; }
+  static Profile from_numbers(const Numbers& numbers, std::string name = "", std::string source = "") {
+    const auto& [flops, memory, link, network, latency, node, equal] = numbers;
+    return {std::move(name), flops, memory, link, network, latency, node, equal, std::move(source)};
+  }
 
   // Bytes/s that a rank of an (n, m) grid sends along an axis. Ranks are numbered along the slice axis first.
   int64_t bandwidth(Axis axis, int64_t n, int64_t m) const {
@@ -30,16 +44,40 @@ struct Profile {
 };
 
 // flops: what good kernels reach, not the peak.
-inline constexpr Profile kProfiles[] = {
-    {"cpu", 90'000'000'000, 10'000'000'000, 1'000'000'000, 1'000'000'000, 250'000, 1 << 20, 0,
-     "Gloo over loopback, one AVX-512 core a rank, float32: measured by benchmarks/predictions.py"},
-    {"cuda", 400'000'000'000'000, 2'500'000'000'000, 350'000'000'000, 50'000'000'000, 20'000, 8, 256,
-     "H100 SXM data sheet: 8 GPUs a node, NVLink 450 GB/s a way, an adapter of 400 Gb/s a GPU; rates "
-     "assumed"},
+inline const std::array<Profile, 2>& profiles() {
+  static const std::array<Profile, 2> table{{
+      {"h100", 400'000'000'000'000, 2'500'000'000'000, 350'000'000'000, 50'000'000'000, 20'000, 8, 256,
+       "H100 SXM data sheet: 8 GPUs a node, NVLink 450 GB/s a way, an adapter of 400 Gb/s a GPU; rates "
+       "assumed"},
+      {"cpu", 90'000'000'000, 10'000'000'000, 1'000'000'000, 1'000'000'000, 250'000, 1 << 20, 0,
+       "Gloo over loopback, one AVX-512 core a rank, float32: measured by benchmarks/predictions.py"},
+  }};
+  return table;
+}
+
+// The profile that stands for a type of device where none is named.
+struct DeviceProfile {
+  const char* device;
+  const char* profile;
 };
+inline constexpr std::array<DeviceProfile, 2> kDeviceProfiles{{{"cuda", "h100"}, {"cpu", "cpu"}}};
+
+inline const Profile& named_profile(std::string_view name) {
+  for (const Profile& profile : profiles())
+    if (profile.name == name) return profile;
+  std::string names;
+  for (const Profile& profile : profiles()) names += (names.empty() ? "" : ", ") + profile.name;
+  throw std::invalid_argument("profile must be one of " + names + ", got '" + std::string(name) + "'");
+}
+
+inline const Profile& device_profile(std::string_view device) {
+  for (const auto& row : kDeviceProfiles)
+    if (row.device == device) return named_profile(row.profile);
+  throw std::invalid_argument("no profile stands for device type '" + std::string(device) + "': name one");
+}
 
 inline const Profile& profile_for(bool cuda) {
-  return kProfiles[cuda ? 1 : 0];
+  return device_profile(cuda ? "cuda" : "cpu");
 }
 
 }  // namespace two_level_mha

@@ -28,10 +28,10 @@ std::string grid_problem(int64_t n, int64_t m, int64_t heads, int64_t kv_heads, 
   return Grid{n, m}.problem({heads, kv_heads, head_dim});
 }
 
-std::vector<std::pair<int64_t, int64_t>> grid_candidates(int64_t ranks, int64_t heads, int64_t kv_heads,
-                                                         int64_t head_dim, bool cuda) {
+std::vector<std::pair<int64_t, int64_t>> ranked(int64_t ranks, int64_t heads, int64_t kv_heads,
+                                                int64_t head_dim, const Profile::Numbers& profile) {
   std::vector<std::pair<int64_t, int64_t>> found;
-  for (const Grid& grid : ranked_grids(ranks, {heads, kv_heads, head_dim}, profile_for(cuda)))
+  for (const Grid& grid : ranked_grids(ranks, {heads, kv_heads, head_dim}, Profile::from_numbers(profile)))
     found.emplace_back(grid.head_groups, grid.slices);
   return found;
 }
@@ -51,8 +51,8 @@ std::vector<std::tuple<std::string, bool, std::string>> schemes() {
   return rows;
 }
 
-std::string resolve(const std::string& scheme, const Call& call, bool cuda) {
-  return scheme_row(resolve_scheme(scheme_from_name(scheme), call, profile_for(cuda))).name;
+std::string resolve(const std::string& scheme, const Call& call, const Profile::Numbers& profile) {
+  return scheme_row(resolve_scheme(scheme_from_name(scheme), call, Profile::from_numbers(profile))).name;
 }
 
 py::list rows_of(const Traffic<int64_t>& traffic) {
@@ -70,11 +70,16 @@ py::dict traffic_of(const std::string& scheme, const Call& call) {
                   "backward"_a = rows_of(backward_traffic(found, call)));
 }
 
-py::dict profile_dict(bool cuda) {
-  const Profile& p = profile_for(cuda);
-  return py::dict("name"_a = p.name, "source"_a = p.source, "flops"_a = p.flops, "memory"_a = p.memory,
-                  "link"_a = p.link, "network"_a = p.network, "latency_ns"_a = p.latency,
-                  "node_ranks"_a = p.node);
+std::vector<std::tuple<std::string, Profile::Numbers, std::string>> profile_table() {
+  std::vector<std::tuple<std::string, Profile::Numbers, std::string>> rows;
+  for (const Profile& row : profiles()) rows.emplace_back(row.name, row.numbers(), row.source);
+  return rows;
+}
+
+std::vector<std::pair<std::string, std::string>> device_profiles() {
+  std::vector<std::pair<std::string, std::string>> rows;
+  for (const auto& [device, profile] : kDeviceProfiles) rows.emplace_back(device, profile);
+  return rows;
 }
 
 py::dict seconds_of(const Price<int64_t>& price, const Profile& profile) {
@@ -98,8 +103,9 @@ py::dict option_dict(const Option& option, const Profile& profile) {
 // (options, index of the pick)
 std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                   int64_t embed_dim, int64_t B, int64_t L, int64_t S, int64_t element_size,
-                                  bool cached, bool causal, bool concat, bool bias, bool cuda) {
-  const Profile& profile = profile_for(cuda);
+                                  bool cached, bool causal, bool concat, bool bias,
+                                  const Profile::Numbers& numbers) {
+  const Profile profile = Profile::from_numbers(numbers);
   const auto options = plan_options(
       {ranks, {heads, kv_heads, head_dim}, embed_dim, B, L, S, element_size, cached, causal, concat, bias},
       profile);
@@ -120,8 +126,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("grid_problem", &grid_problem,
         "Empty if the grid fits, else the rule that broke and the grids that would do.");
   m.def("has_grid", &has_grid, "Whether a number of ranks has a valid grid.");
-  m.def("grid_candidates", &grid_candidates,
-        "Valid (n, m) for a number of ranks, the fastest in a typical call first.");
+  m.def("ranked_grids", &ranked, "Valid (n, m) for a number of ranks, the fastest in a typical call first.");
   m.def("grid_choices", &grid_choices, "A sentence with the valid grids for a number of ranks, and near it.");
   m.def("schemes", &schemes, "(name, exact, storage) of every scheme.");
   m.def("whole_heads_fit", &whole_heads_fit,
@@ -130,10 +135,12 @@ PYBIND11_MODULE(_C, m) {
         "Whether scheme='auto' stores h query and k KV heads as whole heads on a grid (n, m).");
   m.def("resolve_scheme", &resolve, "The scheme that scheme='auto' takes for a call.");
   m.def("traffic", &traffic_of, "What one rank sends in a call, forward and backward, exchange by exchange.");
-  m.def("profile", &profile_dict, "The rates that predictions are made with.");
+  m.def("profiles", &profile_table,
+        "(name, numbers, source) of every known profile; numbers as in csrc/profiles.h.");
+  m.def("device_profiles", &device_profiles, "(type of device, name of the profile that stands for it).");
   m.def("plan", &plan, "Every valid grid with every scheme, and the index of the pick.", py::kw_only(),
         "ranks"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "embed_dim"_a, "B"_a, "L"_a, "S"_a,
-        "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "cuda"_a);
+        "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "profile"_a);
 
   // csrc/schemes.h says what the fields mean
   py::class_<Call>(m, "Call")

@@ -12,13 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha import _C
 from two_level_mha.agreement import check_call, compares
-from two_level_mha.blocks import LAYOUTS, block, local_blocks
+from two_level_mha.blocks import COMBINES, LAYOUTS, block, local_blocks
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import Grid, place_on
 
 CACHED = "position"  # the scheme of a KV cache dealt by position: not for a call without one
 SCHEMES = ("auto", *(name for name, _, _ in _C.schemes() if name != CACHED))
-COMBINES = ("reduce", "concat")
 REDUCE_DTYPES = (None, torch.float32)
 
 _ops = torch.ops.two_level_mha
