@@ -6,7 +6,8 @@
 #include <map>
 #include <string>
 
-#include "plan.h"
+#include "pass/context.h"
+#include "plan/options.h"
 
 namespace {
 
@@ -29,15 +30,15 @@ std::string grid_problem(int64_t n, int64_t m, int64_t heads, int64_t kv_heads, 
 }
 
 std::vector<std::pair<int64_t, int64_t>> ranked(int64_t ranks, int64_t heads, int64_t kv_heads,
-                                                int64_t head_dim, const Profile::Numbers& profile) {
+                                                int64_t head_dim, const Rates::Numbers& profile) {
   std::vector<std::pair<int64_t, int64_t>> found;
-  for (const Grid& grid : ranked_grids(ranks, {heads, kv_heads, head_dim}, Profile::from_numbers(profile)))
+  for (const Grid& grid : ranked_grids(ranks, {heads, kv_heads, head_dim}, Rates::from_numbers(profile)))
     found.emplace_back(grid.head_groups, grid.slices);
   return found;
 }
 
 bool has_grid(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim) {
-  return !Grid::candidates(ranks, {heads, kv_heads, head_dim}).empty();
+  return !Grid::valid_grids(ranks, {heads, kv_heads, head_dim}).empty();
 }
 
 std::string grid_choices(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim) {
@@ -51,15 +52,16 @@ std::vector<std::tuple<std::string, bool, std::string>> schemes() {
   return rows;
 }
 
-std::string resolve(const std::string& scheme, const Call& call, const Profile::Numbers& profile) {
-  return scheme_row(resolve_scheme(scheme_from_name(scheme), call, Profile::from_numbers(profile))).name;
+std::string resolve(const std::string& scheme, const Call& call, const Rates::Numbers& profile) {
+  return scheme_row(resolve_scheme(scheme_from_name(scheme), call, Rates::from_numbers(profile))).name;
 }
 
-py::list rows_of(const Traffic<int64_t>& traffic) {
+template <class I>
+py::list rows_of(const Traffic<I>& traffic) {
   constexpr const char* kAxes[] = {"slice", "head", "grid"};
   py::list rows;
   for (const auto& row : traffic)
-    rows.append(py::dict("what"_a = row.what, "axis"_a = kAxes[int(row.axis)], "bytes"_a = row.bytes,
+    rows.append(py::dict("what"_a = row.what, "axis"_a = kAxes[int(row.axis)], "bytes"_a = int64_t(row.bytes),
                          "bias_bytes"_a = row.biases, "collectives"_a = row.collectives));
   return rows;
 }
@@ -70,52 +72,66 @@ py::dict traffic_of(const std::string& scheme, const Call& call) {
                   "backward"_a = rows_of(backward_traffic(found, call)));
 }
 
-std::vector<std::tuple<std::string, Profile::Numbers, std::string>> profile_table() {
-  std::vector<std::tuple<std::string, Profile::Numbers, std::string>> rows;
-  for (const Profile& row : profiles()) rows.emplace_back(row.name, row.numbers(), row.source);
+std::vector<std::tuple<std::string, std::string, Rates::Numbers, std::string>> profile_table() {
+  std::vector<std::tuple<std::string, std::string, Rates::Numbers, std::string>> rows;
+  for (const auto& [name, device, rates, source] : kProfiles)
+    rows.emplace_back(name, device, rates.numbers(), source);
   return rows;
 }
 
-std::vector<std::pair<std::string, std::string>> device_profiles() {
-  std::vector<std::pair<std::string, std::string>> rows;
-  for (const auto& [device, profile] : kDeviceProfiles) rows.emplace_back(device, profile);
-  return rows;
-}
-
-py::dict seconds_of(const Price<int64_t>& price, const Profile& profile) {
-  auto seconds = [&](int64_t flops) { return double(flops) / double(profile.flops); };
+py::dict seconds_of(const Price<Checked>& price, const Rates& rates) {
+  auto seconds = [&](Checked flops) { return double(flops) / double(rates.flops); };
   return py::dict("compute"_a = seconds(price.compute), "memory"_a = seconds(price.memory),
                   "sending"_a = seconds(price.sending), "latency"_a = seconds(price.latency),
                   "total"_a = seconds(price.total()));
 }
 
-py::dict option_dict(const Option& option, const Profile& profile) {
+py::dict option_dict(const Option& option, const Rates& rates) {
   return py::dict("grid"_a = py::make_tuple(option.grid.head_groups, option.grid.slices),
                   "scheme"_a = scheme_row(option.scheme).name, "whole_heads"_a = option.sizes.whole_heads,
                   "exact"_a = option.exact, "auto"_a = option.automatic,
-                  "attention_flops"_a = option.work.attention, "projection_flops"_a = option.work.projections,
+                  "attention_flops"_a = int64_t(option.work.attention),
+                  "projection_flops"_a = int64_t(option.work.projections),
                   "forward"_a = rows_of(option.forward), "backward"_a = rows_of(option.backward),
-                  "weight_bytes"_a = option.memory.weights, "activation_bytes"_a = option.memory.activations,
-                  "cache_bytes"_a = option.memory.cache,
-                  "predicted_seconds"_a = seconds_of(option.price, profile));
+                  "weight_bytes"_a = int64_t(option.memory.weights),
+                  "activation_bytes"_a = int64_t(option.memory.activations),
+                  "cache_bytes"_a = int64_t(option.memory.cache),
+                  "predicted_seconds"_a = seconds_of(option.price, rates));
 }
 
 // (options, index of the pick)
 std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                   int64_t embed_dim, int64_t B, int64_t L, int64_t S, int64_t element_size,
                                   bool cached, bool causal, bool concat, bool bias,
-                                  const Profile::Numbers& numbers) {
-  const Profile profile = Profile::from_numbers(numbers);
-  const auto options = plan_options(
-      {ranks, {heads, kv_heads, head_dim}, embed_dim, B, L, S, element_size, cached, causal, concat, bias},
-      profile);
+                                  const Rates::Numbers& profile) {
+  const Rates rates = Rates::from_numbers(profile);
+  PlanRequest request{ranks, {{heads, kv_heads, head_dim}, embed_dim}, {B, L, S}, cached};
+  request.layer.bias = bias;
+  request.layer.concat = concat;
+  request.call.position = cached ? S - L : 0;
+  request.call.element_size = element_size;
+  request.call.causal = causal;
+  const auto options = plan_options(request, rates);
   py::list found;
-  for (const Option& option : options) found.append(option_dict(option, profile));
+  for (const Option& option : options) found.append(option_dict(option, rates));
   return {found, pick(options)};
 }
 
 bool stores_whole(int64_t heads, int64_t kv_heads, int64_t n, int64_t m) {
   return stores_whole_heads({heads, kv_heads, 1}, {n, m});
+}
+
+template <class Fields>
+std::vector<std::string> names_of(const Fields& fields) {
+  std::vector<std::string> names;
+  for (const auto& field : fields) names.emplace_back(field.name);
+  return names;
+}
+
+std::map<std::string, int64_t> scheme_numbers() {
+  std::map<std::string, int64_t> numbers{{"auto", int64_t(Scheme::automatic)}};
+  for (const SchemeRow& row : kSchemes) numbers[row.name] = int64_t(row.scheme);
+  return numbers;
 }
 
 }  // namespace
@@ -129,6 +145,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("ranked_grids", &ranked, "Valid (n, m) for a number of ranks, the fastest in a typical call first.");
   m.def("grid_choices", &grid_choices, "A sentence with the valid grids for a number of ranks, and near it.");
   m.def("schemes", &schemes, "(name, exact, storage) of every scheme.");
+  m.def(
+      "layer_fields", [] { return names_of(kLayerFields); }, "Names of the numbers that make a layer.");
+  m.def(
+      "call_fields", [] { return names_of(kCallFields); }, "Names of the numbers that make a call.");
+  m.def("scheme_numbers", &scheme_numbers, "The number of every scheme, and of \"auto\".");
+  m.def(
+      "scalar_type", [](at::ScalarType type) { return int64_t(type); }, "The number of a dtype.");
   m.def("whole_heads_fit", &whole_heads_fit,
         "Whether H query and K KV heads can be stored as whole heads on m.");
   m.def("stores_whole_heads", &stores_whole,
@@ -136,8 +159,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("resolve_scheme", &resolve, "The scheme that scheme='auto' takes for a call.");
   m.def("traffic", &traffic_of, "What one rank sends in a call, forward and backward, exchange by exchange.");
   m.def("profiles", &profile_table,
-        "(name, numbers, source) of every known profile; numbers as in csrc/profiles.h.");
-  m.def("device_profiles", &device_profiles, "(type of device, name of the profile that stands for it).");
+        "(name, device, numbers, source) of every known profile; numbers as in csrc/plan/profiles.h.");
   m.def("plan", &plan, "Every valid grid with every scheme, and the index of the pick.", py::kw_only(),
         "ranks"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "embed_dim"_a, "B"_a, "L"_a, "S"_a,
         "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "profile"_a);

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from two_level_mha.blocks import local_blocks
 from two_level_mha.cache import CacheLayer
 from two_level_mha.errors import GridError, wrong_device, wrong_dtype
-from two_level_mha.layer import Deal, Drops, GridAttention
+from two_level_mha.layer import Aside, Drops, GridAttention
 from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
 
 BIASES = (False, True, "qkv", "out")
@@ -156,14 +156,13 @@ class TwoLevelAttention(Drops, GridAttention):
         if position_embeddings is None and self.rope is not None:
             position_embeddings = self.rope.embeddings(past, length, self.head_dim, x_BLD.device)
 
-        def between(q: Tensor, k: Tensor, v: Tensor, deal: Deal) -> tuple[Tensor, Tensor, Tensor]:
+        def between(q: Tensor, k: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
             if norms:
-                q_weight, k_weight = self.replicated(local_blocks(norms))
+                q_weight, k_weight = aside.shared
                 q, k = _ops.head_norm(q, q_weight, self.qk_norm), _ops.head_norm(k, k_weight, self.qk_norm)
             if position_embeddings is not None:
                 interleaved = self.rope is not None and self.rope.interleaved
-                of_q, of_k = deal([x.unsqueeze(1) for x in position_embeddings])
-                q, k = _ops.rotary(q, *of_q, interleaved), _ops.rotary(k, *of_k, interleaved)
+                q, k = (_ops.rotary(x, *angles, interleaved) for x, angles in ((q, aside.q_rows), (k, aside.k_rows)))
             if cache is not None:
                 others = q.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
                 k, v = cache.append(k, v, length, for_gradients=others)
@@ -172,7 +171,8 @@ class TwoLevelAttention(Drops, GridAttention):
         return self.attend(
             x_BLD, x_BLD, x_BLD, attn_mask=attn_mask, scale=self.scale, causal=past if is_causal else None,
             window=self.window, softcap=self.softcap, dropout_p=dropout_p,
-            between=between, **call,
+            rows=[x.unsqueeze(1) for x in position_embeddings or ()], shared=local_blocks(norms), between=between,
+            **call,
         )[0]  # fmt: skip
 
     def _check(self, x, position_embeddings, attn_mask, is_causal: bool, cache, dropout_p: float) -> None:

@@ -4,7 +4,8 @@ Letters: B batch, L query length, S key length, D embed_dim, h and k heads of al
 E its slice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from two_level_mha import _C
 from two_level_mha.agreement import check_call, compares
 from two_level_mha.blocks import COMBINES, LAYOUTS, block, local_blocks
+from two_level_mha.context import SCHEME_NUMBERS, call_numbers, element_size, layer_numbers
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import Grid, place_on
+from two_level_mha.profile import Profile
 
 CACHED = "position"  # the scheme of a KV cache dealt by position: not for a call without one
 SCHEMES = ("auto", *(name for name, _, _ in _C.schemes() if name != CACHED))
@@ -22,8 +25,16 @@ REDUCE_DTYPES = (None, torch.float32)
 
 _ops = torch.ops.two_level_mha
 
-Deal = Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]]
-Between = Callable[[Tensor, Tensor, Tensor, Deal], tuple[Tensor, Tensor, Tensor]]
+
+class Aside(NamedTuple):
+    """What a call brings along for its queries and keys: the rows of this rank's, and parameters of every rank."""
+
+    q_rows: list[Tensor]
+    k_rows: list[Tensor]
+    shared: list[Tensor]
+
+
+Between = Callable[[Tensor, Tensor, Tensor, Aside], tuple[Tensor, Tensor, Tensor]]
 
 
 class Drops:
@@ -80,6 +91,25 @@ class GridAttention(nn.Module):
             else:
                 kept = self.block(tensor, name)
                 self.register_parameter(name, nn.Parameter(kept, (requires_grad or {}).get(name, True)))
+        self._numbers = self._layer_numbers(full)
+
+    def _layer_numbers(self, full: dict[str, Tensor | None]) -> list[int]:
+        held = {name for name, tensor in full.items() if tensor is not None}
+        return layer_numbers(
+            self.place,
+            Profile.for_device("cpu" if self.mesh is None else self.mesh.device_type).numbers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            embed_dim=full["q_weight"].shape[2],
+            key_dim=full["k_weight"].shape[2],
+            value_dim=full["v_weight"].shape[2],
+            bias=not held.isdisjoint(("q_bias", "k_bias", "v_bias")),
+            bias_kv="bias_k" in held,
+            whole_heads=self.whole_heads,
+            concat=self.combine == "concat",
+            reduce_dtype=self.reduce_dtype,
+        )
 
     def block(self, full: Tensor, name: str) -> Tensor:
         """`full`, the same on every rank, as this module stores parameter `name`."""
@@ -115,6 +145,8 @@ class GridAttention(nn.Module):
         add_zero_attn: bool = False,
         need_weights: bool = False,
         average_attn_weights: bool = True,
+        rows: Sequence[Tensor] = (),
+        shared: Sequence[Tensor] = (),
         between: Between | None = None,
         scheme: str | None = None,
         position: int = 0,
@@ -125,43 +157,45 @@ class GridAttention(nn.Module):
         attn_mask: bool (True = attend) or additive, broadcastable to (B, h, L, S). causal: row l sees keys up to
         position l + causal, and with window only those after l + causal - window. Returns y in the layout of query,
         and the weights (B, h, L, S), or (B, L, S) averaged, or None.
-        between: what acts where d is whole; given q, k, v of this rank and `deal`, it returns them changed, k and v
-        perhaps as those of a cache. deal(xs) gives the rows of tensors (B or 1, 1, L, ..) that go with q, and with k.
+        between: what acts where d is whole; given q, k, v of this rank and an Aside, it returns them changed, k and v
+        perhaps as those of a cache. rows: tensors (B or 1, 1, L, ..) that go with the tokens, of which the Aside has
+        those of q and those of k. shared: parameters that every rank holds and `between` uses for its own rows and
+        heads: in the Aside their gradients become the sum over the grid.
         scheme overrides the module's, for a cache; position: of the first token; first_key: of the first cached key.
         """
         # nn.Module finds parameters by a slow path; pruned and parametrized ones are attributes
         p = self._parameters
-        q_w, k_w, v_w, q_b, k_b, v_b, bias_k, bias_v, out_w, out_b = local_blocks(
+        *weights, out_weight, out_bias = local_blocks(
             [p[name] if name in p else getattr(self, name) for name in LAYOUTS]
         )
-        place = (*self.place.args, scheme or self.scheme, self.whole_heads, self.combine)
-        q, k, v = _ops.enter(
-            query, key, value, q_w, k_w, v_w, q_b, k_b, v_b, bias_k, bias_v, add_zero_attn, batch_first,
-            causal is not None, *place, self.reduce_dtype, position,
-        )  # fmt: skip
-        batch, length = (query.shape[0], query.shape[1]) if batch_first else (query.shape[1], query.shape[0])
+        batch_dim, length_dim = (0, 1) if batch_first else (1, 0)
+        call = call_numbers(
+            scheme=SCHEME_NUMBERS[scheme or self.scheme],
+            batch=query.shape[batch_dim],
+            length=query.shape[length_dim],
+            keys=key.shape[length_dim],
+            zero_key=add_zero_attn,
+            position=position,
+            first_key=first_key,
+            causal=causal is not None,
+            batch_first=batch_first,
+            element_size=element_size(query),
+        )
+        decided = (self._numbers, self.place.groups, call)
+        q, k, v, *aside = _ops.enter(query, key, value, *weights, rows, shared, *decided)
         if between is not None:
-
-            def deal(xs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-                return _ops.deal_rows(xs, q, k, out_w, batch, length, causal is not None, *place, position)
-
-            q, k, v = between(q, k, v, deal)
+            q, k, v = between(q, k, v, Aside(*aside))
         # not a default of 0.0: torch.compile(dynamic=True) makes a float argument symbolic, and compiles twice
         softcap = 0.0 if softcap is None else softcap
         seed = None
         if dropout_p > 0.0:
             seed = torch.randint(2**62, (1,), device=query.device)
         arguments = (
-            q, k, v, out_w, out_b, attn_mask, batch, length, scale, causal, window, softcap, dropout_p, seed,
-            batch_first, *place, self.reduce_dtype, position, first_key,
+            q, k, v, out_weight, out_bias, attn_mask, scale, causal, window, softcap, dropout_p, seed, *decided
         )  # fmt: skip
         if need_weights:
             return _ops.leave_with_weights(*arguments, average_attn_weights)
         return _ops.leave(*arguments), None
-
-    def replicated(self, xs: list[Tensor]) -> list[Tensor]:
-        """Parameters that every rank holds and uses for its own rows and heads: their gradients become the sum."""
-        return _ops.replicated(xs, self.place.grid.size, self.place.groups[2], self.reduce_dtype)
 
     def extra_repr(self) -> str:
         return (

@@ -62,7 +62,14 @@ class Grid:
         Raises GridError for a profile that is none, or a device_type without one.
         """
         rates = resolve_profile(profile, device_type).numbers
-        return [Grid(n, m) for n, m in _C.ranked_grids(ranks, num_heads, num_kv_heads or num_heads, head_dim, rates)]
+        try:
+            found = _C.ranked_grids(ranks, num_heads, num_kv_heads or num_heads, head_dim, rates)
+        except OverflowError:
+            raise GridError(
+                f"ranks={ranks} with num_heads={num_heads} and head_dim={head_dim} are too large to price: the numbers "
+                "reach 2**63, below which they must stay"
+            ) from None
+        return [Grid(n, m) for n, m in found]
 
 
 def init_mesh(

@@ -14,7 +14,7 @@ from pathlib import Path
 from two_level_mha import _C
 from two_level_mha.errors import GridError
 
-DEVICE_TYPES = tuple(device for device, _ in _C.device_profiles())
+DEVICE_TYPES = tuple(device for _, device, _, _ in _C.profiles())
 
 # Field -> the least and the most that it can be: prices are integers below 2**63, of whole FLOPs for each byte.
 RANGES = {
@@ -68,7 +68,7 @@ class Profile:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The seven integers that csrc/profiles.h predicts with."""
+        """The seven integers that csrc/plan/profiles.h predicts with."""
         return tuple(getattr(self, field) for field in RANGES)
 
     @staticmethod
@@ -82,7 +82,7 @@ class Profile:
     @staticmethod
     def for_device(device_type: str) -> "Profile":
         """The profile that stands for a type of device where none is named."""
-        names = dict(_C.device_profiles())
+        names = {device: name for name, device, _, _ in _C.profiles()}
         if device_type not in names:
             raise GridError(
                 f"device_type must be one of {', '.join(DEVICE_TYPES)}, got {device_type!r}; or give a profile"
@@ -126,4 +126,4 @@ def resolve_profile(profile: "Profile | str | os.PathLike | None", device_type: 
 
 
 def _known() -> dict[str, Profile]:
-    return {name: Profile(name, *numbers, source) for name, numbers, source in _C.profiles()}
+    return {name: Profile(name, *numbers, source) for name, _, numbers, source in _C.profiles()}

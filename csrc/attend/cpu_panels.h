@@ -15,7 +15,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../arithmetic.h"
+#include "../base/arithmetic.h"
 
 // One body compiled for each instruction set; the loader picks.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../host_device.h"
+#include "../base/host_device.h"
 
 namespace two_level_mha {
 

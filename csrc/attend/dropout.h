@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../host_device.h"
+#include "../base/host_device.h"
 
 namespace two_level_mha {
 

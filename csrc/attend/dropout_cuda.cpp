@@ -1,6 +1,6 @@
 #include <ATen/ops/empty.h>
 
-#include "../cuda/launch.h"
+#include "../base/launch.h"
 #include "dropout.h"
 #include "dropout_kernel.cuh"
 #include "dropout_mask.h"

@@ -1,4 +1,4 @@
-#include "../cuda/grid_stride.cuh"
+#include "../base/grid_stride.cuh"
 #include "dropout.h"
 #include "dropout_kernel.cuh"
 

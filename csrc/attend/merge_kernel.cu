@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "../cuda/grid_stride.cuh"
+#include "../base/grid_stride.cuh"
 #include "merge_kernel.cuh"
 #include "merge_row.h"
 

@@ -2,7 +2,7 @@
 
 #include <ATen/ATen.h>
 
-#include "../sizes.h"
+#include "../base/sizes.h"
 
 namespace two_level_mha {
 

@@ -1,7 +1,7 @@
-// Runs the units of csrc/move/pack_units.h, which are what the CUDA kernels run, on the host, against
+// Runs the units of csrc/comm/pack_units.h, which are what the CUDA kernels run, on the host, against
 // pack.h's contract written down plainly. A failure localises index arithmetic, strides or the choice of the
 // unit's width.
-#include "../../csrc/move/pack_units.h"
+#include "../../csrc/comm/pack_units.h"
 
 #include <cstdio>
 #include <cstdlib>

@@ -32,12 +32,12 @@ def changed(field: str, factor: float) -> tlm.Profile:
 
 
 def test_names_and_device_types():
-    """Localises: the table of csrc/profiles.h as Python has it; a type of device that stands for the wrong row."""
+    """Localises: the table of csrc/plan/profiles.h as Python has it; a type of device that stands for the wrong row."""
     assert DEVICE_TYPES == ("cuda", "cpu")
     assert [tlm.Profile.for_device(kind).name for kind in DEVICE_TYPES] == ["h100", "cpu"]
     h100 = tlm.Profile.named("h100")
     assert (h100.flops, h100.latency_ns, h100.node_ranks, h100.padded_head_dim) == (400 * 10**12, 20_000, 8, 256)
-    assert {name for name, _, _ in _C.profiles()} == {"h100", "cpu"}
+    assert {name for name, _, _, _ in _C.profiles()} == {"h100", "cpu"}
     with pytest.raises(tlm.GridError, match="profile must be one of h100, cpu, or a JSON file, got 'tpu'"):
         tlm.Profile.named("tpu")
     with pytest.raises(tlm.GridError, match="device_type must be one of cuda, cpu, got 'tpu'; or give a profile"):
@@ -119,11 +119,11 @@ def test_what_is_no_profile(tmp_path):
 
 
 def test_ranges_hold_what_is_known_and_what_cpp_multiplies():
-    """Localises: a range so wide that numbers of a profile alone overflow in csrc/profiles.h and csrc/plan.h."""
+    """Localises: a range so wide that numbers of a profile alone overflow in csrc/plan/."""
     most = {field: most for field, (_, most) in RANGES.items()}
     assert most["network"] * most["node_ranks"] < 2**63
     assert most["flops"] // 10**9 * most["latency_ns"] * 64 < 2**63  # of more collectives than a call has
-    for name, _, _ in _C.profiles():
+    for name, _, _, _ in _C.profiles():
         assert tlm.Profile.named(name).numbers
 
 

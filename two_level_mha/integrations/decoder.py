@@ -12,6 +12,7 @@ from two_level_mha.decoder import check_dropout
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations.cache import WINDOWED, split_layer
 from two_level_mha.integrations.projected import ProjectedAttention, additive, class_like
+from two_level_mha.layer import Aside
 
 NORMS = ("q_norm", "k_norm")
 
@@ -90,8 +91,8 @@ class DecoderAttention(ProjectedAttention):
 
         self.check_call(check, {"hidden_states": hidden_states, "attention_mask": attention_mask})
 
-        def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, deal) -> tuple[Tensor, Tensor, Tensor]:
-            q_BHLd, k_BKSd = self.positioned(q_BHLd, k_BKSd, deal, position_embeddings)
+        def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
+            q_BHLd, k_BKSd = self.positioned(q_BHLd, k_BKSd, aside)
             if layer is None:
                 return q_BHLd, k_BKSd, v
             return q_BHLd, *layer.append(k_BKSd, v, L, for_gradients=q_BHLd.requires_grad)
@@ -110,32 +111,29 @@ class DecoderAttention(ProjectedAttention):
             dropout_p=dropout_p,
             need_weights=need_weights,
             average_attn_weights=False,
+            rows=[] if self.rotary is None else [x.unsqueeze(1) for x in position_embeddings],
+            shared=[p for norm in self.norms() for p in norm.parameters()],
             between=between,
             **call,
         )
 
-    def positioned(self, q_BHLd: Tensor, k_BKSd: Tensor, deal, position_embeddings) -> tuple[Tensor, Tensor]:
+    def norms(self) -> list[nn.Module]:
+        """Those of queries and of keys that the model has."""
+        return [getattr(self, name) for name in NORMS if hasattr(self, name)]
+
+    def positioned(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
         """Queries and keys as attention takes them: normed and rotated."""
-        q_BHLd, k_BKSd = self._normed(q_BHLd, k_BKSd)
+        shared, xs = iter(aside.shared), {"q_norm": q_BHLd, "k_norm": k_BKSd}
+        for name in NORMS:
+            if (norm := getattr(self, name, None)) is not None:
+                parameters = {own: next(shared) for own, _ in norm.named_parameters()}
+                xs[name] = torch.func.functional_call(norm, parameters, (xs[name],))
+        q_BHLd, k_BKSd = xs.values()
         if self.rotary is None:
             return q_BHLd, k_BKSd
-        for_q, for_k = deal([x.unsqueeze(1) for x in position_embeddings])
-        q_BHLd = self.rotary(q_BHLd, q_BHLd[:, :0], *(x.squeeze(1) for x in for_q))[0]
-        k_BKSd = self.rotary(k_BKSd[:, :0], k_BKSd, *(x.squeeze(1) for x in for_k))[1]
+        q_BHLd = self.rotary(q_BHLd, q_BHLd[:, :0], *(x.squeeze(1) for x in aside.q_rows))[0]
+        k_BKSd = self.rotary(k_BKSd[:, :0], k_BKSd, *(x.squeeze(1) for x in aside.k_rows))[1]
         return q_BHLd, k_BKSd
-
-    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Norms over head_dim; each rank uses the whole weights for its own rows and heads."""
-        norms = [getattr(self, name, None) for name in NORMS]
-        if norms == [None, None]:
-            return q, k
-        owned = [dict(norm.named_parameters()) if norm is not None else {} for norm in norms]
-        shared = iter(self.replicated([p for parameters in owned for p in parameters.values()]))
-        out = []
-        for x, norm, parameters in zip((q, k), norms, owned, strict=True):
-            parameters = {name: next(shared) for name in parameters}
-            out.append(x if norm is None else torch.func.functional_call(norm, parameters, (x,)))
-        return tuple(out)
 
 
 def _rotary(original: nn.Module):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.decoder import DecoderAttention, calls_with_cache
 from two_level_mha.integrations.projected import class_like
+from two_level_mha.layer import Aside
 from two_level_mha.stock import StockTensor
 
 
@@ -56,8 +57,9 @@ class GPT2Attention(DecoderAttention):
 
     def use_positions(self, original: nn.Module, rotates: bool) -> None:
         """Positions are in hidden_states."""
+        self.rotary = None
 
-    def positioned(self, q_BHLd: Tensor, k_BKSd: Tensor, deal, position_embeddings) -> tuple[Tensor, Tensor]:
+    def positioned(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
         return q_BHLd, k_BKSd
 
     def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,54 @@
+#include "with_weights.h"
+
+#include <ATen/ATen.h>
+
+#include "../base/sizes.h"
+
+#include <cmath>
+#include <limits>
+
+namespace two_level_mha {
+
+namespace {
+
+Tensor hide(Tensor scores, const Attend& attend) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  if (attend.mask) {
+    const Tensor& mask = *attend.mask;
+    // Added, not filled in, so that the NaN of a row without keys reaches the gradients, as in stock.
+    scores = scores + (mask.scalar_type() == at::kBool
+                           ? at::zeros({1}, scores.options()).masked_fill(mask.logical_not(), -kInfinity)
+                           : mask);
+  }
+  if (attend.causal) {
+    auto options = scores.options().dtype(at::kLong);
+    Tensor last = at::arange(scores.sym_size(2), options).unsqueeze(1) + *attend.causal;
+    Tensor position = at::arange(scores.sym_size(3), options) * attend.key_stride;
+    Tensor hidden = position > last;
+    if (attend.window) hidden = hidden.logical_or(position <= last - *attend.window);
+    scores = scores.masked_fill(hidden, -kInfinity);
+  }
+  return scores;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                  const Attend& attend) {
+  const int64_t groups = fixed_size(q, 1) / fixed_size(k, 1);
+  auto every_head = [&](const Tensor& x) { return groups == 1 ? x : x.repeat_interleave(groups, 1); };
+  Tensor scores = at::matmul(q, every_head(k).transpose(-1, -2)) *
+                  attend.scale.value_or(1.0 / std::sqrt(double(fixed_size(q, 3))));
+  if (attend.softcap > 0.0) scores = at::tanh(scores / attend.softcap) * attend.softcap;
+  Tensor weights = at::softmax(hide(scores, attend), -1);
+  if (attend.dropout_p > 0.0) {
+    std::vector<c10::SymInt> sizes = weights.sym_sizes().vec();
+    Tensor keep = dropout_keep_mask(*attend.seed, attend.dropout_p, sizes, attend.origin);
+    weights = attend.dropout_p < 1.0 ? weights * keep.to(weights.scalar_type()) / (1.0 - attend.dropout_p)
+                                     : weights * 0.0;
+  }
+  weights = weights.to(v.scalar_type());
+  return {at::matmul(weights, every_head(v)), weights};
+}
+
+}  // namespace two_level_mha

@@ -1,0 +1,103 @@
+#include "replicated.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "../base/arithmetic.h"
+#include "../base/sizes.h"
+#include "../plan/traffic.h"
+#include "exchange.h"
+#include "requires_grad.h"
+
+namespace two_level_mha {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+namespace {
+
+struct SavedGroups : torch::CustomClassHolder {
+  SumGroups groups;
+  std::optional<at::ScalarType> reduce_dtype;
+
+  SavedGroups(const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype)
+      : groups(groups), reduce_dtype(reduce_dtype) {}
+};
+
+struct ReduceReplicated : torch::autograd::Function<ReduceReplicated> {
+  static Tensor forward(AutogradContext*, const Tensor& x, const SumGroups& groups,
+                        std::optional<at::ScalarType> reduce_dtype) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return sum_over(x, groups, reduce_dtype);
+  }
+  static variable_list backward(AutogradContext*, variable_list grads) {
+    once_differentiable(grads[0]);
+    return {grads[0], Tensor(), Tensor()};
+  }
+};
+
+struct EnterReplicated : torch::autograd::Function<EnterReplicated> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList xs,
+                               const c10::intrusive_ptr<SavedGroups>& saved) {
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["groups"] = c10::IValue::make_capsule(saved);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    variable_list out;
+    for (const Tensor& x : xs) out.push_back(x.view_as(x));
+    return out;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto saved = c10::static_intrusive_pointer_cast<SavedGroups>(ctx->saved_data["groups"].toCapsule());
+    std::vector<Tensor> flat;
+    std::vector<c10::SymInt> lengths;
+    for (const Tensor& grad : grads)
+      if (grad.defined()) {
+        flat.push_back(grad.reshape(-1));
+        lengths.push_back(grad.sym_numel());
+      }
+    variable_list out(grads.size() + 1);
+    if (flat.empty()) return out;
+    Tensor sum = sum_over(flat.size() == 1 ? flat[0] : at::cat(flat), saved->groups, saved->reduce_dtype);
+    std::vector<Tensor> parts = at::split_with_sizes_symint(sum, lengths);
+    size_t next = 0;
+    for (size_t i = 0; i < grads.size(); ++i)
+      if (grads[i].defined()) out[i] = parts[next++].view_symint(grads[i].sym_sizes());
+    return out;
+  }
+};
+
+}  // namespace
+
+Tensor sum_over(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype) {
+  if (groups.all.size == 1) return x;
+  Tensor y = reduce_dtype ? x.to(*reduce_dtype) : x;
+  if (groups.axes.empty() || sums_flat(y.sym_numel(), groups.axes[1].size, groups.axes[0].size)) {
+    y = sum_in_group(y, groups.all);
+  } else {
+    const Group &near = groups.axes[0], &far = groups.axes[1];
+    auto elements = y.sym_numel();
+    auto padded = ceil_div(elements, near.size) * near.size;
+    Tensor flat =
+        pad_dim(y.reshape(-1), 0, 0, padded - elements).view_symint({near.size, padded / near.size});
+    Tensor mine = run(Collective::reduce_scatter, flat, near);
+    Tensor all = run(Collective::all_gather, sum_in_group(mine, far), near);
+    y = all.view(-1).narrow_symint(0, 0, elements).view_symint(x.sym_sizes());
+  }
+  return y.to(x.scalar_type());
+}
+
+Tensor reduce_replicated(const Tensor& x, const SumGroups& groups,
+                         std::optional<at::ScalarType> reduce_dtype) {
+  return groups.all.size == 1 ? x : ReduceReplicated::apply(x, groups, reduce_dtype);
+}
+
+std::vector<Tensor> enter_replicated(const std::vector<Tensor>& xs, const SumGroups& groups,
+                                     std::optional<at::ScalarType> reduce_dtype) {
+  if (groups.all.size == 1) return xs;
+  return where_requires_grad(xs, [&](at::TensorList trained) {
+    return EnterReplicated::apply(trained, c10::make_intrusive<SavedGroups>(groups, reduce_dtype));
+  });
+}
+
+}  // namespace two_level_mha

@@ -1,0 +1,29 @@
+// Tensors that are the same on every rank: sums that give them, and their way into what differs between
+// ranks.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "group.h"
+
+namespace two_level_mha {
+
+using at::Tensor;
+
+// y = sum of x over the ranks, in reduce_dtype if given, the same bits on every rank. Over two axes: a
+// reduce-scatter along the first, an all-reduce along the second, an all-gather along the first, or one flat
+// all-reduce: plan/traffic.h says which.
+Tensor sum_over(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype);
+
+// Forward: the sum. Backward: identity, since y and so its gradient are the same on every rank.
+Tensor reduce_replicated(const Tensor& x, const SumGroups& groups,
+                         std::optional<at::ScalarType> reduce_dtype);
+
+// Forward: identity, the tensors are the same on every rank. Backward: the sum, in one exchange for all.
+std::vector<Tensor> enter_replicated(const std::vector<Tensor>& xs, const SumGroups& groups,
+                                     std::optional<at::ScalarType> reduce_dtype);
+
+}  // namespace two_level_mha

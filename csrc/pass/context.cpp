@@ -1,0 +1,139 @@
+#include "context.h"
+
+#include <c10/core/ScalarType.h>
+
+#include <array>
+#include <iterator>
+
+#include "../base/sizes.h"
+
+namespace two_level_mha {
+
+namespace {
+
+template <class Numbers, class I, size_t kCount, class List>
+Numbers parse(const char* name, const Field<Numbers, I> (&fields)[kCount], const List& list) {
+  TORCH_CHECK_VALUE(list.size() == kCount, name, " must be the ", kCount,
+                    " numbers of csrc/pass/context.h, got ", list.size());
+  Numbers numbers;
+  for (size_t i = 0; i < kCount; ++i) numbers.*fields[i].member = list[i];
+  return numbers;
+}
+
+void check_grid(const LayerNumbers& layer) {
+  const bool inside = layer.head_groups >= 1 && layer.slices >= 1 && 0 <= layer.head_group &&
+                      layer.head_group < layer.head_groups && 0 <= layer.slice && layer.slice < layer.slices;
+  TORCH_CHECK_VALUE(inside, "grid must be (n, m, i, j) with 0 <= i < n and 0 <= j < m, got (",
+                    layer.head_groups, ", ", layer.slices, ", ", layer.head_group, ", ", layer.slice, ")");
+  const Grid grid{layer.head_groups, layer.slices};
+  const Heads heads{layer.num_heads, layer.num_kv_heads, layer.head_dim};
+  TORCH_CHECK_VALUE(grid.valid(heads), grid.problem(heads));
+}
+
+LayerSizes layer_sizes(const LayerNumbers& layer, std::optional<at::ScalarType> reduce_dtype) {
+  LayerSizes sizes{{layer.num_heads, layer.num_kv_heads, layer.head_dim}, layer.embed_dim};
+  sizes.key_dim = layer.key_dim;
+  sizes.value_dim = layer.value_dim;
+  sizes.bias = layer.bias != 0;
+  sizes.bias_kv = layer.bias_kv != 0;
+  sizes.concat = layer.concat != 0;
+  sizes.whole_heads = layer.whole_heads != 0;
+  sizes.reduce_size = reduce_dtype ? int64_t(c10::elementSize(*reduce_dtype)) : 0;
+  return sizes;
+}
+
+int64_t constant(const c10::SymInt& x) {
+  return x.guard_int(__FILE__, __LINE__);
+}
+
+Scheme checked_scheme(int64_t number, bool whole_heads) {
+  const Scheme scheme = Scheme(number);
+  if (scheme == Scheme::automatic) return scheme;
+  for (const SchemeRow& row : kSchemes) {
+    if (row.scheme != scheme) continue;
+    TORCH_CHECK_VALUE(row.storage == Storage::either || (row.storage == Storage::whole_heads) == whole_heads,
+                      "scheme '", row.name, "' needs the query side stored by ",
+                      row.storage == Storage::whole_heads ? "whole heads" : "slices of every head");
+    return scheme;
+  }
+  TORCH_CHECK_VALUE(false, "scheme must be the number of one of ", scheme_names(), ", got ", number);
+}
+
+}  // namespace
+
+Context context_of(at::IntArrayRef layer_list, const std::vector<std::string>& groups,
+                   c10::SymIntArrayRef call_list) {
+  const LayerNumbers layer = parse("layer", kLayerFields, layer_list);
+  const CallNumbers call = parse("call", kCallFields, call_list);
+  check_grid(layer);
+  TORCH_CHECK_VALUE(groups.size() == 3,
+                    "groups must name those of the slice axis, the head axis and the grid, got ",
+                    groups.size(), " names");
+  Context context;
+  context.grid = {layer.head_groups, layer.slices};
+  context.head_group = layer.head_group;
+  context.slice = layer.slice;
+  context.groups = {{groups[0], layer.slices, layer.slice},
+                    {groups[1], layer.head_groups, layer.head_group},
+                    {groups[2], context.grid.size(), context.grid.rank(layer.head_group, layer.slice)}};
+  if (layer.reduce_dtype >= 0) context.reduce_dtype = at::ScalarType(layer.reduce_dtype);
+  context.first_key = call.first_key;
+  context.zero_key = constant(call.zero_key) != 0;
+  context.batch_first = constant(call.batch_first) != 0;
+
+  CallShape<c10::SymInt> shape{call.batch, call.length, call.position + call.keys};
+  shape.position = call.position;
+  shape.extra_keys = int64_t(layer.bias_kv != 0) + int64_t(context.zero_key);
+  shape.S = shape.S + shape.extra_keys;
+  shape.element_size = constant(call.element_size);
+  shape.causal = constant(call.causal) != 0;
+  context.sizes = call_sizes(layer_sizes(layer, context.reduce_dtype), context.grid, shape);
+
+  const Rates rates{layer.flops,   layer.memory, layer.link, layer.network,
+                    layer.latency, layer.node,   layer.equal};
+  const Scheme wanted = checked_scheme(constant(call.scheme), context.sizes.whole_heads);
+  const Scheme scheme = resolve_scheme(wanted, context.sizes, rates);
+  context.row = concrete_row(scheme, context.sizes);
+  return context;
+}
+
+int64_t Context::dealt_dim() const {
+  if (sizes.m == 1) return -1;
+  return row.q == Move::batch ? 0 : row.q == Move::rows ? 2 : -1;
+}
+
+std::vector<std::pair<c10::SymInt, c10::SymInt>> Context::runs(const c10::SymInt& size) const {
+  const int64_t m = sizes.m;
+  if (dealt_dim() < 0) return {{c10::SymInt(0), size}};
+  auto chunk = ceil_div(size, zigzag() ? 2 * m : m);
+  if (!zigzag()) return {{chunk * slice, chunk}};
+  return {{chunk * slice, chunk}, {chunk * (2 * m - 1 - slice), chunk}};
+}
+
+c10::SymInt Context::first_cyclic(const c10::SymInt& first) const {
+  return (slice + sizes.m - first % sizes.m) % sizes.m;
+}
+
+void check_layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Context& context) {
+  const CallSizes<c10::SymInt>& s = context.sizes;
+  const Local<c10::SymInt> local = local_sizes(context.row, s);
+  auto keys = s.S - context.first_key;
+  if (context.row.k == Move::cyclic)
+    keys = (keys - context.first_cyclic(context.first_key) + (s.m - 1)) / s.m;
+  auto batch = local.batch, rows = local.rows;
+  auto check = [&](const char* name, const at::Tensor& x, const std::array<c10::SymInt, 4>& sizes) {
+    bool fits = x.dim() == 4 && fixed_size(x, 1) == sizes[1] && fixed_size(x, 3) == sizes[3];
+    for (int64_t dim : {0, 2}) {
+      // no guard on what is symbolic: it came from the same sizes
+      const auto got = fits ? x.sym_size(dim).maybe_as_int() : std::nullopt, want = sizes[dim].maybe_as_int();
+      fits = fits && (!got || !want || *got == *want);
+    }
+    TORCH_CHECK_VALUE(fits, name, " must have shape (", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ",
+                      sizes[3], ") in this call, got ", x.sym_sizes());
+  };
+  check("q", q, {batch, local.heads, rows, local.qk_width});
+  check("k", k, {batch, local.kv_heads, keys, local.qk_width});
+  check("v", v, {batch, local.kv_heads, keys, local.v_width});
+}
+
+}  // namespace two_level_mha

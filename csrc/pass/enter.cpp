@@ -1,0 +1,88 @@
+#include <ATen/ATen.h>
+
+#include "../comm/gather.h"
+#include "../comm/replicated.h"
+#include "gathered_weights.h"
+#include "move.h"
+#include "pass.h"
+#include "tokens.h"
+
+namespace two_level_mha {
+
+namespace {
+
+// The distinct tensors among query, key and value, and which of them is which.
+struct Inputs {
+  std::vector<Tensor> distinct;
+  std::array<size_t, 3> at;
+
+  Inputs(const Tensor& query, const Tensor& key, const Tensor& value)
+      : at{index(query), index(key), index(value)} {}
+
+  const Tensor& query() const { return distinct[at[0]]; }
+  const Tensor& key() const { return distinct[at[1]]; }
+  const Tensor& value() const { return distinct[at[2]]; }
+
+ private:
+  size_t index(const Tensor& x) {
+    size_t i = 0;
+    while (i < distinct.size() && !distinct[i].is_same(x)) ++i;
+    if (i == distinct.size()) distinct.push_back(x);
+    return i;
+  }
+};
+
+// The tokens of this rank through whole weights: nothing moves but the weights, and the keys and values where
+// the rows are dealt out.
+std::tuple<Tensor, Tensor, Tensor> project_tokens(Inputs inputs, const QkvWeights& weights,
+                                                  const ExtraKeys& extra, const Context& context) {
+  const auto [whole, whole_extra] = whole_weights(weights, extra, context);
+  if (!context.batch_first)
+    for (Tensor& x : inputs.distinct) x = x.transpose(0, 1);
+  const auto keys = inputs.key().sym_size(1);
+  inputs.distinct = enter_dealt(inputs.distinct, context);
+  auto [q, k, v] = qkv_projection(inputs.query(), inputs.key(), inputs.value(), whole, true);
+  if (context.row.k == Move::replicate) {
+    auto rows = gather_along({k, v}, 2, keys, context.zigzag(), context.groups.slice);
+    k = rows[0], v = rows[1];
+  }
+  return {q, with_extra_keys(k, whole_extra.bias_k, extra.zero),
+          with_extra_keys(v, whole_extra.bias_v, extra.zero)};
+}
+
+// All tokens through this rank's blocks, then into the layout of attention.
+std::tuple<Tensor, Tensor, Tensor> project_and_move(Inputs inputs, const QkvWeights& weights,
+                                                    const ExtraKeys& extra, const Context& context) {
+  inputs.distinct = enter_replicated(inputs.distinct, over_grid(context.groups), context.reduce_dtype);
+  auto [q, k, v] = qkv_projection(inputs.query(), inputs.key(), inputs.value(), weights, context.batch_first);
+  auto moved =
+      move_in({q, with_extra_keys(k, extra.bias_k, extra.zero), with_extra_keys(v, extra.bias_v, extra.zero)},
+              context);
+  return {moved[0], moved[1], moved[2]};
+}
+
+void deal_rows(const std::vector<Tensor>& xs, const Context& context, Entered& entered) {
+  for (const Tensor& x : xs) {
+    const bool one_for_all = context.dealt_dim() == 0 && x.sym_size(0) == 1;
+    entered.q_rows.push_back(one_for_all ? x : deal(x, context));
+    entered.k_rows.push_back(context.row.k == Move::cyclic                  ? deal_cyclic(x, context)
+                             : context.row.k == Move::batch && !one_for_all ? deal(x, context)
+                                                                            : x);
+  }
+}
+
+}  // namespace
+
+Entered enter(const Tensor& query, const Tensor& key, const Tensor& value, const QkvWeights& weights,
+              const ExtraKeys& extra, const std::vector<Tensor>& rows, const std::vector<Tensor>& shared,
+              const Context& context) {
+  const Inputs inputs(query, key, value);
+  const auto project = context.deals_x() ? project_tokens : project_and_move;
+  Entered entered;
+  std::tie(entered.q, entered.k, entered.v) = project(inputs, weights, extra, context);
+  deal_rows(rows, context, entered);
+  entered.shared = enter_replicated(shared, over_grid(context.groups), context.reduce_dtype);
+  return entered;
+}
+
+}  // namespace two_level_mha

@@ -1,0 +1,66 @@
+#include <ATen/ATen.h>
+
+#include "../attend/with_weights.h"
+#include "../comm/hierarchical.h"
+#include "../comm/replicated.h"
+#include "attention_weights.h"
+#include "gathered_weights.h"
+#include "local.h"
+#include "move.h"
+#include "pass.h"
+#include "tokens.h"
+
+namespace two_level_mha {
+
+namespace {
+
+// The paper's concatenation: O of all slices and heads (B, h, L, d).
+Tensor concatenate_heads(const Tensor& o, const Context& context) {
+  const Groups& groups = context.groups;
+  if (!context.sizes.whole_heads)
+    return hierarchical_all_gather(o, {{1, groups.head}, {3, groups.slice}}, /*reversed=*/false,
+                                   /*replicated=*/true);
+  return hierarchical_all_gather(o.unsqueeze(1), {{1, groups.head}, {2, groups.slice}}, false, true)
+      .flatten(1, 2);
+}
+
+// O -> Y, the output projection and the sum over the ranks, or the concatenation and all of the projection.
+Tensor combine(Tensor o, const OutWeights& out, const Context& context) {
+  const bool swap = !context.batch_first && !context.deals_y();  // before the copy that projecting makes
+  if (swap) o = o.transpose(0, 2);
+  Tensor y;
+  if (context.sizes.concat) {
+    y = out_projection(concatenate_heads(o, context), out.weight, out.bias);
+  } else if (context.grid.size() == 1) {
+    y = out_projection(o, out.weight, out.bias);
+  } else {
+    y = context.deals_y()
+            ? reduce_dealt(out_projection(o, whole_out_weight(out.weight, context), std::nullopt), context)
+            : reduce_replicated(out_projection(o, out.weight, std::nullopt), over_grid(context.groups),
+                                context.reduce_dtype);
+    if (out.bias) y = y + out.bias->to(y.scalar_type());
+  }
+  return context.batch_first || swap ? y : y.transpose(0, 1).contiguous();
+}
+
+}  // namespace
+
+Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend, const OutWeights& out,
+             const Context& context) {
+  check_layout(q, k, v, context);
+  auto [o, logsumexp] = attend_local(q, k, v, attend, context, partial_attention);
+  const bool partial = context.row.out == Move::merge;
+  return combine(partial ? merge_out(o, logsumexp, context) : move_out(o, context), out, context);
+}
+
+std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
+                                              const Attend& attend, const OutWeights& out,
+                                              const Context& context, bool average) {
+  check_layout(q, k, v, context);
+  TORCH_CHECK_VALUE(context.row.out != Move::merge,
+                    "attention weights are not available with scheme 'position'");
+  auto [o, weights] = attend_local(q, k, v, attend, context, attention_with_weights);
+  return {combine(move_out(o, context), out, context), gather_weights(weights, context, average)};
+}
+
+}  // namespace two_level_mha

@@ -1,0 +1,76 @@
+#include "local.h"
+
+#include <ATen/ATen.h>
+
+#include "../base/sizes.h"
+#include "../comm/replicated.h"
+#include "move.h"
+
+namespace two_level_mha {
+
+namespace {
+
+// Of the whole call, so that all ranks refuse a mask alike.
+void check_mask(const Tensor& mask, const c10::SymInt& heads, const c10::SymInt& keys,
+                const Context& context) {
+  const std::array<c10::SymInt, 4> full{context.sizes.B, heads, context.sizes.L, keys};
+  bool fits = mask.dim() == 4;
+  for (int64_t dim = 0; fits && dim < 4; ++dim)
+    fits = mask.sym_size(dim) == 1 || mask.sym_size(dim) == full[dim];
+  TORCH_CHECK_VALUE(fits, "attn_mask must be broadcastable to (B, h, L, S) = (", full[0], ", ", full[1], ", ",
+                    full[2], ", ", full[3], "), got ", mask.sym_sizes());
+}
+
+// The heads, sequences and keys of the mask that this rank attends to; its rows stay whole.
+Tensor local_mask(Tensor mask, const c10::SymInt& first_head, int64_t heads, const c10::SymInt& first_cyclic,
+                  const Context& context) {
+  mask = enter_replicated({mask}, over_grid(context.groups), context.reduce_dtype)[0];
+  if (fixed_size(mask, 1) != 1) mask = mask.narrow_symint(1, first_head, heads);
+  if (context.row.k == Move::cyclic && context.sizes.m > 1 && mask.sym_size(3) != 1)
+    mask = mask.slice_symint(3, first_cyclic, std::nullopt, context.sizes.m);
+  const int64_t dim = context.dealt_dim();
+  if (dim < 0 || mask.sym_size(dim) == 1) return mask;
+  // True = attend: a padded row that saw no key would send NaN into the gradients
+  return deal(mask, context, mask.scalar_type() == at::kBool ? 1 : 0);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attend_local(const Tensor& q, const Tensor& k, const Tensor& v, Attend attend,
+                                        const Context& context, const Core& core) {
+  const CallSizes<c10::SymInt>& s = context.sizes;
+  const int64_t H = fixed_size(q, 1);  // of this rank
+  const bool cyclic = context.row.k == Move::cyclic;
+  const bool own_heads = context.row.q == Move::keep && context.row.storage == Storage::whole_heads;
+  const auto first_cyclic = cyclic ? context.first_cyclic(context.first_key) : c10::SymInt(0);
+  attend.origin[1] = own_heads ? H * (context.head_group * s.m + context.slice) : H * context.head_group;
+  if (attend.mask) {
+    Tensor mask = *attend.mask;
+    while (mask.dim() < 4) mask = mask.unsqueeze(0);
+    check_mask(mask, s.H * s.n, s.S - context.first_key, context);
+    attend.mask = local_mask(mask, attend.origin[1], H, first_cyclic, context);
+  }
+  if (attend.causal) attend.causal = *attend.causal - context.first_key - first_cyclic;
+  if (cyclic) attend.key_stride = s.m;
+  const int64_t dim = context.dealt_dim();
+  if (dim != 2) {
+    if (dim == 0) attend.origin[0] = context.runs(s.B)[0].first;
+    return core(q, k, v, attend);
+  }
+  std::vector<Tensor> outs, seconds;
+  c10::SymInt at_row(0);
+  for (const auto& [first, count] : context.runs(s.L)) {
+    Attend here = attend;
+    if (here.causal) here.causal = *here.causal + first;
+    here.origin[2] = first;
+    if (here.mask && here.mask->sym_size(2) != 1) here.mask = here.mask->narrow_symint(2, at_row, count);
+    auto [out, second] = core(q.narrow_symint(2, at_row, count), k, v, here);
+    outs.push_back(out);
+    seconds.push_back(second);
+    at_row = at_row + count;
+  }
+  if (outs.size() == 1) return {outs[0], seconds[0]};
+  return {at::cat(outs, 2), at::cat(seconds, 2)};
+}
+
+}  // namespace two_level_mha

@@ -1,0 +1,142 @@
+#include "move.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include "../attend/merge.h"
+#include "../base/sizes.h"
+#include "../comm/exchange.h"
+#include "../comm/pack.h"
+
+namespace two_level_mha {
+
+Tensor deal(const Tensor& x, const Context& context, double fill) {
+  const int64_t dim = context.dealt_dim();
+  if (dim < 0) return x;
+  auto runs = context.runs(x.sym_size(dim));
+  auto padded = runs[0].second * int64_t(runs.size()) * context.sizes.m;
+  Tensor whole = pad_dim(x, dim, 0, padded - x.sym_size(dim), fill);
+  std::vector<Tensor> parts;
+  for (const auto& [first, count] : runs) parts.push_back(whole.narrow_symint(dim, first, count));
+  return parts.size() == 1 ? parts[0] : at::cat(parts, dim);
+}
+
+Tensor deal_cyclic(const Tensor& x, const Context& context) {
+  return x.slice_symint(2, context.first_cyclic(context.sizes.position), std::nullopt, context.sizes.m);
+}
+
+namespace {
+
+// Rows in the order that makes those of rank t a chunk: position % m, then position / m; zeros where a rank
+// has a row less.
+Tensor by_owner(const Tensor& x, const c10::SymInt& position, int64_t m) {
+  auto before = position % m;
+  auto rows = ceil_div(before + x.sym_size(2), m);
+  Tensor padded = pad_dim(x, 2, before, rows * m - before - x.sym_size(2));
+  return padded.unflatten_symint(2, {rows, c10::SymInt(m)}).transpose(2, 3).flatten(2, 3);
+}
+
+// What `by_owner` made this rank receive, without the padding.
+Tensor without_padding(const Tensor& x, const Context& context) {
+  const auto& s = context.sizes;
+  const bool skip = (s.position % s.m) > context.slice;
+  const auto rows = (s.moved_keys() - context.first_cyclic(s.position) + (s.m - 1)) / s.m;
+  return x.narrow_symint(2, int64_t(skip), rows);
+}
+
+int64_t pack_dim(Move move) {
+  switch (move) {
+    case Move::replicate:
+    case Move::one_head:
+      return -1;
+    case Move::batch:
+      return 0;
+    case Move::heads:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+}  // namespace
+
+std::vector<Tensor> move_in(const std::vector<Tensor>& qkv, const Context& context) {
+  const int64_t m = context.sizes.m;
+  const std::array<Move, 3> moves{context.row.q, context.row.k, context.row.v};
+  std::vector<Tensor> xs = qkv, moving;
+  std::vector<int64_t> dims, gathered;
+  bool all_replicated = true;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    if (moves[i] == Move::keep || m == 1) continue;
+    moving.push_back(moves[i] == Move::cyclic ? by_owner(xs[i], context.sizes.position, m) : xs[i]);
+    dims.push_back(pack_dim(moves[i]));
+    gathered.push_back(i == 0 ? context.split_dim() : 3);
+    all_replicated &= pack_dim(moves[i]) < 0;
+  }
+  if (moving.empty()) return xs;
+  Tensor packed = pack(moving, dims, all_replicated ? 1 : m, context.zigzag());
+  Tensor buffer =
+      start(all_replicated ? Collective::all_gather : Collective::all_to_all, packed, context.groups.slice)
+          .wait();
+  std::vector<c10::SymInt> sizes;
+  for (size_t i = 0; i < moving.size(); ++i)
+    for (int64_t dim = 0; dim < 4; ++dim) {
+      auto size = moving[i].sym_size(dim);
+      if (dim == gathered[i]) size = size * m;
+      if (dim == dims[i]) size = dealt_rows(size, m, context.zigzag() && dim == 2);
+      sizes.push_back(size);
+    }
+  auto moved = unpack(buffer, sizes, gathered, m, false);
+  size_t next = 0;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    if (moves[i] == Move::keep) continue;
+    xs[i] = moved[next++];
+    if (moves[i] == Move::cyclic) xs[i] = without_padding(xs[i], context);
+    if (moves[i] == Move::one_head) xs[i] = xs[i].narrow(1, context.slice * fixed_size(xs[i], 1) / m, 1);
+  }
+  return xs;
+}
+
+Tensor move_out(const Tensor& o, const Context& context) {
+  const int64_t dim = context.dealt_dim(), m = context.sizes.m;
+  if (dim < 0 || context.row.out == Move::keep) return o;
+  Tensor buffer =
+      start(Collective::all_to_all, pack({o}, {context.split_dim()}, m, false), context.groups.slice).wait();
+  auto sizes = o.sym_sizes().vec();
+  sizes[context.split_dim()] = sizes[context.split_dim()] / m;
+  sizes[dim] = dim == 0 ? context.sizes.B : context.sizes.L;
+  return unpack(buffer, sizes, {dim}, m, context.zigzag())[0];
+}
+
+Tensor merge_out(const Tensor& o, const Tensor& logsumexp, const Context& context) {
+  const int64_t m = context.sizes.m;
+  if (m == 1) return o;
+  auto exchange = [&](const std::vector<Tensor>& xs, const std::vector<int64_t>& dims) {
+    return start(Collective::all_to_all, pack(xs, dims, m, false), context.groups.slice).wait();
+  };
+  auto out_sizes = o.sym_sizes().vec();
+  out_sizes[context.split_dim()] = out_sizes[context.split_dim()] / m;
+  std::vector<c10::SymInt> lse_sizes(out_sizes.begin(), out_sizes.begin() + 3);
+  const int64_t lse_dim = context.split_dim() == 1 ? 1 : -1;
+  auto parts = [&](const Tensor& buffer, std::vector<c10::SymInt> sizes) {
+    sizes.insert(sizes.begin(), m);
+    return buffer.reshape_symint(sizes);
+  };
+  Tensor lse = logsumexp.unsqueeze(3);
+  if (lse.scalar_type() != o.scalar_type() && at::GradMode::is_enabled() && o.requires_grad())
+    return std::get<0>(merge_partials(parts(exchange({o}, {context.split_dim()}), out_sizes),
+                                      parts(exchange({lse}, {lse_dim}), lse_sizes)));
+  // One exchange: without gradients the logsumexp can travel as pairs of half-width numbers.
+  auto bits = [](const Tensor& x, at::ScalarType dtype) {
+    return x.scalar_type() == dtype ? x
+                                    : x.view(dtype);  // view(dtype) has no gradient, even for the same one
+  };
+  Tensor buffer = exchange({o, bits(lse, o.scalar_type())}, {context.split_dim(), lse_dim});
+  const auto split = o.sym_numel() / m;
+  Tensor outs = buffer.narrow_symint(1, 0, split);
+  Tensor lses = buffer.narrow_symint(1, split, buffer.sym_size(1) - split).contiguous();
+  return std::get<0>(
+      merge_partials(parts(outs, out_sizes), parts(bits(lses, logsumexp.scalar_type()), lse_sizes)));
+}
+
+}  // namespace two_level_mha

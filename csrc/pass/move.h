@@ -1,0 +1,24 @@
+// The exchanges into the layout of a call's scheme and out of it, and what goes with its tokens.
+#pragma once
+
+#include "context.h"
+
+namespace two_level_mha {
+
+using at::Tensor;
+
+// This rank's part of x, which has the whole of dealt_dim, with `fill` beyond its end; x if nothing is dealt.
+Tensor deal(const Tensor& x, const Context& context, double fill = 0.0);
+// Rows of x (.., length, ..) along dim 2 whose position is this rank's.
+Tensor deal_cyclic(const Tensor& x, const Context& context);
+
+// q, k, v as projected -> as the scheme's row says, in one exchange inside the slice group.
+std::vector<Tensor> move_in(const std::vector<Tensor>& qkv, const Context& context);
+
+// O in the layout of q -> as it would have been projected: d-slices or whole heads, of all rows.
+Tensor move_out(const Tensor& o, const Context& context);
+
+// O and logsumexp over this rank's keys, of all rows -> O over all keys, as it would have been projected.
+Tensor merge_out(const Tensor& o, const Tensor& logsumexp, const Context& context);
+
+}  // namespace two_level_mha

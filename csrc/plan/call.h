@@ -1,0 +1,89 @@
+// The sizes of a layer and of one call of it, which decide what every rank computes and sends. The pass, the
+// table of traffic, the prices and the planner all have them from `call_sizes`. No torch.
+#pragma once
+
+#include <cstdint>
+
+#include "grid.h"
+
+namespace two_level_mha {
+
+// A layer as all ranks know it: what does not change from call to call.
+struct LayerSizes {
+  Heads heads;          // h, k, d
+  int64_t D = 0;        // embed dim
+  int64_t key_dim = 0;  // of the key and value inputs; 0: D
+  int64_t value_dim = 0;
+  bool bias = false;         // of q, k and v
+  bool bias_kv = false;      // a trained key and value that every query sees
+  bool concat = false;       // combine="concat"
+  bool whole_heads = false;  // how the query side is stored
+  int64_t reduce_size = 0;   // bytes of an element of reduce_dtype; 0: those of the call
+};
+
+// What a call of it is given. I is int64_t for tables and c10::SymInt in the pass.
+template <class I>
+struct CallShape {
+  I B, L, S;                 // S: every key that attention sees, those of a cache and those of no token too
+  I position = 0;            // of the first query, and so the keys that a cache holds already
+  int64_t extra_keys = 0;    // of the S, those that stand for no token of the input
+  int64_t element_size = 4;  // of the dtype that the projections compute in
+  bool causal = false;
+};
+
+// One call on one rank of a grid.
+template <class I>
+struct CallSizes {
+  I B, L, S;
+  int64_t H, K, d, m;  // H, K of the group, however they are stored
+  int64_t n = 1, D = 0;
+  int64_t element_size = 4;
+  bool causal = false;
+  bool concat = false;
+  bool whole_heads = false;
+  I position = 0;
+
+  int64_t reduce_size = 0;
+  int64_t key_dim = 0, value_dim = 0;
+  int64_t extra_keys = 0;
+  bool bias = false, bias_kv = false;
+
+  // What no choice of a scheme looks at.
+  int64_t inputs = 1;         // distinct tensors among query, key and value; 2: the key is the value
+  int64_t weights = 0;        // attention weights asked for: 1 averaged over the heads, 2 all
+  int64_t mask_elements = 0;  // of an additive mask that is trained
+  bool training = false;      // a backward pass will follow
+
+  // Keys and values that this call projects: of tokens, and those that are moved.
+  I given_keys() const { return S - position - extra_keys; }
+  I moved_keys() const { return S - position; }
+  int64_t kdim() const { return key_dim > 0 ? key_dim : D; }
+  int64_t vdim() const { return value_dim > 0 ? value_dim : D; }
+};
+
+template <class I>
+CallSizes<I> call_sizes(const LayerSizes& layer, const Grid& grid, const CallShape<I>& call) {
+  CallSizes<I> s{call.B,
+                 call.L,
+                 call.S,
+                 layer.heads.num_heads / grid.head_groups,
+                 layer.heads.num_kv_heads / grid.head_groups,
+                 layer.heads.head_dim,
+                 grid.slices};
+  s.n = grid.head_groups;
+  s.D = layer.D;
+  s.element_size = call.element_size;
+  s.causal = call.causal;
+  s.concat = layer.concat;
+  s.whole_heads = layer.whole_heads;
+  s.position = call.position;
+  s.reduce_size = layer.reduce_size;
+  s.key_dim = layer.key_dim;
+  s.value_dim = layer.value_dim;
+  s.extra_keys = call.extra_keys;
+  s.bias = layer.bias;
+  s.bias_kv = layer.bias_kv;
+  return s;
+}
+
+}  // namespace two_level_mha

@@ -1,0 +1,149 @@
+// The table of schemes: where tokens, weights, Q, K, V and O are when attention runs. traffic.h says what
+// moving there sends, price.h what it costs.
+//
+// Letters as everywhere: B batch, L query length, S key length, D embed dim, d head_dim; H = h / n query
+// heads and K = k / n KV heads of a rank's group; m ranks in a slice group, each holding E = d / m of every
+// head's dimension after projection. `heads` stores the query side otherwise: H / m whole heads a rank.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "call.h"
+
+namespace two_level_mha {
+
+// What a rank of the slice group holds of a tensor: of X and Y (B, length, D), of W its blocks, of the others
+// (B, heads, length, d) when attention runs.
+enum class Move : int64_t {
+  keep,       // what it projected; of W what it stores
+  replicate,  // all of it
+  batch,      // B / m sequences
+  heads,      // heads / m whole heads
+  one_head,   // all of it is sent, and the one head is kept that this rank's query heads read
+  rows,       // length / m rows, in balanced pairs of chunks if causal
+  cyclic,     // the rows whose position is j modulo m
+  shared,     // heads if m divides them, else one_head
+  tokens,     // batch if m divides B, else rows
+  merge,      // of O only: all of it, over this rank's keys; the ranks' results are merged by their logsumexp
+};
+
+enum class Scheme : int64_t { automatic, independent, slices, sequence, batch, heads, weights, position };
+
+// How the query side (W_Q, b_Q, W_O) is stored inside a slice group: slices of every head, or whole heads.
+enum class Storage : int64_t { slices, whole_heads, either };
+
+// Whether a scheme runs a call with keys in a cache; it is then the cache's layout.
+enum class Cached : int64_t { never, may, always };
+
+struct SchemeRow {
+  Scheme scheme;
+  const char* name;
+  Move x, y;     // how the tokens of X arrive at the projections, and those of Y leave attention's combine
+  Move w;        // the weights that project them
+  Move q, k, v;  // into the layout of attention
+  Move out;      // how O was dealt out, to be undone; keep: it lies as it is combined
+  Storage storage;
+  Cached cached;
+  bool exact;
+  bool automatic;  // may be chosen per call by scheme="auto"
+};
+
+// clang-format off
+inline constexpr std::array<SchemeRow, 7> kSchemes{{
+    // every rank runs softmax on its own d-slice: another model, attention with h * m heads of width d / m
+    {.scheme = Scheme::independent, .name = "independent",
+     .x = Move::replicate, .y = Move::replicate, .w = Move::keep,
+     .q = Move::keep, .k = Move::keep, .v = Move::keep, .out = Move::keep,
+     .storage = Storage::slices, .cached = Cached::never, .exact = false, .automatic = false},
+    // scores from whole q and k on every rank, values and output stay sliced
+    {.scheme = Scheme::slices, .name = "slices",
+     .x = Move::replicate, .y = Move::replicate, .w = Move::keep,
+     .q = Move::replicate, .k = Move::replicate, .v = Move::keep, .out = Move::keep,
+     .storage = Storage::slices, .cached = Cached::never, .exact = true, .automatic = true},
+    // L / m query rows a rank, against all keys
+    {.scheme = Scheme::sequence, .name = "sequence",
+     .x = Move::replicate, .y = Move::replicate, .w = Move::keep,
+     .q = Move::rows, .k = Move::replicate, .v = Move::replicate, .out = Move::rows,
+     .storage = Storage::either, .cached = Cached::never, .exact = true, .automatic = true},
+    // B / m sequences a rank
+    {.scheme = Scheme::batch, .name = "batch",
+     .x = Move::replicate, .y = Move::replicate, .w = Move::keep,
+     .q = Move::batch, .k = Move::batch, .v = Move::batch, .out = Move::batch,
+     .storage = Storage::either, .cached = Cached::may, .exact = true, .automatic = true},
+    // H / m query heads a rank, whole since their projection, against the KV heads they share
+    {.scheme = Scheme::heads, .name = "heads",
+     .x = Move::replicate, .y = Move::replicate, .w = Move::keep,
+     .q = Move::keep, .k = Move::shared, .v = Move::shared, .out = Move::keep,
+     .storage = Storage::whole_heads, .cached = Cached::never, .exact = true, .automatic = false},
+    // the weights of the group are gathered, and each rank projects, attends and combines its own tokens
+    {.scheme = Scheme::weights, .name = "weights",
+     .x = Move::tokens, .y = Move::tokens, .w = Move::replicate,
+     .q = Move::tokens, .k = Move::tokens, .v = Move::tokens, .out = Move::tokens,
+     .storage = Storage::slices, .cached = Cached::never, .exact = true, .automatic = true},
+    // with a KV cache: every rank's own positions of the keys, for all queries
+    {.scheme = Scheme::position, .name = "position",
+     .x = Move::replicate, .y = Move::replicate, .w = Move::keep,
+     .q = Move::replicate, .k = Move::cyclic, .v = Move::cyclic, .out = Move::merge,
+     .storage = Storage::either, .cached = Cached::always, .exact = true, .automatic = false},
+}};
+// clang-format on
+
+inline const SchemeRow& scheme_row(Scheme scheme) {
+  for (const SchemeRow& row : kSchemes)
+    if (row.scheme == scheme) return row;
+  throw std::logic_error("scheme without a row");
+}
+
+inline std::string scheme_names() {
+  std::string names = "auto";
+  for (const SchemeRow& row : kSchemes) names += std::string(", ") + row.name;
+  return names;
+}
+
+inline Scheme scheme_from_name(const std::string& name) {
+  if (name == "auto") return Scheme::automatic;
+  for (const SchemeRow& row : kSchemes)
+    if (name == row.name) return row.scheme;
+  throw std::invalid_argument("scheme must be one of " + scheme_names() + ", got '" + name + "'");
+}
+
+// Whether a group of H query and K KV heads can be stored as whole query heads on m ranks, so that each
+// rank's query heads share one KV head, or are all those of its own KV heads.
+inline bool whole_heads_fit(int64_t H, int64_t K, int64_t m) {
+  return H % m == 0 && (m % K == 0 || K % m == 0);
+}
+
+// The row with the moves of a call of these sizes in place of those that depend on them.
+template <class I>
+SchemeRow concrete_row(Scheme scheme, const CallSizes<I>& s) {
+  SchemeRow row = scheme_row(scheme);
+  if (row.k == Move::shared) row.k = row.v = s.K % s.m == 0 ? Move::heads : Move::one_head;
+  if (row.q == Move::tokens) {
+    const bool by_batch = s.B % s.m == 0;
+    row.q = row.out = by_batch ? Move::batch : Move::rows;
+    row.k = row.v = by_batch ? Move::batch : Move::replicate;
+  }
+  // Alone in its slice group a rank has all tokens. The concatenation takes O of all of them as it is
+  // projected; else each rank combines its own.
+  if (row.x == Move::tokens) row.x = s.m == 1 ? Move::replicate : row.q;
+  if (row.y == Move::tokens) row.y = s.m == 1 || s.concat ? Move::replicate : row.q;
+  if (row.y != Move::replicate) row.out = Move::keep;
+  if (s.m == 1) row.w = Move::keep;
+  return row;
+}
+
+// Whether rows are dealt out as chunks j and 2 m - 1 - j of 2 m, which balances causal attention.
+inline bool deals_zigzag(const SchemeRow& concrete, bool causal) {
+  return causal && concrete.q == Move::rows;
+}
+
+// Rows that one rank holds of `length`.
+template <class I>
+I dealt_rows(const I& length, int64_t m, bool zigzag) {
+  return zigzag ? ceil_div(length, 2 * m) * 2 : ceil_div(length, m);
+}
+
+}  // namespace two_level_mha

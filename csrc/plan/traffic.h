@@ -1,0 +1,221 @@
+// The table of what one rank sends in a call: for every scheme and combine, forward and backward, in bytes
+// and in collectives. Counted as a ring, or a pairwise exchange, puts them on the wire, padding included:
+//
+//   all_gather of N (the local piece)     (g - 1) * N
+//   all_to_all, reduce_scatter of N       (g - 1) * N / g
+//   all_reduce of N                       2 * (g - 1) * N / g
+//
+// A grid of one rank sends nothing. No torch.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "schemes.h"
+
+namespace two_level_mha {
+
+enum class Axis : int64_t { slice, head, grid };
+
+// One row of the table.
+template <class I>
+struct Sent {
+  const char* what;
+  Axis axis;  // the group it runs in
+  I bytes;    // without `biases`
+  int64_t collectives;
+  int64_t biases = 0;  // bytes of biases that travel along
+};
+
+template <class I>
+using Traffic = std::vector<Sent<I>>;
+
+// Below this many elements one flat all-reduce is cheaper than three smaller collectives.
+inline constexpr int64_t kFlatSumElements = 1 << 16;
+
+// The value of an integer that is known while tracing; a guard on a symbolic one would cost a graph per side.
+template <class I>
+std::optional<int64_t> known(const I& x) {
+  if constexpr (std::is_integral_v<I>)
+    return x;
+  else
+    return x.maybe_as_int();
+}
+
+// Whether a sum over an (n, m) grid is one all-reduce over all of it, or a reduce-scatter over the slices, an
+// all-reduce over the head groups and an all-gather over the slices.
+template <class I>
+bool sums_flat(const I& elements, int64_t n, int64_t m) {
+  if (n == 1 || m == 1) return true;
+  auto value = known(elements);
+  return value && *value < kFlatSumElements;
+}
+
+namespace traffic {
+
+template <class I>
+I all_reduce(const I& bytes, int64_t ranks) {
+  return bytes * (2 * (ranks - 1)) / ranks;
+}
+
+// Elements that a rank sends to each of the others to move `heads` heads of `length` rows of its d-slice (or
+// its whole heads: heads * E is the same).
+template <class I>
+I part(Move move, int64_t heads, const I& length, const CallSizes<I>& s, bool zigzag) {
+  const int64_t width = heads * (s.d / s.m);
+  switch (move) {
+    case Move::keep:
+      return I(0);
+    case Move::replicate:
+    case Move::one_head:
+    case Move::merge:
+      return s.B * length * width;
+    case Move::batch:
+      return ceil_div(s.B, s.m) * length * width;
+    case Move::heads:
+      return s.B * length * (width / s.m);
+    case Move::rows:
+      return s.B * dealt_rows(length, s.m, zigzag) * width;
+    case Move::cyclic:
+      return s.B * ceil_div(s.position % s.m + length, s.m) * width;
+    default:
+      throw std::logic_error("a move that depends on the call");
+  }
+}
+
+// Tokens of (B, length) that a rank holds.
+template <class I>
+I tokens(Move move, const I& length, const CallSizes<I>& s) {
+  if (move == Move::batch) return ceil_div(s.B, s.m) * length;
+  return s.B * (move == Move::rows ? dealt_rows(length, s.m, s.causal) : length);
+}
+
+// Features of the tokens of the distinct inputs that a rank projects.
+template <class I>
+I input_elements(const SchemeRow& row, const CallSizes<I>& s) {
+  I elements = tokens(row.x, s.L, s) * s.D;
+  if (s.inputs > 1) elements = elements + tokens(row.x, s.given_keys(), s) * s.kdim();
+  if (s.inputs > 2) elements = elements + tokens(row.x, s.given_keys(), s) * s.vdim();
+  return elements;
+}
+
+template <class I>
+int64_t reduce_size(const CallSizes<I>& s) {
+  return s.reduce_size > 0 ? s.reduce_size : s.element_size;
+}
+
+// A sum of the same elements on every rank, over the grid.
+template <class I>
+void add_sum(Traffic<I>& rows, const char* what, const I& elements, const CallSizes<I>& s) {
+  const int64_t size = reduce_size(s);
+  if (s.n * s.m == 1) return;
+  if (sums_flat(elements, s.n, s.m)) {
+    rows.push_back({what, Axis::grid, all_reduce<I>(elements * size, s.n * s.m), 1});
+  } else {
+    const I piece = ceil_div(elements, s.m) * size;
+    rows.push_back({what, Axis::slice, piece * (2 * (s.m - 1)), 2});
+    rows.push_back({what, Axis::head, all_reduce<I>(piece, s.n), 1});
+  }
+}
+
+// A sum over the head axis of elements dealt out over the slice axis, then gathered there.
+template <class I>
+void add_dealt_sum(Traffic<I>& rows, const char* what, const I& mine, const CallSizes<I>& s) {
+  if (s.n > 1) rows.push_back({what, Axis::head, all_reduce<I>(mine * reduce_size(s), s.n), 1});
+  rows.push_back({what, Axis::slice, mine * (s.element_size * (s.m - 1)), 1});
+}
+
+// The hierarchical all-gather, head axis first.
+template <class I>
+void add_gather(Traffic<I>& rows, const char* what, const I& local, const CallSizes<I>& s) {
+  const I bytes = local * s.element_size;
+  if (s.n > 1) rows.push_back({what, Axis::head, bytes * (s.n - 1), 1});
+  if (s.m > 1) rows.push_back({what, Axis::slice, bytes * (s.n * (s.m - 1)), 1});
+}
+
+// The tokens of Y, or of the gradient of X: as every rank has them, or as they are dealt out.
+template <class I>
+void add_tokens_sum(Traffic<I>& rows, const char* what, Move move, const I& elements, const CallSizes<I>& s) {
+  move == Move::replicate ? add_sum<I>(rows, what, elements, s) : add_dealt_sum<I>(rows, what, elements, s);
+}
+
+// The exchanges inside a slice group. Each one's adjoint sends as much as it does: an all-to-all is its own,
+// a gather's is a reduce-scatter, since the ranks use what they gathered each in its own way.
+template <class I>
+void add_exchanges(Traffic<I>& rows, const SchemeRow& row, const CallSizes<I>& s) {
+  const int64_t E = s.d / s.m, others = s.m - 1, each = s.element_size * others;
+  const bool zigzag = deals_zigzag(row, s.causal);
+  if (row.w == Move::replicate) {
+    const int64_t blocks = E * (s.H * s.D + s.K * (s.kdim() + s.vdim()));
+    const int64_t biases = E * (s.bias ? s.H + 2 * s.K : 0) + E * (s.bias_kv ? 2 * s.K : 0);
+    rows.push_back({"weights", Axis::slice, I(blocks * each), 1, biases * each});
+    if (!s.concat) rows.push_back({"output weights", Axis::slice, I(E * s.H * s.D * each), 1});
+    if (row.k == Move::replicate)
+      rows.push_back({"move in", Axis::slice,
+                      s.B * dealt_rows(s.given_keys(), s.m, zigzag) * (2 * s.K * s.d * each), 1});
+  } else if (row.q != Move::keep || row.k != Move::keep) {
+    const I sent = part(row.q, s.H, s.L, s, zigzag) + part(row.k, s.K, s.moved_keys(), s, zigzag) +
+                   part(row.v, s.K, s.moved_keys(), s, zigzag);
+    rows.push_back({"move in", Axis::slice, sent * each, 1});
+  }
+  if (row.out == Move::keep) return;
+  I bytes = part(row.out, s.H, s.L, s, zigzag) * each;
+  if (row.out == Move::merge)  // and the logsumexp, in no less than float32
+    bytes = bytes +
+            s.B * s.L * ((s.whole_heads ? s.H / s.m : s.H) * std::max<int64_t>(4, s.element_size) * others);
+  // two dtypes do not share an exchange that has a gradient
+  const bool two = row.out == Move::merge && s.training && s.element_size < 4;
+  rows.push_back({"move out", Axis::slice, bytes, two ? 2 : 1});
+}
+
+template <class I>
+void add_attention_weights(Traffic<I>& rows, const SchemeRow& row, const CallSizes<I>& s) {
+  const bool average = s.weights == 1;
+  const I all_heads = s.B * s.L * s.S * s.H;
+  if (row.q == Move::keep) {  // heads of this rank alone
+    if (average) return add_sum<I>(rows, "attention weights", s.B * s.L * s.S, s);
+    const bool whole = row.storage == Storage::whole_heads;
+    return add_gather<I>(rows, "attention weights", whole ? all_heads / s.m : all_heads, s);
+  }
+  if (s.m > 1 && (row.q == Move::batch || row.q == Move::rows))
+    rows.push_back({"attention weights", Axis::slice,
+                    tokens(row.q, s.L, s) * s.S * (s.H * s.element_size * (s.m - 1)), 1});
+  if (s.n == 1) return;
+  const I bytes = average ? all_reduce<I>(s.B * s.L * s.S * reduce_size(s), s.n)
+                          : all_heads * (s.element_size * (s.n - 1));
+  rows.push_back({"attention weights", Axis::head, bytes, 1});
+}
+
+}  // namespace traffic
+
+template <class I>
+Traffic<I> forward_traffic(Scheme scheme, const CallSizes<I>& s) {
+  Traffic<I> rows;
+  if (s.n * s.m == 1) return rows;
+  const SchemeRow row = concrete_row(scheme, s);
+  if (s.m > 1) traffic::add_exchanges(rows, row, s);
+  if (s.concat)
+    traffic::add_gather<I>(rows, "combine", s.B * s.L * (s.H * (s.d / s.m)), s);
+  else
+    traffic::add_tokens_sum<I>(rows, "combine", row.y, traffic::tokens(row.y, s.L, s) * s.D, s);
+  if (s.weights) traffic::add_attention_weights(rows, row, s);
+  return rows;
+}
+
+// Combine and the attention weights have no row: what they return is used alike by every rank, so each keeps
+// its own part of the gradient. Nor have weights, whose gradients are complete on their owner, but for the
+// exchanges of scheme "weights".
+template <class I>
+Traffic<I> backward_traffic(Scheme scheme, const CallSizes<I>& s) {
+  Traffic<I> rows;
+  if (s.n * s.m == 1) return rows;
+  const SchemeRow row = concrete_row(scheme, s);
+  if (s.m > 1) traffic::add_exchanges(rows, row, s);
+  traffic::add_tokens_sum<I>(rows, "dX", row.x, traffic::input_elements(row, s), s);
+  if (s.mask_elements) traffic::add_sum<I>(rows, "mask gradient", I(s.mask_elements), s);
+  return rows;
+}
+
+}  // namespace two_level_mha

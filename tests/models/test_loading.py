@@ -1,0 +1,165 @@
+"""load_pretrained: a split model is filled with the file's weights, bit by bit; and written back.
+
+A failure here with the tests of the split green is in what is read of a tensor, under which name, or by whom.
+"""
+
+import json
+
+import pytest
+import torch
+import transformers
+from harness import tiny
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import BertConfig, GenerationConfig, GPT2Config, ViTConfig
+
+import two_level_mha as tlm
+
+ENCODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+TEXT = {"vocab_size": 30, "max_position_embeddings": 16, "type_vocab_size": 2}
+OTHERS = {
+    "GPT-2": ("GPT2LMHeadModel", lambda: GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=30, n_positions=16)),
+    "Bert": ("BertModel", lambda: BertConfig(**ENCODER, **TEXT)),
+    "ViT": ("ViTModel", lambda: ViTConfig(**ENCODER, image_size=8, patch_size=4, num_channels=1)),
+}
+
+
+def make(kind: str, dtype: torch.dtype) -> nn.Module:
+    if kind in tiny.CONFIGS:
+        return tiny.make(kind, dtype)
+    torch.manual_seed(0)
+    return getattr(transformers, OTHERS[kind][0])(OTHERS[kind][1]()).to(dtype)
+
+
+def make_meta(kind: str, dtype: torch.dtype) -> nn.Module:
+    if kind in tiny.CONFIGS:
+        return tiny.make_meta(kind, dtype)
+    with torch.device("meta"):
+        return getattr(transformers, OTHERS[kind][0])._from_config(OTHERS[kind][1](), dtype=dtype)
+
+
+def mesh_of(grid: tuple[int, ...]):
+    """A grid of all ranks, or, of three axes, one of several."""
+    if len(grid) == 2:
+        return tlm.init_mesh("cpu", grid)
+    return init_device_mesh("cpu", grid, mesh_dim_names=("data", "head", "slice"))["head", "slice"]
+
+
+def local(x: torch.Tensor) -> torch.Tensor:
+    return x._local_tensor if isinstance(x, DTensor) else x
+
+
+def load(kind: str, directory: str, grid, options: dict, start: str, out: str | None) -> dict[str, object]:
+    """Loads into a model that is on meta, or has other weights or the same; what is wrong with it."""
+    stock = getattr(transformers, json.loads(open(f"{directory}/config.json").read())["architectures"][0])
+    stock = stock.from_pretrained(directory, experts_implementation="eager")  # that works in float64
+    if start == "meta":
+        model = make_meta(kind, stock.dtype)
+    else:
+        model = make(kind, stock.dtype)
+        for p in model.parameters():
+            nn.init.ones_(p)
+    model = tlm.parallelize(model, mesh_of(grid), **options)
+    frozen = [p for name, p in model.named_parameters() if "norm" in name.lower() or "ln_" in name]
+    for p in frozen:
+        p.requires_grad_(False)
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert tlm.load_pretrained(model, directory) is model
+    assert trained == {name: p.requires_grad for name, p in model.named_parameters()} and not all(trained.values())
+    assert not any(module.training for module in model.modules())
+    for x in [*model.parameters(), *model.buffers()]:
+        assert local(x).untyped_storage().nbytes() == local(x).nbytes  # not a view of the file
+    full, expected = tlm.full_state_dict(model), stock.state_dict()
+    wrong = {}
+    if full:
+        assert full.keys() == expected.keys()
+        wrong |= {name: "differs" for name, x in expected.items() if not torch.equal(x, full[name])}
+        wrong |= {name: "dtype" for name, x in expected.items() if x.dtype != full[name].dtype}
+    buffers = dict(model.named_buffers())
+    assert buffers.keys() == dict(stock.named_buffers()).keys()
+    wrong |= {name: "buffer" for name, x in stock.named_buffers() if not torch.equal(x, buffers[name])}
+    if model.can_generate():
+        wrong |= (
+            {} if model.generation_config.to_dict() == stock.generation_config.to_dict() else {"generation": "config"}
+        )
+    if out is not None:
+        model.save_pretrained(out, state_dict=full)
+    return {"wrong": wrong, "same": same_output(model, stock)}
+
+
+def same_output(model: nn.Module, stock: nn.Module) -> float:
+    torch.manual_seed(1)
+    inputs = {"input_ids": torch.randint(3, 30, (2, 6))}
+    if stock.main_input_name == "pixel_values":
+        inputs = {"pixel_values": torch.randn(2, 1, 8, 8, dtype=stock.dtype)}
+    with torch.no_grad():
+        return (model(**inputs)[0] - stock(**inputs)[0]).abs().max().item()
+
+
+CASES = {
+    "Llama": ("Llama", (2, 2), {}, "meta", "5GB"),
+    "tied Llama": ("tied Llama", (1, 4), {"scheme": "heads"}, "meta", "2KB"),
+    "biased Llama": ("biased Llama", (2, 2), {"combine": "concat"}, "meta", "5GB"),
+    "Gemma3": ("Gemma3", (2, 2), {"scheme": "heads"}, "weights", "5GB"),
+    "Qwen3-MoE": ("Qwen3-MoE", (1, 4), {}, "meta", "2KB"),
+    "Mixtral": ("Mixtral", (2, 2), {}, "weights", "5GB"),
+    "several grids": ("Qwen3-MoE", (2, 1, 2), {}, "meta", "5GB"),
+    "BERT": ("Bert", (2, 2), {}, "meta", "2KB"),
+    "ViT": ("ViT", (1, 4), {"combine": "concat"}, "weights", "5GB"),
+    "GPT-2": ("GPT-2", (2, 2), {}, "meta", "2KB"),
+    "GPT-2, whole heads": ("GPT-2", (1, 4), {"scheme": "heads"}, "weights", "5GB"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_load_and_save(pool, case, tmp_path):
+    """Every tensor, buffer, dtype and requires_grad, generation_config, eval(); then stock loads what was saved."""
+    kind, grid, options, start, shard = CASES[case]
+    source, out = str(tmp_path / "source"), str(tmp_path / "out")
+    stock = make(kind, torch.float64)
+    stock.save_pretrained(source, max_shard_size=shard)
+    (tmp_path / "source" / "generation_config.json").unlink(missing_ok=True)
+    if stock.can_generate() and kind != "tied Llama":
+        GenerationConfig(do_sample=True, top_k=7, max_new_tokens=5).save_pretrained(source)
+    for found in pool.run(load, 4, kind, source, grid, options, start, out):
+        assert not found["wrong"]
+        assert found["same"] <= 1e-10 if kind != "Mixtral" else 1e-6
+    again = type(stock).from_pretrained(out).state_dict()
+    files = type(stock).from_pretrained(source).state_dict()
+    assert again.keys() == files.keys() and all(torch.equal(again[name], x) for name, x in files.items())
+
+
+def save(kind: str, out: str) -> None:
+    model = tlm.parallelize(tiny.make(kind), tlm.init_mesh("cpu", (2, 2)))
+    model.save_pretrained(out, state_dict=tlm.full_state_dict(model))
+
+
+@pytest.mark.parametrize("kind", ["tied Llama", "Qwen3-MoE", "Mixtral"])
+def test_save_what_was_not_loaded(pool, kind, tmp_path):
+    """Fused experts are written apart, and tied weights once, as the unsplit model writes them."""
+    stock = tiny.make(kind)
+    stock.save_pretrained(tmp_path / "stock")
+    pool.run(save, 4, kind, str(tmp_path / "split"))
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("stock", "split")]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(x, files[1][name]) for name, x in files[0].items())
+    again = type(stock).from_pretrained(tmp_path / "split").state_dict()
+    assert all(torch.equal(x, again[name]) for name, x in stock.state_dict().items())
+
+
+def low_precision(directory: str) -> list[str]:
+    """Of a bf16 file in a bf16 model, and of a float32 one: what is not the file's numbers."""
+    wrong = []
+    for dtype in (torch.bfloat16, torch.float32):
+        stock = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=dtype).state_dict()
+        model = tlm.parallelize(tiny.make_meta("Llama", dtype), tlm.init_mesh("cpu", (2, 2)))
+        full = tlm.full_state_dict(tlm.load_pretrained(model, directory))
+        wrong += [f"{dtype} {name}" for name, x in full.items() if x.dtype != dtype or not torch.equal(x, stock[name])]
+    return wrong
+
+
+def test_dtype(pool, tmp_path):
+    """The model's dtype counts, whatever the file's."""
+    tiny.make("Llama", torch.bfloat16).save_pretrained(tmp_path)
+    assert pool.run(low_precision, 4, str(tmp_path)) == [[]] * 4

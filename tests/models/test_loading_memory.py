@@ -1,0 +1,19 @@
+"""Peak host memory of load_pretrained, of the cases and by the measure of benchmarks/loading.py."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import loading as benchmark  # noqa: E402
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", benchmark.CASES, ids=[case.name for case in benchmark.CASES])
+def test_peak_memory(pool, case, tmp_path):
+    """Above 1.3 shares of a model of more than 1 GB, something is read whole, twice, or ahead."""
+    assert benchmark.write(case, str(tmp_path)) > 1e9
+    for row in pool.run(benchmark.measure, 4, case, str(tmp_path), timeout=300):
+        assert row["peak"] <= benchmark.LIMIT * row["share"], row

@@ -1,0 +1,250 @@
+"""What is split besides attention: MLPs, and which of them stay whole, in float64.
+
+A failure here with test_convert green is in what is taken for an MLP, or in how it is split.
+"""
+
+import contextlib
+import copy
+import io
+
+import pytest
+import torch
+from harness.encoders import check, errors, inputs, make
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import two_level_mha as tlm
+from two_level_mha.rest import find_rest
+
+
+def local_shapes(rest: bool, width: int) -> tuple:
+    model = make("BertModel", intermediate_size=width)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        tlm.parallelize(model, tlm.init_mesh("cpu", (2, 2)), rest=rest)
+    linear = model.encoder.layer[1].intermediate.dense.weight
+    held = sum((p._local_tensor if isinstance(p, DTensor) else p).numel() for p in model.parameters())
+    error = errors(make("BertModel", intermediate_size=width), (), inputs("BertModel"), tlm.init_mesh("cpu", (2, 2)))
+    shape = (linear._local_tensor if isinstance(linear, DTensor) else linear).shape
+    return tuple(shape), held, out.getvalue(), error
+
+
+@pytest.mark.parametrize("rest, width, rows, mlps", [(True, 24, 6, 2), (False, 24, 24, 0), (True, 22, 22, 0)])
+def test_rest_and_report(pool, rest, width, rows, mlps):
+    """MLPs are split on request and where P divides them; rank 0 says so once, and names what stayed whole."""
+    for rank, (shape, held, printed, error) in enumerate(pool.run(local_shapes, 4, rest, width)):
+        assert shape == (rows, 16)
+        check([error])
+        if rank:
+            assert printed == ""
+            continue
+        assert printed.count("\n") == 1
+        assert f"2 attention modules and {mlps} MLPs split" in printed
+        assert f"{held:,} of" in printed
+        assert "embeddings.word_embeddings" in printed
+        assert ("intermediate" in printed) == (mlps == 0)
+
+
+class MLP(nn.Module):
+    """As ViT's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x):
+        return self.fc2(self.between(self.fc1(x)))
+
+    def between(self, x):
+        return nn.functional.gelu(x)
+
+
+class Softmax(MLP):
+    def between(self, x):
+        return x.softmax(-1)
+
+
+class Normed(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(24)
+
+    def between(self, x):
+        return self.norm(x)
+
+
+class Scaled(MLP):
+    """Its own parameter acts between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)  # for now
+
+    def between(self, x):
+        return self.scale * x
+
+
+class Mixed(MLP):
+    """Columns change places."""
+
+    def between(self, x):
+        return x.roll(1, -1)
+
+
+class Wide(MLP):
+    """Knows its width."""
+
+    def between(self, x):
+        return x.view(*x.shape[:-1], 24)
+
+
+class Twice(MLP):
+    """What the first linear gives is used besides."""
+
+    def forward(self, x):
+        y = self.fc1(x)
+        return self.fc2(y.relu()) + y.sum(-1, keepdim=True)
+
+
+class Reader(MLP):
+    """Passes its linears by."""
+
+    def forward(self, x):
+        return nn.functional.linear(self.fc1(x).relu(), self.fc2.weight, self.fc2.bias)
+
+
+class Pair(MLP):
+    """Wants a second argument."""
+
+    def forward(self, x, y):
+        return super().forward(x) + y
+
+
+class Plain(nn.TransformerEncoderLayer):
+    pass
+
+
+class Other(nn.TransformerEncoderLayer):
+    def _ff_block(self, x):
+        return self.linear2(self.linear1(x).softmax(-1))
+
+
+def layer(cls=nn.TransformerEncoderLayer, **options) -> nn.Module:
+    return cls(16, 4, 24, 0.0, batch_first=True, **options)
+
+
+def with_(change, module: nn.Module) -> nn.Module:
+    change(module)
+    return module
+
+
+def bert_layer() -> nn.Module:
+    return make("BertModel").encoder.layer[0]
+
+
+def hook(*names: str):
+    return lambda module: [module.get_submodule(name).register_forward_hook(lambda *_: None) for name in names]
+
+
+def tie(module: nn.Module) -> None:
+    module.extra = nn.Linear(24, 16)
+    module.extra.weight = module.fc2.weight
+
+
+def wrap(module: nn.Module) -> None:
+    module.fc1 = nn.Sequential(module.fc1)
+
+
+def widen(module: nn.Module) -> None:
+    module.fc1 = nn.Linear(16, 48)
+
+
+SPLIT = {
+    "ViT's shape": MLP,
+    "encoder layer": layer,
+    "norm_first": lambda: layer(norm_first=True),
+    "without biases": lambda: layer(bias=False),
+    "decoder layer": lambda: layer(nn.TransformerDecoderLayer),
+    "subclass": lambda: layer(Plain),
+    "BERT": bert_layer,
+    "hooks around it": lambda: with_(hook("", "output.LayerNorm", "attention"), bert_layer()),
+}
+WHOLE = {
+    "softmax": (Softmax, "its numbers differ by"),
+    "norm": (Normed, "not with a part of its columns: RuntimeError"),
+    "scale": (Scaled, "the gradient of scale, which acts between them"),
+    "trained activation": (lambda: layer(activation=nn.PReLU()), "the gradient of activation.weight, which acts"),
+    "moved columns": (Mixed, "its numbers differ by"),
+    "fixed width": (Wide, "not with a part of its columns: RuntimeError"),
+    "used twice": (Twice, "its numbers differ by"),
+    "linears passed by": (Reader, "cannot be called like an MLP"),
+    "two arguments": (Pair, "cannot be called like an MLP"),
+    "another forward": (lambda: layer(Other), "its numbers differ by"),
+    "hooked linear": (lambda: with_(hook("fc1"), MLP()), "fc1 has hooks"),
+    "hook between": (lambda: with_(hook("intermediate"), bert_layer()), "intermediate has hooks"),
+    "hooked activation": (
+        lambda: with_(hook("intermediate.intermediate_act_fn"), bert_layer()),
+        "intermediate.intermediate_act_fn has hooks",
+    ),
+    "tied": (lambda: with_(tie, MLP()), "fc2 shares a parameter"),
+    "wrapped": (lambda: with_(wrap, MLP()), "fc1 is a Sequential, not a plain nn.Linear"),
+    "gated": (lambda: with_(widen, MLP()), "fc1 gives 48 features and fc2 takes 24"),
+}
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_is_split(case):
+    rest = find_rest(nn.ModuleDict({"one": SPLIT[case](), "two": SPLIT[case]()}), 4, set())
+    assert list(rest.mlps) == ["one", "two"] and not rest.whole_mlps
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_stays_whole(case):
+    """With the reason; a good one of the same class beside it does not change that, and is split."""
+    build, reason = WHOLE[case]
+    model = nn.ModuleDict({"good": MLP(), "bad": build()})
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    rest = find_rest(model, 4, set())
+    assert list(rest.mlps) == ["good"] and list(rest.whole_mlps) == ["bad"]
+    assert reason in rest.whole_mlps["bad"]
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_width():
+    rest = find_rest(MLP(), 16, set())
+    assert not rest.mlps and rest.whole_mlps == {"": "16 does not divide its width 24"}
+
+
+def test_meta():
+    with torch.device("meta"):
+        rest = find_rest(nn.ModuleList([layer(), layer(Other)]), 4, set())
+    assert list(rest.mlps) == ["0"] and list(rest.whole_mlps) == ["1"]
+
+
+def whole_mlps() -> tuple[list[bool], str, dict[str, float]]:
+    """Of five layers the first four are unusual."""
+    torch.manual_seed(0)
+    layers = [layer().double() for _ in range(5)]
+    layers[0].linear1.register_forward_hook(lambda module, args, y: y * 2)
+    layers[1].linear2.weight = layers[2].linear2.weight
+    layers[3].__class__ = Other
+    model = nn.Sequential(*layers)
+    mesh, x_BLD = tlm.init_mesh("cpu", (2, 2)), torch.randn(2, 5, 16, dtype=torch.float64)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        split = tlm.parallelize(copy.deepcopy(model), mesh)
+    is_split = [isinstance(layer.linear1.weight, DTensor) for layer in split]
+    return is_split, out.getvalue(), errors(model, (x_BLD,), {}, mesh)
+
+
+def test_unusual_mlps_stay_whole(pool):
+    """Hooks, tied weights or another function between: left alone and named, and the model is the same."""
+    for rank, (split, printed, found) in enumerate(pool.run(whole_mlps, 4)):
+        assert split == [False, False, False, False, True]
+        check([found])
+        if rank == 0:
+            assert "; the MLP 0 stays whole: linear1 has hooks; the MLP *" in printed
+            assert "the MLP * stays whole: linear2 shares a parameter; the MLP 3 stays whole: its numbers" in printed

@@ -1,0 +1,218 @@
+"""What is not attention in a transformers model, split by its own plan: the model computes what it computed.
+
+Attention stays as it is here, so a failure is in the choice of the plan's rules, in how they are applied, or in
+transformers' own tensor parallelism; not in the pass.
+"""
+
+import contextlib
+import io
+
+import pytest
+import torch
+import transformers
+from harness import tiny
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import two_level_mha as tlm
+from two_level_mha.integrations import private
+from two_level_mha.layer import GridAttention
+from two_level_mha.rest import find_rest, split_rest
+from two_level_mha.stock import put, resolve
+
+TIGHT = {"Mixtral": 1e-6}  # its router differentiates in float32
+
+
+def attentions(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_modules() if name.endswith("self_attn")}
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def run(model: nn.Module) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    tokens = torch.randint(3, 30, (2, 6))
+    logits = model(input_ids=tokens, use_cache=False).logits
+    (logits * torch.randn(logits.shape, dtype=torch.float64)).sum().backward()
+    found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        found["logits without grad"] = model(input_ids=tokens, use_cache=False).logits
+    return {"logits": logits.detach(), **found}
+
+
+def split(kind: str, grid: tuple[int, int], changes: dict) -> tuple[dict[str, float], dict[str, int], dict[str, str]]:
+    """What differs from stock; how many numbers of each DTensor this rank has; what stayed whole and why."""
+    expected = run(tiny.make(kind, **changes))
+    model = tiny.make(kind, **changes)
+    rest = find_rest(model, 4, attentions(model))
+    split_rest(rest, tlm.init_mesh("cpu", grid))
+    local = {name: p._local_tensor for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in local.values())
+    got = run(model)
+    assert got.keys() == expected.keys()
+    errors = {name: (got[name] - x).abs().max().item() for name, x in expected.items()}
+    other = tiny.make(kind, seed=2, **changes).state_dict()
+    model.load_state_dict(other)
+    assert all(torch.equal(whole(x), other[name]) for name, x in model.state_dict().items())
+    off = {name: error for name, error in errors.items() if not error <= TIGHT.get(kind, 1e-10)}
+    return off, {name: x.numel() for name, x in local.items()}, rest.whole
+
+
+CASES = {
+    "Llama": ("Llama", (2, 2), {}),
+    "Gemma3": ("Gemma3", (1, 4), {}),
+    "Qwen3-MoE": ("Qwen3-MoE", (2, 2), {}),
+    "Mixtral": ("Mixtral", (4, 1), {}),
+    "biased": ("biased Llama", (2, 2), {}),
+    "tied": ("tied Llama", (2, 2), {}),
+    "uneven": ("Llama", (2, 2), {"intermediate_size": 22, "vocab_size": 30}),
+    "fewer columns than ranks": ("Llama", (2, 2), {"intermediate_size": 5}),
+    "uneven experts": ("Qwen3-MoE", (2, 2), {"moe_intermediate_size": 6}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_split(pool, case):
+    """Logits, with and without grad, and every gradient; nothing twice; load_state_dict takes the stock model's.
+
+    Where P does not divide a width, transformers deals it unevenly.
+    """
+    kind, grid, changes = CASES[case]
+    found = pool.run(split, 4, kind, grid, changes)
+    model = tiny.make(kind, **changes)
+    tied = model.config.tie_word_embeddings
+    vocabulary = {"model.embed_tokens.weight", "lm_head.weight"}
+    for off, held, left in found:
+        assert not off
+        mlps = {name for name, _ in model.named_parameters() if ".mlp." in name and "mlp.gate.weight" not in name}
+        assert held.keys() == mlps | (set() if tied else vocabulary)
+        assert left == dict.fromkeys(("model.embed_tokens", "lm_head") * tied, "its weight is tied to another module's")
+    for name in found[0][1]:
+        copies = 4 if name.endswith("down_proj.bias") else 1
+        assert sum(held[name] for _, held, _ in found) == copies * model.get_parameter(name).numel(), name
+
+
+def hook(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+class Adapter(nn.Module):
+    """As a LoRA layer: what the plan names is not its own weight."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.out_features = base, base.out_features
+
+    def forward(self, x):
+        return self.base(x)
+
+
+def adapt(model: nn.Module) -> None:
+    model.model.layers[1].mlp.up_proj = Adapter(model.model.layers[1].mlp.up_proj)
+
+
+def tie(model: nn.Module) -> None:
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+
+
+REFUSED = {
+    "hook": (lambda model: hook(model.model.layers[1].mlp.down_proj), "layers.1.mlp.down_proj.* it has hooks"),
+    "adapter": (adapt, "layers.1.mlp.up_proj .*no rule for its base.weight"),
+    "tied": (tie, "layers.0.mlp.up_proj.* its weight is tied"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    """Where leaving a rule out would leave its neighbours wrong."""
+    change, reason = REFUSED[case]
+    model = tiny.make("Llama")
+    change(model)
+    with pytest.raises(tlm.GridError, match=reason):
+        find_rest(model, 4, attentions(model))
+
+
+def test_left_whole():
+    """What takes and gives whole activations stays whole alone; so does an attention that nobody replaced."""
+    model = tiny.make("Qwen3-MoE")
+    hook(model.lm_head)
+    rest = find_rest(model, 4, {"model.layers.0.self_attn"})
+    assert "it has hooks" in rest.whole.pop("lm_head")
+    assert set(rest.whole) == {
+        f"model.layers.1.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    }
+    assert all("is not replaced" in why for why in rest.whole.values())
+    ((_, plan),) = rest.plans.values()
+    assert {name.rpartition(".")[2] for name in plan} == {
+        "embed_tokens",
+        "weight",
+        "experts",
+        "gate_up_proj",
+        "down_proj",
+    }
+
+
+def test_parameters_between_split_linears():
+    """Localises: a trained activation on a part of the columns, whose gradient would be of that part."""
+    model = tiny.make("Apertus")
+    rest = find_rest(model, 4, attentions(model))
+    assert set(rest.whole) == {"model.layers.0.mlp", "model.layers.1.mlp"}
+    assert "the gradient of model.layers.0.mlp.act_fn.alpha_p, which has no rule" in rest.whole["model.layers.0.mlp"]
+    ((_, plan),) = rest.plans.values()
+    assert not any(".mlp." in name for name in plan) and "lm_head" in plan
+
+
+def test_a_part_of_a_model():
+    """A transformers model inside another module goes by its plan, what is beside it by its structure."""
+    mlp = nn.TransformerEncoderLayer(16, 4, 24)
+    rest = find_rest(
+        nn.ModuleDict({"decoder": tiny.make("Llama"), "encoder": mlp}), 4, {"decoder.model.layers.0.self_attn"}
+    )
+    assert list(rest.plans) == ["decoder"] and list(rest.mlps) == ["encoder"]
+    assert not any("layers.0.self_attn" in name for name in [*rest.plans["decoder"][1], *rest.whole])
+
+
+def test_without_a_plan():
+    config = transformers.BertConfig(hidden_size=16, num_attention_heads=4, intermediate_size=24, num_hidden_layers=1)
+    rest = find_rest(transformers.BertModel(config), 4, set())
+    assert not rest.plans and list(rest.mlps) == ["encoder.layer.0"]
+
+
+def test_versions(monkeypatch):
+    """A transformers that is too old, and one that has lost a private name, are refused with a sentence."""
+    for version in ("5.23.0", "5.24.0.dev0", "6.0"):
+        private.check_version(version)
+    with pytest.raises(tlm.GridError, match="transformers 5.22.1 is too old.* 5.23 or newer"):
+        private.check_version("5.22.1")
+    monkeypatch.delattr("transformers.core_model_loading.rename_source_key")
+    with pytest.raises(tlm.GridError, match="has no transformers.core_model_loading.rename_source_key"):
+        private.private("rename_source_key")
+
+
+def end_to_end(kind: str, grid: tuple[int, int]) -> tuple[dict[str, float], str]:
+    """parallelize with everything split: what differs from stock, and what was printed."""
+    expected = run(tiny.make(kind, exact=True))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        model = tlm.parallelize(tiny.make(kind, exact=True), tlm.init_mesh("cpu", grid))
+    grads = run(model)
+    for name, module in model.named_modules():
+        for own, stock in module.stock_names.items() if isinstance(module, GridAttention) else ():
+            put(grads, resolve(name, stock.key), stock, grads.pop(f"{name}.{own}"))
+    assert grads.keys() == expected.keys()
+    errors = {name: (grads[name] - x).abs().max().item() for name, x in expected.items()}
+    limit = 1e-6 if kind in ("Mixtral", "Qwen3-MoE") else 1e-10  # routers in float32, of inputs that are not bit-equal
+    return {name: error for name, error in errors.items() if not error <= limit}, out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3", "Qwen3-MoE", "Mixtral"])
+def test_parallelize(pool, kind):
+    """Logits and every gradient of a model whose attention and all else is split; rank 0 says what it keeps."""
+    for rank, (off, printed) in enumerate(pool.run(end_to_end, 4, kind, (2, 2))):
+        assert not off
+        assert ("the tensor-parallel plan of " + tiny.CONFIGS[kind][1] in printed) == (rank == 0)
+        assert rank or " kB split, " in printed and "model.layers.*.input_layernorm" in printed
+        assert rank or ("model.embed_tokens stays whole: its weight is tied" in printed) == (kind == "Gemma3")

@@ -1,0 +1,119 @@
+"""What setup.py decides and refuses, without a build, and what import says about another torch.
+
+setup.py runs in this process up to setuptools.setup; nvcc is a script that says what the test wants.
+"""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+import torch.utils.cpp_extension
+
+from two_level_mha import _load
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_TOOLKIT = "no CUDA toolkit found (set CUDA_HOME, or put nvcc on the PATH)"
+
+
+@pytest.fixture
+def configure(monkeypatch, tmp_path):
+    """Runs setup.py with a torch of CUDA `torch_cuda` and an nvcc of `nvcc`, and returns its extensions by name."""
+
+    def run(*, torch_cuda: str | None = "13.0", nvcc: str | None = None, **environment: str) -> dict:
+        home = None
+        if nvcc is not None:
+            home = tmp_path / "cuda"
+            (home / "bin").mkdir(parents=True)
+            script = (
+                f"if [ $1 = --version ]; then echo 'release {nvcc}, V{nvcc}.1'; else echo compute_80 compute_90; fi"
+            )
+            (home / "bin" / "nvcc").write_text(f"#!/bin/sh\n{script}\n")
+            (home / "bin" / "nvcc").chmod(0o755)
+        for name in ("FORCE_CUDA", "TLM_CUDA", "TORCH_CUDA_ARCH_LIST"):
+            monkeypatch.setenv(name, "")  # so that what setup.py sets goes away again
+            monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        found: dict = {}
+        monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+        monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", home and str(home))
+        monkeypatch.setattr(
+            setuptools, "setup", lambda ext_modules, **_: found.update((e.name, e) for e in ext_modules)
+        )
+        monkeypatch.chdir(tmp_path)
+        runpy.run_path(str(ROOT / "setup.py"))
+        return found
+
+    return run
+
+
+REFUSED = {
+    "no toolkit": ({}, NO_TOOLKIT),
+    "no toolkit, TLM_CUDA=0 too": ({"TLM_CUDA": "0"}, NO_TOOLKIT),
+    "torch without CUDA": ({"torch_cuda": None, "nvcc": "13.0"}, f"torch {torch.__version__} was built without CUDA"),
+    "other toolkit": ({"nvcc": "12.4"}, "nvcc 12.4 and torch's CUDA 13.0 differ in the major version"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_force_cuda_says_what_is_missing(configure, case):
+    options, reason = REFUSED[case]
+    with pytest.raises(SystemExit) as stopped:
+        configure(FORCE_CUDA="1", **options)
+    assert str(stopped.value) == f"FORCE_CUDA=1, but {reason}"
+
+
+WITHOUT = {
+    "no toolkit": ({}, NO_TOOLKIT),
+    "left out": ({"TLM_CUDA": "0", "nvcc": "13.1"}, "TLM_CUDA=0"),
+    "other toolkit": ({"nvcc": "12.4"}, "nvcc 12.4 and torch's CUDA 13.0 differ in the major version"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT)
+def test_without_cuda(configure, capsys, case):
+    """The reason is printed, and no CUDA source is compiled."""
+    options, reason = WITHOUT[case]
+    sources = configure(**options)["two_level_mha._ops"].sources
+    assert f"CUDA           no               ({reason})" in capsys.readouterr().out
+    assert sources and not [f for f in sources if f.endswith((".cu", "_cuda.cpp"))]
+
+
+def test_with_cuda(configure, capsys):
+    """Every source but the Python module's, for the default architectures that this nvcc knows."""
+    extensions = configure(nvcc="13.1")
+    out = capsys.readouterr().out
+    assert "CUDA           yes              (torch has CUDA 13.0, nvcc 13.1 in" in out
+    assert "architectures  8.0;9.0a         (default, as far as nvcc 13.1 goes)" in out
+    on_disk = {str(f.relative_to(ROOT)) for f in (ROOT / "csrc").rglob("*") if f.suffix in (".cpp", ".cu")}
+    assert set(extensions["two_level_mha._ops"].sources) == on_disk - {"csrc/python.cpp"}
+    assert extensions["two_level_mha._C"].sources == ["csrc/python.cpp"]
+
+
+def test_given_architectures(configure, capsys):
+    configure(nvcc="13.0", FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a")
+    out = capsys.readouterr().out
+    assert "(FORCE_CUDA=1, nvcc 13.0" in out
+    assert "architectures  9.0a             (TORCH_CUDA_ARCH_LIST)" in out
+
+
+def test_another_torch():
+    """Import stops before the library is loaded, and says what to do."""
+    program = "import torch; torch.__version__ = '9.9.0'; import two_level_mha"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert (
+        f"ImportError: two_level_mha was built for torch {torch.__version__}, but torch 9.9.0 is running. "
+        "Build it again with the running one: `pip install --no-build-isolation --force-reinstall --no-deps .` in its "
+        f"source folder, or install torch {torch.__version__}"
+    ) in result.stderr
+
+
+def test_not_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(_load, "PACKAGE", tmp_path)
+    with pytest.raises(ImportError, match=f"two_level_mha is not built in {tmp_path}: run `pip install"):
+        _load.load()

@@ -1,0 +1,66 @@
+"""The integers that every rank makes of a layer and of one call of it, as the operators take them.
+
+The pass decides everything from them, once and alike in both halves: csrc/pass/context.h says what each one is.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from two_level_mha import _C
+from two_level_mha.mesh import Place
+
+SCHEME_NUMBERS: dict[str, int] = _C.scheme_numbers()
+
+
+def layer_numbers(
+    place: Place,
+    rates: Sequence[int],
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    embed_dim: int,
+    key_dim: int,
+    value_dim: int,
+    bias: bool,
+    bias_kv: bool,
+    whole_heads: bool,
+    concat: bool,
+    reduce_dtype: torch.dtype | None,
+) -> list[int]:
+    """The constants of a layer on this rank, in the order of the operators; rates: those of the profile."""
+    grid = place.grid
+    return [
+        grid.head_groups, grid.slices, place.head_group, place.slice, num_heads, num_kv_heads, head_dim, embed_dim,
+        key_dim, value_dim, int(bias), int(bias_kv), int(whole_heads), int(concat),
+        -1 if reduce_dtype is None else _C.scalar_type(reduce_dtype), *rates,
+    ]  # fmt: skip
+
+
+def call_numbers(
+    *,
+    scheme: int,
+    batch: int,
+    length: int,
+    keys: int,
+    zero_key: bool = False,
+    position: int = 0,
+    first_key: int = 0,
+    causal: bool = False,
+    batch_first: bool = True,
+    element_size: int,
+) -> list[int]:
+    """One call, by name, in the order of the operators; sizes may be symbolic."""
+    return [
+        scheme, batch, length, keys, int(zero_key), position, first_key, int(causal), int(batch_first), element_size
+    ]  # fmt: skip
+
+
+def element_size(x: Tensor) -> int:
+    """Bytes of an element of what the projections of `x` compute in."""
+    device = x.device.type
+    if x.dtype is torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return x.dtype.itemsize
+    return torch.get_autocast_dtype(device).itemsize
