@@ -12,16 +12,16 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
 from common import write_results
 
 import two_level_mha as tlm
-from two_level_mha import _C
 from two_level_mha.mesh import place_on
 
-PROFILE = _C.profile(False)
+PROFILE = tlm.Profile.named("cpu")
 MOVED = 1 << 19  # float32 elements of the exchange that measures the link
 LAYERS = [  # embed_dim, heads, batch, seq
     (256, 4, 1, 64),
@@ -55,18 +55,18 @@ def rates(mesh: dist.DeviceMesh, repeats: int) -> list[dict]:
     one, keys = torch.randn(1, 8, 1, 128), torch.randn(1, 1, 16384, 128)
     moved, small = torch.randn(ranks, MOVED // ranks), torch.zeros(1)
     pieces = {
-        "flops, a matrix product": (2 * 384**3 / PROFILE["flops"], lambda: a @ b),
-        "flops, attention": (4 * 4 * 384**2 * 64 / PROFILE["flops"], lambda: ops.partial_attention(q, q, q)),
+        "flops, a matrix product": (2 * 384**3 / PROFILE.flops, lambda: a @ b),
+        "flops, attention": (4 * 4 * 384**2 * 64 / PROFILE.flops, lambda: ops.partial_attention(q, q, q)),
         "memory, one query on many keys": (
-            2 * keys.numel() * 4 / PROFILE["memory"],
+            2 * keys.numel() * 4 / PROFILE.memory,
             lambda: ops.partial_attention(one, keys, keys),
         ),
         "link, all_to_all": (
-            MOVED * 4 * (ranks - 1) / ranks / PROFILE["link"],
+            MOVED * 4 * (ranks - 1) / ranks / PROFILE.link,
             lambda: ops.all_to_all(moved, 0, 0, ranks, group),
         ),
         "latency, all_reduce of one number": (
-            PROFILE["latency_ns"] * 1e-9,
+            PROFILE.latency_ns * 1e-9,
             lambda: ops.all_reduce(small, ranks, group),
         ),
     }
@@ -113,7 +113,7 @@ def run(rank: int, ranks: int, repeats: int, store: str) -> None:
                 f"{found['case']:62} predicted {found['predicted_ms']:9.3f} ms  measured {found['measured_ms']:9.3f} ms"
                 f"  ratio {found['ratio']:.2f}"
             )
-        profile = {"case": "profile", "ranks": ranks, "load_average": os.getloadavg(), **PROFILE}
+        profile = {"case": "profile", "ranks": ranks, "load_average": os.getloadavg(), **asdict(PROFILE)}
         print(write_results("predictions", [profile, *rows]))
     dist.destroy_process_group()
 

@@ -29,16 +29,16 @@ std::string grid_problem(int64_t n, int64_t m, int64_t heads, int64_t kv_heads, 
   return Grid{n, m}.problem({heads, kv_heads, head_dim});
 }
 
-std::vector<std::pair<int64_t, int64_t>> grid_candidates(int64_t ranks, int64_t heads, int64_t kv_heads,
-                                                         int64_t head_dim, bool cuda) {
+std::vector<std::pair<int64_t, int64_t>> ranked(int64_t ranks, int64_t heads, int64_t kv_heads,
+                                                int64_t head_dim, const Rates::Numbers& profile) {
   std::vector<std::pair<int64_t, int64_t>> found;
-  for (const Grid& grid : ranked_grids(ranks, {heads, kv_heads, head_dim}, profile_for(cuda)))
+  for (const Grid& grid : ranked_grids(ranks, {heads, kv_heads, head_dim}, Rates::from_numbers(profile)))
     found.emplace_back(grid.head_groups, grid.slices);
   return found;
 }
 
 bool has_grid(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim) {
-  return !Grid::candidates(ranks, {heads, kv_heads, head_dim}).empty();
+  return !Grid::valid_grids(ranks, {heads, kv_heads, head_dim}).empty();
 }
 
 std::string grid_choices(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim) {
@@ -52,15 +52,16 @@ std::vector<std::tuple<std::string, bool, std::string>> schemes() {
   return rows;
 }
 
-std::string resolve(const std::string& scheme, const Call& call, bool cuda) {
-  return scheme_row(resolve_scheme(scheme_from_name(scheme), call, profile_for(cuda))).name;
+std::string resolve(const std::string& scheme, const Call& call, const Rates::Numbers& profile) {
+  return scheme_row(resolve_scheme(scheme_from_name(scheme), call, Rates::from_numbers(profile))).name;
 }
 
-py::list rows_of(const Traffic<int64_t>& traffic) {
+template <class I>
+py::list rows_of(const Traffic<I>& traffic) {
   constexpr const char* kAxes[] = {"slice", "head", "grid"};
   py::list rows;
   for (const auto& row : traffic)
-    rows.append(py::dict("what"_a = row.what, "axis"_a = kAxes[int(row.axis)], "bytes"_a = row.bytes,
+    rows.append(py::dict("what"_a = row.what, "axis"_a = kAxes[int(row.axis)], "bytes"_a = int64_t(row.bytes),
                          "bias_bytes"_a = row.biases, "collectives"_a = row.collectives));
   return rows;
 }
@@ -71,45 +72,48 @@ py::dict traffic_of(const std::string& scheme, const Call& call) {
                   "backward"_a = rows_of(backward_traffic(found, call)));
 }
 
-py::dict profile_dict(bool cuda) {
-  const Profile& p = profile_for(cuda);
-  return py::dict("name"_a = p.name, "source"_a = p.source, "flops"_a = p.flops, "memory"_a = p.memory,
-                  "link"_a = p.link, "network"_a = p.network, "latency_ns"_a = p.latency,
-                  "node_ranks"_a = p.node);
+std::vector<std::tuple<std::string, std::string, Rates::Numbers, std::string>> profile_table() {
+  std::vector<std::tuple<std::string, std::string, Rates::Numbers, std::string>> rows;
+  for (const auto& [name, device, rates, source] : kProfiles)
+    rows.emplace_back(name, device, rates.numbers(), source);
+  return rows;
 }
 
-py::dict seconds_of(const Price<int64_t>& price, const Profile& profile) {
-  auto seconds = [&](int64_t flops) { return double(flops) / double(profile.flops); };
+py::dict seconds_of(const Price<Checked>& price, const Rates& rates) {
+  auto seconds = [&](Checked flops) { return double(flops) / double(rates.flops); };
   return py::dict("compute"_a = seconds(price.compute), "memory"_a = seconds(price.memory),
                   "sending"_a = seconds(price.sending), "latency"_a = seconds(price.latency),
                   "total"_a = seconds(price.total()));
 }
 
-py::dict option_dict(const Option& option, const Profile& profile) {
+py::dict option_dict(const Option& option, const Rates& rates) {
   return py::dict("grid"_a = py::make_tuple(option.grid.head_groups, option.grid.slices),
                   "scheme"_a = scheme_row(option.scheme).name, "whole_heads"_a = option.sizes.whole_heads,
                   "exact"_a = option.exact, "auto"_a = option.automatic,
-                  "attention_flops"_a = option.work.attention, "projection_flops"_a = option.work.projections,
+                  "attention_flops"_a = int64_t(option.work.attention),
+                  "projection_flops"_a = int64_t(option.work.projections),
                   "forward"_a = rows_of(option.forward), "backward"_a = rows_of(option.backward),
-                  "weight_bytes"_a = option.memory.weights, "activation_bytes"_a = option.memory.activations,
-                  "cache_bytes"_a = option.memory.cache,
-                  "predicted_seconds"_a = seconds_of(option.price, profile));
+                  "weight_bytes"_a = int64_t(option.memory.weights),
+                  "activation_bytes"_a = int64_t(option.memory.activations),
+                  "cache_bytes"_a = int64_t(option.memory.cache),
+                  "predicted_seconds"_a = seconds_of(option.price, rates));
 }
 
 // (options, index of the pick)
 std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                   int64_t embed_dim, int64_t B, int64_t L, int64_t S, int64_t element_size,
-                                  bool cached, bool causal, bool concat, bool bias, bool cuda) {
-  const Profile& profile = profile_for(cuda);
+                                  bool cached, bool causal, bool concat, bool bias,
+                                  const Rates::Numbers& profile) {
+  const Rates rates = Rates::from_numbers(profile);
   PlanRequest request{ranks, {{heads, kv_heads, head_dim}, embed_dim}, {B, L, S}, cached};
   request.layer.bias = bias;
   request.layer.concat = concat;
   request.call.position = cached ? S - L : 0;
   request.call.element_size = element_size;
   request.call.causal = causal;
-  const auto options = plan_options(request, profile);
+  const auto options = plan_options(request, rates);
   py::list found;
-  for (const Option& option : options) found.append(option_dict(option, profile));
+  for (const Option& option : options) found.append(option_dict(option, rates));
   return {found, pick(options)};
 }
 
@@ -130,11 +134,6 @@ std::map<std::string, int64_t> scheme_numbers() {
   return numbers;
 }
 
-std::vector<int64_t> rates(bool cuda) {
-  const Rates& r = profile_for(cuda);
-  return {r.flops, r.memory, r.link, r.network, r.latency, r.node, r.equal};
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -143,25 +142,27 @@ PYBIND11_MODULE(_C, m) {
   m.def("grid_problem", &grid_problem,
         "Empty if the grid fits, else the rule that broke and the grids that would do.");
   m.def("has_grid", &has_grid, "Whether a number of ranks has a valid grid.");
-  m.def("grid_candidates", &grid_candidates,
-        "Valid (n, m) for a number of ranks, the fastest in a typical call first.");
+  m.def("ranked_grids", &ranked, "Valid (n, m) for a number of ranks, the fastest in a typical call first.");
   m.def("grid_choices", &grid_choices, "A sentence with the valid grids for a number of ranks, and near it.");
   m.def("schemes", &schemes, "(name, exact, storage) of every scheme.");
-  m.def("layer_fields", [] { return names_of(kLayerFields); }, "Names of the numbers that make a layer.");
-  m.def("call_fields", [] { return names_of(kCallFields); }, "Names of the numbers that make a call.");
+  m.def(
+      "layer_fields", [] { return names_of(kLayerFields); }, "Names of the numbers that make a layer.");
+  m.def(
+      "call_fields", [] { return names_of(kCallFields); }, "Names of the numbers that make a call.");
   m.def("scheme_numbers", &scheme_numbers, "The number of every scheme, and of \"auto\".");
-  m.def("scalar_type", [](at::ScalarType type) { return int64_t(type); }, "The number of a dtype.");
-  m.def("rates", &rates, "The profile as the last of the layer's numbers.");
+  m.def(
+      "scalar_type", [](at::ScalarType type) { return int64_t(type); }, "The number of a dtype.");
   m.def("whole_heads_fit", &whole_heads_fit,
         "Whether H query and K KV heads can be stored as whole heads on m.");
   m.def("stores_whole_heads", &stores_whole,
         "Whether scheme='auto' stores h query and k KV heads as whole heads on a grid (n, m).");
   m.def("resolve_scheme", &resolve, "The scheme that scheme='auto' takes for a call.");
   m.def("traffic", &traffic_of, "What one rank sends in a call, forward and backward, exchange by exchange.");
-  m.def("profile", &profile_dict, "The rates that predictions are made with.");
+  m.def("profiles", &profile_table,
+        "(name, device, numbers, source) of every known profile; numbers as in csrc/plan/profiles.h.");
   m.def("plan", &plan, "Every valid grid with every scheme, and the index of the pick.", py::kw_only(),
         "ranks"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "embed_dim"_a, "B"_a, "L"_a, "S"_a,
-        "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "cuda"_a);
+        "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "profile"_a);
 
   // csrc/schemes.h says what the fields mean
   py::class_<Call>(m, "Call")

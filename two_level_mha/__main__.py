@@ -9,7 +9,8 @@ import torch
 
 import two_level_mha as tlm
 from two_level_mha import _C, _load
-from two_level_mha.planner import COMBINES, DEVICE_TYPES
+from two_level_mha.blocks import COMBINES
+from two_level_mha.profile import DEVICE_TYPES
 
 
 def registered_ops() -> dict[str, list[str]]:
@@ -64,6 +65,7 @@ def plan(args: argparse.Namespace) -> None:
             dtype=getattr(torch, args.dtype),
             combine=args.combine,
             device_type=args.device_type,
+            profile=args.profile,
         )
     except tlm.GridError as error:
         print(error, file=sys.stderr)
@@ -85,6 +87,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "float64"))
     parser.add_argument("--combine", default="reduce", choices=COMBINES)
     parser.add_argument("--device-type", default="cuda", choices=DEVICE_TYPES, help="whose profile predicts")
+    parser.add_argument("--profile", metavar="NAME|FILE", help="the hardware to predict for: a name, or a JSON file")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=plan)
 

@@ -6,6 +6,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+COMBINES = ("reduce", "concat")
+
 # name -> (tensor dim dealt over the head axis, over the slice axis); None: replicated
 LAYOUTS = {
     "q_weight": (0, 1),  # (h, d, D)

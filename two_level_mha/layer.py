@@ -13,15 +13,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha import _C
 from two_level_mha.agreement import check_call, compares
-from two_level_mha.blocks import LAYOUTS, block, local_blocks
+from two_level_mha.blocks import COMBINES, LAYOUTS, block, local_blocks
 from two_level_mha.cache import CacheLayer
 from two_level_mha.context import SCHEME_NUMBERS, call_numbers, element_size, layer_numbers
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import Grid, place_on
+from two_level_mha.profile import Profile
 
 CACHED = "position"  # the scheme of a KV cache dealt by position: not for a call without one
 SCHEMES = ("auto", *(name for name, _, _ in _C.schemes() if name != CACHED))
-COMBINES = ("reduce", "concat")
 REDUCE_DTYPES = (None, torch.float32)
 
 _ops = torch.ops.two_level_mha
@@ -98,7 +98,7 @@ class GridAttention(nn.Module):
         held = {name for name, tensor in full.items() if tensor is not None}
         return layer_numbers(
             self.place,
-            _C.rates(self.mesh is not None and self.mesh.device_type == "cuda"),
+            Profile.for_device("cpu" if self.mesh is None else self.mesh.device_type).numbers,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,

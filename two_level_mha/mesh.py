@@ -1,5 +1,6 @@
 """The grid of ranks: n head groups times m slices of the head dimension."""
 
+import os
 from dataclasses import dataclass, field
 from numbers import Integral
 
@@ -8,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from two_level_mha import _C
 from two_level_mha.errors import GridError
+from two_level_mha.profile import Profile, resolve_profile
 
 AXES = ("head", "slice")
 
@@ -49,14 +51,24 @@ class Grid:
         head_dim: int = 1,
         *,
         device_type: str = "cuda",
+        profile: Profile | str | os.PathLike | None = None,
     ) -> list["Grid"]:
         """The valid grids of `ranks` ranks, the fastest first as far as can be predicted; empty if there is none.
 
         They are ordered by a typical call: the causal forward pass of one sequence of 4096 tokens in half precision, of
         a layer whose embed_dim is num_heads * head_dim, with scheme="auto"; more head groups first where that is equal.
         two_level_mha.plan predicts another call.
+        profile: the hardware to predict for, a Profile, its name or its JSON file; None: that of device_type.
+        Raises GridError for a profile that is none, or a device_type without one.
         """
-        found = _C.grid_candidates(ranks, num_heads, num_kv_heads or num_heads, head_dim, device_type == "cuda")
+        rates = resolve_profile(profile, device_type).numbers
+        try:
+            found = _C.ranked_grids(ranks, num_heads, num_kv_heads or num_heads, head_dim, rates)
+        except OverflowError:
+            raise GridError(
+                f"ranks={ranks} with num_heads={num_heads} and head_dim={head_dim} are too large to price: the numbers "
+                "reach 2**63, below which they must stay"
+            ) from None
         return [Grid(n, m) for n, m in found]
 
 
@@ -67,11 +79,12 @@ def init_mesh(
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
+    profile: Profile | str | os.PathLike | None = None,
 ) -> DeviceMesh:
     """A DeviceMesh over all ranks with axes ("head", "slice"), and the flattened axis "grid".
 
     grid: (n, m); or None, then num_heads, num_kv_heads (num_heads if None) and head_dim choose it for the world size:
-    the first of Grid.candidates.
+    the first of Grid.candidates, which takes profile.
     Raises GridError if the process group is not initialised, if grid is no pair of positive integers, if the world size
     is not n * m, or if no grid fits.
     """
@@ -81,7 +94,7 @@ def init_mesh(
     if grid is None:
         if num_heads is None or head_dim is None:
             raise GridError("init_mesh needs grid=(n, m), or num_heads and head_dim to choose one")
-        found = Grid.candidates(ranks, num_heads, num_kv_heads, head_dim, device_type=device_type)
+        found = Grid.candidates(ranks, num_heads, num_kv_heads, head_dim, device_type=device_type, profile=profile)
         if not found:
             raise GridError(_C.grid_choices(ranks, num_heads, num_kv_heads or num_heads, head_dim))
         grid = (found[0].head_groups, found[0].slices)

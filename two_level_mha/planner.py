@@ -1,20 +1,19 @@
 """What a layer costs on every valid grid with every scheme, predicted, and which to take.
 
-The numbers and the choice are C++ (csrc/plan.h), the same that decides scheme="auto"; here they are asked for and
+The numbers and the choice are C++ (csrc/plan/), the same that decides scheme="auto"; here they are asked for and
 printed.
 """
 
+import os
 import textwrap
 from dataclasses import asdict, dataclass
 
 import torch
 
 from two_level_mha import _C
+from two_level_mha.blocks import COMBINES
 from two_level_mha.errors import GridError
-
-COMBINES = ("reduce", "concat")
-DEVICE_TYPES = ("cuda", "cpu")
-MOST = 2**63 - 1  # what an integer of csrc/plan.h holds
+from two_level_mha.profile import Profile, resolve_profile
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Plan:
 
     layer: dict[str, object]
     call: dict[str, object]
-    profile: dict[str, object]  # the rates behind the predictions, with their source
+    profile: Profile  # the rates behind the predictions
     options: tuple[Option, ...]
     pick: Option
     why: str
@@ -88,7 +87,7 @@ class Plan:
         return {
             "layer": self.layer,
             "call": self.call,
-            "profile": self.profile,
+            "profile": asdict(self.profile),
             "options": options,
             "pick": {"grid": self.pick.grid, "scheme": self.pick.scheme},
             "why": self.why,
@@ -113,6 +112,7 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     combine: str = "reduce",
     device_type: str = "cuda",
+    profile: Profile | str | os.PathLike | None = None,
 ) -> Plan:
     """Prices one call of an attention layer on every valid grid of `devices` ranks with every scheme.
 
@@ -120,6 +120,7 @@ def plan(
     `seq`, whose predecessors lie in a KV cache. Seconds are predicted from the rates of one hardware profile, not
     measured; bytes and numbers of collectives are exact. Needs no process group and no GPU.
     num_kv_heads: num_heads if None; head_dim: embed_dim / num_heads if None; bias: q, k, v and output have one.
+    profile: the hardware to predict for, a Profile, its name or its JSON file; None: that of device_type.
     Raises GridError if an argument does not fit, or if no grid is valid; then it names the nearest numbers of ranks
     that have one.
     """
@@ -128,6 +129,8 @@ def plan(
     for name, value in {**sizes, **{k: v for k, v in optional.items() if v is not None}}.items():
         if not isinstance(value, int) or value < 1:
             raise GridError(f"{name} must be a positive integer, got {value!r}")
+        if value >= 2**63:
+            raise GridError(f"{name}={value} is too large to price: numbers must stay below 2**63")
     if head_dim is None and embed_dim % num_heads:
         raise GridError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}: give head_dim")
     kv_heads, head_dim = num_kv_heads or num_heads, head_dim or embed_dim // num_heads
@@ -135,28 +138,22 @@ def plan(
         raise GridError(f"num_kv_heads={kv_heads} must divide num_heads={num_heads}")
     if combine not in COMBINES:
         raise GridError(f"combine must be one of {', '.join(COMBINES)}, got {combine!r}")
-    if device_type not in DEVICE_TYPES:
-        raise GridError(f"device_type must be one of {', '.join(DEVICE_TYPES)}, got {device_type!r}")
+    hardware = resolve_profile(profile, device_type)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise GridError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
     if not _C.has_grid(devices, num_heads, kv_heads, head_dim):
         raise GridError(_C.grid_choices(devices, num_heads, kv_heads, head_dim))
-    cuda = device_type == "cuda"
-    profile = _C.profile(cuda)
-    bound = _most_flops(
-        h=num_heads, k=kv_heads, d=head_dim, D=embed_dim, P=devices, B=batch, L=1 if decode else seq, S=seq,
-        size=dtype.itemsize, profile=profile,
-    )  # fmt: skip
-    if bound > MOST:
+    try:
+        rows, picked = _C.plan(
+            ranks=devices, heads=num_heads, kv_heads=kv_heads, head_dim=head_dim, embed_dim=embed_dim, B=batch,
+            L=1 if decode else seq, S=seq, element_size=dtype.itemsize, cached=decode, causal=causal and not decode,
+            concat=combine == "concat", bias=bias, profile=hardware.numbers,
+        )  # fmt: skip
+    except OverflowError:
         raise GridError(
-            f"batch={batch} with seq={seq} is too large to price: for this layer on {devices} devices the numbers may "
-            f"reach 2**{bound.bit_length() - 1}, and must stay below 2**63; plan a part of the batch, or a shorter seq"
-        )
-    rows, picked = _C.plan(
-        ranks=devices, heads=num_heads, kv_heads=kv_heads, head_dim=head_dim, embed_dim=embed_dim, B=batch,
-        L=1 if decode else seq, S=seq, element_size=dtype.itemsize, cached=decode, causal=causal and not decode,
-        concat=combine == "concat", bias=bias, cuda=cuda,
-    )  # fmt: skip
+            f"batch={batch} with seq={seq} is too large to price: for this layer on {devices} devices the numbers "
+            "reach 2**63, below which they must stay; plan a part of the batch, or a shorter seq"
+        ) from None
     for row in rows:
         for direction in ("forward", "backward"):
             row[direction] = tuple(Sent(**sent) for sent in row[direction])
@@ -179,31 +176,11 @@ def plan(
             "decode": decode,
             "causal": causal,
         },
-        profile=profile,
+        profile=hardware,
         options=options,
         pick=options[picked],
         why=_why(options, options[picked], decode),
     )
-
-
-def _most_flops(
-    *, h: int, k: int, d: int, D: int, P: int, B: int, L: int, S: int, size: int, profile: dict[str, object]
-) -> int:
-    """A bound, over every grid and scheme, of what csrc/plan.h computes for a call: it would overflow in silence.
-
-    Its price of the call is the largest number: FLOPs, and bytes times the FLOPs that take as long as one of them.
-    """
-    rows = B * (L + 2 * P)  # dealt-out tokens are padded by less
-    weights = 2 * (h + k) * d * (D + 1)
-    flops = 4 * rows * S * h * d + 2 * rows * weights
-    read = max(4, size) * (2 * B * S * k * d + weights)
-    # at most q, k, v and out, each with what merges it, and the sum, each once
-    sent = max(4, size) * (5 * rows * ((h + k) * d + D) + weights)
-    slowest = min(profile["link"], profile["network"])
-    # a sum over P ranks is first multiplied by up to 2 P
-    byte = max(profile["flops"] // slowest, 2 * P)
-    latency = 20 * (profile["flops"] // 10**9) * profile["latency_ns"]  # of more collectives than a call has
-    return flops + read * (profile["flops"] // profile["memory"]) + sent * byte + latency
 
 
 def _why(options: tuple[Option, ...], pick: Option, decode: bool) -> str:
@@ -255,7 +232,7 @@ def _text(p: Plan) -> str:
             f"layer    embed_dim {layer['embed_dim']}, {layer['num_heads']} query heads, {layer['num_kv_heads']} "
             f"key/value heads of {layer['head_dim']}, {layer['dtype']}, combine={layer['combine']!r}",
             f"call     {_call_text(call)} on {call['devices']} {call['device_type']} ranks; figures are of one rank",
-            f"profile  {p.profile['name']!r}, from which seconds are predicted: {p.profile['source']}",
+            f"profile  {p.profile.name!r}, from which seconds are predicted: {p.profile.source}",
         )
         for line in _wrap(text, " " * 9)
     ]

@@ -40,7 +40,7 @@ struct Grid {
   }
 
   // All valid grids of `ranks` ranks, most head groups first (they need the fewest exchanges).
-  static std::vector<Grid> candidates(int64_t ranks, const Heads& heads) {
+  static std::vector<Grid> valid_grids(int64_t ranks, const Heads& heads) {
     std::vector<Grid> found;
     for (int64_t n = std::min(ranks, heads.num_kv_heads); n >= 1; --n) {
       Grid grid{n, ranks / n};
@@ -91,7 +91,7 @@ struct Grid {
   static std::string choices(int64_t ranks, const Heads& heads) {
     auto list = [&](int64_t p) {
       std::string text;
-      for (const Grid& grid : candidates(p, heads)) text += (text.empty() ? "" : ", ") + grid.text();
+      for (const Grid& grid : valid_grids(p, heads)) text += (text.empty() ? "" : ", ") + grid.text();
       return text;
     };
     std::ostringstream out;

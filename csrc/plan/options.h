@@ -1,6 +1,8 @@
-// Which grid and scheme to take for a call: every valid grid with every scheme, priced (price.h). No torch.
+// Which grid and scheme to take for a call: every valid grid with every scheme, priced (price.h). Sizes are a
+// user's, so that numbers are Checked: what does not fit throws std::overflow_error. No torch.
 #pragma once
 
+#include "../base/checked.h"
 #include "price.h"
 
 namespace two_level_mha {
@@ -15,39 +17,34 @@ inline bool stores_whole_heads(const Heads& heads, const Grid& grid) {
 
 // Bytes that one rank holds.
 struct Memory {
-  int64_t weights;      // of the layer
-  int64_t activations;  // that a forward pass keeps for the backward pass
-  int64_t cache;        // keys and values of all S positions
+  Checked weights;      // of the layer
+  Checked activations;  // that a forward pass keeps for the backward pass
+  Checked cache;        // keys and values of all S positions
 };
 
-inline Memory memory_of(Scheme scheme, const CallSizes<int64_t>& s) {
+inline Memory memory_of(Scheme scheme, const CallSizes<Checked>& s) {
   const SchemeRow row = concrete_row(scheme, s);
-  const Local<int64_t> local = local_sizes(row, s);
+  const Local<Checked> local = local_sizes(row, s);
   const int64_t E = s.d / s.m, h = s.n * s.H;
   const int64_t projections = E * (s.D * s.H + (s.kdim() + s.vdim()) * s.K);
   const int64_t out = s.concat ? s.D * h * s.d : s.D * s.H * E;
   const int64_t biases = s.bias ? E * (s.H + 2 * s.K) + s.D : 0;
-  Memory memory{projections + out + biases, 0, 0};
+  const Checked weights = projections + out + biases;
 
-  memory.activations = traffic::input_elements(row, s);
-  const int64_t queries = local.batch * local.heads * local.rows;
-  const int64_t keys = s.position > 0 ? 0 : local.batch * local.kv_heads * local.keys;  // else the cache's
-  memory.activations += (queries + keys) * (local.qk_width + local.v_width);
+  const Checked queries = local.batch * local.heads * local.rows;
+  const Checked keys = s.position > 0 ? 0 : local.batch * local.kv_heads * local.keys;  // else the cache's
+  Checked kept = traffic::input_elements(row, s) + (queries + keys) * (local.qk_width + local.v_width);
   if (s.concat)
-    memory.activations += s.B * s.L * h * s.d;  // the concatenation
+    kept = kept + s.B * s.L * h * s.d;  // the concatenation
   else if (row.out != Move::keep && s.m > 1)
-    memory.activations += s.B * s.L * s.H * E;  // O as W_O takes it
-  if (row.w == Move::replicate) memory.activations += s.m * (projections + (s.concat ? 0 : out));
+    kept = kept + s.B * s.L * s.H * E;  // O as W_O takes it
+  if (row.w == Move::replicate) kept = kept + s.m * (projections + (s.concat ? 0 : out));
   const bool by_batch = row.cached == Cached::may;  // of the two layouts of a cache; position is the default
-  const int64_t batch = by_batch ? ceil_div(s.B, s.m) : s.B;
-  const int64_t positions = by_batch ? s.S : ceil_div(s.S, s.m);
-  memory.cache = 2 * batch * positions * s.K * s.d;
-
-  memory.weights *= s.element_size;
-  memory.activations *= s.element_size;
-  memory.activations += queries * std::max<int64_t>(4, s.element_size);  // logsumexp
-  memory.cache *= s.element_size;
-  return memory;
+  const Checked batch = by_batch ? ceil_div(s.B, s.m) : s.B;
+  const Checked positions = by_batch ? s.S : ceil_div(s.S, s.m);
+  const Checked cache = 2 * batch * positions * s.K * s.d;
+  const Checked logsumexp = queries * std::max<int64_t>(4, s.element_size);
+  return {weights * s.element_size, kept * s.element_size + logsumexp, cache * s.element_size};
 }
 
 // A layer and a call of it, to be put on some number of ranks. Of the layer, how the query side is stored is
@@ -55,7 +52,7 @@ inline Memory memory_of(Scheme scheme, const CallSizes<int64_t>& s) {
 struct PlanRequest {
   int64_t ranks;
   LayerSizes layer;
-  CallShape<int64_t> call;
+  CallShape<Checked> call;
   bool cached = false;  // the L queries are the last of S positions, the others' keys are kept
 };
 
@@ -63,20 +60,20 @@ struct PlanRequest {
 struct Option {
   Grid grid;
   Scheme scheme;
-  CallSizes<int64_t> sizes;
+  CallSizes<Checked> sizes;
   bool exact;
   bool automatic;  // what scheme="auto" takes on this grid
-  Work<int64_t> work;
-  Traffic<int64_t> forward, backward;
+  Work<Checked> work;
+  Traffic<Checked> forward, backward;
   Memory memory;
-  Price<int64_t> price;
+  Price<Checked> price;
 };
 
 inline Option option_of(const PlanRequest& request, const Grid& grid, Scheme scheme, bool whole_heads,
-                        const Profile& profile) {
+                        const Rates& rates) {
   LayerSizes layer = request.layer;
   layer.whole_heads = whole_heads;
-  const CallSizes<int64_t> s = call_sizes(layer, grid, request.call);
+  const CallSizes<Checked> s = call_sizes(layer, grid, request.call);
   return {grid,
           scheme,
           s,
@@ -86,17 +83,27 @@ inline Option option_of(const PlanRequest& request, const Grid& grid, Scheme sch
           forward_traffic(scheme, s),
           backward_traffic(scheme, s),
           memory_of(scheme, s),
-          price(scheme, s, profile)};
+          price(scheme, s, rates)};
+}
+
+// Throws for a layer whose constants alone, which price.h and traffic.h multiply as int64_t, leave no room:
+// such products are some times the bytes of its weights on all ranks.
+inline void check_constants(const PlanRequest& request) {
+  constexpr int64_t kRoom = 256;
+  const auto& [heads, kv_heads, head_dim] = request.layer.heads;
+  const Checked weights = (Checked(heads) + kv_heads) * head_dim * (Checked(request.layer.D) + 1);
+  static_cast<void>(weights * request.call.element_size * request.ranks * kRoom);
 }
 
 // Every valid grid, most head groups first, with every scheme that can run the call on it: with keys in a
 // cache its two layouts, else all the others. On a grid of one slice they are all the same, and one stands
 // for them.
-inline std::vector<Option> plan_options(const PlanRequest& request, const Profile& profile) {
+inline std::vector<Option> plan_options(const PlanRequest& request, const Rates& rates) {
   std::vector<Option> options;
   const Heads& heads = request.layer.heads;
   const Cached other = request.cached ? Cached::never : Cached::always;  // no scheme for this call
-  for (const Grid& grid : Grid::candidates(request.ranks, heads)) {
+  for (const Grid& grid : Grid::valid_grids(request.ranks, heads)) {
+    check_constants(request);
     const bool whole = stores_whole_heads(heads, grid);
     const bool heads_fit = whole_heads_fit(heads.num_heads / grid.head_groups,
                                            heads.num_kv_heads / grid.head_groups, grid.slices);
@@ -104,15 +111,14 @@ inline std::vector<Option> plan_options(const PlanRequest& request, const Profil
     for (const SchemeRow& row : kSchemes) {
       if (row.cached == other || (row.storage == Storage::whole_heads && !heads_fit)) continue;
       const bool stored_whole = row.storage == Storage::whole_heads || (request.cached && whole);
-      options.push_back(option_of(request, grid, row.scheme, stored_whole, profile));
+      options.push_back(option_of(request, grid, row.scheme, stored_whole, rates));
     }
     // a cache's layout is its owner's choice; `position` is what it is made with
-    const auto sizes = option_of(request, grid, Scheme::slices, whole, profile).sizes;
-    const Scheme taken =
-        request.cached ? Scheme::position : resolve_scheme(Scheme::automatic, sizes, profile);
+    const auto sizes = option_of(request, grid, Scheme::slices, whole, rates).sizes;
+    const Scheme taken = request.cached ? Scheme::position : resolve_scheme(Scheme::automatic, sizes, rates);
     if (grid.slices == 1) {
       options.resize(first);
-      options.push_back(option_of(request, grid, taken, whole, profile));
+      options.push_back(option_of(request, grid, taken, whole, rates));
     }
     for (size_t i = first; i < options.size(); ++i) options[i].automatic = options[i].scheme == taken;
   }
@@ -132,7 +138,7 @@ inline int64_t pick(const std::vector<Option>& options) {
 // half precision, of a layer whose embed dim is num_heads * head_dim.
 inline PlanRequest typical_call(int64_t ranks, const Heads& heads) {
   PlanRequest request{ranks, {heads}, {1, 4096, 4096}};
-  request.layer.D = heads.num_heads * heads.head_dim;
+  request.layer.D = int64_t(Checked(heads.num_heads) * heads.head_dim);
   request.call.element_size = 2;
   request.call.causal = true;
   return request;
@@ -140,9 +146,9 @@ inline PlanRequest typical_call(int64_t ranks, const Heads& heads) {
 
 // The valid grids of `ranks` ranks, the smallest price of a typical call with scheme="auto" first; more head
 // groups first where it is equal.
-inline std::vector<Grid> ranked_grids(int64_t ranks, const Heads& heads, const Profile& profile) {
-  std::vector<std::pair<int64_t, Grid>> priced;
-  for (const Option& option : plan_options(typical_call(ranks, heads), profile))
+inline std::vector<Grid> ranked_grids(int64_t ranks, const Heads& heads, const Rates& rates) {
+  std::vector<std::pair<Checked, Grid>> priced;
+  for (const Option& option : plan_options(typical_call(ranks, heads), rates))
     if (option.automatic) priced.emplace_back(option.price.total(), option.grid);
   std::stable_sort(priced.begin(), priced.end(), [](auto& a, auto& b) { return a.first < b.first; });
   std::vector<Grid> grids;

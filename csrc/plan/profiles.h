@@ -1,8 +1,13 @@
-// Rates of known hardware, for predictions only. Equal on all ranks, so that all ranks choose alike.
+// Rates of hardware, for predictions only. Equal on all ranks, so that all ranks choose alike. They are data:
+// the table has the profiles that are known, and numbers measured elsewhere make other rates. No torch.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 
 #include "traffic.h"
 
@@ -17,6 +22,14 @@ struct Rates {
   int64_t node;     // ranks in a node
   int64_t equal;    // head_dim up to which half precision pads values to the width of keys; 0: it does not
 
+  // As plain integers, and back.
+  using Numbers = std::array<int64_t, 7>;
+  Numbers numbers() const { return {flops, memory, link, network, latency, node, equal}; }
+  static Rates from_numbers(const Numbers& numbers) {
+    const auto& [flops, memory, link, network, latency, node, equal] = numbers;
+    return {flops, memory, link, network, latency, node, equal};
+  }
+
   // Bytes/s that a rank of an (n, m) grid sends along an axis. Ranks are numbered along the slice axis first.
   int64_t bandwidth(Axis axis, int64_t n, int64_t m) const {
     if (n * m <= node || (axis == Axis::slice && node % m == 0)) return link;
@@ -27,24 +40,33 @@ struct Rates {
   }
 };
 
-struct Profile : Rates {
+struct Profile {
   const char* name;
+  const char* device;  // the type of device that it stands for where no profile is named
+  Rates rates;
   const char* source;
 };
 
 // flops: what good kernels reach, not the peak.
-inline constexpr Profile kProfiles[] = {
-    {{90'000'000'000, 10'000'000'000, 1'000'000'000, 1'000'000'000, 250'000, 1 << 20, 0},
-     "cpu",
-     "Gloo over loopback, one AVX-512 core a rank, float32: measured by benchmarks/predictions.py"},
-    {{400'000'000'000'000, 2'500'000'000'000, 350'000'000'000, 50'000'000'000, 20'000, 8, 256},
+inline constexpr std::array<Profile, 2> kProfiles{{
+    {"h100",
      "cuda",
+     {400'000'000'000'000, 2'500'000'000'000, 350'000'000'000, 50'000'000'000, 20'000, 8, 256},
      "H100 SXM data sheet: 8 GPUs a node, NVLink 450 GB/s a way, an adapter of 400 Gb/s a GPU; rates "
      "assumed"},
-};
+    {"cpu",
+     "cpu",
+     {90'000'000'000, 10'000'000'000, 1'000'000'000, 1'000'000'000, 250'000, 1 << 20, 0},
+     "Gloo over loopback, one AVX-512 core a rank, float32: measured by benchmarks/predictions.py"},
+}};
 
-inline const Profile& profile_for(bool cuda) {
-  return kProfiles[cuda ? 1 : 0];
+inline const Profile& named_profile(std::string_view name) {
+  std::string names;
+  for (const Profile& profile : kProfiles) {
+    if (profile.name == name) return profile;
+    names += (names.empty() ? "" : ", ") + std::string(profile.name);
+  }
+  throw std::invalid_argument("profile must be one of " + names + ", got '" + std::string(name) + "'");
 }
 
 }  // namespace two_level_mha

@@ -42,7 +42,7 @@ def test_nothing_is_sent_of_nothing():
 @pytest.mark.parametrize("sizes", [(0, 0, 0), (8, 0, 4), (8, 4, 0)])
 def test_sizes_of_zero_have_no_grid(sizes):
     """Localises: divisions in the choice of a grid, before anything has checked the sizes."""
-    assert tlm._C.grid_candidates(4, *sizes, False) == []
+    assert tlm._C.ranked_grids(4, *sizes, tlm.Profile.named("cpu").numbers) == []
     assert "must be positive" in tlm._C.grid_problem(1, 2, *sizes)
 
 
