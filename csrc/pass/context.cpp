@@ -47,10 +47,12 @@ Scheme checked_scheme(int64_t number, bool whole_heads) {
 
 }  // namespace
 
-Context context_of(at::IntArrayRef layer_list, const std::vector<std::string>& groups,
-                   c10::SymIntArrayRef call_list) {
-  const LayerNumbers layer = parse("layer", kLayerFields, layer_list);
-  const CallNumbers call = parse("call", kCallFields, call_list);
+Context context_of(at::IntArrayRef layer, const std::vector<std::string>& groups, c10::SymIntArrayRef call) {
+  return context_of(parse("layer", kLayerFields, layer), groups, parse("call", kCallFields, call));
+}
+
+Context context_of(const LayerNumbers& layer, const std::vector<std::string>& groups,
+                   const CallNumbers& call) {
   check_grid(layer);
   TORCH_CHECK_VALUE(groups.size() == 3,
                     "groups must name those of the slice axis, the head axis and the grid, got ",

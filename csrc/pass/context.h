@@ -18,14 +18,17 @@ namespace two_level_mha {
 
 // The constants of a layer on its rank. Operators take them as one list, in the order of kLayerFields.
 struct LayerNumbers {
-  int64_t head_groups, slices, head_group, slice;  // n, m, i, j
-  int64_t num_heads, num_kv_heads, head_dim;       // h, k, d
-  int64_t embed_dim, key_dim, value_dim;           // D, and of the key and value inputs
-  int64_t bias, bias_kv;  // whether q, k, v have biases; whether there is bias_k, bias_v
-  int64_t whole_heads;    // how the query side is stored: (H / m, d, D), not (H, E, D)
-  int64_t concat;         // combine="concat"
-  int64_t reduce_dtype;   // an at::ScalarType, or -1: that of what is summed
-  int64_t flops, memory, link, network, latency, node, equal;  // the profile (plan/profiles.h)
+  int64_t head_groups = 1, slices = 1, head_group = 0, slice = 0;  // n, m, i, j
+  int64_t num_heads = 1, num_kv_heads = 1, head_dim = 1;           // h, k, d
+  int64_t embed_dim = 1;                                           // D
+  int64_t key_dim = 0, value_dim = 0;                              // of the key and value inputs; 0: D
+  int64_t bias = 0;                                                // whether q, k, v have biases
+  int64_t bias_kv = 0;                                             // whether there is a bias_k and a bias_v
+  int64_t whole_heads = 0;    // how the query side is stored: (H / m, d, D), not (H, E, D)
+  int64_t concat = 0;         // combine="concat"
+  int64_t reduce_dtype = -1;  // an at::ScalarType, or -1: that of what is summed
+  // The rates by which scheme="auto" chooses: plan/profiles.h.
+  int64_t flops = 1, memory = 1, link = 1, network = 1, latency = 0, node = 1, equal = 0;
 };
 
 inline constexpr Field<LayerNumbers, int64_t> kLayerFields[] = {
@@ -55,16 +58,15 @@ inline constexpr Field<LayerNumbers, int64_t> kLayerFields[] = {
 
 // What differs from call to call. Operators take it as one list, in the order of kCallFields.
 struct CallNumbers {
-  c10::SymInt scheme;        // a Scheme; with keys in a cache its layout
-  c10::SymInt batch;         // B
-  c10::SymInt length;        // L
-  c10::SymInt keys;          // tokens of the key input
-  c10::SymInt zero_key;      // whether a key and value of zeros is added, which every query sees
-  c10::SymInt position;      // of the first query among all tokens; keys of a cache lie before it
-  c10::SymInt first_key;     // position of the first key that is seen, and of the mask's first column
-  c10::SymInt causal;        // whether rows see only what is before them
-  c10::SymInt batch_first;   // X and Y are (B, L, D), else (L, B, D)
-  c10::SymInt element_size;  // bytes, of the dtype that the projections compute in
+  c10::SymInt scheme = int64_t(Scheme::automatic);  // a Scheme; with keys in a cache its layout
+  c10::SymInt batch = 1, length = 1;                // B, L
+  c10::SymInt keys = 1;                             // tokens of the key input
+  c10::SymInt zero_key = 0;      // whether a key and value of zeros is added, which every query sees
+  c10::SymInt position = 0;      // of the first query among all tokens; keys of a cache lie before it
+  c10::SymInt first_key = 0;     // position of the first key that is seen, and of the mask's first column
+  c10::SymInt causal = 0;        // whether rows see only what is before them
+  c10::SymInt batch_first = 1;   // X and Y are (B, L, D), else (L, B, D)
+  c10::SymInt element_size = 4;  // bytes, of the dtype that the projections compute in
 };
 
 inline constexpr Field<CallNumbers, c10::SymInt> kCallFields[] = {
@@ -101,8 +103,11 @@ struct Context {
   c10::SymInt first_cyclic(const c10::SymInt& first) const;
 };
 
+// groups: the names of the slice axis', the head axis' and the grid's; a group of one needs none.
 // Raises ValueError for numbers that are no call: too few of them, a rank outside its grid, a
 // scheme that the storage of the query side does not run.
+Context context_of(const LayerNumbers& layer, const std::vector<std::string>& groups,
+                   const CallNumbers& call);
 Context context_of(at::IntArrayRef layer, const std::vector<std::string>& groups, c10::SymIntArrayRef call);
 
 // Raises ValueError unless q, k and v have the heads, widths and lengths of the call.
