@@ -19,7 +19,7 @@ OPTIMIZERS = ({}, {"foreach": True}, {"fused": True})
 def pair(grid: tuple[int, int] = (2, 2), **options) -> tuple[nn.Module, nn.Module]:
     """A model and its parallelized copy; the copy has DTensors of two meshes and plain parameters."""
     model = make("BertModel")
-    return model(copy.deepcopy(model), tlm.init_mesh("cpu", grid), **options)
+    return model, tlm.parallelize(copy.deepcopy(model), tlm.init_mesh("cpu", grid), **options)
 
 
 def backward(model: nn.Module, seed: int = 2) -> None:
