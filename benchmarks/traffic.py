@@ -24,6 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import two_level_mha as tlm
+from two_level_mha import _C
+from two_level_mha.context import SCHEME_NUMBERS, call_numbers, layer_numbers
 from two_level_mha.mesh import place_on
 from two_level_mha.testing import CollectiveRecord, record_collectives
 
@@ -63,24 +65,33 @@ class Ours:
     scheme: str = "heads"
     position: int = 0  # tokens in the cache
 
-    @property
-    def place(self) -> tuple:
-        return (*place_on(self.mesh).args, self.scheme, True, "reduce", None, self.position)
+    def decided(self, x_BLD: torch.Tensor) -> tuple:
+        """layer, groups and call of the operators."""
+        place = place_on(self.mesh)
+        layer = layer_numbers(
+            place, _C.rates(True), num_heads=h, num_kv_heads=k, head_dim=d, embed_dim=D, key_dim=D, value_dim=D,
+            bias=False, bias_kv=False, whole_heads=True, concat=False, reduce_dtype=None,
+        )  # fmt: skip
+        call = call_numbers(
+            scheme=SCHEME_NUMBERS[self.scheme], batch=x_BLD.shape[0], length=x_BLD.shape[1], keys=x_BLD.shape[1],
+            position=self.position, causal=True, element_size=DTYPE.itemsize,
+        )  # fmt: skip
+        return layer, place.groups, call
 
     def enter(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         n, m = GRID
         shapes = [(h // P, d, D), (k // n, d // m, D), (k // n, d // m, D)]
         weights = [x_BLD.new_empty(shape) for shape in shapes]
-        ops = torch.ops.two_level_mha
-        q, key, value = ops.enter(*[x_BLD] * 3, *weights, *[None] * 5, False, True, True, *self.place)
+        call = self.decided(x_BLD)
+        q, key, value, *_ = torch.ops.two_level_mha.enter(*[x_BLD] * 3, *weights, *[None] * 5, [], [], *call)
         old = key.new_empty(*key.shape[:2], self.position // m, d)
-        return q, torch.cat([old, key], 2), torch.cat([old, value], 2)
+        return q, torch.cat([old, key], 2), torch.cat([old, value], 2), x_BLD
 
-    def leave(self, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def leave(self, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, x_BLD: torch.Tensor) -> torch.Tensor:
         return torch.ops.two_level_mha.leave(
-            q, key, value, q.new_empty(D, h // P, d), None, None, q.shape[0], q.shape[2], None, self.position, None,
-            0.0, 0.0, None, True, *self.place,
-        )  # fmt: skip
+            q, key, value, q.new_empty(D, h // P, d), None, None, None, self.position, None, 0.0, 0.0, None,
+            *self.decided(x_BLD), [], [],
+        )[0]  # fmt: skip
 
 
 def record(enter, leave, length: int) -> tuple[CollectiveRecord, CollectiveRecord]:

@@ -85,24 +85,66 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> enter_op(
   return {entered.q, entered.k, entered.v, entered.q_rows, entered.k_rows, entered.shared};
 }
 
-Tensor leave_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_weight,
-                const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
-                std::optional<double> scale, std::optional<c10::SymInt> causal,
-                std::optional<c10::SymInt> window, double softcap, double dropout_p,
-                const std::optional<Tensor>& seed, at::IntArrayRef layer, std::vector<std::string> groups,
-                c10::SymIntArrayRef call) {
-  return leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed}, {out_weight, out_bias},
-               context_of(layer, groups, call));
-}
+// The layer of a cache that an operator was given as its memory and numbers, or none.
+struct GivenCache {
+  std::optional<CacheLayer> layer;
 
-std::tuple<Tensor, Tensor> leave_with_weights_op(
+  GivenCache(at::TensorList memory, c10::SymIntArrayRef numbers) {
+    if (!numbers.empty()) layer = CacheLayer{parse("cache", kCacheFields, numbers), memory.vec()};
+  }
+  CacheLayer* get() { return layer ? &*layer : nullptr; }
+  Tensors memory() const { return layer ? layer->memory : Tensors(); }
+  std::vector<c10::SymInt> numbers() const {
+    return layer ? list_of(kCacheFields, layer->numbers) : std::vector<c10::SymInt>();
+  }
+};
+
+std::tuple<Tensor, Tensors, std::vector<c10::SymInt>> leave_op(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_weight,
     const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
     std::optional<double> scale, std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
     double softcap, double dropout_p, const std::optional<Tensor>& seed, at::IntArrayRef layer,
-    std::vector<std::string> groups, c10::SymIntArrayRef call, bool average) {
-  return leave_with_weights(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
-                            {out_weight, out_bias}, context_of(layer, groups, call), average);
+    std::vector<std::string> groups, c10::SymIntArrayRef call, at::TensorList memory,
+    c10::SymIntArrayRef cache) {
+  GivenCache given(memory, cache);
+  Tensor y = leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
+                   {out_weight, out_bias}, context_of(layer, groups, call), given.get());
+  return {y, given.memory(), given.numbers()};
+}
+
+std::tuple<Tensor, Tensor, Tensors, std::vector<c10::SymInt>> leave_with_weights_op(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_weight,
+    const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
+    std::optional<double> scale, std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
+    double softcap, double dropout_p, const std::optional<Tensor>& seed, at::IntArrayRef layer,
+    std::vector<std::string> groups, c10::SymIntArrayRef call, at::TensorList memory,
+    c10::SymIntArrayRef cache, bool average) {
+  GivenCache given(memory, cache);
+  auto [y, weights] =
+      leave_with_weights(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
+                         {out_weight, out_bias}, context_of(layer, groups, call), average, given.get());
+  return {y, weights, given.memory(), given.numbers()};
+}
+
+std::tuple<Tensors, std::vector<c10::SymInt>, Tensor, Tensor> cache_append_op(
+    at::TensorList memory, c10::SymIntArrayRef cache, const Tensor& k, const Tensor& v,
+    const c10::SymInt& new_tokens, bool for_gradients) {
+  CacheLayer layer{parse("cache", kCacheFields, cache), memory.vec()};
+  auto [keys, values] = layer.append(k, v, new_tokens, for_gradients);
+  return {layer.memory, list_of(kCacheFields, layer.numbers), keys, values};
+}
+
+std::tuple<Tensors, std::vector<c10::SymInt>> cache_select_op(at::TensorList memory,
+                                                              c10::SymIntArrayRef cache, const Tensor& index,
+                                                              std::string slice_group) {
+  CacheLayer layer{parse("cache", kCacheFields, cache), memory.vec()};
+  layer.select(index, slice_group);
+  return {layer.memory, list_of(kCacheFields, layer.numbers)};
+}
+
+Tensors replicated_op(at::TensorList xs, int64_t group_size, std::string group,
+                      std::optional<at::ScalarType> reduce_dtype) {
+  return enter_replicated(xs.vec(), {make_group(group, group_size), {}}, reduce_dtype);
 }
 
 }  // namespace
@@ -191,6 +233,11 @@ TORCH_LIBRARY(two_level_mha, library) {
   // The sum over the group, used alike by every rank. Adjoint: identity.
   library.def("all_reduce(Tensor x, int group_size, str group) -> Tensor", all_reduce_op);
 
+  // Identity on tensors that are the same on every rank and are used differently by each. Adjoint: the sum over the
+  // group, in one exchange.
+  library.def("replicated(Tensor[] xs, int group_size, str group, ScalarType? reduce_dtype=None) -> Tensor[]",
+              replicated_op);
+
   // head_dim gathered over the head axis and slice_dim over the slice axis, head axis first unless slices_first; grid
   // is (n, m, i, j). replicated: every rank uses the whole alike, the adjoint is its own block; else a reduce-scatter.
   library.def(
@@ -230,8 +277,8 @@ TORCH_LIBRARY(two_level_mha, library) {
       ") -> (Tensor q, Tensor k, Tensor v, Tensor[] q_rows, Tensor[] k_rows, Tensor[] shared)",
       enter_op);
 
-  // Second half: attend, move back, combine. k and v as `enter` gave them, or those of a cache in the same layout;
-  // causal counts positions.
+  // Second half: attend, move back, combine. k and v as `enter` gave them; causal counts positions. memory and cache: of
+  // a layer of a KV cache, which takes k and v before anything is attended to, and is given back; [] for none.
   library.def(
       "leave("
       "Tensor q, "
@@ -248,8 +295,10 @@ TORCH_LIBRARY(two_level_mha, library) {
       "Tensor? seed, "
       "int[] layer, "
       "str[] groups, "
-      "SymInt[] call"
-      ") -> Tensor",
+      "SymInt[] call, "
+      "Tensor[] memory, "
+      "SymInt[] cache"
+      ") -> (Tensor y, Tensor[] memory, SymInt[] cache)",
       leave_op);
 
   // The same and the attention weights, (B, h, L, S) or averaged over the heads (B, L, S).
@@ -270,9 +319,29 @@ TORCH_LIBRARY(two_level_mha, library) {
       "int[] layer, "
       "str[] groups, "
       "SymInt[] call, "
+      "Tensor[] memory, "
+      "SymInt[] cache, "
       "bool average=True"
-      ") -> (Tensor y, Tensor weights)",
+      ") -> (Tensor y, Tensor weights, Tensor[] memory, SymInt[] cache)",
       leave_with_weights_op);
+
+  // A layer of a KV cache alone, csrc/pass/cache.h: its memory, which is written in place where no graph needs it, and
+  // its numbers. Takes this rank's part of new keys and values; gives its part of all that the call attends to.
+  library.def(
+      "cache_append("
+      "Tensor[] memory, "
+      "SymInt[] cache, "
+      "Tensor k, "
+      "Tensor v, "
+      "SymInt new_tokens, "
+      "bool for_gradients=False"
+      ") -> (Tensor[] memory, SymInt[] cache, Tensor k, Tensor v)",
+      cache_append_op);
+
+  // Sequence b becomes what sequence index[b] was.
+  library.def(
+      "cache_select(Tensor[] memory, SymInt[] cache, Tensor index, str slice_group) -> (Tensor[] memory, SymInt[] cache)",
+      cache_select_op);
 
   // What needs d whole, between the halves. The first r dims of x (B, H, L, d) turned in pairs by the angles of its
   // tokens: cos, sin (B or 1, 1, L, r).

@@ -20,6 +20,8 @@ from two_level_mha.mesh import Place, place_on
 
 LAYOUTS = ("position", "batch")
 
+_ops = torch.ops.two_level_mha
+
 
 class CacheLayer:
     """Keys and values of one layer, this rank's part. All counts of tokens are those of the whole call, not of a rank.
@@ -38,15 +40,26 @@ class CacheLayer:
             if value is not None and value < 1:
                 raise GridError(f"{name} must be positive, got {value}")
         self.place, self.layout, self.max_length, self.window = place, layout, max_length, window
-        by_position = layout == "position"
-        self._stride, self._first = (place.grid.slices, place.slice) if by_position else (1, 0)
         self.length = 0  # tokens seen
         self.batch = 0  # B, of all ranks
         self.recording = False
         self._oldest = 0  # position of the first token in memory
-        self._start = 0  # where it lies
-        self._memory: tuple[Tensor, Tensor] | None = None  # keys, values: (B or its part, K, capacity, d)
+        self._base = 0  # where the memory begins: csrc/pass/cache.h
         self._attached = False  # whether the memory is part of a graph, which may have saved it
+        self.memory: list[Tensor] = []  # none, or keys and values: (B or its part, K, capacity, d)
+
+    def numbers(self) -> list[int]:
+        """The layer but for its memory, as the operators take it: csrc/pass/cache.h says what each one is."""
+        return [
+            self.place.grid.slices, self.place.slice, int(self.layout == "position"), self.window or 0,
+            self.max_length or 0, int(self.recording), self.batch, self.length, self._oldest, self._base,
+            int(self._attached),
+        ]  # fmt: skip
+
+    def keep(self, memory: list[Tensor], numbers: list[int]) -> None:
+        """Takes over what an operator gave back."""
+        self.batch, self.length, self._oldest, self._base, attached = numbers[-5:]
+        self.memory, self._attached = memory, bool(attached)
 
     @property
     def first_key(self) -> int:
@@ -56,7 +69,7 @@ class CacheLayer:
     @property
     def nbytes(self) -> int:
         """Bytes of memory on this rank."""
-        return 0 if self._memory is None else sum(x.numel() * x.element_size() for x in self._memory)
+        return sum(x.numel() * x.element_size() for x in self.memory)
 
     def begin(self, batch: int, new_tokens: int) -> dict[str, object]:
         """Arguments of GridAttention.attend for a call of (batch, new_tokens) inputs, before it.
@@ -86,47 +99,26 @@ class CacheLayer:
         for_gradients: whether attention's other inputs, the query or an additive mask, require gradients: then its
         graph saves what is returned, even of frozen keys and values, and no later call may write there.
         """
-        new = (k_BKSd, v_BKSd)
-        first, oldest = self.first_key, self._oldest
-        kept, seen = self._own(oldest, self.length), self._own(first, self.length)
-        parts = self.place.grid.slices if self.layout == "batch" else 1
-        assert k_BKSd.shape[0] == -(-self.batch // parts), "begin() was not told of this call"
-        assert k_BKSd.shape[2] == self._own(self.length, self.length + new_tokens), "not this rank's new tokens"
-        if self._memory is not None and not self._fits(k_BKSd):
-            if self.length:
-                held = self._memory[0]
-                raise GridError(
-                    f"the cache holds {held.dtype} keys on {held.device}, the new ones are {k_BKSd.dtype} on "
-                    f"{k_BKSd.device}: reset() it first"
-                )
-            self._memory, self._attached = None, False
-        self.length += new_tokens
-        if not self.recording:
-            oldest = self.first_key
-        keep = self._own(oldest, self.length)
-        trained = for_gradients or self._attached or any(x.requires_grad for x in new)
-        graph = trained and torch.is_grad_enabled()
-        if graph or keep < k_BKSd.shape[2]:  # the second: more new tokens than a window keeps
-            whole = [torch.cat([x, y], 2) for x, y in zip(self._tail(kept, kept), new, strict=True)] if kept else new
-            if graph:
-                self._memory, self._start, self._attached = tuple(whole), whole[0].shape[2] - keep, True
-            else:
-                self._start = 0
-                self._reserve(0, keep, new)
-                self._write(0, [x[:, :, x.shape[2] - keep :] for x in whole])
-            visible = [x[:, :, kept - seen :] for x in whole]
-        else:
-            self._reserve(kept, k_BKSd.shape[2], new)
-            self._write(self._start + kept, new)
-            end = self._start + kept + k_BKSd.shape[2]
-            visible = [x[:, :, self._start + kept - seen : end] for x in self._memory]
-            self._start = end - keep
-        self._oldest = oldest
-        return tuple(visible)
+        self.check_new(k_BKSd)
+        *kept, k_BKSd, v_BKSd = _ops.cache_append(
+            self.memory, self.numbers(), k_BKSd, v_BKSd, new_tokens, for_gradients
+        )  # fmt: skip
+        self.keep(*kept)
+        return k_BKSd, v_BKSd
+
+    def check_new(self, k_BKSd: Tensor) -> None:
+        """Raises GridError, on every rank alike, for keys of another dtype or device than those held."""
+        if not self.memory or not self.length:
+            return
+        held = self.memory[0]
+        if held.dtype != k_BKSd.dtype or held.device != k_BKSd.device:
+            raise GridError(
+                f"the cache holds {held.dtype} keys on {held.device}, the new ones are {k_BKSd.dtype} on "
+                f"{k_BKSd.device}: reset() it first"
+            )
 
     def trim(self) -> None:
         """Forgets tokens that only `rewind` could have wanted."""
-        self._start += self._own(self._oldest, self.first_key)
         self._oldest = self.first_key
 
     def rewind(self, tokens: int) -> None:
@@ -143,7 +135,7 @@ class CacheLayer:
 
     def reset(self) -> None:
         """Forgets every token; keeps the memory."""
-        self.length = self._oldest = self._start = 0
+        self.length = self._oldest = self._base = 0
 
     def select(self, index: Tensor) -> None:
         """Sequence b becomes what sequence index[b] was. index: integers (new batch,), the same on every rank.
@@ -153,19 +145,10 @@ class CacheLayer:
         an empty cache has none, and takes any.
         """
         self._check_index(index)
-        if self._memory is not None and self.length:
-            kept = self._own(self._oldest, self.length)
-            if self.layout == "batch" and self.place.grid.slices > 1:
-                parts = self._moved(index.tolist(), kept)
-            else:
-                parts = [x.index_select(0, index.to(x.device, torch.int64)) for x in self._tail(kept, kept)]
-            if self._attached:
-                self._memory, self._start = tuple(parts), 0
-            else:
-                if not self._writable or parts[0].shape[0] != self._memory[0].shape[0]:
-                    self._allocate(self._memory[0].shape[2], parts)
-                self._write(self._start, parts)
-        self.batch = index.numel()
+        moves = self.length and self.layout == "batch" and self.place.grid.slices > 1
+        if moves and any(x.requires_grad for x in self.memory):
+            raise UsageRuntimeError("sequences that carry gradients cannot move between ranks: select under no_grad")
+        self.keep(*_ops.cache_select(self.memory, self.numbers(), index, self.place.groups[0]))
 
     def repeat_interleave(self, repeats: int) -> None:
         """Every sequence `repeats` times, one after the other. Raises GridError unless that is at least once."""
@@ -194,90 +177,6 @@ class CacheLayer:
                 f"{expected} of the sequences 0 to {self.batch - 1} that the cache holds, got values from {low} to "
                 f"{high}: count from the first sequence"
             )
-
-    @property
-    def _writable(self) -> bool:
-        """Whether the memory may be written to: not what a graph may have saved, nor, once inference mode is left,
-        what was made in it.
-        """
-        if self._memory is None or self._attached:
-            return False
-        if torch.compiler.is_compiling():  # cannot ask for the mode
-            return True
-        return torch.is_inference_mode_enabled() or not self._memory[0].is_inference()
-
-    def _own(self, first: int, end: int) -> int:
-        """How many of the tokens at positions first, ..., end - 1 are this rank's."""
-        before = self._stride - 1 - self._first
-        return (end + before) // self._stride - (first + before) // self._stride
-
-    def _fits(self, k_BKSd: Tensor) -> bool:
-        memory = self._memory[0]
-        return memory.shape[0] == k_BKSd.shape[0] and memory.dtype == k_BKSd.dtype and memory.device == k_BKSd.device
-
-    def _tail(self, kept: int, count: int) -> list[Tensor]:
-        """The last `count` of `kept` tokens."""
-        return [x[:, :, self._start + kept - count : self._start + kept] for x in self._memory]
-
-    def _write(self, at: int, parts) -> None:
-        with torch.no_grad():
-            for memory, part in zip(self._memory, parts, strict=True):
-                memory[:, :, at : at + part.shape[2]] = part
-
-    def _reserve(self, kept: int, more: int, like) -> None:
-        """Makes room for `more` tokens behind the `kept` ones from _start on; may move them."""
-        needed = kept + more
-        capacity = 0 if self._memory is None else self._memory[0].shape[2]
-        writable = self._writable
-        if writable and self._start + needed <= capacity:
-            return
-        old = self._tail(kept, kept) if kept else []
-        if not (writable and needed <= capacity and self._start >= kept):
-            self._allocate(max(needed, self._roomy(capacity)), like)
-        self._start = 0
-        if kept:
-            self._write(0, old)
-
-    def _roomy(self, capacity: int) -> int:
-        """Tokens to allocate for when `capacity` does not do."""
-        most = [] if self.max_length is None else [-(-self.max_length // self._stride)]
-        if self.window is not None:
-            most.append(2 * -(-self.window // self._stride))  # moved to the front once in a window
-        roomy = 2 * capacity if self.max_length is None else most[0]
-        return min([roomy, *most])
-
-    def _allocate(self, capacity: int, like) -> None:
-        self._memory = tuple(x.detach().new_empty(*x.shape[:2], capacity, x.shape[3]) for x in like)
-        self._attached = False
-
-    def _moved(self, index: list[int], kept: int) -> list[Tensor]:
-        """This rank's sequences of the new batch; each crosses once to a rank that wants it."""
-        m, j = self.place.grid.slices, self.place.slice
-        old, new = self._memory[0].shape[0], -(-len(index) // m)
-        wanted = [sorted(set(index[t * new : (t + 1) * new])) for t in range(m)]
-        mine = index[j * new : (j + 1) * new]
-        x = torch.stack(self._tail(kept, kept), 1)
-        if x.requires_grad:
-            raise UsageRuntimeError("sequences that carry gradients cannot move between ranks: select under no_grad")
-        owner = [[b // old for b in ids] for ids in wanted]
-        if any(rank != t for t in range(m) for rank in owner[t]):
-            sent = [[b - j * old for b in wanted[t] if b // old == j] for t in range(m)]
-            rows = torch.tensor([b for part in sent for b in part], dtype=torch.int64, device=x.device)
-            ops = torch.ops._c10d_functional
-            x = ops.wait_tensor(
-                ops.all_to_all_single(
-                    x.index_select(0, rows),
-                    [owner[j].count(t) for t in range(m)],
-                    [len(part) for part in sent],
-                    self.place.groups[0],
-                )  # fmt: skip
-            )
-            at = [wanted[j].index(b) for b in mine]
-        else:
-            at = [b - j * old for b in mine]
-        moved = x.new_zeros(new, *x.shape[1:])
-        moved[: len(at)] = x.index_select(0, torch.tensor(at, dtype=torch.int64, device=x.device))
-        return list(moved.unbind(1))
 
 
 class KVCache:

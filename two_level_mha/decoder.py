@@ -163,16 +163,13 @@ class TwoLevelAttention(Drops, GridAttention):
             if position_embeddings is not None:
                 interleaved = self.rope is not None and self.rope.interleaved
                 q, k = (_ops.rotary(x, *angles, interleaved) for x, angles in ((q, aside.q_rows), (k, aside.k_rows)))
-            if cache is not None:
-                others = q.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
-                k, v = cache.append(k, v, length, for_gradients=others)
             return q, k, v
 
         return self.attend(
             x_BLD, x_BLD, x_BLD, attn_mask=attn_mask, scale=self.scale, causal=past if is_causal else None,
             window=self.window, softcap=self.softcap, dropout_p=dropout_p,
             rows=[x.unsqueeze(1) for x in position_embeddings or ()], shared=local_blocks(norms), between=between,
-            **call,
+            cache=cache, **call,
         )[0]  # fmt: skip
 
     def _check(self, x, position_embeddings, attn_mask, is_causal: bool, cache, dropout_p: float) -> None:

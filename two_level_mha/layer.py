@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from two_level_mha import _C
 from two_level_mha.agreement import check_call, compares
 from two_level_mha.blocks import COMBINES, LAYOUTS, block, local_blocks
+from two_level_mha.cache import CacheLayer
 from two_level_mha.context import SCHEME_NUMBERS, call_numbers, element_size, layer_numbers
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import Grid, place_on
@@ -151,17 +152,19 @@ class GridAttention(nn.Module):
         scheme: str | None = None,
         position: int = 0,
         first_key: int = 0,
+        cache: CacheLayer | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Exact attention of (B, L, D) over (B, S, Dk), (B, S, Dv); (L, B, D) and so on if not batch_first.
 
         attn_mask: bool (True = attend) or additive, broadcastable to (B, h, L, S). causal: row l sees keys up to
         position l + causal, and with window only those after l + causal - window. Returns y in the layout of query,
         and the weights (B, h, L, S), or (B, L, S) averaged, or None.
-        between: what acts where d is whole; given q, k, v of this rank and an Aside, it returns them changed, k and v
-        perhaps as those of a cache. rows: tensors (B or 1, 1, L, ..) that go with the tokens, of which the Aside has
-        those of q and those of k. shared: parameters that every rank holds and `between` uses for its own rows and
-        heads: in the Aside their gradients become the sum over the grid.
-        scheme overrides the module's, for a cache; position: of the first token; first_key: of the first cached key.
+        between: what acts where d is whole; given q, k, v of this rank and an Aside, it returns them changed.
+        rows: tensors (B or 1, 1, L, ..) that go with the tokens: the Aside has those of q's rows and those of k's.
+        shared: parameters that every rank holds and `between` uses for its own rows and heads: the Aside has them with
+        the sum over the grid as their gradient.
+        cache: takes the new keys and values, and all of its own are attended to. scheme overrides the module's, for a
+        cache; position: of the first token; first_key: of the first cached key.
         """
         # nn.Module finds parameters by a slow path; pruned and parametrized ones are attributes
         p = self._parameters
@@ -190,12 +193,21 @@ class GridAttention(nn.Module):
         seed = None
         if dropout_p > 0.0:
             seed = torch.randint(2**62, (1,), device=query.device)
+        memory, numbers = [], []
+        if cache is not None:
+            cache.check_new(k)
+            memory, numbers = cache.memory, cache.numbers()
         arguments = (
-            q, k, v, out_weight, out_bias, attn_mask, scale, causal, window, softcap, dropout_p, seed, *decided
+            q, k, v, out_weight, out_bias, attn_mask, scale, causal, window, softcap, dropout_p, seed, *decided,
+            memory, numbers,
         )  # fmt: skip
         if need_weights:
-            return _ops.leave_with_weights(*arguments, average_attn_weights)
-        return _ops.leave(*arguments), None
+            y, weights, memory, numbers = _ops.leave_with_weights(*arguments, average_attn_weights)
+        else:
+            (y, memory, numbers), weights = _ops.leave(*arguments), None
+        if cache is not None:
+            cache.keep(memory, numbers)
+        return y, weights
 
     def extra_repr(self) -> str:
         return (

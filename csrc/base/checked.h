@@ -2,7 +2,6 @@
 // around in silence. Takes part in expressions as c10::SymInt does. No torch.
 #pragma once
 
-#include <compare>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -16,7 +15,10 @@ class Checked {
   explicit operator double() const { return double(value_); }
   std::optional<int64_t> maybe_as_int() const { return value_; }
 
-  friend auto operator<=>(const Checked&, const Checked&) = default;
+  friend bool operator<(Checked a, Checked b) { return a.value_ < b.value_; }
+  friend bool operator>(Checked a, Checked b) { return a.value_ > b.value_; }
+  friend bool operator==(Checked a, Checked b) { return a.value_ == b.value_; }
+  friend bool operator!=(Checked a, Checked b) { return a.value_ != b.value_; }
   friend Checked operator+(Checked a, Checked b) {
     int64_t sum;
     if (__builtin_add_overflow(a.value_, b.value_, &sum)) overflow();

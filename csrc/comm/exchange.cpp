@@ -130,6 +130,12 @@ void once_differentiable(const Tensor& gradient) {
                               "several ranks: take them of the layer without a mesh");
 }
 
+Tensor exchange_rows(const Tensor& x, const std::vector<int64_t>& sent, const std::vector<int64_t>& received,
+                     const Group& group) {
+  return wait_tensor(
+      call("_c10d_functional::all_to_all_single", {x.contiguous(), received, sent, group.name}));
+}
+
 Tensor sum_in_group(const Tensor& x, const Group& group) {
   if (group.size == 1 || empty(x)) return x;
   once_differentiable(x);

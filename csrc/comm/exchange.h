@@ -44,7 +44,11 @@ void once_differentiable(const Tensor& gradient);
 // Sum over the group, as a new tensor. Not differentiable: replicated.h has the differentiable forms.
 Tensor sum_in_group(const Tensor& x, const Group& group);
 
-// The same without autograd, for use inside autograd functions.
+// Rows of x for each rank in turn, `sent` of them -> the rows from each rank, `received`. Not differentiable.
+Tensor exchange_rows(const Tensor& x, const std::vector<int64_t>& sent, const std::vector<int64_t>& received,
+                     const Group& group);
+
+// The same as `start` and `wait` without autograd, for use inside autograd functions.
 Tensor run(Collective kind, const Tensor& buffer, const Group& group);
 
 }  // namespace two_level_mha

@@ -156,7 +156,7 @@ Tensor pack_meta(at::TensorList tensors, at::IntArrayRef dims, int64_t parts, bo
     c10::SymInt count(1);
     for (int64_t dim = 0; dim < 4; ++dim) {
       const c10::SymInt size = tensors[i].sym_size(dim);
-      count = count * (dim == dims[i] ? dealt_rows(size, parts, zigzag && dim == 2) : size);
+      count = count * (dim == dims[i] ? shard_rows(size, parts, zigzag && dim == 2) : size);
     }
     elements = elements + count;
   }

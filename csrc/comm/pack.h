@@ -9,7 +9,7 @@
 //   dim == -1 the sum over the parts, in part order, accumulated in float32 (float64 for float64)
 // With the same dims each is the other's adjoint.
 //
-// zigzag: pieces along dim 2 (rows) are dealt as chunks t and 2 * parts - 1 - t of 2 * parts chunks
+// zigzag: pieces along dim 2 (rows) are sharded as chunks t and 2 * parts - 1 - t of 2 * parts chunks
 // of ceil(size / (2 * parts)) rows, which balances causal attention.
 #pragma once
 

@@ -30,9 +30,9 @@ struct KeepGradient : torch::autograd::Function<KeepGradient> {
   }
 };
 
-// Pieces dealt out along `dim` over the slice group -> the whole, used alike by every rank: the adjoint is
+// Pieces sharded along `dim` over the slice group -> the whole, used alike by every rank: the adjoint is
 // one's own.
-struct GatherDealt : torch::autograd::Function<GatherDealt> {
+struct GatherSharded : torch::autograd::Function<GatherSharded> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, std::vector<c10::SymInt> whole, int64_t dim,
                         bool zigzag, const Group& group, int64_t slice) {
     ctx->saved_data["where"] = std::vector<int64_t>{dim, zigzag, group.size, slice};
@@ -67,11 +67,11 @@ Tensor gather_weights(const Tensor& weights, const Context& context, bool averag
         .flatten(1, 2);
   }
   Tensor whole = weights;
-  const int64_t dim = context.dealt_dim();
+  const int64_t dim = context.sharded_dim();
   if (dim >= 0) {
     std::vector<c10::SymInt> sizes = weights.sym_sizes().vec();
     sizes[dim] = dim == 0 ? context.sizes.B : context.sizes.L;
-    whole = GatherDealt::apply(weights, sizes, dim, context.zigzag(), groups.slice, context.slice);
+    whole = GatherSharded::apply(weights, sizes, dim, context.zigzag(), groups.slice, context.slice);
   } else if (m > 1) {
     whole = KeepGradient::apply(weights, context.slice == 0);
   }

@@ -3,22 +3,12 @@
 #include <c10/core/ScalarType.h>
 
 #include <array>
-#include <iterator>
 
 #include "../base/sizes.h"
 
 namespace two_level_mha {
 
 namespace {
-
-template <class Numbers, class I, size_t kCount, class List>
-Numbers parse(const char* name, const Field<Numbers, I> (&fields)[kCount], const List& list) {
-  TORCH_CHECK_VALUE(list.size() == kCount, name, " must be the ", kCount,
-                    " numbers of csrc/pass/context.h, got ", list.size());
-  Numbers numbers;
-  for (size_t i = 0; i < kCount; ++i) numbers.*fields[i].member = list[i];
-  return numbers;
-}
 
 void check_grid(const LayerNumbers& layer) {
   const bool inside = layer.head_groups >= 1 && layer.slices >= 1 && 0 <= layer.head_group &&
@@ -40,10 +30,6 @@ LayerSizes layer_sizes(const LayerNumbers& layer, std::optional<at::ScalarType> 
   sizes.whole_heads = layer.whole_heads != 0;
   sizes.reduce_size = reduce_dtype ? int64_t(c10::elementSize(*reduce_dtype)) : 0;
   return sizes;
-}
-
-int64_t constant(const c10::SymInt& x) {
-  return x.guard_int(__FILE__, __LINE__);
 }
 
 Scheme checked_scheme(int64_t number, bool whole_heads) {
@@ -97,14 +83,14 @@ Context context_of(at::IntArrayRef layer_list, const std::vector<std::string>& g
   return context;
 }
 
-int64_t Context::dealt_dim() const {
+int64_t Context::sharded_dim() const {
   if (sizes.m == 1) return -1;
   return row.q == Move::batch ? 0 : row.q == Move::rows ? 2 : -1;
 }
 
 std::vector<std::pair<c10::SymInt, c10::SymInt>> Context::runs(const c10::SymInt& size) const {
   const int64_t m = sizes.m;
-  if (dealt_dim() < 0) return {{c10::SymInt(0), size}};
+  if (sharded_dim() < 0) return {{c10::SymInt(0), size}};
   auto chunk = ceil_div(size, zigzag() ? 2 * m : m);
   if (!zigzag()) return {{chunk * slice, chunk}};
   return {{chunk * slice, chunk}, {chunk * (2 * m - 1 - slice), chunk}};

@@ -12,6 +12,7 @@
 
 #include "../comm/group.h"
 #include "../plan/price.h"
+#include "numbers.h"
 
 namespace two_level_mha {
 
@@ -25,12 +26,6 @@ struct LayerNumbers {
   int64_t concat;         // combine="concat"
   int64_t reduce_dtype;   // an at::ScalarType, or -1: that of what is summed
   int64_t flops, memory, link, network, latency, node, equal;  // the profile (plan/profiles.h)
-};
-
-template <class Numbers, class I>
-struct Field {
-  const char* name;
-  I Numbers::*member;
 };
 
 inline constexpr Field<LayerNumbers, int64_t> kLayerFields[] = {
@@ -91,16 +86,16 @@ struct Context {
   bool batch_first = true;
   std::optional<at::ScalarType> reduce_dtype;
 
-  // Rows are dealt as chunks j and 2 m - 1 - j of 2 m.
-  bool zigzag() const { return deals_zigzag(row, sizes.causal); }
+  // Rows are sharded as chunks j and 2 m - 1 - j of 2 m.
+  bool zigzag() const { return zigzag_rows(row, sizes.causal); }
   // The dim of q and o (B, heads, length, d) that the slice group splits: whole heads, or d-slices.
   int64_t split_dim() const { return sizes.whole_heads ? 1 : 3; }
-  // Dim of (B, heads, length, d) along which the queries are dealt out: 0, 2, or -1 if they are not.
-  int64_t dealt_dim() const;
-  // Tokens of X, and of Y, are dealt out over the slice group.
-  bool deals_x() const { return row.x != Move::replicate; }
-  bool deals_y() const { return row.y != Move::replicate; }
-  // What this rank holds along a dealt dim of `size`: (first, count), the last may reach beyond the whole.
+  // Dim of (B, heads, length, d) along which the queries are sharded: 0, 2, or -1 if they are not.
+  int64_t sharded_dim() const;
+  // Tokens of X, and of Y, are sharded over the slice group.
+  bool shards_x() const { return row.x != Move::replicate; }
+  bool shards_y() const { return row.y != Move::replicate; }
+  // What this rank holds along a sharded dim of `size`: (first, count), the last may reach beyond the whole.
   std::vector<std::pair<c10::SymInt, c10::SymInt>> runs(const c10::SymInt& size) const;
   // Position of this rank's first key at or after `first`, less `first`; its keys are m apart.
   c10::SymInt first_cyclic(const c10::SymInt& first) const;

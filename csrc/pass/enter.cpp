@@ -33,14 +33,14 @@ struct Inputs {
 };
 
 // The tokens of this rank through whole weights: nothing moves but the weights, and the keys and values where
-// the rows are dealt out.
+// the rows are sharded.
 std::tuple<Tensor, Tensor, Tensor> project_tokens(Inputs inputs, const QkvWeights& weights,
                                                   const ExtraKeys& extra, const Context& context) {
-  const auto [whole, whole_extra] = whole_weights(weights, extra, context);
+  const auto [whole, whole_extra] = gather_qkv_weights(weights, extra, context);
   if (!context.batch_first)
     for (Tensor& x : inputs.distinct) x = x.transpose(0, 1);
   const auto keys = inputs.key().sym_size(1);
-  inputs.distinct = enter_dealt(inputs.distinct, context);
+  inputs.distinct = enter_sharded(inputs.distinct, context);
   auto [q, k, v] = qkv_projection(inputs.query(), inputs.key(), inputs.value(), whole, true);
   if (context.row.k == Move::replicate) {
     auto rows = gather_along({k, v}, 2, keys, context.zigzag(), context.groups.slice);
@@ -61,12 +61,12 @@ std::tuple<Tensor, Tensor, Tensor> project_and_move(Inputs inputs, const QkvWeig
   return {moved[0], moved[1], moved[2]};
 }
 
-void deal_rows(const std::vector<Tensor>& xs, const Context& context, Entered& entered) {
+void shard_token_rows(const std::vector<Tensor>& xs, const Context& context, Entered& entered) {
   for (const Tensor& x : xs) {
-    const bool one_for_all = context.dealt_dim() == 0 && x.sym_size(0) == 1;
-    entered.q_rows.push_back(one_for_all ? x : deal(x, context));
-    entered.k_rows.push_back(context.row.k == Move::cyclic                  ? deal_cyclic(x, context)
-                             : context.row.k == Move::batch && !one_for_all ? deal(x, context)
+    const bool one_for_all = context.sharded_dim() == 0 && x.sym_size(0) == 1;
+    entered.q_rows.push_back(one_for_all ? x : shard(x, context));
+    entered.k_rows.push_back(context.row.k == Move::cyclic                  ? shard_cyclic(x, context)
+                             : context.row.k == Move::batch && !one_for_all ? shard(x, context)
                                                                             : x);
   }
 }
@@ -77,10 +77,10 @@ Entered enter(const Tensor& query, const Tensor& key, const Tensor& value, const
               const ExtraKeys& extra, const std::vector<Tensor>& rows, const std::vector<Tensor>& shared,
               const Context& context) {
   const Inputs inputs(query, key, value);
-  const auto project = context.deals_x() ? project_tokens : project_and_move;
+  const auto project = context.shards_x() ? project_tokens : project_and_move;
   Entered entered;
   std::tie(entered.q, entered.k, entered.v) = project(inputs, weights, extra, context);
-  deal_rows(rows, context, entered);
+  shard_token_rows(rows, context, entered);
   entered.shared = enter_replicated(shared, over_grid(context.groups), context.reduce_dtype);
   return entered;
 }

@@ -25,7 +25,7 @@ std::vector<Tensor> whole(const std::vector<Tensor>& blocks, int64_t dim, const 
 
 }  // namespace
 
-std::pair<QkvWeights, ExtraKeys> whole_weights(const QkvWeights& weights, const ExtraKeys& extra,
+std::pair<QkvWeights, ExtraKeys> gather_qkv_weights(const QkvWeights& weights, const ExtraKeys& extra,
                                                const Context& context) {
   QkvWeights w = weights;
   ExtraKeys e = extra;
@@ -41,7 +41,7 @@ std::pair<QkvWeights, ExtraKeys> whole_weights(const QkvWeights& weights, const 
   return {w, e};
 }
 
-Tensor whole_out_weight(const Tensor& weight, const Context& context) {
+Tensor gather_out_weight(const Tensor& weight, const Context& context) {
   return whole({weight}, 2, context)[0];
 }
 

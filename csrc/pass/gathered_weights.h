@@ -9,10 +9,10 @@
 namespace two_level_mha {
 
 // (H, E, D) -> (H, d, D) and so on, in one exchange.
-std::pair<QkvWeights, ExtraKeys> whole_weights(const QkvWeights& weights, const ExtraKeys& extra,
+std::pair<QkvWeights, ExtraKeys> gather_qkv_weights(const QkvWeights& weights, const ExtraKeys& extra,
                                                const Context& context);
 
 // (D, H, E) -> (D, H, d)
-Tensor whole_out_weight(const Tensor& weight, const Context& context);
+Tensor gather_out_weight(const Tensor& weight, const Context& context);
 
 }  // namespace two_level_mha

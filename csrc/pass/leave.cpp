@@ -26,7 +26,7 @@ Tensor concatenate_heads(const Tensor& o, const Context& context) {
 
 // O -> Y, the output projection and the sum over the ranks, or the concatenation and all of the projection.
 Tensor combine(Tensor o, const OutWeights& out, const Context& context) {
-  const bool swap = !context.batch_first && !context.deals_y();  // before the copy that projecting makes
+  const bool swap = !context.batch_first && !context.shards_y();  // before the copy that projecting makes
   if (swap) o = o.transpose(0, 2);
   Tensor y;
   if (context.sizes.concat) {
@@ -34,8 +34,8 @@ Tensor combine(Tensor o, const OutWeights& out, const Context& context) {
   } else if (context.grid.size() == 1) {
     y = out_projection(o, out.weight, out.bias);
   } else {
-    y = context.deals_y()
-            ? reduce_dealt(out_projection(o, whole_out_weight(out.weight, context), std::nullopt), context)
+    y = context.shards_y()
+            ? reduce_sharded(out_projection(o, gather_out_weight(out.weight, context), std::nullopt), context)
             : reduce_replicated(out_projection(o, out.weight, std::nullopt), over_grid(context.groups),
                                 context.reduce_dtype);
     if (out.bias) y = y + out.bias->to(y.scalar_type());
@@ -43,23 +43,33 @@ Tensor combine(Tensor o, const OutWeights& out, const Context& context) {
   return context.batch_first || swap ? y : y.transpose(0, 1).contiguous();
 }
 
+// The keys and values that the call attends to.
+std::pair<Tensor, Tensor> seen_by(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend,
+                                  const Context& context, CacheLayer* cache) {
+  if (cache == nullptr) return {k, v};
+  const bool for_gradients = q.requires_grad() || (attend.mask && attend.mask->requires_grad());
+  return cache->append(k, v, context.sizes.moved_keys(), for_gradients);
+}
+
 }  // namespace
 
 Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend, const OutWeights& out,
-             const Context& context) {
-  check_layout(q, k, v, context);
-  auto [o, logsumexp] = attend_local(q, k, v, attend, context, partial_attention);
+             const Context& context, CacheLayer* cache) {
+  const auto [keys, values] = seen_by(q, k, v, attend, context, cache);
+  check_layout(q, keys, values, context);
+  auto [o, logsumexp] = attend_local(q, keys, values, attend, context, partial_attention);
   const bool partial = context.row.out == Move::merge;
   return combine(partial ? merge_out(o, logsumexp, context) : move_out(o, context), out, context);
 }
 
 std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
                                               const Attend& attend, const OutWeights& out,
-                                              const Context& context, bool average) {
-  check_layout(q, k, v, context);
+                                              const Context& context, bool average, CacheLayer* cache) {
+  const auto [keys, values] = seen_by(q, k, v, attend, context, cache);
+  check_layout(q, keys, values, context);
   TORCH_CHECK_VALUE(context.row.out != Move::merge,
                     "attention weights are not available with scheme 'position'");
-  auto [o, weights] = attend_local(q, k, v, attend, context, attention_with_weights);
+  auto [o, weights] = attend_local(q, keys, values, attend, context, attention_with_weights);
   return {combine(move_out(o, context), out, context), gather_weights(weights, context, average)};
 }
 

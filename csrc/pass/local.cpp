@@ -28,10 +28,10 @@ Tensor local_mask(Tensor mask, const c10::SymInt& first_head, int64_t heads, con
   if (fixed_size(mask, 1) != 1) mask = mask.narrow_symint(1, first_head, heads);
   if (context.row.k == Move::cyclic && context.sizes.m > 1 && mask.sym_size(3) != 1)
     mask = mask.slice_symint(3, first_cyclic, std::nullopt, context.sizes.m);
-  const int64_t dim = context.dealt_dim();
+  const int64_t dim = context.sharded_dim();
   if (dim < 0 || mask.sym_size(dim) == 1) return mask;
   // True = attend: a padded row that saw no key would send NaN into the gradients
-  return deal(mask, context, mask.scalar_type() == at::kBool ? 1 : 0);
+  return shard(mask, context, mask.scalar_type() == at::kBool ? 1 : 0);
 }
 
 }  // namespace
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> attend_local(const Tensor& q, const Tensor& k, const 
   }
   if (attend.causal) attend.causal = *attend.causal - context.first_key - first_cyclic;
   if (cyclic) attend.key_stride = s.m;
-  const int64_t dim = context.dealt_dim();
+  const int64_t dim = context.sharded_dim();
   if (dim != 2) {
     if (dim == 0) attend.origin[0] = context.runs(s.B)[0].first;
     return core(q, k, v, attend);

@@ -10,8 +10,8 @@
 
 namespace two_level_mha {
 
-Tensor deal(const Tensor& x, const Context& context, double fill) {
-  const int64_t dim = context.dealt_dim();
+Tensor shard(const Tensor& x, const Context& context, double fill) {
+  const int64_t dim = context.sharded_dim();
   if (dim < 0) return x;
   auto runs = context.runs(x.sym_size(dim));
   auto padded = runs[0].second * int64_t(runs.size()) * context.sizes.m;
@@ -21,7 +21,7 @@ Tensor deal(const Tensor& x, const Context& context, double fill) {
   return parts.size() == 1 ? parts[0] : at::cat(parts, dim);
 }
 
-Tensor deal_cyclic(const Tensor& x, const Context& context) {
+Tensor shard_cyclic(const Tensor& x, const Context& context) {
   return x.slice_symint(2, context.first_cyclic(context.sizes.position), std::nullopt, context.sizes.m);
 }
 
@@ -83,7 +83,7 @@ std::vector<Tensor> move_in(const std::vector<Tensor>& qkv, const Context& conte
     for (int64_t dim = 0; dim < 4; ++dim) {
       auto size = moving[i].sym_size(dim);
       if (dim == gathered[i]) size = size * m;
-      if (dim == dims[i]) size = dealt_rows(size, m, context.zigzag() && dim == 2);
+      if (dim == dims[i]) size = shard_rows(size, m, context.zigzag() && dim == 2);
       sizes.push_back(size);
     }
   auto moved = unpack(buffer, sizes, gathered, m, false);
@@ -98,7 +98,7 @@ std::vector<Tensor> move_in(const std::vector<Tensor>& qkv, const Context& conte
 }
 
 Tensor move_out(const Tensor& o, const Context& context) {
-  const int64_t dim = context.dealt_dim(), m = context.sizes.m;
+  const int64_t dim = context.sharded_dim(), m = context.sizes.m;
   if (dim < 0 || context.row.out == Move::keep) return o;
   Tensor buffer =
       start(Collective::all_to_all, pack({o}, {context.split_dim()}, m, false), context.groups.slice).wait();

@@ -7,10 +7,10 @@ namespace two_level_mha {
 
 using at::Tensor;
 
-// This rank's part of x, which has the whole of dealt_dim, with `fill` beyond its end; x if nothing is dealt.
-Tensor deal(const Tensor& x, const Context& context, double fill = 0.0);
+// This rank's part of x, which has the whole of sharded_dim, with `fill` beyond its end; x if nothing is sharded.
+Tensor shard(const Tensor& x, const Context& context, double fill = 0.0);
 // Rows of x (.., length, ..) along dim 2 whose position is this rank's.
-Tensor deal_cyclic(const Tensor& x, const Context& context);
+Tensor shard_cyclic(const Tensor& x, const Context& context);
 
 // q, k, v as projected -> as the scheme's row says, in one exchange inside the slice group.
 std::vector<Tensor> move_in(const std::vector<Tensor>& qkv, const Context& context);

@@ -4,17 +4,18 @@
 //   leave: attend (local) -> move back -> combine                      over the grid
 //
 // Every tensor of a rank (i, j) in between is its own: query heads and KV heads of head group i, and, where
-// the scheme deals them out, the rows or batches of slice j. Both halves are given one Context.
+// the scheme shards them, the rows or batches of slice j. Both halves are given one Context.
 #pragma once
 
 #include "../attend/partial_attention.h"
+#include "cache.h"
 #include "context.h"
 #include "extra_keys.h"
 #include "projection.h"
 
 namespace two_level_mha {
 
-// What `enter` gives. What goes with tokens is dealt out as q's rows and as k's.
+// What `enter` gives. What goes with tokens is sharded as q's rows and as k's.
 struct Entered {
   Tensor q, k, v;
   std::vector<Tensor> q_rows, k_rows;
@@ -36,15 +37,16 @@ struct OutWeights {
   std::optional<Tensor> bias;
 };
 
-// q, k, v as `enter` left them, or k and v those of a cache in the same layout; attend.mask is the whole
-// call's, broadcastable to (B, h, L, S) -> y (B, L, D), the same bits on every rank.
+// q, k, v as `enter` left them; a cache in the same layout takes k and v, and all of its own are attended to.
+// attend.mask is the whole call's, broadcastable to (B, h, L, S) -> y (B, L, D), the same bits on every rank.
 Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend, const OutWeights& out,
-             const Context& context);
+             const Context& context, CacheLayer* cache = nullptr);
 
 // The same and the attention weights after dropout: (B, h, L, S), or their mean over the heads (B, L, S). A
 // row that sees no key is NaN, as in nn.MultiheadAttention with need_weights=True.
 std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
                                               const Attend& attend, const OutWeights& out,
-                                              const Context& context, bool average);
+                                              const Context& context, bool average,
+                                              CacheLayer* cache = nullptr);
 
 }  // namespace two_level_mha

@@ -33,22 +33,22 @@ Tensor four_d(const Tensor& x) {
 
 // This rank's tokens of (B, L, D).
 Tensor my_tokens(const Tensor& x, const Context& context) {
-  return deal(four_d(x), context).squeeze(1);
+  return shard(four_d(x), context).squeeze(1);
 }
 
 // This rank's parts (.., rows, ..) of several tensors -> the whole ones of `sizes`.
-std::vector<Tensor> whole_again(const std::vector<Tensor>& parts, const std::vector<c10::SymInt>& sizes,
+std::vector<Tensor> gather_tokens(const std::vector<Tensor>& parts, const std::vector<c10::SymInt>& sizes,
                                 const Context& context) {
   std::vector<Tensor> flat;
   for (const Tensor& part : parts) flat.push_back(part.reshape(-1));
   Tensor mine =
       sum_over(flat.size() == 1 ? flat[0] : at::cat(flat), {context.groups.head, {}}, context.reduce_dtype);
   Tensor buffer = run(Collective::all_gather, mine.unsqueeze(0), context.groups.slice);
-  std::vector<int64_t> dims(parts.size(), context.dealt_dim());
+  std::vector<int64_t> dims(parts.size(), context.sharded_dim());
   return unpack(buffer, sizes, dims, context.sizes.m, context.zigzag());
 }
 
-struct EnterDealt : torch::autograd::Function<EnterDealt> {
+struct EnterSharded : torch::autograd::Function<EnterSharded> {
   static variable_list forward(AutogradContext* ctx, at::TensorList xs,
                                const c10::intrusive_ptr<SavedContext>& call) {
     ctx->saved_data["call"] = c10::IValue::make_capsule(call);
@@ -66,19 +66,19 @@ struct EnterDealt : torch::autograd::Function<EnterDealt> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     std::vector<Tensor> parts;
     for (const Tensor& grad : grads) parts.push_back(four_d(grad));
-    variable_list out = whole_again(parts, ctx->saved_data["sizes"].toSymIntVector(), saved(ctx));
+    variable_list out = gather_tokens(parts, ctx->saved_data["sizes"].toSymIntVector(), saved(ctx));
     for (Tensor& grad : out) grad = grad.squeeze(1);
     out.emplace_back();
     return out;
   }
 };
 
-struct ReduceDealt : torch::autograd::Function<ReduceDealt> {
+struct ReduceSharded : torch::autograd::Function<ReduceSharded> {
   static Tensor forward(AutogradContext* ctx, const Tensor& y, const c10::intrusive_ptr<SavedContext>& call) {
     ctx->saved_data["call"] = c10::IValue::make_capsule(call);
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto& s = call->context.sizes;
-    return whole_again({y}, {s.B, 1, s.L, y.sym_size(2)}, call->context)[0].squeeze(1);
+    return gather_tokens({y}, {s.B, 1, s.L, y.sym_size(2)}, call->context)[0].squeeze(1);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     once_differentiable(grads[0]);
@@ -88,17 +88,17 @@ struct ReduceDealt : torch::autograd::Function<ReduceDealt> {
 
 }  // namespace
 
-std::vector<Tensor> enter_dealt(const std::vector<Tensor>& xs, const Context& context) {
+std::vector<Tensor> enter_sharded(const std::vector<Tensor>& xs, const Context& context) {
   std::vector<Tensor> out = xs;
   for (Tensor& x : out)
     if (!x.requires_grad() || !at::GradMode::is_enabled()) x = my_tokens(x, context);
   return where_requires_grad(out, [&](at::TensorList trained) {
-    return EnterDealt::apply(trained, c10::make_intrusive<SavedContext>(context));
+    return EnterSharded::apply(trained, c10::make_intrusive<SavedContext>(context));
   });
 }
 
-Tensor reduce_dealt(const Tensor& y, const Context& context) {
-  return ReduceDealt::apply(y, c10::make_intrusive<SavedContext>(context));
+Tensor reduce_sharded(const Tensor& y, const Context& context) {
+  return ReduceSharded::apply(y, c10::make_intrusive<SavedContext>(context));
 }
 
 }  // namespace two_level_mha

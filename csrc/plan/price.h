@@ -28,7 +28,7 @@ template <class I>
 Local<I> local_sizes(const SchemeRow& row, const CallSizes<I>& s) {
   Local<I> local{s.B, s.L, s.S, s.H, s.K, s.d, s.d};
   if (row.q == Move::batch) local.batch = ceil_div(s.B, s.m);
-  if (row.q == Move::rows) local.rows = dealt_rows(s.L, s.m, deals_zigzag(row, s.causal));
+  if (row.q == Move::rows) local.rows = shard_rows(s.L, s.m, zigzag_rows(row, s.causal));
   if (row.k == Move::cyclic) local.keys = ceil_div(s.S, s.m);
   // queries that stay where they are projected: whole heads of this rank, or slices as heads
   if (row.q == Move::keep && row.storage == Storage::whole_heads) local.heads = s.H / s.m;

@@ -44,7 +44,7 @@ struct SchemeRow {
   Move x, y;     // how the tokens of X arrive at the projections, and those of Y leave attention's combine
   Move w;        // the weights that project them
   Move q, k, v;  // into the layout of attention
-  Move out;      // how O was dealt out, to be undone; keep: it lies as it is combined
+  Move out;      // how O was sharded, to be undone; keep: it lies as it is combined
   Storage storage;
   Cached cached;
   bool exact;
@@ -135,15 +135,15 @@ SchemeRow concrete_row(Scheme scheme, const CallSizes<I>& s) {
   return row;
 }
 
-// Whether rows are dealt out as chunks j and 2 m - 1 - j of 2 m, which balances causal attention.
-inline bool deals_zigzag(const SchemeRow& concrete, bool causal) {
+// Whether rows are sharded as chunks j and 2 m - 1 - j of 2 m, which balances causal attention.
+inline bool zigzag_rows(const SchemeRow& concrete, bool causal) {
   return causal && concrete.q == Move::rows;
 }
 
 // Rows that one rank holds of `length`.
 template <class I>
-I dealt_rows(const I& length, int64_t m, bool zigzag) {
-  return zigzag ? ceil_div(length, 2 * m) * 2 : ceil_div(length, m);
+I shard_rows(const I& length, int64_t m, bool zigzag) {
+  return zigzag && m > 1 ? ceil_div(length, 2 * m) * 2 : ceil_div(length, m);
 }
 
 }  // namespace two_level_mha

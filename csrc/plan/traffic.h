@@ -77,7 +77,7 @@ I part(Move move, int64_t heads, const I& length, const CallSizes<I>& s, bool zi
     case Move::heads:
       return s.B * length * (width / s.m);
     case Move::rows:
-      return s.B * dealt_rows(length, s.m, zigzag) * width;
+      return s.B * shard_rows(length, s.m, zigzag) * width;
     case Move::cyclic:
       return s.B * ceil_div(s.position % s.m + length, s.m) * width;
     default:
@@ -89,7 +89,7 @@ I part(Move move, int64_t heads, const I& length, const CallSizes<I>& s, bool zi
 template <class I>
 I tokens(Move move, const I& length, const CallSizes<I>& s) {
   if (move == Move::batch) return ceil_div(s.B, s.m) * length;
-  return s.B * (move == Move::rows ? dealt_rows(length, s.m, s.causal) : length);
+  return s.B * (move == Move::rows ? shard_rows(length, s.m, s.causal) : length);
 }
 
 // Features of the tokens of the distinct inputs that a rank projects.
@@ -120,9 +120,9 @@ void add_sum(Traffic<I>& rows, const char* what, const I& elements, const CallSi
   }
 }
 
-// A sum over the head axis of elements dealt out over the slice axis, then gathered there.
+// A sum over the head axis of elements sharded over the slice axis, then gathered there.
 template <class I>
-void add_dealt_sum(Traffic<I>& rows, const char* what, const I& mine, const CallSizes<I>& s) {
+void add_sharded_sum(Traffic<I>& rows, const char* what, const I& mine, const CallSizes<I>& s) {
   if (s.n > 1) rows.push_back({what, Axis::head, all_reduce<I>(mine * reduce_size(s), s.n), 1});
   rows.push_back({what, Axis::slice, mine * (s.element_size * (s.m - 1)), 1});
 }
@@ -135,10 +135,10 @@ void add_gather(Traffic<I>& rows, const char* what, const I& local, const CallSi
   if (s.m > 1) rows.push_back({what, Axis::slice, bytes * (s.n * (s.m - 1)), 1});
 }
 
-// The tokens of Y, or of the gradient of X: as every rank has them, or as they are dealt out.
+// The tokens of Y, or of the gradient of X: as every rank has them, or as they are sharded.
 template <class I>
 void add_tokens_sum(Traffic<I>& rows, const char* what, Move move, const I& elements, const CallSizes<I>& s) {
-  move == Move::replicate ? add_sum<I>(rows, what, elements, s) : add_dealt_sum<I>(rows, what, elements, s);
+  move == Move::replicate ? add_sum<I>(rows, what, elements, s) : add_sharded_sum<I>(rows, what, elements, s);
 }
 
 // The exchanges inside a slice group. Each one's adjoint sends as much as it does: an all-to-all is its own,
@@ -146,7 +146,7 @@ void add_tokens_sum(Traffic<I>& rows, const char* what, Move move, const I& elem
 template <class I>
 void add_exchanges(Traffic<I>& rows, const SchemeRow& row, const CallSizes<I>& s) {
   const int64_t E = s.d / s.m, others = s.m - 1, each = s.element_size * others;
-  const bool zigzag = deals_zigzag(row, s.causal);
+  const bool zigzag = zigzag_rows(row, s.causal);
   if (row.w == Move::replicate) {
     const int64_t blocks = E * (s.H * s.D + s.K * (s.kdim() + s.vdim()));
     const int64_t biases = E * (s.bias ? s.H + 2 * s.K : 0) + E * (s.bias_kv ? 2 * s.K : 0);
@@ -154,7 +154,7 @@ void add_exchanges(Traffic<I>& rows, const SchemeRow& row, const CallSizes<I>& s
     if (!s.concat) rows.push_back({"output weights", Axis::slice, I(E * s.H * s.D * each), 1});
     if (row.k == Move::replicate)
       rows.push_back({"move in", Axis::slice,
-                      s.B * dealt_rows(s.given_keys(), s.m, zigzag) * (2 * s.K * s.d * each), 1});
+                      s.B * shard_rows(s.given_keys(), s.m, zigzag) * (2 * s.K * s.d * each), 1});
   } else if (row.q != Move::keep || row.k != Move::keep) {
     const I sent = part(row.q, s.H, s.L, s, zigzag) + part(row.k, s.K, s.moved_keys(), s, zigzag) +
                    part(row.v, s.K, s.moved_keys(), s, zigzag);

@@ -1,4 +1,4 @@
-"""The bytes a rank sends are the table of csrc/traffic.h, exactly, forward and backward, axis by axis (level E).
+"""The bytes a rank sends are the table of csrc/plan/traffic.h, exactly, forward and backward, axis by axis (level E).
 
 What was recorded is compared with the table, and with the formulas of the schemes written down here on their own, in
 the letters of the README: r = (m - 1) / m of something whole leaves each rank of a slice group.
@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from harness.layer import Case, block, leaves, make, place, random, run
+from harness.layer import ENTER_WEIGHTS, Case, block, decided, grid_arguments, leaves, make, place, random, run
 
 import two_level_mha as tlm
 from two_level_mha import _C
@@ -182,7 +182,7 @@ def sent(n, m, cases):
         with record_collectives() as record:
             y = run(case, at, leaf, mask, seed)
             (y * weight).sum().backward()
-        found.append((recorded(record, at.arguments[1:], n, m), {call.dtype for call in record.calls}))
+        found.append((recorded(record, at.groups, n, m), {call.dtype for call in record.calls}))
     return found
 
 
@@ -298,25 +298,22 @@ def decoded(n, m, cases):
     for case, position, cache in cases:
         weights, (x,), _, _, _ = make(case)
         blocks = {name: block(name, w, case, at) for name, w in weights.items()}
-        names = ("q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias")
-        layout = (*at.arguments, cache, case.whole_heads, case.combine)
+        call = decided(case, at, scheme=cache, position=position)
         passes = []
         for training in (False, True):
             leaf = {name: w.clone().requires_grad_(training) for name, w in {**blocks, "x": x}.items()}
             with torch.set_grad_enabled(training), record_collectives() as record:
-                q, k, v = ops.enter(
-                    *[leaf["x"]] * 3, *(leaf.get(name) for name in names), None, None, False, True, True, *layout,
-                    None, position,
-                )  # fmt: skip
-                held = position if cache == "batch" else max(0, -(-(position - at.j) // m))
+                weights = (leaf.get(name) for name in ENTER_WEIGHTS)
+                q, k, v, *_ = ops.enter(*[leaf["x"]] * 3, *weights, [], [], *call)
+                held = position if cache == "batch" else max(0, -(-(position - at.slice) // m))
                 old = k.new_zeros(k.shape[0], k.shape[1], held, k.shape[3])
-                y = ops.leave(
+                y, *_ = ops.leave(
                     q, torch.cat([old, k], 2), torch.cat([old, v], 2), leaf["out_weight"], leaf.get("out_bias"), None,
-                    case.batch, case.length, None, position, None, 0.0, 0.0, None, True, *layout, None, position, 0,
+                    None, position, None, 0.0, 0.0, None, *call, [], [],
                 )  # fmt: skip
                 if training:
                     y.sum().backward()
-            passes.append(recorded(record, at.arguments[1:], n, m))
+            passes.append(recorded(record, at.groups, n, m))
         found.append(passes)
     return found
 
@@ -355,9 +352,9 @@ def test_decode_with_a_cache(pool, grid):
 
 def gathers(n, m, slices_first):
     at = place(n, m)
-    x = torch.arange(6.0).reshape(1, 2, 1, 3) + 100 * at.i + 10000 * at.j
+    x = torch.arange(6.0).reshape(1, 2, 1, 3) + 100 * at.head_group + 10000 * at.slice
     with record_collectives() as record:
-        y = torch.ops.two_level_mha.hierarchical_all_gather(x, 1, 3, *at.arguments[:3], slices_first)
+        y = torch.ops.two_level_mha.hierarchical_all_gather(x, 1, 3, *grid_arguments(at), slices_first)
     return y, [c.elements for c in record.calls], record.sent()
 
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 from harness.calls import EMBED, HEADS, Call, mesh, stock_layer
-from harness.layer import place
+from harness.layer import grid_arguments, place
 
 import two_level_mha as tlm
 from two_level_mha.testing import record_collectives
@@ -50,8 +50,8 @@ def group_of(grid: tuple[int, int], axis: str) -> tuple[str, int, int]:
     """Name, size, and this rank's number in the slice group or in the whole grid."""
     at = place(*grid)
     if axis == "slice":
-        return at.slice_group, at.m, at.j
-    return at.grid_group, at.n * at.m, at.i * at.m + at.j
+        return at.groups[0], at.grid.slices, at.slice
+    return at.groups[2], at.grid.size, at.head_group * at.grid.slices + at.slice
 
 
 def call(case: str, grid: tuple[int, int], axis: str, dtype: torch.dtype) -> list:
@@ -115,14 +115,14 @@ def gather_twice(grid: tuple[int, int], slices_first: bool, replicated: bool) ->
     xs = [[integers(2, 3, 5).requires_grad_() for _ in range(m)] for _ in range(n)]
     whole = torch.cat([torch.cat(row, 2) for row in xs], 0)
     weights = [[integers(*whole.shape) for _ in range(m)] for _ in range(n)]
-    weight = weights[0][0] if replicated else weights[at.i][at.j]
+    weight = weights[0][0] if replicated else weights[at.head_group][at.slice]
     loss = (whole * (weight if replicated else sum(w for row in weights for w in row))).sum()
-    x = xs[at.i][at.j].detach().requires_grad_()
+    x = xs[at.head_group][at.slice].detach().requires_grad_()
     with record_collectives() as record:
-        y = ops.hierarchical_all_gather(x, 0, -1, *at.arguments[:3], slices_first, replicated)
+        y = ops.hierarchical_all_gather(x, 0, -1, *grid_arguments(at), slices_first, replicated)
         (y * weight).sum().backward()
     assert torch.equal(y, whole)
-    assert torch.equal(x.grad, torch.autograd.grad(loss, xs[at.i][at.j])[0])
+    assert torch.equal(x.grad, torch.autograd.grad(loss, xs[at.head_group][at.slice])[0])
     return record.sent(backward=False), record.sent(backward=True)
 
 

@@ -11,13 +11,13 @@ EXACT = Case(kv_heads=4, causal=0, length=7)
 
 # name -> (what is told wrong to one call, on which quantities it must show)
 MUTATIONS = {
-    "swapped slices": lambda at: {"blocks": replace(at, j=1 - at.j)},
-    "swapped head groups": lambda at: {"blocks": replace(at, i=1 - at.i)},
-    "slice swapped on one rank": lambda at: {"blocks": replace(at, j=0)},
+    "swapped slices": lambda at: {"blocks": replace(at, slice=1 - at.slice)},
+    "swapped head groups": lambda at: {"blocks": replace(at, head_group=1 - at.head_group)},
+    "slice swapped on one rank": lambda at: {"blocks": replace(at, slice=0)},
     "scale of the slice": lambda at: {"scale": (EXACT.head_dim / M) ** -0.5},
-    "no sum over head groups": lambda at: {"grid_group": at.slice_group},
-    "no sum over slices": lambda at: {"grid_group": at.head_group},
-    "head groups told apart wrongly": lambda at: {"i": 1 - at.i},
+    "no sum over head groups": lambda at: {"groups": (*at.groups[:2], at.groups[0])},
+    "no sum over slices": lambda at: {"groups": (*at.groups[:2], at.groups[1])},
+    "head groups told apart wrongly": lambda at: {"head_group": 1 - at.head_group},
 }
 
 

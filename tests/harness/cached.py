@@ -11,6 +11,7 @@ from two_level_mha.cache import KVCache
 from two_level_mha.layer import GridAttention
 
 from .calls import mesh
+from .layer import random
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,9 @@ class Cached(GridAttention):
         call = {} if layer is None else layer.begin(B, L)
         first = call.get("position", 0)
 
-        def between(q, k, v, deal):
-            return (q, k, v) if layer is None else (q, *layer.append(k, v, L))
-
         y, _ = self.attend(
             x_BLD, x_BLD, x_BLD, attn_mask=mask_BhLS, causal=first if mask_BhLS is None else None,
-            window=self.window if mask_BhLS is None else None, between=between, **call,
+            window=self.window if mask_BhLS is None else None, cache=layer, **call,
         )  # fmt: skip
         return y
 
@@ -73,10 +71,6 @@ def make(plan: Plan) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     weights = {name: random(shape, plan.dtype) / shape[-1] ** 0.5 for name, shape in plan.shapes().items()}
     x_BLD = random((plan.batch, plan.length, plan.embed_dim), plan.dtype)
     return weights, x_BLD, visible(plan)
-
-
-def random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
 def visible(plan: Plan) -> Tensor:

@@ -15,6 +15,8 @@ from two_level_mha.multihead import stock_names
 from two_level_mha.stock import from_stock
 
 EMBED, HEADS = 16, 4
+FLOAT64 = {"dtype": torch.float64}
+GRIDS = [None, (2, 2), (1, 4), (4, 2)]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,13 @@ class Call:
 def mesh(grid: tuple[int, int] | None):
     """One mesh per grid for the life of a rank."""
     return None if grid is None else tlm.init_mesh("cpu", grid)
+
+
+def on_ranks(pool, function, grid: tuple[int, int] | None, *args) -> list:
+    """The results of function(grid, *args), one per rank; in this process without a grid."""
+    if grid is None:
+        return [function(None, *args)]
+    return pool.run(function, grid[0] * grid[1], grid, *args, timeout=120)
 
 
 def stock_layer(call: Call, seed: int = 0) -> nn.MultiheadAttention:

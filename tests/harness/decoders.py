@@ -1,10 +1,18 @@
-"""Tiny random decoders of the Llama family, in float64, and the stock model to compare with."""
+"""Tiny random decoders of transformers, in float64: the stock model, a split copy, and what they are compared by."""
 
 import copy
 from functools import lru_cache
 
 import torch
+import transformers
 from torch import nn
+from transformers import AutoModelForCausalLM
+
+import two_level_mha as tlm
+from two_level_mha.blocks import whole
+from two_level_mha.stock import put, resolve
+
+from .calls import mesh
 
 BASE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -33,6 +41,7 @@ MODELS = {
     "28 heads": ("Qwen2Config", {"num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 56,
                                  "head_dim": 8}),
     "2 kv heads": ("Qwen2Config", {"num_attention_heads": 14, "hidden_size": 56, "head_dim": 8}),
+    "apertus": ("ApertusConfig", {}),
     "head_dim 512": ("Qwen3Config", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 512}),
 }  # fmt: skip
 
@@ -49,16 +58,27 @@ class Norm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (self.shift + self.weight)
 
 
-def make(name: str, implementation: str = "sdpa", dtype: torch.dtype = torch.float64, exact: bool = False) -> nn.Module:
-    """The stock model, the same on every rank, in eval mode. exact: its norms do not round to float32."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
+def make_config(name: str, **changes) -> transformers.PretrainedConfig:
     kind, options = MODELS[name]
-    config = getattr(transformers, kind)(**(BASE | options))
+    return getattr(transformers, kind)(**(BASE | options | changes))
+
+
+def make(
+    name: str,
+    dtype: torch.dtype = torch.float64,
+    implementation: str = "sdpa",
+    exact: bool = False,
+    seed: int = 0,
+    **changes,
+) -> nn.Module:
+    """The stock model, the same on every rank, in eval mode; changes: of its config.
+
+    exact: its norms do not round to float32.
+    """
+    config = make_config(name, **changes)
     config._experts_implementation = "eager"  # the default takes no float64
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(dtype).eval()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(dtype).eval()
     for p in model.parameters():
         p.data.normal_(1.0 if p.ndim == 1 else 0.0, 0.15)
     for module in list(model.modules()) if exact else []:
@@ -68,13 +88,16 @@ def make(name: str, implementation: str = "sdpa", dtype: torch.dtype = torch.flo
     return model
 
 
+def make_meta(name: str, dtype: torch.dtype = torch.float64, **changes) -> nn.Module:
+    """The same model without weights, in train mode, as a user makes it."""
+    config = make_config(name, **changes)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
+
+
 @lru_cache(maxsize=2)
 def pair(name: str, grid: tuple[int, int], make_options: tuple = (), rest=False, **options) -> tuple[nn.Module, ...]:
     """The stock model and a split copy, by default of its attention only; make_options: of make, as items."""
-    import two_level_mha as tlm
-
-    from .calls import mesh
-
     stock = make(name, **dict(make_options))
     return stock, tlm.parallelize(copy.deepcopy(stock), mesh(grid), rest=rest, **options)
 
@@ -92,9 +115,6 @@ def prompt(rows: int = 2, length: int = 11) -> tuple[torch.Tensor, torch.Tensor]
 
 def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """By stock's names and shapes."""
-    from two_level_mha.blocks import whole
-    from two_level_mha.stock import put, resolve
-
     found = {}
     for name, p in model.named_parameters():
         owner, _, own = name.rpartition(".")

@@ -8,10 +8,10 @@ import copy
 import torch
 import transformers
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import BertConfig, RobertaConfig, ViTConfig
 
 import two_level_mha as tlm
+from two_level_mha.blocks import whole
 from two_level_mha.integrations.projected import ProjectedAttention
 from two_level_mha.layer import GridAttention
 from two_level_mha.stock import put
@@ -68,10 +68,6 @@ def torch_inputs(batch_first: bool = True) -> tuple[tuple, dict]:
     masks = {"tgt_mask": torch.ones(5, 5, dtype=torch.bool).triu(1), "src_key_padding_mask": hidden,
              "memory_key_padding_mask": hidden}  # fmt: skip
     return tuple(xs if batch_first else [x.transpose(0, 1) for x in xs]), masks
-
-
-def whole(x: torch.Tensor) -> torch.Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def stock_grads(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -12,7 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from two_level_mha import reference
+from two_level_mha import _C, reference
+from two_level_mha.context import SCHEME_NUMBERS, call_numbers, layer_numbers
+from two_level_mha.mesh import Grid, Place
+
+# the weights that `enter` takes, in its order
+ENTER_WEIGHTS = ("q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias", "bias_k", "bias_v")
 
 
 @dataclass(frozen=True)
@@ -48,33 +53,50 @@ class Case:
         return (self.keys or self.length) + 2 * self.extra_keys
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a rank is on the grid, as the ops take it."""
-
-    n: int
-    m: int
-    i: int
-    j: int
-    slice_group: str = ""
-    head_group: str = ""
-    grid_group: str = ""
-
-    @property
-    def arguments(self) -> tuple:
-        return [self.n, self.m, self.i, self.j], self.slice_group, self.head_group, self.grid_group
-
-
 @lru_cache
 def place(n: int, m: int) -> Place:
     """This rank on an (n, m) grid over the whole world."""
     if n * m == 1:
-        return Place(1, 1, 0, 0)
+        return Place()
     mesh = init_device_mesh("cpu", (n, m), mesh_dim_names=("head", "slice"))
-    i, j = mesh.get_coordinate()
-    slice_group, head_group = mesh.get_group("slice"), mesh.get_group("head")
-    names = (group.group_name for group in (slice_group, head_group, dist.group.WORLD))
-    return Place(n, m, i, j, *names)
+    groups = (mesh.get_group("slice"), mesh.get_group("head"), dist.group.WORLD)
+    return Place(Grid(n, m), *mesh.get_coordinate(), tuple(group.group_name for group in groups))
+
+
+def grid_arguments(at: Place) -> tuple:
+    """grid, slice_group and head_group of the operators that take no call."""
+    return [at.grid.head_groups, at.grid.slices, at.head_group, at.slice], *at.groups[:2]
+
+
+def decided(case: Case, at: Place, *, scheme: str | None = None, position: int = 0) -> tuple:
+    """layer, groups and call of the operators; scheme: the layout of a cache that holds `position` tokens."""
+    layer = layer_numbers(
+        at,
+        _C.rates(False),
+        num_heads=case.heads,
+        num_kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        embed_dim=case.embed_dim,
+        key_dim=case.embed_dim,
+        value_dim=case.embed_dim,
+        bias=case.bias,
+        bias_kv=case.extra_keys,
+        whole_heads=case.whole_heads,
+        concat=case.combine == "concat",
+        reduce_dtype=case.reduce_dtype,
+    )
+    call = call_numbers(
+        scheme=SCHEME_NUMBERS[scheme or case.scheme],
+        batch=case.batch,
+        length=case.length,
+        keys=case.keys or case.length,
+        zero_key=case.extra_keys,
+        position=position,
+        causal=case.causal is not None,
+        batch_first=case.batch_first,
+        element_size=case.dtype.itemsize,
+    )
+    return layer, at.groups, call
 
 
 def make_weights(case: Case) -> dict[str, Tensor]:
@@ -181,7 +203,8 @@ def block(name: str, x: Tensor, case: Case, at: Place) -> Tensor:
         return x
     if case.whole_heads and name in ("q_weight", "q_bias", "out_weight"):
         width = head
-    return x.chunk(at.n, head)[at.i].chunk(at.m, width)[at.j].contiguous()
+    grid = at.grid
+    return x.chunk(grid.head_groups, head)[at.head_group].chunk(grid.slices, width)[at.slice].contiguous()
 
 
 def split(case: Case, at: Place, seed: int = 0, **mutation) -> dict[str, Tensor]:
@@ -212,44 +235,16 @@ def run(
     if not case.batch_first:
         xs = [x.transpose(0, 1) for x in xs]
     xs = xs * 3 if len(xs) == 1 else xs
-    names = ("q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias", "bias_k", "bias_v")
-    q, k, v = ops.enter(
-        *xs,
-        *(leaf.get(name) for name in names),
-        case.extra_keys,
-        case.batch_first,
-        case.causal is not None,
-        *at.arguments,
-        case.scheme,
-        case.whole_heads,
-        case.combine,
-        case.reduce_dtype,
-    )
+    call = decided(case, at)
+    q, k, v, *_ = ops.enter(*xs, *(leaf.get(name) for name in ENTER_WEIGHTS), [], [], *call)
     attn_mask = leaf.get("mask", mask)
     if attn_mask is not None and case.extra_keys:
         attn_mask = torch.nn.functional.pad(attn_mask, (0, 2), value=float(attn_mask.dtype == torch.bool))
-    y = ops.leave(
-        q,
-        k,
-        v,
-        leaf["out_weight"],
-        leaf.get("out_bias"),
-        attn_mask,
-        case.batch,
-        case.length,
-        scale,
-        case.causal,
-        case.window,
-        case.softcap,
-        case.dropout,
-        dropout_seed if case.dropout else None,
-        case.batch_first,
-        *at.arguments,
-        case.scheme,
-        case.whole_heads,
-        case.combine,
-        case.reduce_dtype,
-    )
+    seed = dropout_seed if case.dropout else None
+    y, *_ = ops.leave(
+        q, k, v, leaf["out_weight"], leaf.get("out_bias"), attn_mask, scale, case.causal, case.window, case.softcap,
+        case.dropout, seed, *call, [], [],
+    )  # fmt: skip
     return y if case.batch_first else y.transpose(0, 1)
 
 
@@ -257,7 +252,7 @@ def errors(case: Case, at: Place, seed: int = 0, **mutation) -> dict[str, float]
     """Largest absolute difference between this rank's results and its blocks of the whole layer's,
     by name.
     """
-    expected = whole(case, at.m, seed)
+    expected = whole(case, at.grid.slices, seed)
     return {
         name: (x - block(name, expected[name], case, at)).abs().max().item()
         for name, x in split(case, at, seed, **mutation).items()

@@ -126,7 +126,7 @@ def widened_between(dtype: torch.dtype) -> list[float]:
             leaf = x_BLD.clone().requires_grad_()
             with torch.autocast("cpu", torch.bfloat16):
                 y = layer.attend(
-                    leaf, leaf, leaf, causal=0, between=lambda q, k, v, deal: (q.to(dtype), k.to(dtype), v)
+                    leaf, leaf, leaf, causal=0, between=lambda q, k, v, aside: (q.to(dtype), k.to(dtype), v)
                 )
             y[0].float().square().sum().backward()
             ys.append((y[0].detach().double(), leaf.grad.double()))

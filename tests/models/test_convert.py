@@ -8,11 +8,12 @@ import pickle
 
 import pytest
 import torch
-from harness.encoders import MODELS, TIGHT, check, errors, first, inputs, make, make_torch, torch_inputs, whole
+from harness.encoders import MODELS, TIGHT, check, errors, first, inputs, make, make_torch, torch_inputs
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 import two_level_mha as tlm
+from two_level_mha.blocks import whole
 from two_level_mha.integrations.projected import ProjectedAttention
 from two_level_mha.layer import SCHEMES, GridAttention
 
@@ -43,10 +44,12 @@ def without_a_mask(kind: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("kind", ["BertModel", "ViTModel"])
 def test_without_a_mask(pool, kind):
+    """Localises: the path of a call without a mask, which transformers drops before attention."""
     check(pool.run(without_a_mask, 4, kind))
 
 
 def test_more_ranks_than_heads(pool):
+    """Localises: slices of heads inside a converted model: eight ranks for four heads."""
     check(pool.run(on_grids, 8, "BertModel", [(2, 4)], [{}], {}))
 
 
@@ -265,6 +268,7 @@ def test_weights_are_compared_once(pool):
 
 
 def test_random_state_is_left_alone():
+    """E. Localises: the trial before a replacement, which draws inputs and weights of its own."""
     torch.manual_seed(5)
     expected = torch.rand(3)
     model = make("BertModel")

@@ -215,21 +215,25 @@ def test_unknown_structure(kind):
 
 
 def test_cross_attention():
+    """Localises: cross-attention taken for self-attention of the same shape."""
     model = make("BertModel", is_decoder=True, add_cross_attention=True)
     check_refused(model, "encoder.layer.0.crossattention.self (BertCrossAttention)", "it is cross-attention")
 
 
 def test_nothing_found():
+    """Localises: a model without attention, or split already, returned as if it had been split."""
     check_refused(nn.Sequential(nn.Linear(4, 4)), "no attention was found in Sequential")
     converted = tlm.parallelize(make_torch(), None)
     check_refused(converted, "no attention was found", "it is split already")
 
 
 def test_attention_itself():
+    """Localises: an attention given in place of a model: it has no parent that it could be replaced in."""
     check_refused(nn.MultiheadAttention(16, 4), "is itself an attention", "TwoLevelMultiheadAttention.from_torch")
 
 
 def test_changed_torch_attention():
+    """Localises: nn.MultiheadAttention that is not quite it: subclassed, parametrized, tied."""
     model = make_torch()
     model.encoder.layers[1].self_attn.__class__ = MyMHA
     check_refused(model, "encoder.layers.1.self_attn (MyMHA)", "it is a subclass of nn.MultiheadAttention")
@@ -242,6 +246,7 @@ def test_changed_torch_attention():
 
 
 def test_options():
+    """Localises: options that are looked at after the first module was replaced."""
     for options, text in (({"scheme": "fast"}, "scheme must be"), ({"combine": "sum"}, "combine must be")):
         model = make_torch()
         before = state(model)
@@ -329,6 +334,7 @@ def test_on_every_rank(pool, case):
 
 
 def test_a_mesh_of_other_axes(pool):
+    """Localises: a mesh whose axes have other names, taken in the order it has."""
     with pytest.raises(RankFailure) as caught:
         pool.run(on_other_axes, 4)
     assert isinstance(caught.value.__cause__, tlm.GridError)

@@ -99,6 +99,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
+    """Localises: options of GPT-2 that change the numbers and that a split attention does not have."""
     options, message = REFUSED[case]
     with pytest.raises(tlm.GridError, match=message):
         tlm.parallelize(make(**options), None)

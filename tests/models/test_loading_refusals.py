@@ -52,6 +52,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_files(saved, case):
+    """Localises: names or shapes of a file looked at too late, or left to transformers, which draws at random."""
     directory, model = saved
     broken, message = BROKEN[case]
     change(directory, broken)
@@ -67,6 +68,7 @@ def refuses(model, path, message: str) -> None:
 
 
 def test_paths(saved, tmp_path_factory):
+    """Localises: a path or a model that load_pretrained cannot read: named, and nothing changed."""
     directory, model = saved
     refuses(model, tmp_path_factory.mktemp("empty"), "has no model.safetensors: load_pretrained reads a directory")
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}

@@ -187,6 +187,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("case", SPLIT)
 def test_is_split(case):
+    """Localises: an MLP of a known form that is no longer taken for one."""
     rest = find_rest(nn.ModuleDict({"one": SPLIT[case](), "two": SPLIT[case]()}), 4, set())
     assert list(rest.mlps) == ["one", "two"] and not rest.left_out_mlps
 
@@ -208,11 +209,13 @@ def test_stays_unsplit(case):
 
 
 def test_width():
+    """Localises: a width that the ranks do not divide: dealt unevenly, where only plans can."""
     rest = find_rest(MLP(), 16, set())
     assert not rest.mlps and rest.left_out_mlps == {"": "16 does not divide its width 24"}
 
 
 def test_meta():
+    """Localises: trials of MLPs whose weights are not there yet."""
     with torch.device("meta"):
         rest = find_rest(nn.ModuleList([layer(), layer(Other)]), 4, set())
     assert list(rest.mlps) == ["0"] and list(rest.left_out_mlps) == ["1"]

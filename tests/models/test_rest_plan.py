@@ -7,25 +7,20 @@ transformers' own tensor parallelism; not in the pass.
 import pytest
 import torch
 import transformers
-from harness import tiny
+from harness.decoders import full_gradients, make
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 import two_level_mha as tlm
+from two_level_mha.blocks import whole
 from two_level_mha.integrations import private
-from two_level_mha.layer import GridAttention
 from two_level_mha.rest import find_rest, split_rest
-from two_level_mha.stock import put, resolve
 
-TIGHT = {"Mixtral": 1e-6}  # its router differentiates in float32
+TIGHT = {"mixtral": 1e-6}  # its router differentiates in float32
 
 
 def attentions(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_modules() if name.endswith("self_attn")}
-
-
-def whole(x: torch.Tensor) -> torch.Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def run(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -33,24 +28,29 @@ def run(model: nn.Module) -> dict[str, torch.Tensor]:
     tokens = torch.randint(3, 30, (2, 6))
     logits = model(input_ids=tokens, use_cache=False).logits
     (logits * torch.randn(logits.shape, dtype=torch.float64)).sum().backward()
-    found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    found = full_gradients(model)
     with torch.no_grad():
         found["logits without grad"] = model(input_ids=tokens, use_cache=False).logits
     return {"logits": logits.detach(), **found}
 
 
+def differences(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Largest difference of each, over its largest number where that is above 1."""
+    assert got.keys() == expected.keys()
+    return {name: (got[name] - x).abs().max().item() / max(1.0, x.abs().max().item()) for name, x in expected.items()}
+
+
 def split(kind: str, grid: tuple[int, int], changes: dict) -> tuple[dict[str, float], dict[str, int], dict[str, str]]:
     """What differs from stock; how many numbers of each DTensor this rank has; what stayed unsplit and why."""
-    expected = run(tiny.make(kind, **changes))
-    model = tiny.make(kind, **changes)
+    expected = run(make(kind, **changes))
+    model = make(kind, **changes)
     rest = find_rest(model, 4, attentions(model))
     split_rest(rest, tlm.init_mesh("cpu", grid))
     local = {name: p._local_tensor for name, p in model.named_parameters() if isinstance(p, DTensor)}
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in local.values())
     got = run(model)
-    assert got.keys() == expected.keys()
-    errors = {name: (got[name] - x).abs().max().item() for name, x in expected.items()}
-    other = tiny.make(kind, seed=2, **changes).state_dict()
+    errors = differences(got, expected)
+    other = make(kind, seed=2, **changes).state_dict()
     model.load_state_dict(other)
     assert all(torch.equal(whole(x), other[name]) for name, x in model.state_dict().items())
     off = {name: error for name, error in errors.items() if not error <= TIGHT.get(kind, 1e-10)}
@@ -58,15 +58,15 @@ def split(kind: str, grid: tuple[int, int], changes: dict) -> tuple[dict[str, fl
 
 
 CASES = {
-    "Llama": ("Llama", (2, 2), {}),
-    "Gemma3": ("Gemma3", (1, 4), {}),
-    "Qwen3-MoE": ("Qwen3-MoE", (2, 2), {}),
-    "Mixtral": ("Mixtral", (4, 1), {}),
-    "biased": ("biased Llama", (2, 2), {}),
-    "tied": ("tied Llama", (2, 2), {}),
-    "uneven": ("Llama", (2, 2), {"intermediate_size": 22, "vocab_size": 30}),
-    "fewer columns than ranks": ("Llama", (2, 2), {"intermediate_size": 5}),
-    "uneven experts": ("Qwen3-MoE", (2, 2), {"moe_intermediate_size": 6}),
+    "Llama": ("llama", (2, 2), {}),
+    "Gemma3": ("gemma3", (1, 4), {}),
+    "Qwen3-MoE": ("qwen3 moe", (2, 2), {}),
+    "Mixtral": ("mixtral", (4, 1), {}),
+    "biased": ("llama", (2, 2), {"mlp_bias": True}),
+    "tied": ("llama", (2, 2), {"tie_word_embeddings": True}),
+    "uneven": ("llama", (2, 2), {"intermediate_size": 22, "vocab_size": 30}),
+    "fewer columns than ranks": ("llama", (2, 2), {"intermediate_size": 5}),
+    "uneven experts": ("qwen3 moe", (2, 2), {"moe_intermediate_size": 6}),
 }
 
 
@@ -78,7 +78,7 @@ def test_split(pool, case):
     """
     kind, grid, changes = CASES[case]
     found = pool.run(split, 4, kind, grid, changes)
-    model = tiny.make(kind, **changes)
+    model = make(kind, **changes)
     tied = model.config.tie_word_embeddings
     vocabulary = {"model.embed_tokens.weight", "lm_head.weight"}
     for off, held, left in found:
@@ -126,7 +126,7 @@ REFUSED = {
 def test_refused(case):
     """Where leaving a rule out would leave its neighbours wrong."""
     change, reason = REFUSED[case]
-    model = tiny.make("Llama")
+    model = make("llama")
     change(model)
     with pytest.raises(tlm.GridError, match=reason):
         find_rest(model, 4, attentions(model))
@@ -134,12 +134,14 @@ def test_refused(case):
 
 def test_left_out():
     """What takes and gives full activations stays unsplit alone; so does an attention that nobody replaced."""
-    model = tiny.make("Qwen3-MoE")
+    model = make("qwen3 moe")
     hook(model.lm_head)
     rest = find_rest(model, 4, {"model.layers.0.self_attn"})
     assert "it has hooks" in rest.left_out.pop("lm_head")
     assert set(rest.left_out) == {
-        f"model.layers.1.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+        f"model.layers.{layer}.self_attn.{name}"
+        for layer in (1, 2)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
     }
     assert all("is not replaced" in why for why in rest.left_out.values())
     ((_, plan),) = rest.tp_plans.values()
@@ -154,9 +156,9 @@ def test_left_out():
 
 def test_parameters_between_split_linears():
     """Localises: a trained activation on a part of the columns, whose gradient would be of that part."""
-    model = tiny.make("Apertus")
+    model = make("apertus")
     rest = find_rest(model, 4, attentions(model))
-    assert set(rest.left_out) == {"model.layers.0.mlp", "model.layers.1.mlp"}
+    assert set(rest.left_out) == {f"model.layers.{layer}.mlp" for layer in range(3)}
     assert "the gradient of model.layers.0.mlp.act_fn.alpha_p, which has no rule" in rest.left_out["model.layers.0.mlp"]
     ((_, plan),) = rest.tp_plans.values()
     assert not any(".mlp." in name for name in plan) and "lm_head" in plan
@@ -165,14 +167,13 @@ def test_parameters_between_split_linears():
 def test_a_part_of_a_model():
     """A transformers model inside another module goes by its plan, what is beside it by its structure."""
     mlp = nn.TransformerEncoderLayer(16, 4, 24)
-    rest = find_rest(
-        nn.ModuleDict({"decoder": tiny.make("Llama"), "encoder": mlp}), 4, {"decoder.model.layers.0.self_attn"}
-    )
+    rest = find_rest(nn.ModuleDict({"decoder": make("llama"), "encoder": mlp}), 4, {"decoder.model.layers.0.self_attn"})
     assert list(rest.tp_plans) == ["decoder"] and list(rest.mlps) == ["encoder"]
     assert not any("layers.0.self_attn" in name for name in [*rest.tp_plans["decoder"][1], *rest.left_out])
 
 
 def test_without_a_plan():
+    """Localises: a transformers model that has no plan, left unsplit in place of going by its structure."""
     config = transformers.BertConfig(hidden_size=16, num_attention_heads=4, intermediate_size=24, num_hidden_layers=1)
     rest = find_rest(transformers.BertModel(config), 4, set())
     assert not rest.tp_plans and list(rest.mlps) == ["encoder.layer.0"]
@@ -191,23 +192,27 @@ def test_versions(monkeypatch):
 
 def end_to_end(kind: str, grid: tuple[int, int]) -> tuple[dict[str, float], str]:
     """parallelize with everything split: what differs from stock, and the report."""
-    expected = run(tiny.make(kind, exact=True))
-    model = tlm.parallelize(tiny.make(kind, exact=True), tlm.init_mesh("cpu", grid))
-    grads = run(model)
-    for name, module in model.named_modules():
-        for own, stock in module.stock_names.items() if isinstance(module, GridAttention) else ():
-            put(grads, resolve(name, stock.key), stock, grads.pop(f"{name}.{own}"))
-    assert grads.keys() == expected.keys()
-    errors = {name: (grads[name] - x).abs().max().item() for name, x in expected.items()}
-    limit = 1e-6 if kind in ("Mixtral", "Qwen3-MoE") else 1e-10  # routers in float32, of inputs that are not bit-equal
+    expected = run(make(kind, exact=True))
+    model = tlm.parallelize(make(kind, exact=True), tlm.init_mesh("cpu", grid))
+    got = run(model)
+    errors = differences(got, expected)
+    limit = 1e-6 if kind in ("mixtral", "qwen3 moe") else 1e-10  # routers in float32, of inputs that are not bit-equal
     return {name: error for name, error in errors.items() if not error <= limit}, str(tlm.report(model))
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Gemma3", "Qwen3-MoE", "Mixtral"])
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "qwen3 moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
 def test_parallelize(pool, kind):
     """Logits and every gradient of a model whose attention and all else is split; the report says what is kept."""
     for off, report in pool.run(end_to_end, 4, kind, (2, 2)):
         assert not off
-        assert f"the tensor-parallel plan of {tiny.CONFIGS[kind][1]} names split" in report
+        assert f"the tensor-parallel plan of {CLASSES[kind]} names split" in report
         assert " kB split, " in report and "model.layers.*.input_layernorm" in report
-        assert ("model.embed_tokens stays unsplit: its weight is tied" in report) == (kind == "Gemma3")
+        assert ("model.embed_tokens stays unsplit: its weight is tied" in report) == (kind == "gemma3")

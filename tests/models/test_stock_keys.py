@@ -64,6 +64,7 @@ def test_round_trip(pool, tmp_path, kind, scheme):
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 @pytest.mark.parametrize("kind", BUILD)
 def test_round_trip_of_one_process(tmp_path, kind):
+    """E. Localises: as above, without a grid: the table of names alone."""
     assert round_trip(kind, None, "auto", str(tmp_path))
 
 
@@ -98,6 +99,7 @@ def test_fused_and_transposed():
 
 
 def test_names():
+    """E. Localises: a path that leaves the module, as of the output projection beside it."""
     out = nn.Linear(24, 10)
     assert linear_names("out", "../output.dense", out, 4) == {
         "out_weight": StockTensor("../output.dense.weight", (10, 24), (10, 6, 4)),

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from harness.cached import Cached, Plan, by_calls, make, new_cache, unsplit
+from harness.layer import random
 from transformers import LlamaConfig
 
 import two_level_mha as tlm
@@ -21,8 +22,6 @@ ORDERS = [[2, 0, 1, 4, 3], [0, 0, 3, 3, 1], [4, 1], [1, 1, 1, 0, 2, 2, 4, 3, 3],
 
 def selected_off(plan, grid, orders):
     """Difference from the unsplit layer over sequences that were reordered after the first of plan.calls."""
-    from harness.cached import random
-
     found = []
     weights, x_BLD, _ = make(plan)
     module, first = Cached(plan, grid, weights), plan.calls[0]
@@ -83,8 +82,6 @@ def test_only_sequences_of_other_ranks_move(pool):
 
 def went_back_off(plan, grid, keep):
     """Two calls, the second forgotten but for `keep` of its tokens, then other tokens."""
-    from harness.cached import random
-
     weights, x_BLD, _ = make(plan)
     module, layer = Cached(plan, grid, weights), new_cache(plan, grid).layers[0]
     first, second, rest = plan.calls
@@ -116,10 +113,10 @@ def restarted(plan, grid):
     module, layer = Cached(plan, grid, weights), new_cache(plan, grid).layers[0]
     with torch.no_grad():
         fresh = module(x_BLD[:2], layer)
-        addresses = [x.data_ptr() for x in layer._memory]
+        addresses = [x.data_ptr() for x in layer.memory]
         layer.reset()
         again = module(x_BLD[:2], layer)
-        kept = addresses == [x.data_ptr() for x in layer._memory]
+        kept = addresses == [x.data_ptr() for x in layer.memory]
         layer.reset()
         other = module(x_BLD, layer)[:2]
     return torch.equal(fresh, again), kept, (fresh - other).abs().max().item()
@@ -161,8 +158,6 @@ def test_inference_mode_then_no_grad(pool, layout, between):
 
 def copied_off(plan, grid):
     """Differences from the unsplit layer of a cache and of its deep copy, which go on with other tokens."""
-    from harness.cached import random
-
     weights, x_BLD, sees = make(plan)
     module, cache, first = Cached(plan, grid, weights), new_cache(plan, grid), plan.calls[0]
     other = torch.cat([x_BLD[:, :first], random(x_BLD[:, first:].shape, plan.dtype)], 1)

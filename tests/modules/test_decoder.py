@@ -5,7 +5,7 @@ A failure in test_one_process is in decoder.py or csrc/head; on grids only, in t
 
 import pytest
 import torch
-from harness.decoder import HALF, PAIRS, Decoder, off
+from harness.two_level_attention import HALF, PAIRS, Decoder, off
 
 SCHEMES = ("slices", "sequence", "batch", "heads", "weights", "auto")
 FEATURES = {

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness.calls import mesh
-from harness.decoder import HALF, PAIRS, Decoder, finish, make
+from harness.calls import mesh, on_ranks
+from harness.two_level_attention import HALF, PAIRS, Decoder, finish, make
 
 import two_level_mha as tlm
 
@@ -73,7 +73,7 @@ def differences(grid, case: Decoder) -> dict[str, float]:
 def test_call_after_call(pool, name, grid):
     """T. Localises: positions of angles and rows after the first call, what norm and rotary act on, first_key."""
     case = replace(CASES[name], heads=16, kv_heads=4)
-    found = [differences(None, case)] if grid is None else pool.run(differences, 4, grid, case)
+    found = on_ranks(pool, differences, grid, case)
     assert not any(found), found
 
 
@@ -91,6 +91,7 @@ def cache(grid=None, **sizes):
     ],
 )
 def test_refused(make_cache, options, sentence):
+    """Localises: a cache whose sizes, window or scheme are not those of the module, used as if they were."""
     layer = tlm.TwoLevelAttention(12, 8, 4, 8, **options)
     with pytest.raises(tlm.GridError, match=sentence):
         layer(torch.zeros(2, 3, 12), cache=make_cache())
@@ -106,6 +107,7 @@ def other_grid() -> str:
 
 
 def test_cache_of_another_grid(pool):
+    """Localises: a cache of another mesh, whose exchanges the ranks would not all join."""
     for message in pool.run(other_grid, 4):
         assert "give both one mesh" in message
 

@@ -4,7 +4,7 @@ hypothesis draws the calls, the same ones in every run; a failure prints the sma
 """
 
 import pytest
-from harness.decoder import Decoder, off
+from harness.two_level_attention import Decoder, off
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

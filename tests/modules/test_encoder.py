@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness.calls import mesh
+from harness.calls import mesh, on_ranks
 from torch import nn
 
 import two_level_mha as tlm
@@ -118,7 +118,7 @@ def against_stock(grid, kind: str) -> list[str]:
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor", "ignore:The PyTorch API of nested tensors")
 def test_equals_stock(pool, grid, kind):
     """In train mode and in eval mode without grad, where the fast path would skip our forward."""
-    results = [against_stock(None, kind)] if grid is None else pool.run(against_stock, 4, grid, kind)
+    results = on_ranks(pool, against_stock, grid, kind)
     for failed in results:
         assert not failed, "\n".join(failed)
 

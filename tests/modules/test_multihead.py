@@ -7,14 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness.calls import EMBED, HEADS, Call, everything, make_inputs, mesh, off, stock_layer
+from harness.calls import EMBED, FLOAT64, GRIDS, HEADS, Call, everything, make_inputs, mesh, off, on_ranks, stock_layer
 from torch.utils.checkpoint import checkpoint
 
 import two_level_mha as tlm
 from two_level_mha.blocks import whole
-
-GRIDS = [None, (2, 2), (1, 4), (4, 2)]
-FLOAT64 = {"dtype": torch.float64}
 
 CALLS = {
     "self": Call(),
@@ -80,13 +77,6 @@ def contract(grid, calls: dict[str, Call], options: list[dict]) -> list[str]:
     ]
 
 
-def on_ranks(pool, function, grid, *args):
-    """The results of function(grid, *args), one per rank; in this process without a grid."""
-    if grid is None:
-        return [function(None, *args)]
-    return pool.run(function, grid[0] * grid[1], grid, *args, timeout=120)
-
-
 SLICES, SEQUENCE = {"scheme": "slices"}, {"scheme": "sequence", "combine": "concat"}
 
 
@@ -125,12 +115,14 @@ def no_keys(grid) -> list[float]:
 
 @pytest.mark.parametrize("grid", [None, (2, 2)])
 def test_no_keys_gives_the_output_bias(pool, grid):
+    """E. Localises: S = 0: the shape of the weights, and gradients that would be NaN."""
     for found in on_ranks(pool, no_keys, grid):
         assert max(found) == 0.0
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_empty_row_without_weights_is_the_output_bias(training):
+    """E. Localises: rows that see nothing: the bias alone, and NaN with weights, as stock's math path."""
     call = Call(attn_mask="bool2", empty_row=True, need_weights=False)
     stock = stock_layer(call)
     ours = tlm.TwoLevelMultiheadAttention.from_torch(stock).train(training)
@@ -221,6 +213,7 @@ def recomputed(grid) -> list[float]:
 
 @pytest.mark.parametrize("grid", [None, (2, 2)])
 def test_activation_checkpointing_redraws_the_same_dropout(pool, grid):
+    """E. Localises: a dropout seed that is not drawn from torch's generator, which checkpointing restores."""
     for found in on_ranks(pool, recomputed, grid):
         assert max(found) == 0.0
 

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from harness.calls import EMBED, HEADS, Call, everything, mesh, stock_layer
-from test_multihead import FLOAT64, GRIDS, on_ranks
+from harness.calls import EMBED, FLOAT64, GRIDS, HEADS, Call, everything, mesh, on_ranks, stock_layer
 from torch import nn
 
 import two_level_mha as tlm
@@ -94,7 +93,7 @@ def loaded(grid) -> None:
     check("assign")
     incomplete = source.state_dict()
     del incomplete["out_proj.bias"]
-    with pytest.raises(RuntimeError, match="out_bias"):
+    with pytest.raises(RuntimeError, match="Missing key.*out_bias"):
         ours.load_state_dict(incomplete)
     wrong = source.state_dict() | {"out_proj.weight": torch.zeros(8, 16)}
     with pytest.raises(RuntimeError, match="size mismatch for out_weight"):
@@ -103,6 +102,7 @@ def loaded(grid) -> None:
 
 @pytest.mark.parametrize("grid", [None, (2, 2), (4, 2)])
 def test_load_state_dict(pool, grid):
+    """T. Localises: the table of stock names, or the hook that reads them; `msg` says after which load."""
     on_ranks(pool, loaded, grid)
 
 
@@ -131,6 +131,7 @@ def copies(grid, directory) -> None:
 
 @pytest.mark.parametrize("grid", [None, (2, 2)])
 def test_copies(pool, grid, tmp_path):
+    """T. Localises: state of a layer that does not travel with its copy."""
     on_ranks(pool, copies, grid, str(tmp_path))
 
 
@@ -148,6 +149,7 @@ def on_meta(grid) -> None:
 
 @pytest.mark.parametrize("grid", [None, (2, 2)])
 def test_meta_construction(pool, grid):
+    """T. Localises: a constructor that touches numbers, which meta has not."""
     on_ranks(pool, on_meta, grid)
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from harness.attention_cases import TOLERANCE, attend, make, relative
+from harness.attention_op import TOLERANCE, attend, qkv, relative
 
 # (B, H, K, L, S, D, Dv): block borders, odd widths, groups, fewer heads than threads, one of everything
 SIZES = {
@@ -19,7 +19,7 @@ SIZES = {
 
 def make_with_gradient(sizes, dtype):
     B, H, K, L, S, D, Dv = sizes
-    return *make(sizes, dtype, grad=False), torch.randn(B, H, L, Dv, dtype=torch.float64).to(dtype)
+    return *qkv(sizes, dtype, grad=False), torch.randn(B, H, L, Dv, dtype=torch.float64).to(dtype)
 
 
 def results(function, q, k, v, g, **options):
@@ -42,6 +42,7 @@ def assert_close(tensors, expected, tolerance):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_against_float64(sizes, dtype, causal):
+    """R. Localises: block borders of rows, keys and widths, per dtype and causal offset."""
     inputs = make_with_gradient(SIZES[sizes], dtype)
     expected = results(ours, *(x.double() for x in inputs), causal=causal)
     assert_close(results(ours, *inputs, causal=causal), expected, TOLERANCE[dtype])
@@ -64,6 +65,7 @@ def masks(L, S):
 
 @pytest.mark.parametrize("name", masks(300, 400))
 def test_masks_over_several_blocks(name):
+    """R. Localises: the mask of a block that is not the first, its strides, blocks that are skipped as hidden."""
     mask = masks(300, 400)[name]
     inputs = make_with_gradient((1, 4, 2, 300, 400, 24, 40), torch.float32)
     wide = mask if mask.dtype == torch.bool else mask.double()
@@ -92,6 +94,7 @@ def test_masks_over_several_blocks(name):
     ids=str,
 )
 def test_features_over_several_blocks(options):
+    """R. Localises: what goes by the position of a row or key: windows, strides of keys, the dropout counter."""
     if "seed" in options:
         options = options | {"seed": torch.tensor([options["seed"]])}
     inputs = make_with_gradient((1, 4, 2, 300, 400, 24, 40), torch.float32)
@@ -102,6 +105,7 @@ def test_features_over_several_blocks(options):
 
 
 def test_gradient_expanded_from_a_sum():
+    """E. Localises: a gradient with strides of 0, as sum() gives it."""
     q, k, v, _ = make_with_gradient((1, 2, 2, 40, 50, 16, 8), torch.float32)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     whole = torch.autograd.grad(ours(*inputs).sum(), inputs)
@@ -111,6 +115,7 @@ def test_gradient_expanded_from_a_sum():
 
 
 def test_nan_propagates():
+    """E. Localises: a maximum or an exp that swallows a NaN of one row, or spreads it to others."""
     q = torch.randn(1, 2, 5, 4)
     one = q.clone()
     one[0, 0, 2, 1] = float("nan")
@@ -120,6 +125,7 @@ def test_nan_propagates():
 
 
 def test_runs_and_threads_give_the_same_bits():
+    """E. Localises: sums whose order depends on who comes first."""
     threads = torch.get_num_threads()
     inputs = make_with_gradient((1, 4, 4, 300, 300, 32, 16), torch.float32)
     try:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness.attention_cases import NEG_INF, TOLERANCE, attend, by_reference, make, relative
+from harness.attention_op import NEG_INF, TOLERANCE, attend, by_reference, qkv, relative
 
 # (B, H, K, L, S, D, Dv): several stretches and a tail, odd widths, one row and many, less than a chunk
 SIZES = {
@@ -37,7 +37,7 @@ def test_against_the_reference(sizes, feature, dtype):
     backward can follow it.
     """
     B, H, K, L, S, D, Dv = SIZES[sizes]
-    q, k, v = make(SIZES[sizes], dtype)
+    q, k, v = qkv(SIZES[sizes], dtype)
     options = FEATURES[feature](B, H, L, S)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     out, logsumexp = attend(q, k, v, **options)
@@ -56,7 +56,7 @@ def test_against_the_reference(sizes, feature, dtype):
 @pytest.mark.parametrize("heads", [(1, 1), (8, 1), (8, 4)], ids=str)
 def test_error_at_most_twice_that_of_sdpa(heads, dtype):
     """R. Localises: precision over long keys: the sum over stretches and the widening of half types."""
-    q, k, v = make((1, *heads, 1, 5000, 64, 64), dtype, grad=False)
+    q, k, v = qkv((1, *heads, 1, 5000, 64, 64), dtype, grad=False)
     stock = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     true = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
     assert relative(attend(q, k, v)[0], true) <= 2 * relative(stock, true)
@@ -80,7 +80,7 @@ def test_a_cache_is_read_where_it_is(layout, dtype):
 def test_threads_give_the_same_bits():
     """E. Localises: stretches whose borders depend on the number of threads."""
     threads = torch.get_num_threads()
-    q, k, v = make((1, 4, 2, 1, 5000, 16, 16), torch.float32, grad=False)
+    q, k, v = qkv((1, 4, 2, 1, 5000, 16, 16), torch.float32, grad=False)
     try:
         found = []
         for count in (1, 2):
@@ -94,12 +94,12 @@ def test_threads_give_the_same_bits():
 @pytest.mark.parametrize("sizes", [(1, 4, 2, 1, 0, 8, 8), (0, 4, 2, 1, 9, 8, 8)], ids=["S", "B"])
 def test_sizes_of_zero(sizes):
     """E. Localises: no keys at all, as on a rank that holds none yet: out 0, logsumexp -inf."""
-    out, logsumexp = attend(*make(sizes, torch.float32, grad=False))
+    out, logsumexp = attend(*qkv(sizes, torch.float32, grad=False))
     assert out.shape == (sizes[0], 4, 1, 8) and not out.any() and (logsumexp == NEG_INF).all()
 
 
 def test_nan_propagates():
     """E. Localises: a maximum or a merge that drops NaN: one bad key spoils the rows that see it, no others."""
-    q, k, v = make((1, 2, 2, 1, 3000, 8, 8), torch.float32, grad=False)
+    q, k, v = qkv((1, 2, 2, 1, 3000, 8, 8), torch.float32, grad=False)
     k[0, 1, 2500, 3] = float("nan")
     assert torch.equal(attend(q, k, v)[0].isnan().all(-1), torch.tensor([[[False], [True]]]))

@@ -1,4 +1,4 @@
-"""merge_partials and dropout_keep_mask: what decode with a split cache and dropout across grids rest on."""
+"""merge_partials: what attention over parts of the keys, and decode with a split cache, rest on."""
 
 import math
 
@@ -8,7 +8,6 @@ import torch
 import two_level_mha  # noqa: F401  registers the ops
 
 merge = torch.ops.two_level_mha.merge_partials
-keep_mask = torch.ops.two_level_mha.dropout_keep_mask
 
 
 def parts(dtype=torch.float64, size=(3, 2, 4, 5, 7)):
@@ -72,20 +71,18 @@ def test_merge_gradients():
 
 
 @pytest.mark.parametrize(
-    "outs, lses",
-    [((3, 1, 2, 4), (3, 1, 2)), ((3, 1, 2, 4, 5), (3, 1, 2, 3)), ((0, 1, 2, 4, 5), (0, 1, 2, 4))],
+    "outs, lses, sentence",
+    [
+        (
+            (3, 1, 2, 4),
+            (3, 1, 2),
+            r"outs must be \(parts, B, H, L, Dv\) and .*, got 4-D and 3-D",
+        ),
+        ((3, 1, 2, 4, 5), (3, 1, 2, 3), "outs and logsumexps must agree in"),
+        ((0, 1, 2, 4, 5), (0, 1, 2, 4), "there must be at least one part"),
+    ],
 )
-def test_merge_refuses_wrong_shapes(outs, lses):
+def test_merge_refuses_wrong_shapes(outs, lses, sentence):
     """User errors are ValueErrors that name the argument."""
-    with pytest.raises(ValueError, match="outs|part"):
+    with pytest.raises(ValueError, match=sentence):
         merge(torch.zeros(outs), torch.zeros(lses))
-
-
-def test_dropout_mask_is_a_function_of_global_indices():
-    """E: a block drawn alone equals the block of the whole. Localises origin or the index order."""
-    seed = torch.tensor([1234])
-    whole = keep_mask(seed, 0.3, [2, 3, 40, 50], [0, 0, 0])
-    assert torch.equal(keep_mask(seed, 0.3, [1, 2, 30, 50], [1, 1, 10]), whole[1:, 1:, 10:])
-    assert torch.equal(keep_mask(seed, 0.3, [2, 3, 40, 20], [0, 0, 0]), whole[..., :20])
-    assert abs(whole.double().mean().item() - 0.7) < 0.02
-    assert not torch.equal(keep_mask(seed + 1, 0.3, [2, 3, 40, 50], [0, 0, 0]), whole)

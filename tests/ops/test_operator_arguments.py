@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness.layer import place
+from harness.layer import Case, decided, place
 
 import two_level_mha as tlm
 
@@ -53,13 +53,19 @@ def test_dropout_mask_is_four_dimensional():
             ops.dropout_keep_mask(torch.ones(seed, dtype=torch.int64), 0.5, sizes, origin)
 
 
+def enter_on(numbers: list[int], x: torch.Tensor, weight: torch.Tensor) -> None:
+    """`enter` on a grid (n, m, i, j) that perhaps is none."""
+    case = Case(heads=2, kv_heads=2, head_dim=4, embed_dim=8, batch=2, length=3, dtype=torch.float32)
+    layer, groups, call = decided(case, place(1, 1))
+    ops.enter(x, x, x, *[weight] * 3, *[None] * 5, [], [], numbers + layer[4:], groups, call)
+
+
 def test_what_the_operators_refuse():
     """Localises: a division by zero, or memory read that is not there, where only the modules checked."""
     x, weight = torch.ones(2, 3, 8), torch.ones(2, 4, 8)
     for numbers in ([0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 5], [2, 1, 2, 0]):
         with pytest.raises(ValueError, match="grid must be"):
-            ops.enter(x, x, x, *[weight] * 3, *[None] * 5, False, True, False, numbers, "", "", "", "slices", False,
-                      "reduce", None)  # fmt: skip
+            enter_on(numbers, x, weight)
     for call in (lambda: ops.all_gather(x, 0, 0, ""), lambda: ops.reduce_scatter(x, 0, 0, ""),
                  lambda: ops.all_to_all(x, 0, 1, 0, ""), lambda: ops.all_reduce(x, 0, "")):  # fmt: skip
         with pytest.raises(ValueError, match="group_size must be positive, got 0"):
@@ -82,17 +88,18 @@ def refused_masks(grid: tuple[int, int], scheme: str) -> dict[str, str]:
     """What `leave` says to masks that fit no call, or that fit only what this rank holds."""
     at = place(*grid)
     B, h, L, d, D = 4, 4, 6, 4, 5
+    case = Case(
+        scheme, heads=h, kv_heads=h, head_dim=d, embed_dim=D, batch=B, length=L, bias=False, dtype=torch.float32
+    )
+    call = decided(case, at)
     x = torch.ones(B, L, D)
-    weight = torch.ones(h // at.n, d // at.m, D)
-    common = (*at.arguments, scheme, False, "reduce", None)
-    q, k, v = ops.enter(x, x, x, weight, weight, weight, *[None] * 5, False, True, False, *common)
+    weight = torch.ones(h // grid[0], d // grid[1], D)
+    q, k, v, *_ = ops.enter(x, x, x, weight, weight, weight, *[None] * 5, [], [], *call)
     found = {}
     for sizes in ((3, 1, L, L), (B + 1, 1, L, L), (1, h + 1, L, L), (1, 1, L - 1, L), (1, 1, 2 * L, L), (L, L - 1)):
         mask, out_weight = torch.ones(sizes, dtype=torch.bool), weight.permute(2, 0, 1)
         try:
-            ops.leave(
-                q, k, v, out_weight, None, mask, B, L, None, None, None, 0.0, 0.0, None, True, *common
-            )  # fmt: skip
+            ops.leave(q, k, v, out_weight, None, mask, None, None, None, 0.0, 0.0, None, *call, [], [])
             found[str(sizes)] = ""
         except ValueError as error:
             found[str(sizes)] = str(error)

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from harness.attention_cases import (
+from harness.attention_op import (
     FEATURES,
     NAMES,
     NEG_INF,
@@ -14,7 +14,7 @@ from harness.attention_cases import (
     by_reference,
     features,
     gradients,
-    make,
+    qkv,
     relative,
 )
 
@@ -24,7 +24,7 @@ from harness.attention_cases import (
 def test_float64_against_the_reference(feature, sizes):
     """T. Localises: the op's arithmetic, one feature and one shape at a time, values and every gradient."""
     sizes = SIZES[sizes]
-    q, k, v = make(sizes)
+    q, k, v = qkv(sizes)
     options = features(sizes)[feature]
     weights = torch.randn(*q.shape[:3], v.shape[3]), torch.randn(q.shape[:3])
     ours = gradients(lambda *x: attend(*x, **options), (q, k, v), weights)
@@ -38,7 +38,7 @@ def test_float64_gradient_of_a_bias(shape):
     """T. Localises: dmask, summed over the dims in which the mask is broadcast."""
     sizes = SIZES["gqa, wide v"]
     B, H, K, L, S, D, Dv = (2, *sizes[1:])
-    q, k, v = make((B, H, K, L, S, D, Dv))
+    q, k, v = qkv((B, H, K, L, S, D, Dv))
     size = {
         "full": (B, H, L, S),
         "heads": (1, H, L, S),
@@ -67,7 +67,7 @@ def test_ratio_to_stock(sizes, feature, dtype):
     error at most twice stock SDPA's.
     """
     torch.manual_seed(7)
-    exact = make(sizes)
+    exact = qkv(sizes)
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in exact)
     options = features(sizes, dtype)[feature]
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
@@ -100,7 +100,7 @@ def test_low_precision_features_against_the_reference(feature, dtype):
     error in units of the dtype's eps.
     """
     for sizes in ((2, 4, 4, 37, 53, 24, 8), (1, 4, 2, 131, 150, 16, 16)):
-        q, k, v = make(sizes, dtype)
+        q, k, v = qkv(sizes, dtype)
         options = features(sizes, dtype)[feature]
         mask = options.get("attn_mask")
         wide_mask = mask.double() if mask is not None and mask.is_floating_point() else mask
@@ -152,7 +152,7 @@ def test_uniform_weights_are_exact(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rows_without_keys(dtype):
     """E. Localises: empty rows: out 0, logsumexp -inf, no gradient, in the kernel of each dtype."""
-    q, k, v = make((2, 4, 2, 19, 33, 16, 8), dtype)
+    q, k, v = qkv((2, 4, 2, 19, 33, 16, 8), dtype)
     mask = torch.ones(2, 1, 19, 33, dtype=torch.bool)
     mask[0, :, 3:7] = False
     mask[1] = False
@@ -182,7 +182,7 @@ def test_rows_hidden_by_finite_numbers(sizes, dtype, lowest):
     mask = torch.zeros(sizes[0], 1, sizes[3], sizes[4], dtype=dtype)
     mask[..., : sizes[4] // 2] = lowest
     mask[:, :, 1:4] = lowest
-    inputs = make(sizes, dtype)
+    inputs = qkv(sizes, dtype)
     weight = torch.randn(*inputs[0].shape[:3], sizes[-1], dtype=torch.float64).to(dtype)
     out, logsumexp = attend(*inputs, mask)
     assert (logsumexp[:, :, 1:4] == lowest).all()
@@ -198,7 +198,7 @@ def test_rows_hidden_by_finite_numbers(sizes, dtype, lowest):
 def test_sizes_of_zero(dtype, empty):
     """E. Localises: short cuts for empty inputs (ATen's kernel dies of S = 0)."""
     B, L, S = (0 if empty == name else size for name, size in (("B", 2), ("L", 3), ("S", 4)))
-    q, k, v = make((B, 4, 2, L, S, 8, 6), dtype)
+    q, k, v = qkv((B, 4, 2, L, S, 8, 6), dtype)
     out, logsumexp = attend(q, k, v)
     assert out.shape == (B, 4, L, 6) and logsumexp.shape == (B, 4, L)
     assert not out.any() and (logsumexp == NEG_INF).all()
@@ -240,7 +240,7 @@ def test_strides_do_not_matter(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_run_to_run(dtype):
     """E. Localises: an order of summation that depends on threads."""
-    q, k, v = make((1, 3, 1, 150, 200, 32, 16), dtype)
+    q, k, v = qkv((1, 3, 1, 150, 200, 32, 16), dtype)
     first, second = (
         (out, *torch.autograd.grad(out.sum(), (q, k, v))) for out in (attend(q, k, v, causal=50)[0] for _ in range(2))
     )
@@ -250,7 +250,7 @@ def test_run_to_run(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_far_windows(dtype):
     """Localises: an overflow of positions where sys.maxsize stands for no window or no causal mask."""
-    q, k, v = make((1, 4, 2, 70, 70, 8, 8), dtype)
+    q, k, v = qkv((1, 4, 2, 70, 70, 8, 8), dtype)
     weights = torch.randn(1, 4, 70, 8, dtype=dtype), torch.randn(1, 4, 70, dtype=dtype)
     for options, same in (
         ({"causal": 0, "window": sys.maxsize}, {"causal": 0}),

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from harness.attention_cases import NAMES, SIZES, attend, by_reference, features, gradients, make, ops, relative
+from harness.attention_op import NAMES, SIZES, attend, by_reference, features, gradients, ops, qkv, relative
 
 
 @pytest.mark.parametrize("cuts", [(5,), (0, 5), (3, 4, 9), (11,)])
 def test_merge_of_parts_is_the_whole(cuts):
     """T. Localises: merge_partials and the gradient of the logsumexp, empty parts and empty rows included."""
     S = 11
-    q, k, v = make((2, 4, 2, 6, S, 8, 5))
+    q, k, v = qkv((2, 4, 2, 6, S, 8, 5))
     bounds = [0, *cuts, S]
     mask = torch.rand(2, 1, 6, S) < 0.6
     mask[0, :, 2] = False
@@ -32,7 +32,7 @@ def test_merge_of_parts_is_the_whole(cuts):
 def test_merge_of_every_mth_key_is_the_whole(dtype, window):
     """T / R. Localises: key_stride, by the way a cache uses it: token p on rank p % m, causal seen from there."""
     L, S, m = 70, 200, 3
-    q, k, v = make((1, 4, 2, L, S, 8, 5), dtype, grad=False)
+    q, k, v = qkv((1, 4, 2, L, S, 8, 5), dtype, grad=False)
     parts = [attend(q, k[:, :, j::m], v[:, :, j::m], causal=S - L - j, window=window, key_stride=m) for j in range(m)]
     merged = ops.merge_partials(torch.stack([out for out, _ in parts]), torch.stack([x for _, x in parts]))
     for mine, whole in zip(merged, attend(q, k, v, causal=S - L, window=window), strict=True):
@@ -45,7 +45,7 @@ def test_merge_of_every_mth_key_is_the_whole(dtype, window):
 def test_opcheck(feature, grad, dtype):
     """Localises: schema, fake kernel, strides or autograd registration of the op (not its numbers)."""
     sizes = SIZES["gqa, wide v"]
-    q, k, v = make(sizes, dtype, grad)
+    q, k, v = qkv(sizes, dtype, grad)
     options = dict(features(sizes, dtype)[feature])
     mask = options.pop("attn_mask", None)
     if feature == "bias":
@@ -55,7 +55,7 @@ def test_opcheck(feature, grad, dtype):
 
 def test_gradcheck():
     """Localises: the formulas of the backward against finite differences, independent of any reference."""
-    q, k, v = make((1, 2, 1, 3, 4, 3, 2))
+    q, k, v = qkv((1, 2, 1, 3, 4, 3, 2))
     bias = torch.randn(1, 1, 3, 4, dtype=torch.float64, requires_grad=True)
     options = {"causal": 1, "softcap": 2.0, "dropout_p": 0.3, "seed": torch.tensor([11])}
     assert torch.autograd.gradcheck(lambda q, k, v, b: attend(q, k, v, b, **options), (q, k, v, bias))
@@ -64,7 +64,7 @@ def test_gradcheck():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     """Localises: the autocast kernel: float32 inputs come out in the autocast dtype, gradients in float32."""
-    q, k, v = make((1, 2, 2, 5, 5, 8, 8), torch.float32)
+    q, k, v = qkv((1, 2, 2, 5, 5, 8, 8), torch.float32)
     with torch.autocast("cpu", dtype):
         out, logsumexp = attend(q, k, v)
     assert out.dtype == dtype and logsumexp.dtype == torch.float32

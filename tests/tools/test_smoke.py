@@ -28,10 +28,12 @@ def compare(grid: tuple[int, int] | None) -> tuple[float, float]:
 
 
 def test_one_process():
+    """T. Localises: the built libraries, or the module itself."""
     assert max(compare(None)) <= 1e-10
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (1, 4), (4, 1)])
 def test_four_ranks(pool, grid):
+    """T. Localises, with the above green: Gloo, DTensor, or functional collectives of this torch."""
     for differences in pool.run(compare, 4, grid):
         assert max(differences) <= 1e-10

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from harness.calls import EMBED, HEADS, Call, mesh, stock_layer
+from harness.calls import EMBED, HEADS, Call, mesh, on_ranks, stock_layer
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -125,7 +125,7 @@ def full_states(grid) -> tuple[dict, dict]:
 @pytest.mark.parametrize("grid", [None, (2, 2), (4, 2)])
 def test_full_state_dict(pool, grid):
     """Stock's keys and values on rank 0, nothing elsewhere; and back."""
-    results = [full_states(None)] if grid is None else pool.run(full_states, grid[0] * grid[1], grid)
+    results = on_ranks(pool, full_states, grid)
     assert all(results[0])
     assert all(result == ({}, {}) for result in results[1:])
 
@@ -167,6 +167,8 @@ def test_a_stage_without_rank_0(pool):
 
 
 def test_extra_state():
+    """Localises: values of a state dict that are no tensors."""
+
     class Counts(nn.Module):
         def get_extra_state(self):
             return {"steps": 3}

@@ -71,6 +71,7 @@ def test_grid_that_does_not_fit(tmp_path):
 
 
 def test_without_torchrun():
+    """Localises: the sentence for who starts the example without ranks."""
     environment = {name: value for name, value in os.environ.items() if name != "RANK"} | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=200, env=environment)
     assert result.returncode == 2 and "start it under torchrun" in result.stderr

@@ -172,6 +172,7 @@ def test_unscale_takes_any_order(pool):
 
 
 def test_param_groups_put_split_parameters_first(pool):
+    """E. Localises: the order inside a group, which GradScaler reads: the two tests above say why."""
     assert pool.run(split_first, 4) == [True] * 4
 
 

@@ -92,10 +92,7 @@ class DecoderAttention(ProjectedAttention):
         self.check_call(check, {"hidden_states": hidden_states, "attention_mask": attention_mask})
 
         def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
-            q_BHLd, k_BKSd = self.positioned(q_BHLd, k_BKSd, aside)
-            if layer is None:
-                return q_BHLd, k_BKSd, v
-            return q_BHLd, *layer.append(k_BKSd, v, L, for_gradients=q_BHLd.requires_grad)
+            return *self.positioned(q_BHLd, k_BKSd, aside), v
 
         causal = self.causal_without_mask(kwargs, L) if attention_mask is None else None
         if need_weights and attention_mask is not None and attention_mask.dtype == torch.bool:
@@ -114,6 +111,7 @@ class DecoderAttention(ProjectedAttention):
             rows=[] if self.rotary is None else [x.unsqueeze(1) for x in position_embeddings],
             shared=[p for norm in self.norms() for p in norm.parameters()],
             between=between,
+            cache=layer,
             **call,
         )
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 import two_level_mha as tlm
-from harness.calls import mesh
 from two_level_mha import reference
 from two_level_mha.blocks import whole
 from two_level_mha.stock import from_stock
+
+from .calls import mesh
 
 HALF, PAIRS = tlm.Rotary(theta=100.0), tlm.Rotary(theta=100.0, dim=4, interleaved=True)
 

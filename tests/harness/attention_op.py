@@ -25,7 +25,7 @@ SIZES = {
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-def make(sizes, dtype=torch.float64, grad=True):
+def qkv(sizes, dtype=torch.float64, grad=True):
     """q, k, v of sizes (B, H, K, L, S, D, Dv)."""
     B, H, K, L, S, D, Dv = sizes
     shapes = [(B, H, L, D), (B, K, S, D), (B, K, S, Dv)]
