@@ -104,7 +104,7 @@ def run(args: argparse.Namespace, device: str) -> bool:
     cache = tlm.KVCache(model.config, mesh, layout=args.cache, max_length=ids.shape[1] + args.tokens)
     streamer = None
     if first:
-        print(f"grid {mesh.shape[0]} x {mesh.shape[1]} on {mesh.size()} ranks\n")
+        print(f"grid {mesh.shape[0]} x {mesh.shape[1]} on {mesh.size()} ranks\n{tlm.report(model)}\n")
         streamer = Numbers() if tokenizer is None else TextStreamer(tokenizer, skip_prompt=True)
     start = time.perf_counter()
     split = model.generate(ids, past_key_values=cache, streamer=streamer, **options)

@@ -171,6 +171,8 @@ def search(args: argparse.Namespace, device_type: str) -> int:
         dist.destroy_process_group()
         return 2
 
+    if rank == 0:
+        print(tlm.report(model), flush=True)
     sentences = SENTENCES.read_text().splitlines()
     payload = [tokenise([args.query, *sentences]) if rank == 0 else None]
     dist.broadcast_object_list(payload, src=0, device=device)

@@ -14,6 +14,7 @@ from two_level_mha.mesh import Grid, init_mesh  # noqa: E402
 from two_level_mha.multihead import TwoLevelMultiheadAttention  # noqa: E402
 from two_level_mha.planner import plan  # noqa: E402
 from two_level_mha.profile import Profile  # noqa: E402
+from two_level_mha.report import report  # noqa: E402
 from two_level_mha.training import clip_grad_norm_, param_groups, shard_embed_dim, unscale_  # noqa: E402
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "parallelize",
     "param_groups",
     "plan",
+    "report",
     "shard_embed_dim",
     "unscale_",
 ]

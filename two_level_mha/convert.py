@@ -1,5 +1,6 @@
 """parallelize: every attention of a model on a grid, in place. Structure proposes, a probe decides."""
 
+import logging
 import re
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ from two_level_mha.integrations.projected import IMPLEMENTATIONS
 from two_level_mha.layer import GridAttention, check_options, stores_whole_heads
 from two_level_mha.mesh import Grid, place_on
 from two_level_mha.probe import HOOKS, changed_linear, has_hooks, layer_settings, random_copy, settings
-from two_level_mha.report import report
+from two_level_mha.report import keep_report
 from two_level_mha.rest import Rest, find_rest, split_rest
 from two_level_mha.stock import resolve, take_stock_keys
 
@@ -79,8 +80,9 @@ def parallelize(
     reduce_dtype: torch.float32 sums outputs and gradients over ranks in it, None in the tensors' own dtype.
     A collective over the grid. Raises GridError, on every rank and before anything is changed, when nothing is found,
     when an attention is found that is not supported, when the grid does not fit one, or when the ranks' arguments or
-    weights differ. Rank 0 prints what was split. Attributes, forward and backward hooks, and the training mode of the
-    originals are kept, and load_state_dict takes the original model's state dict.
+    weights differ. What was split is told by two_level_mha.report(model), which the grid's first rank also logs (logger
+    "two_level_mha", level INFO). Attributes, forward and backward hooks, and the training mode of the originals are
+    kept, and load_state_dict takes the original model's state dict.
     """
     options = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache, "reduce_dtype": reduce_dtype}
     grid = place_on(mesh).grid
@@ -102,15 +104,19 @@ def parallelize(
     same_on_all_ranks(arguments, mesh, "call parallelize alike on every rank")
     if mesh is not None:
         check_same_weights(model, mesh, any(_dropout(module) > 0.0 for module in model.modules()))
-        kinds = {"which MLPs can be split": list(others.mlps), "the plan": [plan for _, plan in others.plans.values()],
-                 "what attention does": [one.variant for one in found]}  # fmt: skip
+        kinds = {
+            "which MLPs can be split": list(others.mlps),
+            "the tensor-parallel plan": [rules for _, rules in others.tp_plans.values()],
+            "what attention does": [one.variant for one in found],
+        }
         same_on_all_ranks(kinds, mesh, "build the model alike on every rank")
     for one in found:
         _replace(one, mesh, options)
     if grid.size > 1:
         split_rest(others, mesh)
-    if mesh is not None and mesh.get_rank() == 0:
-        print(report(model, len(found), others), flush=True)
+    report = keep_report(model, len(found), others)
+    if mesh is None or not any(mesh.get_coordinate()):
+        logging.getLogger("two_level_mha").info("%s", report)
     return model
 
 

@@ -1,20 +1,75 @@
-"""What parallelize tells: how much a rank keeps, split and whole, and what stayed whole."""
+"""What parallelize did: how much a rank keeps, what is split and what is not, and why."""
 
 import re
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from two_level_mha.errors import GridError
 from two_level_mha.rest import Rest
 
-_LARGEST = 6  # names of what stayed whole
+_LARGEST = 6  # names of what is unsplit
+_ATTRIBUTE = "two_level_mha_report"
 
 
-def report(model: nn.Module, attentions: int, rest: Rest) -> str:
-    """One line for rank 0, with sizes per rank and, by names without layer numbers, what is whole and why."""
-    held = total = parameters = 0  # parameters of this rank, of the model; bytes of the model
-    split = whole = 0  # bytes of this rank
-    stayed: dict[str, int] = {}
+@dataclass(frozen=True)
+class Report:
+    """What parallelize split in a model, and what this rank holds of it; str() gives it as one line.
+
+    attentions, mlps: how many modules. tp_plans: classes of the transformers models whose tensor-parallel plan was
+    applied. parameters, total_bytes: of the model; held_parameters, split_bytes, unsplit_bytes: of this rank.
+    unsplit: module, a * for its layer's number -> bytes, the largest first. left_out: what looks as if it could be
+    split, or has a rule in a plan -> why it is not.
+    """
+
+    attentions: int
+    tp_plans: tuple[str, ...]
+    mlps: int
+    parameters: int
+    held_parameters: int
+    total_bytes: int
+    split_bytes: int
+    unsplit_bytes: int
+    unsplit: dict[str, int]
+    left_out: dict[str, str]
+
+    def __str__(self) -> str:
+        kinds = [f"{self.attentions} attention modules"]
+        kinds += [f"what the tensor-parallel plan of {name} names" for name in self.tp_plans]
+        if self.mlps or not self.tp_plans:
+            kinds.append(f"{self.mlps} MLPs")
+        largest = [f"{name} {size(count)}" for name, count in self.unsplit.items()]
+        largest = largest[:_LARGEST] + ["..."] * (len(largest) > _LARGEST)
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for name, why in self.left_out.items():
+            reasons.setdefault((_any_layer(name), why), []).append(name)
+        return (
+            f"{' and '.join(kinds)} split; parameters per rank {self.held_parameters:,} of {self.parameters:,}, "
+            f"{size(self.split_bytes + self.unsplit_bytes)} of {size(self.total_bytes)}: {size(self.split_bytes)} "
+            f"split, {size(self.unsplit_bytes)} unsplit"
+            + (f" ({', '.join(largest)})" if largest else "")
+            + "".join(
+                f"; {names[0] if len(names) == 1 else kind} stays unsplit: {why}"
+                for (kind, why), names in reasons.items()
+            )
+        )
+
+
+def report(model: nn.Module) -> Report:
+    """What the last parallelize(model, ...) did. Raises GridError for a model that it was not called with."""
+    found = vars(model).get(_ATTRIBUTE)
+    if found is None:
+        raise GridError(
+            f"{type(model).__name__} has no report: it is kept on the very module that parallelize was called with"
+        )
+    return found
+
+
+def keep_report(model: nn.Module, attentions: int, rest: Rest) -> Report:
+    """Makes the report of a model that was just split, and keeps it on the model."""
+    held = parameters = total = split = unsplit = 0
+    by_module: dict[str, int] = {}
     for name, p in model.named_parameters():
         local: Tensor = p._local_tensor if isinstance(p, DTensor) else p
         count = local.numel() * local.element_size()
@@ -22,27 +77,23 @@ def report(model: nn.Module, attentions: int, rest: Rest) -> str:
         if local.numel() < p.numel():
             split += count
         else:
-            whole += count
-            kind = _any_layer(name.rpartition(".")[0])
-            stayed[kind] = stayed.get(kind, 0) + count
-    largest = [f"{name} {size(count)}" for name, count in sorted(stayed.items(), key=lambda item: -item[1])]
-    largest = largest[:_LARGEST] + ["..."] * (len(largest) > _LARGEST)
-    plans = [type(part).__name__ for part, plan in rest.plans.values() if plan]
-    kinds = [f"{attentions} attention modules", *(f"what the tensor-parallel plan of {name} names" for name in plans)]
-    if rest.mlps or not plans:
-        kinds.append(f"{len(rest.mlps)} MLPs")
-    reasons: dict[tuple[str, str], list[str]] = {}
-    left = rest.whole | {f"the MLP {name}": why for name, why in rest.whole_mlps.items()}
-    for name, why in left.items():
-        reasons.setdefault((_any_layer(name), why), []).append(name)
-    return (
-        f"two_level_mha: {' and '.join(kinds)} split; parameters per rank {held:,} of {parameters:,}, "
-        f"{size(split + whole)} of {size(total)}: {size(split)} split, {size(whole)} whole"
-        + (f" ({', '.join(largest)})" if largest else "")
-        + "".join(
-            f"; {names[0] if len(names) == 1 else kind} stays whole: {why}" for (kind, why), names in reasons.items()
-        )
+            unsplit += count
+            module = _any_layer(name.rpartition(".")[0])
+            by_module[module] = by_module.get(module, 0) + count
+    made = Report(
+        attentions=attentions,
+        tp_plans=tuple(type(part).__name__ for part, tp_plan in rest.tp_plans.values() if tp_plan),
+        mlps=len(rest.mlps),
+        parameters=parameters,
+        held_parameters=held,
+        total_bytes=total,
+        split_bytes=split,
+        unsplit_bytes=unsplit,
+        unsplit=dict(sorted(by_module.items(), key=lambda item: -item[1])),
+        left_out=rest.left_out | {f"the MLP {name}": why for name, why in rest.left_out_mlps.items()},
     )
+    setattr(model, _ATTRIBUTE, made)
+    return made
 
 
 def size(count: int) -> str:

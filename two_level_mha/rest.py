@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from two_level_mha.integrations.plan import find_plan, split_by_plan
 from two_level_mha.integrations.private import pretrained_models
+from two_level_mha.integrations.tp_plan import apply_tp_plan, find_tp_plan
 from two_level_mha.mesh import grid_mesh
 from two_level_mha.probe import has_hooks, random_copy, settings
 from two_level_mha.stock import take_full_tensors
@@ -31,12 +31,12 @@ _Mlps = dict[str, tuple[nn.Module, tuple[str, str]]]
 
 @dataclass
 class Rest:
-    """What can be split besides attention, by name, and why the rest of what looks like it stays whole."""
+    """What can be split besides attention, by name, and why the rest of what looks like it stays unsplit."""
 
-    plans: dict[str, tuple[nn.Module, dict[str, str]]] = field(default_factory=dict)  # transformers model, its rules
-    whole: dict[str, str] = field(default_factory=dict)  # modules of a plan
+    tp_plans: dict[str, tuple[nn.Module, dict[str, str]]] = field(default_factory=dict)  # transformers model, its rules
+    left_out: dict[str, str] = field(default_factory=dict)  # modules with a rule
     mlps: _Mlps = field(default_factory=dict)
-    whole_mlps: dict[str, str] = field(default_factory=dict)
+    left_out_mlps: dict[str, str] = field(default_factory=dict)
 
 
 def find_rest(model: nn.Module, ranks: int, replaced: set[str]) -> Rest:
@@ -53,18 +53,18 @@ def find_rest(model: nn.Module, ranks: int, replaced: set[str]) -> Rest:
     for name, part in pretrained_models(model).items():
         prefix = f"{name}." if name else ""
         inside = {other.removeprefix(prefix) for other in replaced if other.startswith(prefix)}
-        if (found := find_plan(part, ranks, inside, owners)) is not None:
-            rest.plans[name] = (part, found[0])
-            rest.whole |= {prefix + owner: why for owner, why in found[1].items()}
-    planned = {module for part, _ in rest.plans.values() for module in part.modules()}
+        if (found := find_tp_plan(part, ranks, inside, owners)) is not None:
+            rest.tp_plans[name] = (part, found[0])
+            rest.left_out |= {prefix + owner: why for owner, why in found[1].items()}
+    planned = {module for part, _ in rest.tp_plans.values() for module in part.modules()}
     _find_mlps(model, ranks, owners, planned, rest)
     return rest
 
 
 def split_rest(rest: Rest, mesh: DeviceMesh) -> None:
     """Splits what find_rest found."""
-    for part, plan in rest.plans.values():
-        split_by_plan(part, plan, mesh)
+    for part, tp_plan in rest.tp_plans.values():
+        apply_tp_plan(part, tp_plan, mesh)
     grid = grid_mesh(mesh)
     for module, paths in rest.mlps.values():
         styles = (ColwiseParallel(), RowwiseParallel())
@@ -90,7 +90,7 @@ def _find_mlps(model: nn.Module, ranks: int, owners: dict[int, int], planned: se
                     hooked = [path for path in problem if has_hooks(module.get_submodule(path))]
                     problem = f"{hooked[0]} has hooks" if hooked else None
             if problem:
-                rest.whole_mlps[name] = problem
+                rest.left_out_mlps[name] = problem
             else:
                 rest.mlps[name] = (module, paths)
 

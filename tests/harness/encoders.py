@@ -3,9 +3,7 @@
 Every model has a few heads of width 4 and no dropout.
 """
 
-import contextlib
 import copy
-import io
 
 import torch
 import transformers
@@ -93,18 +91,13 @@ def stock_grads(model: nn.Module) -> dict[str, torch.Tensor]:
     return grads
 
 
-def quietly(model: nn.Module, mesh, **options) -> nn.Module:
-    with contextlib.redirect_stdout(io.StringIO()):
-        return tlm.parallelize(model, mesh, **options)
-
-
 def first(output):
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def errors(model: nn.Module, args: tuple, kwargs: dict, mesh, **options) -> dict[str, float]:
     """Differences of output and gradients between a model and its parallelized copy, the largest ones first."""
-    split = quietly(copy.deepcopy(model), mesh, **options)
+    split = tlm.parallelize(copy.deepcopy(model), mesh, **options)
     assert any(isinstance(module, GridAttention) for module in split.modules())
     outputs = []
     for one in (model, split):

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from harness.encoders import MODELS, TIGHT, check, errors, first, inputs, make, make_torch, quietly, torch_inputs
+from harness.encoders import MODELS, TIGHT, check, errors, first, inputs, make, make_torch, torch_inputs
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -63,7 +63,7 @@ def test_schemes(pool):
 
 def attention_weights(kind: str, implementation: str) -> tuple:
     model = make(kind, implementation).eval()
-    split = quietly(copy.deepcopy(model), tlm.init_mesh("cpu", (2, 2)))
+    split = tlm.parallelize(copy.deepcopy(model), tlm.init_mesh("cpu", (2, 2)))
     with torch.no_grad():
         expected, got = (one(**inputs(kind), output_attentions=True) for one in (model, split))
     by_config = None
@@ -100,7 +100,7 @@ def torch_models(mesh_shape: tuple[int, int]) -> dict[str, float]:
         model = make_torch(norm_first, batch_first).train()
         what = f"norm_first={norm_first}"
         found |= {f"{what} {name}": e for name, e in errors(model, args, masks, mesh).items()}
-        split = quietly(copy.deepcopy(model), mesh).eval()
+        split = tlm.parallelize(copy.deepcopy(model), mesh).eval()
         with torch.no_grad():
             difference = model.eval()(*args, **masks) - split(*args, **masks)
         found[f"{what} eval"] = difference.abs().max().item()
@@ -133,9 +133,9 @@ def shared_layers() -> tuple:
     layer = nn.TransformerEncoderLayer(16, 4, 24, 0.0, batch_first=True).double()
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     mesh = tlm.init_mesh("cpu", (2, 2))
-    split = quietly(Shared(copy.deepcopy(layer)), mesh)
+    split = tlm.parallelize(Shared(copy.deepcopy(layer)), mesh)
     bare = nn.ModuleList([copy.deepcopy(layer.self_attn)] * 2)
-    quietly(bare, mesh)
+    tlm.parallelize(bare, mesh)
     return errors(Shared(layer), (x,), {}, mesh), len(set(split.layers)), bare[0] is bare[1]
 
 
@@ -152,15 +152,15 @@ def on_meta() -> tuple:
     for build in (lambda: make("BertModel"), make_torch):
         with torch.device("meta"):
             model = build()
-        quietly(model, mesh)
-        real = quietly(build(), mesh)
+        tlm.parallelize(model, mesh)
+        real = tlm.parallelize(build(), mesh)
         for (name, p), q in zip(model.named_parameters(), real.parameters(), strict=True):
             assert p.is_meta and isinstance(p, DTensor) == isinstance(q, DTensor), name
             if isinstance(p, DTensor):
                 assert p._local_tensor.shape == q._local_tensor.shape and p.placements == q.placements, name
         shapes.append(len(list(model.parameters())))
     with torch.device("meta"):
-        model = quietly(make("BertModel"), mesh)
+        model = tlm.parallelize(make("BertModel"), mesh)
     stock = make("BertModel").eval()
     model.load_state_dict({**stock.state_dict()}, assign=True)
     for module in (stock, model):  # buffers that are not in a state dict
@@ -181,7 +181,7 @@ def load_stock() -> dict[str, float]:
     found = {}
     models = {kind: (lambda kind=kind: make(kind)) for kind in MODELS} | {"torch": make_torch}
     for name, build in models.items():
-        model = quietly(build(), mesh)
+        model = tlm.parallelize(build(), mesh)
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(7.0)
@@ -257,7 +257,7 @@ def digests(model: nn.Module) -> int:
     with pytest.MonkeyPatch.context() as patch:
         digest = tlm.agreement.digest
         patch.setattr(tlm.agreement, "digest", lambda tensors: read.extend(tensors) or digest(tensors))
-        quietly(model, tlm.init_mesh("cpu", (2, 2)))
+        tlm.parallelize(model, tlm.init_mesh("cpu", (2, 2)))
     return len(read)
 
 

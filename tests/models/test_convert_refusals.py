@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from harness import RankFailure
-from harness.encoders import make, make_torch, quietly
+from harness.encoders import make, make_torch
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -301,7 +301,7 @@ def refused(case: str, grid: tuple[int, int]) -> tuple[str, bool, bool]:
     before = state(model)
     mesh = tlm.init_mesh("cpu", grid)
     try:
-        quietly(model, mesh, **options)
+        tlm.parallelize(model, mesh, **options)
     except (tlm.GridError, TypeError) as error:
         return str(error), state(model) == before
     return "", False

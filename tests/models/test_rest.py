@@ -1,11 +1,9 @@
-"""What is split besides attention: MLPs, and which of them stay whole, in float64.
+"""What is split besides attention: MLPs, and which of them stay unsplit, in float64.
 
 A failure here with test_convert green is in what is taken for an MLP, or in how it is split.
 """
 
-import contextlib
 import copy
-import io
 
 import pytest
 import torch
@@ -19,30 +17,25 @@ from two_level_mha.rest import find_rest
 
 def local_shapes(rest: bool, width: int) -> tuple:
     model = make("BertModel", intermediate_size=width)
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        tlm.parallelize(model, tlm.init_mesh("cpu", (2, 2)), rest=rest)
+    tlm.parallelize(model, tlm.init_mesh("cpu", (2, 2)), rest=rest)
     linear = model.encoder.layer[1].intermediate.dense.weight
     held = sum((p._local_tensor if isinstance(p, DTensor) else p).numel() for p in model.parameters())
     error = errors(make("BertModel", intermediate_size=width), (), inputs("BertModel"), tlm.init_mesh("cpu", (2, 2)))
     shape = (linear._local_tensor if isinstance(linear, DTensor) else linear).shape
-    return tuple(shape), held, out.getvalue(), error
+    return tuple(shape), held, tlm.report(model), error
 
 
 @pytest.mark.parametrize("rest, width, rows, mlps", [(True, 24, 6, 2), (False, 24, 24, 0), (True, 22, 22, 0)])
 def test_rest_and_report(pool, rest, width, rows, mlps):
-    """MLPs are split on request and where P divides them; rank 0 says so once, and names what stayed whole."""
-    for rank, (shape, held, printed, error) in enumerate(pool.run(local_shapes, 4, rest, width)):
+    """MLPs are split on request and where P divides them; the report says so, and names what stayed unsplit."""
+    for shape, held, report, error in pool.run(local_shapes, 4, rest, width):
         assert shape == (rows, 16)
         check([error])
-        if rank:
-            assert printed == ""
-            continue
-        assert printed.count("\n") == 1
-        assert f"2 attention modules and {mlps} MLPs split" in printed
-        assert f"{held:,} of" in printed
-        assert "embeddings.word_embeddings" in printed
-        assert ("intermediate" in printed) == (mlps == 0)
+        assert (report.attentions, report.mlps, report.held_parameters) == (2, mlps, held)
+        assert report.split_bytes + report.unsplit_bytes == 8 * held and report.total_bytes == 8 * report.parameters
+        assert "embeddings.word_embeddings" in report.unsplit
+        assert ("encoder.layer.*.intermediate.dense" in report.unsplit) == (mlps == 0)
+        assert f"2 attention modules and {mlps} MLPs split; parameters per rank {held:,} of" in str(report)
 
 
 class MLP(nn.Module):
@@ -196,11 +189,11 @@ WHOLE = {
 def test_is_split(case):
     """Localises: an MLP of a known form that is no longer taken for one."""
     rest = find_rest(nn.ModuleDict({"one": SPLIT[case](), "two": SPLIT[case]()}), 4, set())
-    assert list(rest.mlps) == ["one", "two"] and not rest.whole_mlps
+    assert list(rest.mlps) == ["one", "two"] and not rest.left_out_mlps
 
 
 @pytest.mark.parametrize("case", WHOLE)
-def test_stays_whole(case):
+def test_stays_unsplit(case):
     """With the reason; a good one of the same class beside it does not change that, and is split."""
     build, reason = WHOLE[case]
     model = nn.ModuleDict({"good": MLP(), "bad": build()})
@@ -209,8 +202,8 @@ def test_stays_whole(case):
     expected = torch.rand(1)
     torch.manual_seed(3)
     rest = find_rest(model, 4, set())
-    assert list(rest.mlps) == ["good"] and list(rest.whole_mlps) == ["bad"]
-    assert reason in rest.whole_mlps["bad"]
+    assert list(rest.mlps) == ["good"] and list(rest.left_out_mlps) == ["bad"]
+    assert reason in rest.left_out_mlps["bad"]
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert torch.equal(torch.rand(1), expected)
 
@@ -218,17 +211,17 @@ def test_stays_whole(case):
 def test_width():
     """Localises: a width that the ranks do not divide: dealt unevenly, where only plans can."""
     rest = find_rest(MLP(), 16, set())
-    assert not rest.mlps and rest.whole_mlps == {"": "16 does not divide its width 24"}
+    assert not rest.mlps and rest.left_out_mlps == {"": "16 does not divide its width 24"}
 
 
 def test_meta():
     """Localises: trials of MLPs whose weights are not there yet."""
     with torch.device("meta"):
         rest = find_rest(nn.ModuleList([layer(), layer(Other)]), 4, set())
-    assert list(rest.mlps) == ["0"] and list(rest.whole_mlps) == ["1"]
+    assert list(rest.mlps) == ["0"] and list(rest.left_out_mlps) == ["1"]
 
 
-def whole_mlps() -> tuple[list[bool], str, dict[str, float]]:
+def unusual_mlps() -> tuple[list[bool], str, dict[str, float]]:
     """Of five layers the first four are unusual."""
     torch.manual_seed(0)
     layers = [layer().double() for _ in range(5)]
@@ -237,17 +230,15 @@ def whole_mlps() -> tuple[list[bool], str, dict[str, float]]:
     layers[3].__class__ = Other
     model = nn.Sequential(*layers)
     mesh, x_BLD = tlm.init_mesh("cpu", (2, 2)), torch.randn(2, 5, 16, dtype=torch.float64)
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        split = tlm.parallelize(copy.deepcopy(model), mesh)
+    split = tlm.parallelize(copy.deepcopy(model), mesh)
     is_split = [isinstance(layer.linear1.weight, DTensor) for layer in split]
-    return is_split, out.getvalue(), errors(model, (x_BLD,), {}, mesh)
+    return is_split, str(tlm.report(split)), errors(model, (x_BLD,), {}, mesh)
 
 
-def test_unusual_mlps_stay_whole(pool):
+def test_unusual_mlps_stay_unsplit(pool):
     """Hooks, tied weights or another function between: left alone and named, and the model is the same."""
-    for rank, (split, printed, found) in enumerate(pool.run(whole_mlps, 4)):
+    for split, report, found in pool.run(unusual_mlps, 4):
         assert split == [False, False, False, False, True]
         check([found])
-        if rank == 0:
-            assert "; the MLP 0 stays whole: linear1 has hooks; the MLP *" in printed
-            assert "the MLP * stays whole: linear2 shares a parameter; the MLP 3 stays whole: its numbers" in printed
+        assert "; the MLP 0 stays unsplit: linear1 has hooks; the MLP *" in report
+        assert "the MLP * stays unsplit: linear2 shares a parameter; the MLP 3 stays unsplit: its numbers" in report

@@ -4,9 +4,6 @@ Attention stays as it is here, so a failure is in the choice of the plan's rules
 transformers' own tensor parallelism; not in the pass.
 """
 
-import contextlib
-import io
-
 import pytest
 import torch
 import transformers
@@ -44,7 +41,7 @@ def differences(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 
 
 def split(kind: str, grid: tuple[int, int], changes: dict) -> tuple[dict[str, float], dict[str, int], dict[str, str]]:
-    """What differs from stock; how many numbers of each DTensor this rank has; what stayed whole and why."""
+    """What differs from stock; how many numbers of each DTensor this rank has; what stayed unsplit and why."""
     expected = run(make(kind, **changes))
     model = make(kind, **changes)
     rest = find_rest(model, 4, attentions(model))
@@ -57,7 +54,7 @@ def split(kind: str, grid: tuple[int, int], changes: dict) -> tuple[dict[str, fl
     model.load_state_dict(other)
     assert all(torch.equal(whole(x), other[name]) for name, x in model.state_dict().items())
     off = {name: error for name, error in errors.items() if not error <= TIGHT.get(kind, 1e-10)}
-    return off, {name: x.numel() for name, x in local.items()}, rest.whole
+    return off, {name: x.numel() for name, x in local.items()}, rest.left_out
 
 
 CASES = {
@@ -135,19 +132,19 @@ def test_refused(case):
         find_rest(model, 4, attentions(model))
 
 
-def test_left_whole():
-    """What takes and gives whole activations stays whole alone; so does an attention that nobody replaced."""
+def test_left_out():
+    """What takes and gives full activations stays unsplit alone; so does an attention that nobody replaced."""
     model = make("qwen3 moe")
     hook(model.lm_head)
     rest = find_rest(model, 4, {"model.layers.0.self_attn"})
-    assert "it has hooks" in rest.whole.pop("lm_head")
-    assert set(rest.whole) == {
+    assert "it has hooks" in rest.left_out.pop("lm_head")
+    assert set(rest.left_out) == {
         f"model.layers.{layer}.self_attn.{name}"
         for layer in (1, 2)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
     }
-    assert all("is not replaced" in why for why in rest.whole.values())
-    ((_, plan),) = rest.plans.values()
+    assert all("is not replaced" in why for why in rest.left_out.values())
+    ((_, plan),) = rest.tp_plans.values()
     assert {name.rpartition(".")[2] for name in plan} == {
         "embed_tokens",
         "weight",
@@ -161,9 +158,9 @@ def test_parameters_between_split_linears():
     """Localises: a trained activation on a part of the columns, whose gradient would be of that part."""
     model = make("apertus")
     rest = find_rest(model, 4, attentions(model))
-    assert set(rest.whole) == {f"model.layers.{layer}.mlp" for layer in range(3)}
-    assert "the gradient of model.layers.0.mlp.act_fn.alpha_p, which has no rule" in rest.whole["model.layers.0.mlp"]
-    ((_, plan),) = rest.plans.values()
+    assert set(rest.left_out) == {f"model.layers.{layer}.mlp" for layer in range(3)}
+    assert "the gradient of model.layers.0.mlp.act_fn.alpha_p, which has no rule" in rest.left_out["model.layers.0.mlp"]
+    ((_, plan),) = rest.tp_plans.values()
     assert not any(".mlp." in name for name in plan) and "lm_head" in plan
 
 
@@ -171,15 +168,15 @@ def test_a_part_of_a_model():
     """A transformers model inside another module goes by its plan, what is beside it by its structure."""
     mlp = nn.TransformerEncoderLayer(16, 4, 24)
     rest = find_rest(nn.ModuleDict({"decoder": make("llama"), "encoder": mlp}), 4, {"decoder.model.layers.0.self_attn"})
-    assert list(rest.plans) == ["decoder"] and list(rest.mlps) == ["encoder"]
-    assert not any("layers.0.self_attn" in name for name in [*rest.plans["decoder"][1], *rest.whole])
+    assert list(rest.tp_plans) == ["decoder"] and list(rest.mlps) == ["encoder"]
+    assert not any("layers.0.self_attn" in name for name in [*rest.tp_plans["decoder"][1], *rest.left_out])
 
 
 def test_without_a_plan():
-    """Localises: a transformers model that has no plan, left whole in place of going by its structure."""
+    """Localises: a transformers model that has no plan, left unsplit in place of going by its structure."""
     config = transformers.BertConfig(hidden_size=16, num_attention_heads=4, intermediate_size=24, num_hidden_layers=1)
     rest = find_rest(transformers.BertModel(config), 4, set())
-    assert not rest.plans and list(rest.mlps) == ["encoder.layer.0"]
+    assert not rest.tp_plans and list(rest.mlps) == ["encoder.layer.0"]
 
 
 def test_versions(monkeypatch):
@@ -194,15 +191,13 @@ def test_versions(monkeypatch):
 
 
 def end_to_end(kind: str, grid: tuple[int, int]) -> tuple[dict[str, float], str]:
-    """parallelize with everything split: what differs from stock, and what was printed."""
+    """parallelize with everything split: what differs from stock, and the report."""
     expected = run(make(kind, exact=True))
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        model = tlm.parallelize(make(kind, exact=True), tlm.init_mesh("cpu", grid))
+    model = tlm.parallelize(make(kind, exact=True), tlm.init_mesh("cpu", grid))
     got = run(model)
     errors = differences(got, expected)
     limit = 1e-6 if kind in ("mixtral", "qwen3 moe") else 1e-10  # routers in float32, of inputs that are not bit-equal
-    return {name: error for name, error in errors.items() if not error <= limit}, out.getvalue()
+    return {name: error for name, error in errors.items() if not error <= limit}, str(tlm.report(model))
 
 
 CLASSES = {
@@ -215,9 +210,9 @@ CLASSES = {
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_parallelize(pool, kind):
-    """Logits and every gradient of a model whose attention and all else is split; rank 0 says what it keeps."""
-    for rank, (off, printed) in enumerate(pool.run(end_to_end, 4, kind, (2, 2))):
+    """Logits and every gradient of a model whose attention and all else is split; the report says what is kept."""
+    for off, report in pool.run(end_to_end, 4, kind, (2, 2)):
         assert not off
-        assert (f"the tensor-parallel plan of {CLASSES[kind]}" in printed) == (rank == 0)
-        assert rank or " kB split, " in printed and "model.layers.*.input_layernorm" in printed
-        assert rank or ("model.embed_tokens stays whole: its weight is tied" in printed) == (kind == "gemma3")
+        assert f"the tensor-parallel plan of {CLASSES[kind]} names split" in report
+        assert " kB split, " in report and "model.layers.*.input_layernorm" in report
+        assert ("model.embed_tokens stays unsplit: its weight is tied" in report) == (kind == "gemma3")

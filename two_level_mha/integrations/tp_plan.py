@@ -16,7 +16,7 @@ from two_level_mha.mesh import grid_mesh
 from two_level_mha.probe import changed_linear, has_hooks
 from two_level_mha.stock import take_full_tensors
 
-# Styles whose module takes and gives whole activations: leaving one out changes nothing else.
+# Styles whose module takes and gives full activations: leaving one out changes nothing else.
 _ALONE = {
     "embedding_rowwise", "embedding_colwise", "colwise_gather_output", "colwise_rep", "rowwise_split_input",
     "rowwise_rep",
@@ -24,10 +24,10 @@ _ALONE = {
 _ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")  # in the name of a module
 
 
-def find_plan(
+def find_tp_plan(
     model: nn.Module, ranks: int, replaced: set[str], owners: dict[int, int]
 ) -> tuple[dict[str, str], dict[str, str]] | None:
-    """The rules to apply, name -> style, and what stays whole, name -> why. None if the model has no plan.
+    """The rules to apply, name -> style, and what stays unsplit, name -> why. None if the model has no plan.
 
     replaced: names of the attentions, and of projections outside them, that are split already. owners: id of a
     parameter -> number of modules that have it. Raises GridError where a rule cannot be applied and others need it.
@@ -35,35 +35,35 @@ def find_plan(
     if not model.tp_plan:
         return None
     config = private("DistributedConfig")(tp_size=ranks)
-    plan = private_method(model, "_resolve_parallel_plans")(config)[0]
-    plan = {name: style for name, style in plan.items() if not _is_inside(name, replaced)}
+    tp_plan = private_method(model, "_resolve_parallel_plans")(config)[0]
+    tp_plan = {name: style for name, style in tp_plan.items() if not _is_inside(name, replaced)}
     modules = dict(model.named_modules())
-    whole: dict[str, str] = {}
-    for name, style in plan.items():
+    left_out: dict[str, str] = {}
+    for name, style in tp_plan.items():
         owner = name if name in modules else name.rpartition(".")[0]
-        if problem := _problem(modules[owner], owner, name, plan, owners):
+        if problem := _problem(modules[owner], owner, name, tp_plan, owners):
             if style not in _ALONE and not _ATTENTION.search(owner):
                 raise GridError(
                     f"{name} cannot be split by the model's tensor-parallel plan ({style}): {problem}; or call "
                     "parallelize(..., rest=False)"
                 )
-            whole[owner] = problem
-    for name, style in plan.items():
+            left_out[owner] = problem
+    for name, style in tp_plan.items():
         block = name.rpartition(".")[0]
-        if style == "colwise" and isinstance(modules.get(name), nn.Linear) and not _is_inside(name, set(whole)):
+        if style == "colwise" and isinstance(modules.get(name), nn.Linear) and not _is_inside(name, set(left_out)):
             names = (f"{block}.{own}" for own, _ in modules[block].named_parameters())
-            if alone := next((own for own in names if not _is_inside(own, set(plan))), None):
-                whole[block] = f"the gradient of {alone}, which has no rule, would be that of a part of the columns"
-    return {name: style for name, style in plan.items() if not _is_inside(name, set(whole))}, whole
+            if alone := next((own for own in names if not _is_inside(own, set(tp_plan))), None):
+                left_out[block] = f"the gradient of {alone}, which has no rule, would be that of a part of the columns"
+    return {name: style for name, style in tp_plan.items() if not _is_inside(name, set(left_out))}, left_out
 
 
 def _is_inside(name: str, owners: set[str]) -> bool:
     return any(name == owner or name.startswith(f"{owner}.") for owner in owners)
 
 
-def _problem(module: nn.Module, owner: str, name: str, plan: dict[str, str], owners: dict[int, int]) -> str | None:
+def _problem(module: nn.Module, owner: str, name: str, tp_plan: dict[str, str], owners: dict[int, int]) -> str | None:
     """Why a rule, for the module called `owner` or a parameter of it, cannot be applied, or None."""
-    if _ATTENTION.search(owner) and plan[name] not in _ALONE:
+    if _ATTENTION.search(owner) and tp_plan[name] not in _ALONE:
         return "it belongs to an attention that is not replaced"
     if has_hooks(module):
         return "it has hooks, which would see a part of the columns: remove them first"
@@ -74,14 +74,14 @@ def _problem(module: nn.Module, owner: str, name: str, plan: dict[str, str], own
             return f"its {own} is a DTensor already"
         if owners[id(p)] > 1:
             return f"its {own} is tied to another module's"
-        if name == owner and f"{owner}.{own}" not in plan:
+        if name == owner and f"{owner}.{own}" not in tp_plan:
             return f"the plan has no rule for its {own}: it is not the module that transformers knows"
     return None
 
 
-def split_by_plan(model: nn.Module, plan: dict[str, str], mesh: DeviceMesh) -> None:
-    """Applies what find_plan found. load_state_dict takes full tensors afterwards too."""
-    private("apply_tensor_parallelism")(model, grid_mesh(mesh), plan)
+def apply_tp_plan(model: nn.Module, tp_plan: dict[str, str], mesh: DeviceMesh) -> None:
+    """Applies what find_tp_plan found. load_state_dict takes full tensors afterwards too."""
+    private("apply_tensor_parallelism")(model, grid_mesh(mesh), tp_plan)
     modules = dict(model.named_modules())
-    for owner in {name if name in modules else name.rpartition(".")[0] for name in plan}:
+    for owner in {name if name in modules else name.rpartition(".")[0] for name in tp_plan}:
         take_full_tensors(modules[owner])
