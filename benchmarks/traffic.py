@@ -24,9 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import two_level_mha as tlm
-from two_level_mha import _C
-from two_level_mha.context import SCHEME_NUMBERS, call_numbers, layer_numbers
+from two_level_mha.context import how_numbers, layer_numbers, size_numbers
 from two_level_mha.mesh import place_on
+from two_level_mha.profile import Profile
 from two_level_mha.testing import CollectiveRecord, record_collectives
 
 P, h, k, d, D = 16, 64, 8, 128, 8192
@@ -69,14 +69,12 @@ class Ours:
         """layer, groups and call of the operators."""
         place = place_on(self.mesh)
         layer = layer_numbers(
-            place, _C.rates(True), num_heads=h, num_kv_heads=k, head_dim=d, embed_dim=D, key_dim=D, value_dim=D,
-            bias=False, bias_kv=False, whole_heads=True, concat=False, reduce_dtype=None,
+            place, Profile.for_device("cuda").numbers, num_heads=h, num_kv_heads=k, head_dim=d, embed_dim=D, key_dim=D,
+            value_dim=D, bias=False, bias_kv=False, whole_heads=True, concat=False, reduce_dtype=None,
         )  # fmt: skip
-        call = call_numbers(
-            scheme=SCHEME_NUMBERS[self.scheme], batch=x_BLD.shape[0], length=x_BLD.shape[1], keys=x_BLD.shape[1],
-            position=self.position, causal=True, element_size=DTYPE.itemsize,
-        )  # fmt: skip
-        return layer, place.groups, call
+        how = how_numbers(scheme=self.scheme, causal=True, element_size=DTYPE.itemsize)
+        sizes = size_numbers(batch=B, length=x_BLD.shape[1], keys=x_BLD.shape[1], position=self.position)
+        return layer + how, place.groups, sizes
 
     def enter(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         n, m = GRID

@@ -78,8 +78,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> enter_op(
     const Tensor& k_weight, const Tensor& v_weight, const std::optional<Tensor>& q_bias,
     const std::optional<Tensor>& k_bias, const std::optional<Tensor>& v_bias,
     const std::optional<Tensor>& bias_k, const std::optional<Tensor>& bias_v, at::TensorList rows,
-    at::TensorList shared, at::IntArrayRef layer, std::vector<std::string> groups, c10::SymIntArrayRef call) {
-  const Context context = context_of(layer, groups, call);
+    at::TensorList shared, at::IntArrayRef constants, std::vector<std::string> groups,
+    c10::SymIntArrayRef sizes) {
+  const Context context = context_of(constants, groups, sizes);
   Entered entered = enter(query, key, value, {q_weight, k_weight, v_weight, q_bias, k_bias, v_bias},
                           {bias_k, bias_v, context.zero_key}, rows.vec(), shared.vec(), context);
   return {entered.q, entered.k, entered.v, entered.q_rows, entered.k_rows, entered.shared};
@@ -103,12 +104,12 @@ std::tuple<Tensor, Tensors, std::vector<c10::SymInt>> leave_op(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_weight,
     const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
     std::optional<double> scale, std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
-    double softcap, double dropout_p, const std::optional<Tensor>& seed, at::IntArrayRef layer,
-    std::vector<std::string> groups, c10::SymIntArrayRef call, at::TensorList memory,
+    double softcap, double dropout_p, const std::optional<Tensor>& seed, at::IntArrayRef constants,
+    std::vector<std::string> groups, c10::SymIntArrayRef sizes, at::TensorList memory,
     c10::SymIntArrayRef cache) {
   GivenCache given(memory, cache);
   Tensor y = leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
-                   {out_weight, out_bias}, context_of(layer, groups, call), given.get());
+                   {out_weight, out_bias}, context_of(constants, groups, sizes), given.get());
   return {y, given.memory(), given.numbers()};
 }
 
@@ -116,13 +117,13 @@ std::tuple<Tensor, Tensor, Tensors, std::vector<c10::SymInt>> leave_with_weights
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_weight,
     const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
     std::optional<double> scale, std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
-    double softcap, double dropout_p, const std::optional<Tensor>& seed, at::IntArrayRef layer,
-    std::vector<std::string> groups, c10::SymIntArrayRef call, at::TensorList memory,
+    double softcap, double dropout_p, const std::optional<Tensor>& seed, at::IntArrayRef constants,
+    std::vector<std::string> groups, c10::SymIntArrayRef sizes, at::TensorList memory,
     c10::SymIntArrayRef cache, bool average) {
   GivenCache given(memory, cache);
   auto [y, weights] =
       leave_with_weights(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
-                         {out_weight, out_bias}, context_of(layer, groups, call), average, given.get());
+                         {out_weight, out_bias}, context_of(constants, groups, sizes), average, given.get());
   return {y, weights, given.memory(), given.numbers()};
 }
 
@@ -253,7 +254,7 @@ TORCH_LIBRARY(two_level_mha, library) {
       ") -> Tensor",
       hierarchical_all_gather_op);
 
-  // First half of the pass: project, move. layer, groups and call are what csrc/pass/context.h makes its Context of.
+  // First half of the pass: project, move. constants, groups and sizes are what csrc/pass/context.h makes its Context of.
   // rows: tensors (B or 1, 1, L, ..) that go with tokens, such as rotary angles -> those of this rank's q, and of its
   // k. shared: parameters that every rank uses for its own rows and heads -> the same, their gradients summed.
   library.def(
@@ -271,9 +272,9 @@ TORCH_LIBRARY(two_level_mha, library) {
       "Tensor? bias_v, "
       "Tensor[] rows, "
       "Tensor[] shared, "
-      "int[] layer, "
+      "int[] constants, "
       "str[] groups, "
-      "SymInt[] call"
+      "SymInt[] sizes"
       ") -> (Tensor q, Tensor k, Tensor v, Tensor[] q_rows, Tensor[] k_rows, Tensor[] shared)",
       enter_op);
 
@@ -293,9 +294,9 @@ TORCH_LIBRARY(two_level_mha, library) {
       "float softcap, "
       "float dropout_p, "
       "Tensor? seed, "
-      "int[] layer, "
+      "int[] constants, "
       "str[] groups, "
-      "SymInt[] call, "
+      "SymInt[] sizes, "
       "Tensor[] memory, "
       "SymInt[] cache"
       ") -> (Tensor y, Tensor[] memory, SymInt[] cache)",
@@ -316,9 +317,9 @@ TORCH_LIBRARY(two_level_mha, library) {
       "float softcap, "
       "float dropout_p, "
       "Tensor? seed, "
-      "int[] layer, "
+      "int[] constants, "
       "str[] groups, "
-      "SymInt[] call, "
+      "SymInt[] sizes, "
       "Tensor[] memory, "
       "SymInt[] cache, "
       "bool average=True"

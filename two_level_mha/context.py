@@ -39,23 +39,16 @@ def layer_numbers(
     ]  # fmt: skip
 
 
-def call_numbers(
-    *,
-    scheme: int,
-    batch: int,
-    length: int,
-    keys: int,
-    zero_key: bool = False,
-    position: int = 0,
-    first_key: int = 0,
-    causal: bool = False,
-    batch_first: bool = True,
-    element_size: int,
+def how_numbers(
+    *, scheme: str, causal: bool, element_size: int, zero_key: bool = False, batch_first: bool = True
 ) -> list[int]:
-    """One call, by name, in the order of the operators; sizes may be symbolic."""
-    return [
-        scheme, batch, length, keys, int(zero_key), position, first_key, int(causal), int(batch_first), element_size
-    ]  # fmt: skip
+    """How one call runs the layer, in the order of the operators: they take it behind the layer's numbers."""
+    return [SCHEME_NUMBERS[scheme], int(causal), element_size, int(zero_key), int(batch_first)]
+
+
+def size_numbers(*, batch: int, length: int, keys: int, position: int = 0, first_key: int = 0) -> list[int]:
+    """The sizes of one call, in the order of the operators; they may be symbolic."""
+    return [batch, length, keys, position, first_key]
 
 
 def element_size(x: Tensor) -> int:

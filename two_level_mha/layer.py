@@ -4,6 +4,7 @@ Letters: B batch, L query length, S key length, D embed_dim, h and k heads of al
 E its slice.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,10 +16,10 @@ from two_level_mha import _C
 from two_level_mha.agreement import check_call, compares
 from two_level_mha.blocks import COMBINES, LAYOUTS, block, local_blocks
 from two_level_mha.cache import CacheLayer
-from two_level_mha.context import SCHEME_NUMBERS, call_numbers, element_size, layer_numbers
+from two_level_mha.context import element_size, how_numbers, layer_numbers, size_numbers
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import Grid, place_on
-from two_level_mha.profile import Profile
+from two_level_mha.profile import Profile, resolve_profile
 
 CACHED = "position"  # the scheme of a KV cache dealt by position: not for a call without one
 SCHEMES = ("auto", *(name for name, _, _ in _C.schemes() if name != CACHED))
@@ -70,6 +71,7 @@ class GridAttention(nn.Module):
         combine: str,
         debug: bool | None,
         reduce_dtype: torch.dtype | None = None,
+        profile: Profile | str | os.PathLike | None = None,
     ) -> None:
         nn.Module.__init__(self)  # a subclass may also inherit from the class it replaces, whose __init__ must not run
         check_options(scheme, combine)
@@ -81,6 +83,7 @@ class GridAttention(nn.Module):
         self.mesh = mesh
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scheme, self.combine, self.debug, self.reduce_dtype = scheme, combine, debug, reduce_dtype
+        self.profile = resolve_profile(profile, "cpu" if mesh is None else mesh.device_type)
         self._compared = False
 
     def store(self, full: dict[str, Tensor | None], requires_grad: dict[str, bool] | None = None) -> None:
@@ -98,7 +101,7 @@ class GridAttention(nn.Module):
         held = {name for name, tensor in full.items() if tensor is not None}
         return layer_numbers(
             self.place,
-            Profile.for_device("cpu" if self.mesh is None else self.mesh.device_type).numbers,
+            self.profile.numbers,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
@@ -126,6 +129,7 @@ class GridAttention(nn.Module):
         if not compares(self.place.grid.size, self.debug, self._compared):
             return check()
         options = {"reduce_dtype": str(self.reduce_dtype), "scheme": self.scheme, "combine": self.combine}
+        options["profile"] = self.profile.numbers
         settings = check_call(self, self.mesh, options, check, tensors)
         self._compared = True
         return settings
@@ -172,19 +176,21 @@ class GridAttention(nn.Module):
             [p[name] if name in p else getattr(self, name) for name in LAYOUTS]
         )
         batch_dim, length_dim = (0, 1) if batch_first else (1, 0)
-        call = call_numbers(
-            scheme=SCHEME_NUMBERS[scheme or self.scheme],
+        how = how_numbers(
+            scheme=scheme or self.scheme,
+            causal=causal is not None,
+            element_size=element_size(query),
+            zero_key=add_zero_attn,
+            batch_first=batch_first,
+        )
+        sizes = size_numbers(
             batch=query.shape[batch_dim],
             length=query.shape[length_dim],
             keys=key.shape[length_dim],
-            zero_key=add_zero_attn,
             position=position,
             first_key=first_key,
-            causal=causal is not None,
-            batch_first=batch_first,
-            element_size=element_size(query),
         )
-        decided = (self._numbers, self.place.groups, call)
+        decided = (self._numbers + how, self.place.groups, sizes)
         q, k, v, *aside = _ops.enter(query, key, value, *weights, rows, shared, *decided)
         if between is not None:
             q, k, v = between(q, k, v, Aside(*aside))

@@ -1,6 +1,6 @@
 // Greedy decoding of a tiny language model without Python: a prompt, then one token after the other, with the
-// library's KV cache. The weights are drawn from one seed, layer after layer, so that a Python program that draws
-// them alike must find the same tokens.
+// library's KV cache. The weights are drawn from one seed, layer after layer, so that a Python program that
+// draws them alike must find the same tokens.
 //
 // Letters: B batch, L length, D embed dim, h heads, k KV heads, d head dim, V tokens of the vocabulary.
 #include <torch/torch.h>
@@ -49,19 +49,15 @@ std::vector<Tensor> angles(int64_t first, int64_t length) {
 // One layer's attention of the new tokens x (B, L, D) over all so far.
 Tensor attend(Layer& layer, const Tensor& x) {
   const int64_t length = x.size(1), position = layer.cache.numbers.length.expect_int();
-  tlm::LayerNumbers constants;
+  tlm::Constants constants;
   constants.num_heads = h;
   constants.num_kv_heads = k;
   constants.head_dim = d;
   constants.embed_dim = D;
-  tlm::CallNumbers call;
-  call.scheme = int64_t(tlm::Scheme::position);
-  call.batch = B;
-  call.length = call.keys = length;
-  call.position = position;
-  call.causal = 1;
-  call.element_size = x.element_size();
-  const tlm::Context context = tlm::context_of(constants, {"", "", ""}, call);
+  constants.scheme = int64_t(tlm::Scheme::position);
+  constants.causal = 1;
+  constants.element_size = x.element_size();
+  const tlm::Context context = tlm::context_of(constants, {"", "", ""}, {B, length, length, position});
 
   tlm::Entered entered = tlm::enter(x, x, x, layer.qkv, {}, angles(position, length), {}, context);
   Tensor q = tlm::rotary(entered.q, entered.q_rows[0], entered.q_rows[1], /*interleaved=*/false);
@@ -80,7 +76,8 @@ int main() {
   std::vector<Layer> layers;
   for (int64_t i = 0; i < kLayers; i++) layers.push_back(draw_layer());
 
-  Tensor tokens = torch::tensor({3, 14, 15, 9, 26}, torch::kInt64).unsqueeze(0);  // (B, L): the prompt, then one
+  Tensor tokens =
+      torch::tensor({3, 14, 15, 9, 26}, torch::kInt64).unsqueeze(0);  // (B, L): the prompt, then one
   for (int64_t step = 0; step < kNewTokens; step++) {
     Tensor x = embedding.index_select(0, tokens.view(-1)).view({B, -1, D});
     for (Layer& layer : layers) x = x + attend(layer, x / x.square().mean(-1, true).sqrt());

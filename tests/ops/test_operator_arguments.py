@@ -56,8 +56,8 @@ def test_dropout_mask_is_four_dimensional():
 def enter_on(numbers: list[int], x: torch.Tensor, weight: torch.Tensor) -> None:
     """`enter` on a grid (n, m, i, j) that perhaps is none."""
     case = Case(heads=2, kv_heads=2, head_dim=4, embed_dim=8, batch=2, length=3, dtype=torch.float32)
-    layer, groups, call = decided(case, place(1, 1))
-    ops.enter(x, x, x, *[weight] * 3, *[None] * 5, [], [], numbers + layer[4:], groups, call)
+    constants, groups, sizes = decided(case, place(1, 1))
+    ops.enter(x, x, x, *[weight] * 3, *[None] * 5, [], [], numbers + constants[4:], groups, sizes)
 
 
 def test_what_the_operators_refuse():
