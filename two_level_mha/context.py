@@ -39,11 +39,19 @@ def layer_numbers(
     ]  # fmt: skip
 
 
-def how_numbers(
-    *, scheme: str, causal: bool, element_size: int, zero_key: bool = False, batch_first: bool = True
-) -> list[int]:
-    """How one call runs the layer, in the order of the operators: they take it behind the layer's numbers."""
-    return [SCHEME_NUMBERS[scheme], int(causal), element_size, int(zero_key), int(batch_first)]
+def constants(
+    layer: list[int],
+    groups: tuple[str, str, str],
+    *,
+    scheme: str,
+    causal: bool,
+    element_size: int,
+    zero_key: bool = False,
+    batch_first: bool = True,
+) -> str:
+    """The constants of a call as the operators take them: the layer's numbers, how the call runs it, the groups."""
+    how = (SCHEME_NUMBERS[scheme], int(causal), element_size, int(zero_key), int(batch_first))
+    return "\n".join((" ".join(map(str, (*layer, *how))), *groups))
 
 
 def size_numbers(*, batch: int, length: int, keys: int, position: int = 0, first_key: int = 0) -> list[int]:

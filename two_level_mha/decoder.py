@@ -171,7 +171,8 @@ class TwoLevelAttention(Drops, GridAttention):
         return self.attend(
             x_BLD, x_BLD, x_BLD, attn_mask=attn_mask, scale=self.scale, causal=past if is_causal else None,
             window=self.window, softcap=self.softcap, dropout_p=dropout_p,
-            rows=[x.unsqueeze(1) for x in position_embeddings or ()], shared=local_blocks(norms), between=between,
+            rows=None if position_embeddings is None else [x.unsqueeze(1) for x in position_embeddings],
+            shared=local_blocks(norms) or None, between=between,
             cache=cache, **call,
         )[0]  # fmt: skip
 

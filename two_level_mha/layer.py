@@ -5,7 +5,7 @@ E its slice.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from two_level_mha import _C
 from two_level_mha.agreement import check_call, compares
 from two_level_mha.blocks import COMBINES, LAYOUTS, block, local_blocks
 from two_level_mha.cache import CacheLayer
-from two_level_mha.context import element_size, how_numbers, layer_numbers, size_numbers
+from two_level_mha.context import constants, element_size, layer_numbers, size_numbers
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import Grid, place_on
 from two_level_mha.profile import Profile, resolve_profile
@@ -95,7 +95,7 @@ class GridAttention(nn.Module):
             else:
                 kept = self.block(tensor, name)
                 self.register_parameter(name, nn.Parameter(kept, (requires_grad or {}).get(name, True)))
-        self._numbers = self._layer_numbers(full)
+        self._numbers, self._texts = self._layer_numbers(full), {}
 
     def _layer_numbers(self, full: dict[str, Tensor | None]) -> list[int]:
         held = {name for name, tensor in full.items() if tensor is not None}
@@ -150,8 +150,8 @@ class GridAttention(nn.Module):
         add_zero_attn: bool = False,
         need_weights: bool = False,
         average_attn_weights: bool = True,
-        rows: Sequence[Tensor] = (),
-        shared: Sequence[Tensor] = (),
+        rows: list[Tensor] | None = None,
+        shared: list[Tensor] | None = None,
         between: Between | None = None,
         scheme: str | None = None,
         position: int = 0,
@@ -176,13 +176,7 @@ class GridAttention(nn.Module):
             [p[name] if name in p else getattr(self, name) for name in LAYOUTS]
         )
         batch_dim, length_dim = (0, 1) if batch_first else (1, 0)
-        how = how_numbers(
-            scheme=scheme or self.scheme,
-            causal=causal is not None,
-            element_size=element_size(query),
-            zero_key=add_zero_attn,
-            batch_first=batch_first,
-        )
+        how = (scheme or self.scheme, causal is not None, element_size(query), add_zero_attn, batch_first)
         sizes = size_numbers(
             batch=query.shape[batch_dim],
             length=query.shape[length_dim],
@@ -190,30 +184,40 @@ class GridAttention(nn.Module):
             position=position,
             first_key=first_key,
         )
-        decided = (self._numbers + how, self.place.groups, sizes)
+        decided = (self._constants(*how), sizes)
         q, k, v, *aside = _ops.enter(query, key, value, *weights, rows, shared, *decided)
         if between is not None:
-            q, k, v = between(q, k, v, Aside(*aside))
+            at = 0 if rows is None else len(rows)
+            q, k, v = between(q, k, v, Aside(aside[:at], aside[at : 2 * at], aside[2 * at :]))
         # not a default of 0.0: torch.compile(dynamic=True) makes a float argument symbolic, and compiles twice
         softcap = 0.0 if softcap is None else softcap
         seed = None
         if dropout_p > 0.0:
             seed = torch.randint(2**62, (1,), device=query.device)
-        memory, numbers = [], []
-        if cache is not None:
-            cache.check_new(k)
-            memory, numbers = cache.memory, cache.numbers()
+        if cache is not None and need_weights:
+            for_gradients = q.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
+            k, v = cache.append(k, v, sizes[1], for_gradients=for_gradients)
         arguments = (
-            q, k, v, out_weight, out_bias, attn_mask, scale, causal, window, softcap, dropout_p, seed, *decided,
-            memory, numbers,
+            q, k, v, out_weight, out_bias, attn_mask, scale, causal, window, softcap, dropout_p, seed, *decided
         )  # fmt: skip
         if need_weights:
-            y, weights, memory, numbers = _ops.leave_with_weights(*arguments, average_attn_weights)
-        else:
-            (y, memory, numbers), weights = _ops.leave(*arguments), None
-        if cache is not None:
-            cache.keep(memory, numbers)
-        return y, weights
+            return _ops.leave_with_weights(*arguments, average_attn_weights)
+        if cache is None:
+            return _ops.leave(*arguments), None
+        cache.check_new(k)
+        y, *kept = _ops.leave_with_cache(*arguments, cache.memory, cache.numbers())
+        cache.keep(*kept)
+        return y, None
+
+    def _constants(self, scheme: str, causal: bool, element_size: int, zero_key: bool, batch_first: bool) -> str:
+        """The constants of a call; made once for each way in which calls run the layer."""
+        key = (scheme, causal, element_size, zero_key, batch_first)
+        if key not in self._texts:
+            self._texts[key] = constants(
+                self._numbers, self.place.groups, scheme=scheme, causal=causal, element_size=element_size,
+                zero_key=zero_key, batch_first=batch_first,
+            )  # fmt: skip
+        return self._texts[key]
 
     def extra_repr(self) -> str:
         return (

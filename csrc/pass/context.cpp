@@ -3,6 +3,8 @@
 #include <c10/core/ScalarType.h>
 
 #include <array>
+#include <charconv>
+#include <iterator>
 
 #include "../base/sizes.h"
 
@@ -47,9 +49,25 @@ Scheme checked_scheme(int64_t number, bool whole_heads) {
 
 }  // namespace
 
-Context context_of(at::IntArrayRef constants, const std::vector<std::string>& groups,
-                   c10::SymIntArrayRef sizes) {
-  return context_of(parse("constants", kConstants, constants), groups, parse("sizes", kSizes, sizes));
+Context context_of(const std::string& text, c10::SymIntArrayRef sizes) {
+  Constants constants;
+  const char *at = text.data(), *end = at + text.size();
+  for (const auto& field : kConstants) {
+    const auto [next, error] = std::from_chars(at, end, constants.*field.member);
+    TORCH_CHECK_VALUE(error == std::errc() && next != end && (*next == ' ' || *next == '\n'),
+                      "constants must begin with ", std::size(kConstants),
+                      " integers, as csrc/pass/context.h has them; there is no ", field.name, " in '", text,
+                      "'");
+    at = next + 1;
+  }
+  std::vector<std::string> groups(1);
+  for (; at != end; ++at) {
+    if (*at == '\n')
+      groups.emplace_back();
+    else
+      groups.back().push_back(*at);
+  }
+  return context_of(constants, groups, parse("sizes", kSizes, sizes));
 }
 
 Context context_of(const Constants& constants, const std::vector<std::string>& groups, const Sizes& sizes) {

@@ -111,8 +111,11 @@ struct Context {
 // Raises ValueError for numbers that are no call: too few of them, a rank outside its grid, a
 // scheme that the storage of the query side does not run.
 Context context_of(const Constants& constants, const std::vector<std::string>& groups, const Sizes& sizes);
-Context context_of(at::IntArrayRef constants, const std::vector<std::string>& groups,
-                   c10::SymIntArrayRef sizes);
+
+// The same for operators, which take the constants as one text, the cheapest argument there is: the numbers
+// in the order of kConstants, and on lines of their own the names of the three groups. Sizes in the order of
+// kSizes.
+Context context_of(const std::string& constants, c10::SymIntArrayRef sizes);
 
 // Raises ValueError unless q, k and v have the heads, widths and lengths of the call.
 void check_layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Context& context);

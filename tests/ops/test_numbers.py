@@ -35,7 +35,9 @@ def test_constants():
     at = Place(Grid(7, 8), 2, 3)
     layer = context.layer_numbers(at, range(30, 37), **sizes, **flags, reduce_dtype=torch.float32)
     how = {"causal": True, "element_size": 21, "zero_key": False, "batch_first": True}
-    found = dict(zip(_C.constant_fields(), layer + context.how_numbers(scheme="batch", **how), strict=True))
+    numbers, *groups = context.constants(layer, ("a", "b", "c"), scheme="batch", **how).split("\n")
+    assert groups == ["a", "b", "c"]
+    found = dict(zip(_C.constant_fields(), map(int, numbers.split(" ")), strict=True))
     rates = ("flops", "memory", "link", "network", "latency", "node", "equal")
     expected = {"head_groups": 7, "slices": 8, "head_group": 2, "slice": 3, **sizes, **flags, **how}
     expected |= dict(zip(rates, range(30, 37), strict=True))
@@ -59,35 +61,37 @@ def test_a_call_that_is_none():
     """Localises: numbers that no module gives, but a program may: refused, not read beyond their end."""
     case = Case(heads=2, kv_heads=2, head_dim=4, embed_dim=8, batch=2, length=3, dtype=torch.float32)
     x, weight = torch.ones(2, 3, 8), torch.ones(2, 4, 8)
-    constants, groups, sizes = decided(case, place(1, 1))
+    text, sizes = decided(case, place(1, 1))
+    numbers, *groups = text.split("\n")
 
-    def enter(constants, groups, sizes):
-        return ops.enter(x, x, x, *[weight] * 3, *[None] * 5, [], [], constants, groups, sizes)
+    def enter(numbers=numbers, groups=groups, sizes=sizes):
+        return ops.enter(x, x, x, *[weight] * 3, *[None] * 5, None, None, "\n".join([numbers, *groups]), sizes)
 
-    fields = dict(zip(_C.constant_fields(), range(len(constants)), strict=True))
-    q, k, v, *_ = enter(constants, groups, sizes)
+    q, k, v = enter()
     for wrong, message in (
-        ((constants[:-1], groups, sizes), "constants must be a list of 27 numbers, got 26"),
-        ((constants, groups[:2], sizes), "groups must name those of the slice axis"),
-        ((constants, groups, sizes + [0]), "sizes must be a list of 5 numbers, got 6"),
-        ((_with(constants, fields["scheme"], 99), groups, sizes), "scheme must be the number of one of auto, "),
-        ((_with(constants, fields["slices"], 3), groups, sizes), "must divide"),
+        ({"numbers": numbers.rpartition(" ")[0]}, "must begin with 27 integers, .* there is no batch_first in"),
+        ({"numbers": numbers.replace(" ", " x", 1)}, "there is no slices in"),
+        ({"groups": groups[:2]}, "groups must name those of the slice axis"),
+        ({"sizes": [*sizes, 0]}, "sizes must be a list of 5 numbers, got 6"),
+        ({"numbers": _with(numbers, "scheme", 99)}, "scheme must be the number of one of auto, "),
+        ({"numbers": _with(numbers, "slices", 3)}, "must divide"),
     ):
         with pytest.raises(ValueError, match=message):
-            enter(*wrong)
-    options = (torch.ones(8, 2, 4), None, None, None, None, None, 0.0, 0.0, None)
+            enter(**wrong)
+    options = (torch.ones(8, 2, 4), None, None, None, None, None, 0.0, 0.0, None, text, sizes)
     with pytest.raises(ValueError, match=r"q must have shape \(2, 2, 3, 4\) in this call, got \[2, 2, 2, 4\]"):
-        ops.leave(q[:, :, 1:], k, v, *options, constants, groups, sizes, [], [])
+        ops.leave(q[:, :, 1:], k, v, *options)
     with pytest.raises(ValueError, match=r"v must have shape \(2, 2, 3, 4\) in this call, got \[1, 2, 3, 4\]"):
-        ops.leave(q, k, v[:1], *options, constants, groups, sizes, [], [])
+        ops.leave(q, k, v[:1], *options)
 
 
-def _with(numbers: list[int], at: int, value: int) -> list[int]:
-    return [*numbers[:at], value, *numbers[at + 1 :]]
+def _with(numbers: str, name: str, value: int) -> str:
+    found = dict(zip(_C.constant_fields(), numbers.split(" "), strict=True))
+    return " ".join((found | {name: str(value)}).values())
 
 
 def test_arguments_of_the_pass():
     """Localises: an argument list that grows again: what a call decides is a number of it, not an argument."""
     assert tlm.GridError  # the operators are registered
-    for name in ("enter", "leave"):
+    for name in ("enter", "leave", "leave_with_weights", "leave_with_cache"):
         assert len(getattr(ops, name).default._schema.arguments) <= 17
