@@ -4,11 +4,11 @@ from two_level_mha._load import PACKAGE, load
 
 load()
 
-from two_level_mha.cache import KVCache  # noqa: E402
 from two_level_mha.checkpoint import full_state_dict  # noqa: E402
 from two_level_mha.convert import parallelize  # noqa: E402
 from two_level_mha.decoder import Rotary, TwoLevelAttention  # noqa: E402
 from two_level_mha.errors import GridError  # noqa: E402
+from two_level_mha.kv_cache import KVCache  # noqa: E402
 from two_level_mha.loading import load_pretrained  # noqa: E402
 from two_level_mha.mesh import Grid, init_mesh  # noqa: E402
 from two_level_mha.multihead import TwoLevelMultiheadAttention  # noqa: E402

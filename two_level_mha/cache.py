@@ -10,6 +10,7 @@ Letters: B batch, K KV heads of a group, L new tokens, d head_dim, m slices.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +19,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.mesh import Place, place_on
 
-LAYOUTS = ("position", "batch")
+CACHE_LAYOUTS = ("position", "batch")
 
 _ops = torch.ops.two_level_mha
+
+
+class CachedCall(NamedTuple):
+    """What a cache decides of a call of attention, as GridAttention.attend takes it; without a cache the defaults."""
+
+    scheme: str | None = None  # the cache's layout; None: the module's scheme
+    position: int = 0  # of the first new token
+    first_key: int = 0  # position of the first token that is attended to
 
 
 class CacheLayer:
@@ -34,8 +43,8 @@ class CacheLayer:
     """
 
     def __init__(self, place: Place, layout: str, *, max_length: int | None = None, window: int | None = None) -> None:
-        if layout not in LAYOUTS:
-            raise GridError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        if layout not in CACHE_LAYOUTS:
+            raise GridError(f"layout must be one of {', '.join(CACHE_LAYOUTS)}, got {layout!r}")
         for name, value in (("max_length", max_length), ("window", window)):
             if value is not None and value < 1:
                 raise GridError(f"{name} must be positive, got {value}")
@@ -71,8 +80,8 @@ class CacheLayer:
         """Bytes of memory on this rank."""
         return sum(x.numel() * x.element_size() for x in self.memory)
 
-    def begin(self, batch: int, new_tokens: int) -> dict[str, object]:
-        """Arguments of GridAttention.attend for a call of (batch, new_tokens) inputs, before it.
+    def next_call(self, batch: int, new_tokens: int) -> CachedCall:
+        """What a call of (batch, new_tokens) inputs would be; changes nothing.
 
         Raises GridError, on every rank alike, when the tokens do not fit or the batch is another one than before.
         """
@@ -86,8 +95,13 @@ class CacheLayer:
                 f"the cache has max_length={self.max_length} and holds {self.length} tokens: {new_tokens} more do not "
                 "fit; make it longer, or leave max_length out"
             )
+        return CachedCall(self.layout, self.length, self.first_key)
+
+    def begin(self, batch: int, new_tokens: int) -> CachedCall:
+        """Begins a call of (batch, new_tokens) inputs. Raises as next_call does."""
+        call = self.next_call(batch, new_tokens)
         self.batch = batch
-        return {"scheme": self.layout, "position": self.length, "first_key": self.first_key}
+        return call
 
     def append(
         self, k_BKSd: Tensor, v_BKSd: Tensor, new_tokens: int, *, for_gradients: bool = False
@@ -179,23 +193,10 @@ class CacheLayer:
             )
 
 
-class KVCache:
-    """One CacheLayer per layer, as `layers`: given to TwoLevelAttention layer by layer, or to a transformers model
-    as past_key_values (then made from its config).
-
-    config: a transformers config, or the sizes: dict(num_layers=, num_kv_heads=, head_dim=), and window= an int for
-    all layers or one int or None for each. mesh: that of the model, or None. layout: see the top of this file.
-    Raises GridError for a size that is missing or that the grid does not fit.
-    """
+class LayersCache:
+    """One CacheLayer per layer, as `layers`. KVCache, in kv_cache.py, makes it, and says what its arguments are."""
 
     layer_class = CacheLayer
-
-    def __new__(cls, config=None, *args, **options):  # deepcopy and pickle name the class alone
-        if cls is KVCache and hasattr(config, "get_text_config"):
-            from two_level_mha.integrations.cache import ModelCache
-
-            cls = ModelCache
-        return super().__new__(cls)
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from two_level_mha.agreement import check_same_weights, same_on_all_ranks
-from two_level_mha.cache import LAYOUTS
+from two_level_mha.cache import CACHE_LAYOUTS
 from two_level_mha.errors import GridError
 from two_level_mha.families import FAMILIES, Family
 from two_level_mha.integrations.private import pretrained_models
@@ -89,8 +89,8 @@ def parallelize(
     found, others, refusal = [], Rest(), None
     try:
         check_options(scheme, combine)
-        if cache not in LAYOUTS:
-            raise GridError(f"cache must be one of {', '.join(LAYOUTS)}, got {cache!r}")
+        if cache not in CACHE_LAYOUTS:
+            raise GridError(f"cache must be one of {', '.join(CACHE_LAYOUTS)}, got {cache!r}")
         pretrained_models(model)  # refuses a transformers that is too old
         found = _find(model)
         _check_grid(found, grid, scheme)

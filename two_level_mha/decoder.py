@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from two_level_mha.blocks import local_blocks
-from two_level_mha.cache import CacheLayer
+from two_level_mha.cache import CachedCall, CacheLayer
 from two_level_mha.errors import GridError, wrong_device, wrong_dtype
 from two_level_mha.layer import Aside, Drops, GridAttention
 from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
@@ -151,10 +151,9 @@ class TwoLevelAttention(Drops, GridAttention):
 
         self.check_call(check, {"x": x_BLD, "attn_mask": attn_mask, **cos_sin})
         batch, length, _ = x_BLD.shape
-        call = {} if cache is None else cache.begin(batch, length)
-        past = call.get("position", 0)
+        call = CachedCall() if cache is None else cache.begin(batch, length)
         if position_embeddings is None and self.rope is not None:
-            position_embeddings = self.rope.embeddings(past, length, self.head_dim, x_BLD.device)
+            position_embeddings = self.rope.embeddings(call.position, length, self.head_dim, x_BLD.device)
 
         def between(q: Tensor, k: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
             if norms:
@@ -166,10 +165,10 @@ class TwoLevelAttention(Drops, GridAttention):
             return q, k, v
 
         return self.attend(
-            x_BLD, x_BLD, x_BLD, attn_mask=attn_mask, scale=self.scale, causal=past if is_causal else None,
+            x_BLD, x_BLD, x_BLD, attn_mask=attn_mask, scale=self.scale, causal=call.position if is_causal else None,
             window=self.window, softcap=self.softcap, dropout_p=dropout_p,
             rows=[x.unsqueeze(1) for x in position_embeddings or ()], shared=local_blocks(norms), between=between,
-            cache=cache, **call,
+            cache=cache, scheme=call.scheme, position=call.position, first_key=call.first_key,
         )[0]  # fmt: skip
 
     def _check(self, x, position_embeddings, attn_mask, is_causal: bool, cache, dropout_p: float) -> None:

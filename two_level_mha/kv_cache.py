@@ -1,0 +1,36 @@
+"""KVCache: what a user makes and passes, for a layer of our own or for a model of transformers."""
+
+from abc import ABC
+from collections.abc import Mapping
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from two_level_mha.cache import LayersCache
+
+
+class KVCache(ABC):  # noqa: B024  (names other classes, and makes one of them)
+    """One CacheLayer per layer, as `layers`: given to TwoLevelAttention layer by layer, or to a transformers model
+    as past_key_values (then made from its config).
+
+    config: a transformers config, or the sizes: dict(num_layers=, num_kv_heads=, head_dim=), and window= an int for
+    all layers or one int or None for each. mesh: that of the model, or None. layout: "position" or "batch", see
+    two_level_mha.cache. max_length: allocates once, for that many tokens; None: grows by at most doubling.
+    Has length, nbytes, select, repeat_interleave, rewind and reset, those of all layers.
+    Raises GridError for a size that is missing or that the grid does not fit.
+    """
+
+    def __new__(
+        cls,
+        config: Mapping[str, object],
+        mesh: DeviceMesh | None,
+        *,
+        layout: str = "position",
+        max_length: int | None = None,
+    ) -> LayersCache:
+        kind = LayersCache
+        if hasattr(config, "get_text_config"):
+            from two_level_mha.integrations.cache import ModelCache as kind  # imports transformers
+        return kind(config, mesh, layout=layout, max_length=max_length)
+
+
+KVCache.register(LayersCache)  # isinstance(cache, KVCache), also where it is one of transformers as well
