@@ -18,7 +18,7 @@ from two_level_mha.layer import Aside, Drops, GridAttention
 from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
 
 BIASES = (False, True, "qkv", "out")
-NORMS = ("q_norm_weight", "k_norm_weight")
+NORM_WEIGHTS = ("q_norm_weight", "k_norm_weight")
 
 _ops = torch.ops.two_level_mha
 
@@ -112,7 +112,7 @@ class TwoLevelAttention(Drops, GridAttention):
             self.stock_names |= linear_names(name, path, linear, d)
             state |= {f"{path}.{part}": p.detach() for part, p in linear.named_parameters()}
         if qk_norm is not None:
-            for name in NORMS:
+            for name in NORM_WEIGHTS:
                 self.stock_names[name] = StockTensor(name.replace("_weight", ".weight"), (d,), (d,))
                 state[self.stock_names[name].key] = torch.ones(d, **factory)
         self.store(from_stock(state, self.stock_names))
@@ -141,7 +141,7 @@ class TwoLevelAttention(Drops, GridAttention):
         Raises GridError, on every rank alike, before anything is sent.
         """
         cos_sin = dict(zip(("cos", "sin"), position_embeddings or (), strict=False))
-        norms = [self._parameters[name] for name in NORMS] if self.qk_norm is not None else []
+        norms = [self._parameters[name] for name in NORM_WEIGHTS] if self.qk_norm is not None else []
         dropout_p = self.dropout if self.training and self._drops else 0.0
 
         def check() -> dict[str, object]:
