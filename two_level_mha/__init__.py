@@ -4,6 +4,7 @@ from two_level_mha._load import PACKAGE, load
 
 load()
 
+from two_level_mha.adapters import register_adapter  # noqa: E402
 from two_level_mha.cache import KVCache  # noqa: E402
 from two_level_mha.checkpoint import full_state_dict  # noqa: E402
 from two_level_mha.convert import parallelize  # noqa: E402
@@ -33,6 +34,7 @@ __all__ = [
     "parallelize",
     "param_groups",
     "plan",
+    "register_adapter",
     "report",
     "shard_embed_dim",
     "unscale_",

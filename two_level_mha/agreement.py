@@ -6,8 +6,8 @@
     inputs, settings, replicated parameters     the first call of a module, all with debug      check_call
 
 Digests are compared, not the tensors, each time in one all_gather_object over the grid. What a layer exchanges goes
-through the operators; the other collectives that Python issues are the sequences that a cache moves (cache.py), one
-number of a GradScaler (training.py), and full_tensor of DTensors (blocks.py).
+through the operators; the other collectives that Python issues are one number of a GradScaler (training.py), and
+full_tensor of DTensors (blocks.py).
 """
 
 import hashlib

@@ -10,10 +10,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from two_level_mha.adapters import Adapter, adapters_with
 from two_level_mha.agreement import check_same_weights, same_on_all_ranks
-from two_level_mha.cache import LAYOUTS
+from two_level_mha.cache_layer import CACHE_LAYOUTS
 from two_level_mha.errors import GridError
-from two_level_mha.families import FAMILIES, Family
+from two_level_mha.families import FAMILIES
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
 from two_level_mha.layer import GridAttention, check_options, stores_whole_heads
@@ -34,28 +35,27 @@ TRIALS = ((1.0, 1e-6), (30.0, 1e-2))
 
 @dataclass
 class Found:
-    """An attention module, and every place where the model refers to it."""
+    """An attention module, and wherever the model refers to it."""
 
     module: nn.Module
-    family: Family
+    adapter: Adapter
     projections: dict[str, nn.Module]
-    places: list[tuple[nn.Module, str]]  # parent and name of the child
-
-    name: str  # the first place
-    variant: dict[str, object] = field(default_factory=dict)  # of the family's, the one that the probe chose
+    uses: list[tuple[nn.Module, str]]  # parent and name of the child
+    name: str  # at the first use
+    variant: dict[str, object] = field(default_factory=dict)  # of the adapter's, the one that the probe chose
 
     @property
     def parent(self) -> nn.Module:
-        return self.places[0][0]
+        return self.uses[0][0]
 
     def names(self) -> list[str]:
         """Of what is split with it: the module, and projections outside it."""
-        outside = [path for path in self.family.paths.values() if path.startswith("../")]
+        outside = [path for path in self.adapter.paths.values() if path.startswith("../")]
         return [self.name, *(resolve(self.name, path) for path in outside)]
 
     def sizes(self) -> tuple[int, int, int]:
         """Heads, key/value heads, head_dim."""
-        return self.family.sizes(self.module, self.projections)
+        return self.adapter.sizes(self.module, self.projections)
 
 
 def parallelize(
@@ -95,8 +95,8 @@ def parallelize(
         check_options(scheme, combine)
         options["profile"] = resolve_profile(profile, "cpu" if mesh is None else mesh.device_type)
         rates = options["profile"].numbers
-        if cache not in LAYOUTS:
-            raise GridError(f"cache must be one of {', '.join(LAYOUTS)}, got {cache!r}")
+        if cache not in CACHE_LAYOUTS:
+            raise GridError(f"cache must be one of {', '.join(CACHE_LAYOUTS)}, got {cache!r}")
         pretrained_models(model)  # refuses a transformers that is too old
         found = _find(model)
         _check_grid(found, grid, scheme)
@@ -113,7 +113,7 @@ def parallelize(
         kinds = {
             "which MLPs can be split": list(others.mlps),
             "the tensor-parallel plan": [rules for _, rules in others.tp_plans.values()],
-            "what attention does": [one.variant for one in found],
+            "what attention does": [(one.adapter.name, one.variant) for one in found],
         }
         same_on_all_ranks(kinds, mesh, "build the model alike on every rank")
     for one in found:
@@ -138,19 +138,21 @@ def _looks_like_attention(module: nn.Module) -> bool:
 def _find(model: nn.Module) -> list[Found]:
     """Every attention of the model. Raises GridError, naming it, for one that is not supported."""
     owners: dict[int, list[str]] = {}  # parameter -> modules that own it; a module used in several places is one
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    uses: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    adapters = adapters_with(FAMILIES)
+    supported = "supported: " + ", ".join(adapter.name for adapter in adapters)
     for name, module in model.named_modules():
         for p in module._parameters.values():
             owners.setdefault(id(p), []).append(name)
         for child_name, child in module._modules.items():
-            places.setdefault(child, []).append((module, child_name))
+            uses.setdefault(child, []).append((module, child_name))
     found: list[Found] = []
     for name, module in model.named_modules():
-        parent = places[module][0][0] if name else None
+        parent = uses[module][0][0] if name else None
         if isinstance(module, GridAttention):  # split already
             continue
-        family = next((f for f in FAMILIES if f.matches(module, parent)), None)
-        if family is None and not _looks_like_attention(module):
+        adapter = next((one for one in adapters if one.matches(module, parent)), None)
+        if adapter is None and not _looks_like_attention(module):
             continue
         where = f"{name or 'the model'} ({type(module).__name__})"
         if not name:
@@ -158,19 +160,18 @@ def _find(model: nn.Module) -> list[Found]:
                 f"{where} is itself an attention, and has no place in a model: put it into an nn.ModuleList, or use "
                 "TwoLevelMultiheadAttention.from_torch"
             )
-        if family is None:
+        if adapter is None:
             raise GridError(
-                f"{where} looks like attention of a structure that is not supported; supported: "
-                + ", ".join(f.name for f in FAMILIES)
-                + "; a part of the model without it can be split by itself: parallelize(model.part, mesh)"
+                f"{where} looks like attention of a structure that is not supported; {supported}; a part of the model "
+                "without it can be split by itself: parallelize(model.part, mesh)"
             )
-        one = Found(module, family, family.projections(module, parent), places[module], name)
+        one = Found(module, adapter, adapter.projections(module, parent), uses[module], name)
         if problem := _problem(one, owners):
             raise GridError(f"{where} is not supported: {problem}")
         found.append(one)
     if not found:
         done = any(isinstance(module, GridAttention) for module in model.modules())
-        known = "it is split already" if done else "supported: " + ", ".join(f.name for f in FAMILIES)
+        known = "it is split already" if done else supported
         raise GridError(f"no attention was found in {type(model).__name__} that could be split; {known}")
     return found
 
@@ -198,16 +199,16 @@ def _problem(one: Found, owners: dict[int, list[str]]) -> str | None:
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
     if implementation not in IMPLEMENTATIONS:
         return f'its attention implementation is {implementation!r}: call model.set_attn_implementation("sdpa") first'
-    if problem := one.family.problem(module):
+    if problem := one.adapter.problem(module):
         return problem
     for letter, projection in one.projections.items():
-        what = f"its {letter} projection, {one.family.paths[letter].removeprefix('../')},"
+        what = f"its {letter} projection, {one.adapter.paths[letter].removeprefix('../')},"
         if problem := changed_linear(projection):
             return f"{what} {problem}"
-        if not one.family.is_plain(projection):
+        if not one.adapter.is_plain(projection):
             return (
                 f"{what} is a {type(projection).__module__}.{type(projection).__name__}, not a plain "
-                f"{one.family.linear} (merge adapters, or undo quantisation, first)"
+                f"{one.adapter.linear} (merge adapters, or undo quantisation, first)"
             )
         if has_hooks(projection):
             return f"{what} has hooks, which would no longer run: remove them first"
@@ -218,9 +219,9 @@ def _problem(one: Found, owners: dict[int, list[str]]) -> str | None:
             return f"it shares a parameter between {', '.join(owners[id(p)])}: untie it first"
         if isinstance(p, DTensor):
             return "its parameters are DTensors already"
-        if id(p) not in known and name not in one.family.parameters:
-            return f"it has a parameter that {one.family.name} attention has not: {name}"
-    if one.family.out_in_parent and len({id(parent) for parent, _ in one.places}) > 1:
+        if id(p) not in known and name not in one.adapter.parameters:
+            return f"it has a parameter that {one.adapter.name} attention has not: {name}"
+    if one.adapter.out_in_parent and len({id(parent) for parent, _ in one.uses}) > 1:
         return "it is used in several places, with an output projection at each"
     return None
 
@@ -245,11 +246,11 @@ def _probe_all(found: list[Found], options: dict) -> None:
 
 
 def _agreeing(one: Found, options: dict) -> dict[str, object]:
-    """The first of the family's variants that gives the original's numbers. Raises the GridError of the first if none
+    """The first of the adapter's variants that gives the original's numbers. Raises the GridError of the first if none
     does.
     """
     refusals = []
-    for variant in one.family.variants:
+    for variant in one.adapter.variants:
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
                 torch.manual_seed(0)
@@ -263,24 +264,24 @@ def _agreeing(one: Found, options: dict) -> dict[str, object]:
 
 def _probe(one: Found, options: dict, gain: float, tolerance: float) -> None:
     """Runs a copy of the original and its replacement on small random inputs; raises GridError if they differ."""
-    where, known = f"{one.name} ({type(one.module).__name__})", one.family.name
+    where, known = f"{one.name} ({type(one.module).__name__})", one.adapter.name
     try:
         original, *copies = random_copy([one.module, *one.projections.values()], gain)
     except Exception as error:
         raise GridError(f"{where} is not supported: it cannot be copied for a trial: {error!r}") from error
     projections = dict(zip(one.projections, copies, strict=True))
     try:
-        ours = one.family.new(original, projections, None, options).eval()
+        ours = one.adapter.new(original, projections, None, options).eval()
     except GridError as error:
         raise GridError(f"{where} is not supported: {error}") from None
     calls = []  # twice the same: a cache in them is written to
     for _ in range(2):
         torch.manual_seed(1)
-        calls.append(one.family.inputs(original, torch.float64))
+        calls.append(one.adapter.inputs(original, torch.float64))
     for (args, kwargs), (our_args, our_kwargs) in zip(*calls, strict=True):
         try:
             expected = original(*args, **kwargs)[0]
-            if one.family.out_in_parent:
+            if one.adapter.out_in_parent:
                 expected = projections["o"](expected)
         except Exception as error:
             raise GridError(
@@ -301,14 +302,14 @@ def _probe(one: Found, options: dict, gain: float, tolerance: float) -> None:
 
 
 def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
-    ours = one.family.new(one.module, one.projections, mesh, options | one.variant).train(one.module.training)
+    ours = one.adapter.new(one.module, one.projections, mesh, options | one.variant).train(one.module.training)
     for name, value in vars(one.module).items():  # what others may read or hook stays
         if name in (*HOOKS, "_is_full_backward_hook") or (not name.startswith("_") and name not in vars(ours)):
             vars(ours)[name] = value
-    for parent, child in one.places:
+    for parent, child in one.uses:
         setattr(parent, child, ours)
-    if one.family.out_in_parent:
-        child = one.places[0][1]
-        holder, _, linear = resolve(child, one.family.paths["o"]).rpartition(".")
+    if one.adapter.out_in_parent:
+        child = one.uses[0][1]
+        holder, _, linear = resolve(child, one.adapter.paths["o"]).rpartition(".")
         setattr(one.parent.get_submodule(holder), linear, nn.Identity())
         take_stock_keys(one.parent, child)

@@ -13,14 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from two_level_mha.blocks import local_blocks
-from two_level_mha.cache import CacheLayer
+from two_level_mha.cache_layer import CachedCall, CacheLayer
 from two_level_mha.errors import GridError, wrong_device, wrong_dtype
 from two_level_mha.layer import Aside, Drops, GridAttention
 from two_level_mha.profile import Profile
 from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
 
 BIASES = (False, True, "qkv", "out")
-NORMS = ("q_norm_weight", "k_norm_weight")
+NORM_WEIGHTS = ("q_norm_weight", "k_norm_weight")
 
 _ops = torch.ops.two_level_mha
 
@@ -115,7 +115,7 @@ class TwoLevelAttention(Drops, GridAttention):
             self.stock_names |= linear_names(name, path, linear, d)
             state |= {f"{path}.{part}": p.detach() for part, p in linear.named_parameters()}
         if qk_norm is not None:
-            for name in NORMS:
+            for name in NORM_WEIGHTS:
                 self.stock_names[name] = StockTensor(name.replace("_weight", ".weight"), (d,), (d,))
                 state[self.stock_names[name].key] = torch.ones(d, **factory)
         self.store(from_stock(state, self.stock_names))
@@ -144,7 +144,7 @@ class TwoLevelAttention(Drops, GridAttention):
         Raises GridError, on every rank alike, before anything is sent.
         """
         cos_sin = dict(zip(("cos", "sin"), position_embeddings or (), strict=False))
-        norms = [self._parameters[name] for name in NORMS] if self.qk_norm is not None else []
+        norms = [self._parameters[name] for name in NORM_WEIGHTS] if self.qk_norm is not None else []
         dropout_p = self.dropout if self.training and self._drops else 0.0
 
         def check() -> dict[str, object]:
@@ -154,10 +154,9 @@ class TwoLevelAttention(Drops, GridAttention):
 
         self.check_call(check, {"x": x_BLD, "attn_mask": attn_mask, **cos_sin})
         batch, length, _ = x_BLD.shape
-        call = {} if cache is None else cache.begin(batch, length)
-        past = call.get("position", 0)
+        call = CachedCall() if cache is None else cache.begin(batch, length)
         if position_embeddings is None and self.rope is not None:
-            position_embeddings = self.rope.embeddings(past, length, self.head_dim, x_BLD.device)
+            position_embeddings = self.rope.embeddings(call.position, length, self.head_dim, x_BLD.device)
 
         def between(q: Tensor, k: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
             if norms:
@@ -169,11 +168,11 @@ class TwoLevelAttention(Drops, GridAttention):
             return q, k, v
 
         return self.attend(
-            x_BLD, x_BLD, x_BLD, attn_mask=attn_mask, scale=self.scale, causal=past if is_causal else None,
+            x_BLD, x_BLD, x_BLD, attn_mask=attn_mask, scale=self.scale, causal=call.position if is_causal else None,
             window=self.window, softcap=self.softcap, dropout_p=dropout_p,
             rows=None if position_embeddings is None else [x.unsqueeze(1) for x in position_embeddings],
             shared=local_blocks(norms) or None, between=between,
-            cache=cache, **call,
+            cache=cache, scheme=call.scheme, position=call.position, first_key=call.first_key,
         )[0]  # fmt: skip
 
     def _check(self, x, position_embeddings, attn_mask, is_causal: bool, cache, dropout_p: float) -> None:

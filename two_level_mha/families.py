@@ -1,58 +1,15 @@
-"""The structures of attention that parallelize knows: a table."""
+"""The kinds of attention that the package itself splits: a table of adapters."""
 
 import importlib
 import inspect
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from two_level_mha.integrations.projected import heads_of, probe_inputs, projected_like
+from two_level_mha.adapters import Adapter
+from two_level_mha.integrations.projected import probe_inputs, projected_like
 from two_level_mha.multihead import TwoLevelMultiheadAttention
-
-
-@dataclass(frozen=True)
-class Family:
-    """One structure of attention: how to recognise it, where its projections are, how to replace and to call it."""
-
-    name: str
-    matches: Callable[[nn.Module, nn.Module | None], bool]  # (module, parent)
-    paths: dict[str, str]  # projections that are linears of their own: q, k, v or qkv, o -> path as in StockTensor.key
-    replace: Callable[..., nn.Module]  # (module, projections, paths, mesh, **options), gives a module with stock_names
-    inputs: Callable[[nn.Module, torch.dtype], list[tuple[tuple, dict]]]
-    parameters: tuple[str, ...] = ()  # that it may have besides those of the projections
-    cached: bool = False  # replace takes cache=, the layout of its KV cache
-    variants: tuple[dict[str, object], ...] = ({},)  # options of replace, of which the probe takes the first that fits
-    sizes: Callable[[nn.Module, dict], tuple[int, int, int]] = heads_of  # heads, key/value heads, head_dim
-    linear: str = "nn.Linear"  # what a projection must be
-    problem: Callable[[nn.Module], str | None] = lambda module: None  # a feature that is not supported
-
-    @property
-    def out_in_parent(self) -> bool:
-        return self.paths["o"].startswith("../")
-
-    def is_plain(self, projection: nn.Module) -> bool:
-        """Whether a projection is of the class that is known, and not of a subclass."""
-        if self.linear == "nn.Linear":
-            return type(projection) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        known = sys.modules.get("transformers.pytorch_utils")
-        return known is not None and type(projection) is known.Conv1D
-
-    def new(
-        self, module: nn.Module, projections: dict[str, nn.Module], mesh: DeviceMesh | None, options: dict[str, object]
-    ) -> nn.Module:
-        """The replacement; it takes of the options of parallelize what it has."""
-        options = {name: value for name, value in options.items() if name != "cache" or self.cached}
-        return self.replace(module, projections, self.paths, mesh, **options)
-
-    def projections(self, module: nn.Module, parent: nn.Module) -> dict[str, nn.Module]:
-        return {
-            letter: (parent if path.startswith("../") else module).get_submodule(path.removeprefix("../"))
-            for letter, path in self.paths.items()
-        }
 
 
 def _has(module: nn.Module, *names: str) -> bool:
@@ -103,7 +60,7 @@ def _replace_mha(mha: nn.MultiheadAttention, projections, paths, mesh, **options
 
 
 FAMILIES = (
-    Family(
+    Adapter(
         "nn.MultiheadAttention",
         lambda module, parent: isinstance(module, nn.MultiheadAttention),
         {"o": "out_proj"},
@@ -112,14 +69,14 @@ FAMILIES = (
         ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v"),
         sizes=lambda mha, projections: (mha.num_heads, mha.num_heads, mha.head_dim),
     ),
-    Family(
+    Adapter(
         "BERT",
         _is_bert,
         {"q": "query", "k": "key", "v": "value", "o": "../output.dense"},
         projected_like,
         probe_inputs,
     ),
-    Family(
+    Adapter(
         "Llama",
         _is_decoder,
         {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
@@ -129,14 +86,14 @@ FAMILIES = (
         cached=True,
         variants=({}, {"rotates": False}),
     ),
-    Family(
+    Adapter(
         "ViT",
         _is_vit,
         {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
         projected_like,
         probe_inputs,
     ),
-    Family(
+    Adapter(
         "GPT-2",
         _is_gpt2,
         {"qkv": "c_attn", "o": "c_proj"},

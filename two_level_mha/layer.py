@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from two_level_mha import _C
 from two_level_mha.agreement import check_call, compares
 from two_level_mha.blocks import COMBINES, LAYOUTS, block, local_blocks
-from two_level_mha.cache import CacheLayer
+from two_level_mha.cache_layer import CacheLayer
 from two_level_mha.context import constants, element_size, layer_numbers, size_numbers
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import Grid, place_on

@@ -8,6 +8,7 @@ from torch import Tensor
 from two_level_mha import reference
 from two_level_mha.blocks import whole
 from two_level_mha.cache import KVCache
+from two_level_mha.cache_layer import CachedCall, LayersCache
 from two_level_mha.layer import GridAttention
 
 from .calls import mesh
@@ -55,12 +56,11 @@ class Cached(GridAttention):
 
     def forward(self, x_BLD: Tensor, layer=None, mask_BhLS: Tensor | None = None) -> Tensor:
         B, L, _ = x_BLD.shape
-        call = {} if layer is None else layer.begin(B, L)
-        first = call.get("position", 0)
-
+        call = CachedCall() if layer is None else layer.begin(B, L)
         y, _ = self.attend(
-            x_BLD, x_BLD, x_BLD, attn_mask=mask_BhLS, causal=first if mask_BhLS is None else None,
-            window=self.window if mask_BhLS is None else None, cache=layer, **call,
+            x_BLD, x_BLD, x_BLD, attn_mask=mask_BhLS, causal=call.position if mask_BhLS is None else None,
+            window=self.window if mask_BhLS is None else None, cache=layer, scheme=call.scheme,
+            position=call.position, first_key=call.first_key,
         )  # fmt: skip
         return y
 
@@ -82,7 +82,7 @@ def visible(plan: Plan) -> Tensor:
     return sees & (key >= pads)
 
 
-def new_cache(plan: Plan, grid: tuple[int, int] | None, layers: int = 1) -> KVCache:
+def new_cache(plan: Plan, grid: tuple[int, int] | None, layers: int = 1) -> LayersCache:
     sizes = {"num_layers": layers, "num_kv_heads": plan.kv_heads, "head_dim": plan.head_dim, "window": plan.window}
     return KVCache(sizes, mesh(grid), layout=plan.layout, max_length=plan.max_length)
 

@@ -84,7 +84,7 @@ def cache(grid=None, **sizes):
 @pytest.mark.parametrize(
     "make_cache, options, sentence",
     [
-        (lambda: cache(), {}, "must be one of the layers of a KVCache, got ModelCache|KVCache"),
+        (lambda: cache(), {}, "must be one of the layers of a KVCache, got LayersCache"),
         (lambda: cache(window=3).layers[0], {}, "keeps a window of 3 tokens, but the module's window is None"),
         (lambda: cache(window=3).layers[0], {"window": 4}, "keeps a window of 3 tokens, but the module's window is 4"),
         (lambda: cache().layers[0], {"scheme": "independent"}, "'independent' takes no cache"),

@@ -8,7 +8,7 @@ from harness.layer import Case, decided, place
 
 import two_level_mha as tlm
 from two_level_mha import _C, context
-from two_level_mha.cache import CacheLayer
+from two_level_mha.cache_layer import CacheLayer
 from two_level_mha.mesh import Grid, Place
 from two_level_mha.profile import Profile
 

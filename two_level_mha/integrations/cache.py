@@ -9,7 +9,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from two_level_mha.cache import CacheLayer, KVCache
+from two_level_mha.cache_layer import CacheLayer, LayersCache
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.mesh import Place
 
@@ -91,13 +91,13 @@ class ModelCacheLayer(CacheLayer, CacheLayerMixin):
         raise UsageRuntimeError("a KV cache that is split over a grid cannot be offloaded")
 
 
-class ModelCache(KVCache, Cache):
-    """A KVCache that transformers takes as past_key_values; made by KVCache(config, mesh)."""
+class ModelCache(LayersCache, Cache):
+    """A LayersCache that transformers takes as past_key_values; made by KVCache(config, mesh)."""
 
     layer_class = ModelCacheLayer
 
     def __init__(self, config, mesh, **options) -> None:
-        KVCache.__init__(self, config, mesh, **options)
+        LayersCache.__init__(self, config, mesh, **options)
         Cache.__init__(self, layers=self.layers)
 
     def windows_of(self, config, place: Place) -> list[int | None]:
@@ -121,14 +121,15 @@ def _head_dim(config) -> int:
 
 
 def split_layer(cache: Cache, index: int, place: Place, layout: str) -> ModelCacheLayer:
-    """Layer `index` of the cache that attention was called with, ours in place of transformers' own empty one.
+    """Layer `index` for the cache that attention was called with: ours, or a new one for transformers' own empty one,
+    which put_layer puts there. Changes nothing.
 
     Raises GridError for a cache of another kind, one that was filled elsewhere, or one of another grid.
     """
-    if isinstance(cache, Cache) and cache.layer_class_to_replicate is DynamicLayer and not cache.offloading:
-        while len(cache.layers) <= index:
-            cache.layers.append(DynamicLayer())
-    layer = cache.layers[index] if isinstance(cache, Cache) and index < len(cache.layers) else None
+    known = isinstance(cache, Cache)
+    layer = cache.layers[index] if known and index < len(cache.layers) else None
+    if layer is None and known and _grows(cache):
+        layer = DynamicLayer()
     if isinstance(layer, ModelCacheLayer):
         if layer.place != place:
             raise GridError(f"the KV cache was made for {layer.place.grid}, the attention is on {place.grid}")
@@ -143,5 +144,16 @@ def split_layer(cache: Cache, index: int, place: Place, layout: str) -> ModelCac
         raise GridError("past_key_values was filled by a model that is not split: fill it again by this one")
     ours = ModelCacheLayer(place, layout, window=layer.sliding_window if layer.is_sliding else None)
     ours.recording = getattr(layer, "record_past", False)
-    cache.layers[index] = ours
     return ours
+
+
+def put_layer(cache: Cache, index: int, layer: ModelCacheLayer) -> None:
+    """Makes what split_layer gave layer `index` of the cache, which it may be already."""
+    while len(cache.layers) <= index:
+        cache.layers.append(DynamicLayer())
+    cache.layers[index] = layer
+
+
+def _grows(cache: Cache) -> bool:
+    """Whether transformers would append plain layers to the cache as they are called for."""
+    return cache.layer_class_to_replicate is DynamicLayer and not cache.offloading

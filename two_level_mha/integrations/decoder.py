@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import DynamicCache
 
+from two_level_mha.cache_layer import CachedCall
 from two_level_mha.decoder import check_dropout
 from two_level_mha.errors import GridError, UsageRuntimeError
-from two_level_mha.integrations.cache import WINDOWED, split_layer
+from two_level_mha.integrations.cache import WINDOWED, put_layer, split_layer
 from two_level_mha.integrations.projected import ProjectedAttention, additive, class_like
 from two_level_mha.layer import Aside
 
@@ -73,23 +74,28 @@ class DecoderAttention(ProjectedAttention):
         B, L, _ = hidden_states.shape
         need_weights, dropout_p = self.needs_weights(kwargs), self.dropout.p if self.training else 0.0
         layout = "batch" if dropout_p > 0.0 else self.cache_layout  # see check_dropout
-        layer, call = None, {}
 
         def check() -> dict[str, object]:
-            nonlocal layer, call
             self.check_implementation()
-            if past_key_values is not None:
-                layer = split_layer(past_key_values, self.layer_idx, self.place, layout)
-                check_dropout(layer, dropout_p)
-                call = layer.begin(B, L)
-                if need_weights and layer.layout == "position":
-                    raise UsageRuntimeError(
-                        "output_attentions needs all keys of a query on one rank, which a cache by position has not: "
-                        'call with use_cache=False, or parallelize with cache="batch"'
-                    )
-            return {"need_weights": need_weights, "dropout_p": dropout_p, **call}
+            settings = {"need_weights": need_weights, "dropout_p": dropout_p}
+            if past_key_values is None:
+                return settings
+            layer = split_layer(past_key_values, self.layer_idx, self.place, layout)
+            check_dropout(layer, dropout_p)
+            call = layer.next_call(B, L)
+            if need_weights and layer.layout == "position":
+                raise UsageRuntimeError(
+                    "output_attentions needs all keys of a query on one rank, which a cache by position has not: "
+                    'call with use_cache=False, or parallelize with cache="batch"'
+                )
+            return settings | call._asdict()
 
         self.check_call(check, {"hidden_states": hidden_states, "attention_mask": attention_mask})
+        layer, call = None, CachedCall()
+        if past_key_values is not None:
+            layer = split_layer(past_key_values, self.layer_idx, self.place, layout)
+            put_layer(past_key_values, self.layer_idx, layer)
+            call = layer.begin(B, L)
 
         def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
             return *self.positioned(q_BHLd, k_BKSd, aside), v
@@ -103,7 +109,7 @@ class DecoderAttention(ProjectedAttention):
             hidden_states,
             attn_mask=attention_mask,
             scale=self.scaling,
-            causal=call.get("position", 0) if causal else None,
+            causal=call.position if causal else None,
             softcap=self.softcap,
             dropout_p=dropout_p,
             need_weights=need_weights,
@@ -112,7 +118,9 @@ class DecoderAttention(ProjectedAttention):
             shared=[p for norm in self.norms() for p in norm.parameters()] or None,
             between=between,
             cache=layer,
-            **call,
+            scheme=call.scheme,
+            position=call.position,
+            first_key=call.first_key,
         )
 
     def norms(self) -> list[nn.Module]:
