@@ -6,6 +6,7 @@
 #include <map>
 #include <string>
 
+#include "attend/kernels_python.h"
 #include "plan.h"
 
 namespace {
@@ -134,6 +135,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan, "Every valid grid with every scheme, and the index of the pick.", py::kw_only(),
         "ranks"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "embed_dim"_a, "B"_a, "L"_a, "S"_a,
         "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "cuda"_a);
+
+  bind_kernels(m);
 
   // csrc/schemes.h says what the fields mean
   py::class_<Call>(m, "Call")
