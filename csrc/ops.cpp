@@ -178,12 +178,13 @@ TORCH_LIBRARY(two_level_mha, library) {
       qkv_projection_op);
 
   // softmax(softcap(scale q k^T) + mask) v and its logsumexp, for whatever part of the keys, values or rows
-  // is given; csrc/attend/contract.h is the contract. kernel: the one that must serve the call, of
-  // csrc/attend/kernels.h; a ValueError if it cannot.
+  // is given; csrc/attend/contract.h is the contract. kernel_name: the one that must serve the call,
+  // of csrc/attend/kernels.h; a ValueError if it cannot. ("kernel" is an argument of inductor's own.)
   library.def(
       "partial_attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask=None, *, float? scale=None, "
       "SymInt? causal=None, SymInt? window=None, float softcap=0., float dropout_p=0., Tensor? seed=None, "
-      "SymInt[] origin=[0, 0, 0], SymInt key_stride=1, str kernel='') -> (Tensor out, Tensor logsumexp)");
+      "SymInt[] origin=[0, 0, 0], SymInt key_stride=1, str kernel_name='') -> (Tensor out, Tensor "
+      "logsumexp)");
 
   // Gradients of q, k, v, and of attn_mask if mask_grad, else an empty tensor.
   library.def(
@@ -191,7 +192,7 @@ TORCH_LIBRARY(two_level_mha, library) {
       "Tensor out, "
       "Tensor logsumexp, bool mask_grad, Tensor? attn_mask=None, *, float? scale=None, SymInt? causal=None, "
       "SymInt? window=None, float softcap=0., float dropout_p=0., Tensor? seed=None, SymInt[] origin=[0, 0, "
-      "0], SymInt key_stride=1, str kernel='') "
+      "0], SymInt key_stride=1, str kernel_name='') "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 
   // Which elements dropout keeps: bool of `sizes` (b, h, l, s), whose element [0, 0, 0] is global `origin`

@@ -90,7 +90,7 @@ const Functions& choose(std::string_view name, const Request& request, const Ten
                       ". The call needs ", feature_names(needs(request)), ", with q (", request.B, ", ",
                       request.H, ", ", request.L, ", ", request.d_qk, "), k (", request.B, ", ", request.K,
                       ", ", request.S, ", ", request.d_qk, ") and d_v = ", request.d_v,
-                      "; kernel='' would take '", serving(request, machine).name,
+                      "; kernel_name='' would take '", serving(request, machine).name,
                       "'. Kernels: ", all_names());
   }
   return kFunctions[kernel - kKernels];
@@ -99,7 +99,7 @@ const Functions& choose(std::string_view name, const Request& request, const Ten
 }  // namespace
 
 void check_kernel_name(std::string_view name) {
-  TORCH_CHECK_VALUE(name.empty() || find_kernel(name), "kernel must be one of ", all_names(),
+  TORCH_CHECK_VALUE(name.empty() || find_kernel(name), "kernel_name must be one of ", all_names(),
                     ", or '' for the fastest that serves the call, got '", name, "'");
 }
 

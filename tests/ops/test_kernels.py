@@ -136,14 +136,14 @@ def test_forced_against_the_reference(kernel, feature, dtype):
     refused = _C.refusals(call.request(), _C.Machine()).get(kernel)
     if refused:
         with pytest.raises(ValueError, match=re.escape(f"kernel '{kernel}' cannot serve this call: it {refused}.")):
-            attend(*inputs, **given, kernel=kernel)
+            attend(*inputs, **given, kernel_name=kernel)
         return
     backward = _C.refusals(call.request(backward=True, grad_logsumexp=True), _C.Machine()).get(kernel, "")
     if "a gradient of logsumexp" in backward and "backward" not in backward.split("(")[0]:
         with pytest.raises(ValueError, match="does not support a gradient of logsumexp"):
-            gradients(lambda *x: attend(*x, **given, kernel=kernel), inputs, weights)
+            gradients(lambda *x: attend(*x, **given, kernel_name=kernel), inputs, weights)
         del weights[1]
-    mine = gradients(lambda *x: attend(*x, **given, kernel=kernel), inputs, weights)
+    mine = gradients(lambda *x: attend(*x, **given, kernel_name=kernel), inputs, weights)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     theirs = gradients(lambda *x: by_reference(*x, **given), wide, weights)
     for name, x, y in zip(("out", "logsumexp", "dq", "dk", "dv"), mine, theirs, strict=True):
@@ -164,7 +164,7 @@ def test_what_serves_is_what_the_function_says(feature, dtype):
     by_name = {}
     for name in NAMES:
         if name not in _C.refusals(call.request(), here):
-            by_name[name] = attend(q, k, v, **given, kernel=name)
+            by_name[name] = attend(q, k, v, **given, kernel_name=name)
     out, logsumexp = attend(q, k, v, **given)
     assert torch.equal(out, by_name[chosen][0]) and torch.equal(logsumexp, by_name[chosen][1])
     if feature == "several blocks" and chosen != "chunked":  # where sums are long no two kernels have the same bits
@@ -174,7 +174,7 @@ def test_what_serves_is_what_the_function_says(feature, dtype):
     for grad_logsumexp in (False, True):
         arguments = (g, g_lse if grad_logsumexp else None, q, k, v, out, logsumexp, False, mask)
         chosen = _C.serving(call.request(backward=True, grad_logsumexp=grad_logsumexp), here)[0]
-        free, forced = (ops.partial_attention_backward(*arguments, **given, kernel=name) for name in ("", chosen))
+        free, forced = (ops.partial_attention_backward(*arguments, **given, kernel_name=name) for name in ("", chosen))
         assert all(torch.equal(x, y) for x, y in zip(free, forced, strict=True))
 
 
@@ -182,12 +182,12 @@ def test_a_kernel_without_a_backward():
     """Localises: whom autograd asks after a forward that was asked for by name."""
     call = Call()
     q, k, v = call.inputs()
-    out, logsumexp = attend(q, k, v, kernel="cpu_decode")
+    out, logsumexp = attend(q, k, v, kernel_name="cpu_decode")
     with pytest.raises(ValueError, match="kernel 'cpu_decode' cannot serve this call: it does not support backward"):
-        ops.partial_attention_backward(out, None, q, k, v, out, logsumexp, False, kernel="cpu_decode")
+        ops.partial_attention_backward(out, None, q, k, v, out, logsumexp, False, kernel_name="cpu_decode")
     mine = torch.autograd.grad(out.sum(), (q, k, v))
     theirs = ops.partial_attention_backward(torch.ones_like(out), None, q, k, v, out, logsumexp, False,
-                                            kernel="cpu_blocked")  # fmt: skip
+                                            kernel_name="cpu_blocked")  # fmt: skip
     assert all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=False))
 
 
@@ -196,29 +196,42 @@ def test_a_gradient_of_the_mask():
     (q, k, v), mask = Call().inputs(), torch.randn(37, 53, requires_grad=True)
     assert _C.serving(_C.Request(backward=True, grad_mask=True, mask="additive"), _C.Machine())[0] == "chunked"
     assert torch.autograd.grad(attend(q, k, v, mask)[0].sum(), mask)[0].shape == mask.shape
-    out, _ = attend(q, k, v, mask, kernel="cpu_blocked")
+    out, _ = attend(q, k, v, mask, kernel_name="cpu_blocked")
     with pytest.raises(ValueError, match="does not support a gradient of the mask"):
         torch.autograd.grad(out.sum(), mask)
+
+
+def test_forced_under_compile():
+    """E. Localises: a kernel's name in a traced graph, and arguments whose names inductor cannot pass on."""
+    q, k, v = Call().inputs()
+    for name in ("chunked", "cpu_decode"):
+
+        def forced(*x, name=name):
+            return attend(*x, kernel_name=name)
+
+        compiled = torch.compile(forced, fullgraph=True)
+        mine, theirs = (gradients(f, (q, k, v), [torch.ones(2, 4, 37, 24)]) for f in (compiled, forced))
+        assert all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_an_unknown_name(device):
     """Localises: the check of the name, which tracing needs as well; the message lists the names."""
     q = torch.ones(1, 2, 3, 4, device=device)
-    with pytest.raises(ValueError, match=f"kernel must be one of {', '.join(NAMES)}, or '' .* got 'fastest'"):
-        attend(q, q, q, kernel="fastest")
+    with pytest.raises(ValueError, match=f"kernel_name must be one of {', '.join(NAMES)}, or '' .* got 'fastest'"):
+        attend(q, q, q, kernel_name="fastest")
 
 
 def test_what_a_refusal_says():
     """Localises: asked against supported, the call's sizes and what would serve it."""
     q, k, v = Call(dtype="bfloat16").inputs()
     with pytest.raises(ValueError) as refused:
-        attend(q, k, v, causal=20, window=3, softcap=1.0, kernel="aten_cpu")
+        attend(q, k, v, causal=20, window=3, softcap=1.0, kernel_name="aten_cpu")
     assert str(refused.value).splitlines()[0] == (
         "kernel 'aten_cpu' cannot serve this call: it does not support a causal offset, window, softcap (it supports "
         "bfloat16, float16, groups of query heads, causal, backward). The call needs bfloat16, groups of query heads, "
-        "causal, a causal offset, window, softcap, with q (2, 4, 37, 24), k (2, 2, 53, 24) and d_v = 24; kernel='' "
-        f"would take 'cpu_blocked'. Kernels: {', '.join(NAMES)}"
+        "causal, a causal offset, window, softcap, with q (2, 4, 37, 24), k (2, 2, 53, 24) and d_v = 24; "
+        f"kernel_name='' would take 'cpu_blocked'. Kernels: {', '.join(NAMES)}"
     )
 
 
