@@ -1,7 +1,8 @@
 """Builds two libraries: `_ops` (kernels and operators, no Python) and `_C` (a small pybind11 module).
 
 Environment: TLM_CUDA=0 leaves the CUDA sources out, FORCE_CUDA=1 makes their absence an error,
-TORCH_CUDA_ARCH_LIST picks the GPU architectures, MAX_JOBS limits the compilers run at once.
+TORCH_CUDA_ARCH_LIST picks the GPU architectures of the sources that are not written for one of their own (own_arch),
+MAX_JOBS limits the compilers run at once.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from setuptools import setup
+from setuptools import Extension, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler
 
 ROOT = Path(__file__).resolve().parent
@@ -64,6 +65,20 @@ def decide_archs() -> Decision:
     return Decision(";".join(archs), f"default, as far as nvcc {nvcc_release()} goes")
 
 
+def own_arch(source: str) -> str | None:
+    """The one architecture that a CUDA source is written for, by its name, 9.0a for *_sm90a.cu; None: those of the
+    list. A source with one is compiled for that alone, whatever the list says: its instructions exist nowhere else, and
+    at run time the GPU decides whether it is called."""
+    named = re.search(r"_sm(\d+)(\d)([af]?)\.cu$", source)
+    return f"{named[1]}.{named[2]}{named[3]}" if named else None
+
+
+def arch_flags(arch: str) -> list[str]:
+    """nvcc's flags for one architecture and no other."""
+    number = arch.replace(".", "")
+    return [f"-gencode=arch=compute_{number},code=sm_{number}"]
+
+
 def decide() -> dict[str, Decision]:
     """Everything that is decided here, in the order in which it is printed."""
     decisions = {
@@ -74,6 +89,9 @@ def decide() -> dict[str, Decision]:
     if decisions["CUDA"].value == "yes":
         decisions["architectures"] = decide_archs()
         os.environ["TORCH_CUDA_ARCH_LIST"] = decisions["architectures"].value
+        for source in sources(cuda=True)[0]:
+            if arch := own_arch(source):
+                decisions[Path(source).name] = Decision(arch, "by its name")
     return decisions
 
 
@@ -115,6 +133,24 @@ def extensions(decisions: dict[str, Decision]) -> list:
 
 class Build(BuildExtension):
     """Compiles, then puts beside the libraries what belongs to them: headers, CMake config, decisions."""
+
+    def build_extension(self, extension: Extension) -> None:
+        """Sources with an architecture of their own first, each kind by itself, since torch's flags are those of a
+        whole extension; their objects are linked with the others."""
+        archs = {source: own_arch(source) for source in extension.sources}
+        for arch in sorted({arch for arch in archs.values() if arch}):
+            flags = extension.extra_compile_args
+            extension.extra_objects += self.compiler.compile(
+                [source for source in extension.sources if archs[source] == arch],
+                output_dir=str(Path(self.build_temp, f"sm_{arch}")),
+                macros=extension.define_macros,
+                include_dirs=extension.include_dirs,
+                debug=self.debug,
+                extra_postargs=flags | {"nvcc": [*flags["nvcc"], *arch_flags(arch)]},
+                depends=extension.depends,
+            )
+        extension.sources = [source for source in extension.sources if not archs[source]]
+        super().build_extension(extension)
 
     def run(self) -> None:
         super().run()

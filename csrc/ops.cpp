@@ -163,7 +163,8 @@ TORCH_LIBRARY(two_level_mha, library) {
       qkv_projection_op);
 
   // softmax(softcap(scale q k^T) + mask) v and its logsumexp, for whatever part of the keys, values or rows is given;
-  // csrc/attend/attention.h is the contract.
+  // csrc/attend/contract.h is the contract. kernel_name: the one that must serve the call, of csrc/attend/kernels.h; a
+  // ValueError if it cannot. ("kernel" is an argument of inductor's own.)
   library.def(
       "partial_attention("
       "Tensor q, "
@@ -178,7 +179,8 @@ TORCH_LIBRARY(two_level_mha, library) {
       "float dropout_p=0., "
       "Tensor? seed=None, "
       "SymInt[] origin=[0, 0, 0], "
-      "SymInt key_stride=1"
+      "SymInt key_stride=1, "
+      "str kernel_name=''"
       ") -> (Tensor out, Tensor logsumexp)");
 
   // Gradients of q, k, v, and of attn_mask if mask_grad, else an empty tensor.
@@ -201,7 +203,8 @@ TORCH_LIBRARY(two_level_mha, library) {
       "float dropout_p=0., "
       "Tensor? seed=None, "
       "SymInt[] origin=[0, 0, 0], "
-      "SymInt key_stride=1"
+      "SymInt key_stride=1, "
+      "str kernel_name=''"
       ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)");
 
   // Which elements dropout keeps: bool of `sizes` (b, h, l, s), whose element [0, 0, 0] is global `origin`

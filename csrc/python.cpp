@@ -6,6 +6,7 @@
 #include <map>
 #include <string>
 
+#include "attend/kernels_python.h"
 #include "pass/cache.h"
 #include "pass/context.h"
 #include "plan/options.h"
@@ -146,9 +147,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("ranked_grids", &ranked, "Valid (n, m) for a number of ranks, the fastest in a typical call first.");
   m.def("grid_choices", &grid_choices, "A sentence with the valid grids for a number of ranks, and near it.");
   m.def("schemes", &schemes, "(name, exact, storage) of every scheme.");
-  m.def("constant_fields", [] { return names_of(kConstants); }, "Names of the constants of a call, in order.");
-  m.def("size_fields", [] { return names_of(kSizes); }, "Names of the sizes of a call, in order.");
-  m.def("cache_fields", [] { return names_of(kCacheFields); }, "Names of a cache layer's numbers, in order.");
+  m.def(
+      "constant_fields", [] { return names_of(kConstants); }, "Names of the constants of a call, in order.");
+  m.def(
+      "size_fields", [] { return names_of(kSizes); }, "Names of the sizes of a call, in order.");
+  m.def(
+      "cache_fields", [] { return names_of(kCacheFields); }, "Names of a cache layer's numbers, in order.");
   m.def("scheme_numbers", &scheme_numbers, "The number of every scheme, and of \"auto\".");
   m.def(
       "scalar_type", [](at::ScalarType type) { return int64_t(type); }, "The number of a dtype.");
@@ -163,6 +167,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan, "Every valid grid with every scheme, and the index of the pick.", py::kw_only(),
         "ranks"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "embed_dim"_a, "B"_a, "L"_a, "S"_a,
         "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "profile"_a);
+
+  bind_kernels(m);
 
   // csrc/schemes.h says what the fields mean
   py::class_<Call>(m, "Call")

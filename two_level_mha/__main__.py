@@ -22,7 +22,7 @@ def registered_ops() -> dict[str, list[str]]:
 
 
 def info(args: argparse.Namespace) -> None:
-    """Versions, what the build decided and why, what was compiled in, and every operator with its kernels."""
+    """Versions, what the build decided and why, what was compiled in, every operator and every attention kernel."""
     compiled = _C.build_info()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible"
     rows = {
@@ -39,6 +39,25 @@ def info(args: argparse.Namespace) -> None:
     print_table("versions", rows)
     print_table("build", {k: f"{value} ({why})" for k, (value, why) in _load.build_decisions().items()})
     print_table("operators", {name: ", ".join(keys) for name, keys in registered_ops().items()} or {"none": ""})
+    print_table("attention kernels, the preferred ones first", usable_kernels())
+    print_table("what they support", {row["name"]: ", ".join(row["supports"]) for row in _C.kernels()})
+
+
+def usable_kernels() -> dict[str, str]:
+    """Name of every attention kernel -> what it runs on, and whether that is here."""
+    machines = [_C.Machine()]
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        arch = 10 * major + minor if _C.build_info()["cuda"] == "yes" else 0
+        machines.append(_C.Machine(cuda=True, arch=arch, cudnn=torch.backends.cudnn.version() or 0))
+    rows = {}
+    for row in _C.kernels():
+        reasons = {str(machine): _C.unusable(machine).get(row["name"], "") for machine in machines}
+        here = " and ".join(machine for machine, reason in reasons.items() if not reason)
+        rows[row["name"]] = (
+            f"{row['runs_on']}: usable on {here}" if here else "not usable: " + "; ".join(reasons.values())
+        )
+    return rows
 
 
 def print_table(title: str, rows: dict[str, str]) -> None:
@@ -95,7 +114,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m two_level_mha", description=tlm.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, build, arch list, operators available").set_defaults(run=info)
+    commands.add_parser("info", help="versions, build, arch list, operators, kernels").set_defaults(run=info)
     add_plan(commands.add_parser("plan", help="which grid and scheme to take: predicted costs of all"))
     args = parser.parse_args()
     args.run(args)

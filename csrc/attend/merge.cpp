@@ -11,7 +11,7 @@
 #include <cmath>
 #include <vector>
 
-#include "merge_row.h"
+#include "merge_units.h"
 
 namespace two_level_mha {
 

@@ -1,4 +1,4 @@
-// The op: checks, the dispatch table of kernels, shapes for tracing, autograd, autocast.
+// The op: checks, shapes for tracing, autograd, autocast. kernels.h says which kernel serves a call.
 #include "partial_attention.h"
 
 #include <ATen/ATen.h>
@@ -9,15 +9,9 @@
 
 #include <cmath>
 
-#include "aten_cpu.h"
-#include "attention.h"
-#include "chunked.h"
-#include "cpu_blocked.h"
-#include "cpu_decode.h"
-#include "dropout_mask.h"
-#ifdef TLM_WITH_CUDA
-#include "aten_cuda.h"
-#endif
+#include "contract.h"
+#include "registry.h"
+#include "rows.h"
 
 namespace two_level_mha {
 
@@ -36,7 +30,7 @@ struct Schema<kFunction> {
   static Result call(Rest... rest, const std::optional<Tensor>& mask, std::optional<double> scale,
                      std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window, double softcap,
                      double dropout_p, const std::optional<Tensor>& seed, c10::SymIntArrayRef origin,
-                     c10::SymInt key_stride) {
+                     c10::SymInt key_stride, std::string_view kernel) {
     TORCH_CHECK_VALUE(origin.size() == 3, "origin must be (batch, head, row), got ", origin.size(),
                       " numbers");
     return kFunction({mask,
@@ -47,7 +41,8 @@ struct Schema<kFunction> {
                       dropout_p,
                       seed,
                       {origin[0], origin[1], origin[2]},
-                      std::move(key_stride)},
+                      std::move(key_stride),
+                      std::string(kernel)},
                      rest...);
   }
 };
@@ -56,44 +51,7 @@ struct Schema<kFunction> {
 template <class Op, class... Rest>
 auto call_op(const Op& op, const Attend& a, const Rest&... rest) {
   return op.call(rest..., a.mask, a.scale, a.causal, a.window, a.softcap, a.dropout_p, a.seed, a.origin,
-                 a.key_stride);
-}
-
-struct Kernel {
-  const char* name;
-  bool (*supports)(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams&);
-  Forward (*forward)(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams&);
-  Backward (*backward)(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q, const Tensor& k,
-                       const Tensor& v, const Tensor& out, const Tensor& logsumexp, const AttentionParams&);
-};
-
-bool always(const Tensor&, const Tensor&, const Tensor&, const AttentionParams&) {
-  return true;
-}
-
-Backward chunked_backward_without_mask(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
-                                       const Tensor& k, const Tensor& v, const Tensor& out,
-                                       const Tensor& logsumexp, const AttentionParams& params) {
-  return chunked_backward(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params, false);
-}
-
-// The first row that supports a call serves it. All rows keep one contract (attention.h), so the backward of
-// one follows the forward of another.
-constexpr Kernel kKernels[] = {
-#ifdef TLM_WITH_CUDA
-    {"aten_cuda", aten_cuda_supports, aten_cuda_forward, aten_cuda_backward},
-#endif
-    {"cpu_decode", decode_supports, decode_forward, blocked_backward},
-    // Half precision with d_v = d_qk and no mask where the CPU has AMX: there it is faster than the next row.
-    {"aten_cpu", aten_cpu_supports, aten_cpu_forward, aten_cpu_backward},
-    {"cpu_blocked", blocked_supports, blocked_forward, blocked_backward},
-    {"chunked", always, chunked_forward, chunked_backward_without_mask},
-};
-
-const Kernel& choose(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
-  for (const Kernel& kernel : kKernels)
-    if (kernel.supports(q, k, v, params)) return kernel;
-  TORCH_INTERNAL_ASSERT(false, "the last row of the table supports everything");
+                 a.key_stride, a.kernel);
 }
 
 void check(const Attend& a, const Tensor& q, const Tensor& k, const Tensor& v) {
@@ -130,6 +88,7 @@ void check(const Attend& a, const Tensor& q, const Tensor& k, const Tensor& v) {
   TORCH_CHECK_VALUE(a.dropout_p == 0.0 || a.key_stride == 1,
                     "dropout_p must be 0 where key_stride is not 1, got dropout_p ", a.dropout_p,
                     " and key_stride ", a.key_stride, ": dropout is drawn by the index of a key");
+  check_kernel_name(a.kernel);
   if (!a.mask) return;
   const Tensor& mask = *a.mask;
   TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool || at::isFloatingType(mask.scalar_type()),
@@ -169,8 +128,7 @@ AttentionParams concrete(const Attend& a, const Tensor& q) {
 std::tuple<Tensor, Tensor> forward_kernel(const Attend& a, const Tensor& q, const Tensor& k,
                                           const Tensor& v) {
   check(a, q, k, v);
-  AttentionParams params = concrete(a, q);
-  return choose(q, k, v, params).forward(q, k, v, params);
+  return attention_forward(a.kernel, q, k, v, concrete(a, q));
 }
 
 // What forward gave for these inputs, and the gradients of it.
@@ -196,10 +154,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_kernel(const Attend& a, cons
   check(a, q, k, v);
   check_results(q, v, grad_out, grad_logsumexp, out, logsumexp);
   AttentionParams params = concrete(a, q);
-  Tensor grad_lse = grad_logsumexp.value_or(Tensor());
-  Backward grads =
-      mask_grad ? chunked_backward(grad_out, grad_lse, q, k, v, out, logsumexp, params, true)
-                : choose(q, k, v, params).backward(grad_out, grad_lse, q, k, v, out, logsumexp, params);
+  params.mask_grad = mask_grad;
+  Backward grads = attention_backward(a.kernel, grad_out, grad_logsumexp.value_or(Tensor()), q, k, v, out,
+                                      logsumexp, params);
   Tensor& dmask = std::get<3>(grads);
   dmask = dmask.defined() ? dmask.view(a.mask->sizes()) : at::empty({0}, q.options());
   return grads;
@@ -250,6 +207,7 @@ void save(const Attend& a, ska::flat_hash_map<std::string, at::IValue>& data) {
   data["dropout_p"] = a.dropout_p;
   data["origin"] = std::vector<c10::SymInt>(a.origin.begin(), a.origin.end());
   data["key_stride"] = a.key_stride;
+  data["kernel"] = has_backward(a.kernel) ? a.kernel : "";
 }
 
 Attend saved(ska::flat_hash_map<std::string, at::IValue>& data, const Tensor& mask, const Tensor& seed) {
@@ -257,9 +215,16 @@ Attend saved(ska::flat_hash_map<std::string, at::IValue>& data, const Tensor& ma
     return data[name].isNone() ? std::nullopt : std::optional<c10::SymInt>(data[name].toSymInt());
   };
   const auto origin = data["origin"].toSymIntVector();
-  return {maybe(mask),      data["scale"].toOptional<double>(), symbol("causal"),
-          symbol("window"), data["softcap"].toDouble(),         data["dropout_p"].toDouble(),
-          maybe(seed),      {origin[0], origin[1], origin[2]},  data["key_stride"].toSymInt()};
+  return {maybe(mask),
+          data["scale"].toOptional<double>(),
+          symbol("causal"),
+          symbol("window"),
+          data["softcap"].toDouble(),
+          data["dropout_p"].toDouble(),
+          maybe(seed),
+          {origin[0], origin[1], origin[2]},
+          data["key_stride"].toSymInt(),
+          data["kernel"].toStringRef()};
 }
 
 struct PartialAttention : torch::autograd::Function<PartialAttention> {
@@ -311,54 +276,17 @@ std::tuple<Tensor, Tensor> partial_attention(const Tensor& q, const Tensor& k, c
   return call_op(forward_op(), options, q, k, v);
 }
 
-Tensor dropout_keep_mask(const Tensor& seed, double p, c10::SymIntArrayRef sizes,
-                         c10::SymIntArrayRef origin) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("two_level_mha::dropout_keep_mask", "")
-                       .typed<Tensor(const Tensor&, double, c10::SymIntArrayRef, c10::SymIntArrayRef)>();
-  return op.call(seed, p, sizes, origin);
-}
-
-namespace {
-
-void check_dropout(const Tensor& seed, size_t sizes, size_t origin) {
-  TORCH_CHECK_VALUE(seed.numel() == 1 && seed.scalar_type() == at::kLong,
-                    "seed must be an int64 tensor of one element, got ", seed.numel(), " of ",
-                    seed.scalar_type());
-  TORCH_CHECK_VALUE(sizes == 4 && origin == 3,
-                    "sizes must be (b, h, l, s) and origin (batch, head, row), got ", sizes, " and ", origin,
-                    " numbers");
-}
-
-template <auto kMask>
-Tensor dropout_kernel(const Tensor& seed, double p, at::IntArrayRef sizes, at::IntArrayRef origin) {
-  check_dropout(seed, sizes.size(), origin.size());
-  TORCH_CHECK_VALUE(p >= 0.0 && p <= 1.0, "p must be in [0, 1], got ", p);
-  return kMask(seed, p, sizes, origin);
-}
-
-Tensor dropout_meta(const Tensor& seed, double, c10::SymIntArrayRef sizes, c10::SymIntArrayRef) {
-  return at::empty_symint(sizes, seed.options().dtype(at::kBool));
-}
-
-}  // namespace
-
 TORCH_LIBRARY_IMPL(two_level_mha, CPU, library) {
-  library.impl("dropout_keep_mask", dropout_kernel<dropout_keep_mask_cpu>);
   library.impl("partial_attention", Schema<forward_kernel>::call);
   library.impl("partial_attention_backward", Schema<backward_kernel>::call);
 }
 
 TORCH_LIBRARY_IMPL(two_level_mha, CUDA, library) {
-#ifdef TLM_WITH_CUDA
-  library.impl("dropout_keep_mask", dropout_kernel<dropout_keep_mask_cuda>);
-#endif
   library.impl("partial_attention", Schema<forward_kernel>::call);
   library.impl("partial_attention_backward", Schema<backward_kernel>::call);
 }
 
 TORCH_LIBRARY_IMPL(two_level_mha, Meta, library) {
-  library.impl("dropout_keep_mask", dropout_meta);
   library.impl("partial_attention", Schema<forward_meta>::call);
   library.impl("partial_attention_backward", Schema<backward_meta>::call);
 }

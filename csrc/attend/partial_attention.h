@@ -4,14 +4,17 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
+
+#include "dropout_mask.h"
 
 namespace two_level_mha {
 
 using at::Tensor;
 
-// The arguments of the op that are not q, k, v; attention.h says what they mean. mask is broadcastable to (B,
-// H, L, S).
+// The arguments of the op that are not q, k, v; contract.h says what they mean. mask is broadcastable to
+// (B, H, L, S).
 struct Attend {
   std::optional<Tensor> mask;
   std::optional<double> scale;  // default 1 / sqrt(D)
@@ -20,13 +23,13 @@ struct Attend {
   std::optional<Tensor> seed;
   std::array<c10::SymInt, 3> origin{0, 0, 0};
   c10::SymInt key_stride = 1;
+  // Name of the kernel that must serve the call (kernels.h), and, where it has one, its backward; "": the
+  // fastest that can.
+  std::string kernel = "";
 };
 
 // -> out (B, H, L, Dv), logsumexp (B, H, L)
 std::tuple<Tensor, Tensor> partial_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                              const Attend& options);
-
-// bool (b, h, l, s): which elements dropout keeps; sizes (b, h, l, s), origin (batch, head, row).
-Tensor dropout_keep_mask(const Tensor& seed, double p, c10::SymIntArrayRef sizes, c10::SymIntArrayRef origin);
 
 }  // namespace two_level_mha

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "../base/sizes.h"
+#include "hide.h"
 
 #include <cmath>
 #include <limits>
@@ -11,7 +12,7 @@ namespace two_level_mha {
 
 namespace {
 
-Tensor hide(Tensor scores, const Attend& attend) {
+Tensor masked(Tensor scores, const Attend& attend) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   if (attend.mask) {
     const Tensor& mask = *attend.mask;
@@ -20,15 +21,7 @@ Tensor hide(Tensor scores, const Attend& attend) {
                            ? at::zeros({1}, scores.options()).masked_fill(mask.logical_not(), -kInfinity)
                            : mask);
   }
-  if (attend.causal) {
-    auto options = scores.options().dtype(at::kLong);
-    Tensor last = at::arange(scores.sym_size(2), options).unsqueeze(1) + *attend.causal;
-    Tensor position = at::arange(scores.sym_size(3), options) * attend.key_stride;
-    Tensor hidden = position > last;
-    if (attend.window) hidden = hidden.logical_or(position <= last - *attend.window);
-    scores = scores.masked_fill(hidden, -kInfinity);
-  }
-  return scores;
+  return hide(scores, {attend.causal, attend.window, attend.key_stride});
 }
 
 }  // namespace
@@ -40,7 +33,7 @@ std::tuple<Tensor, Tensor> attention_with_weights(const Tensor& q, const Tensor&
   Tensor scores = at::matmul(q, every_head(k).transpose(-1, -2)) *
                   attend.scale.value_or(1.0 / std::sqrt(double(fixed_size(q, 3))));
   if (attend.softcap > 0.0) scores = at::tanh(scores / attend.softcap) * attend.softcap;
-  Tensor weights = at::softmax(hide(scores, attend), -1);
+  Tensor weights = at::softmax(masked(scores, attend), -1);
   if (attend.dropout_p > 0.0) {
     std::vector<c10::SymInt> sizes = weights.sym_sizes().vec();
     Tensor keep = dropout_keep_mask(*attend.seed, attend.dropout_p, sizes, attend.origin);

@@ -1,4 +1,4 @@
-// What the memory-bound kernels share: a loop over units of work, and 16-byte loads and stores.
+// What the memory-bound kernels share: a loop over units of work.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,11 +31,5 @@ cudaError_t launch_grid_stride(const Work& work, int64_t count, int multiprocess
     grid_stride_kernel<int64_t><<<blocks, kThreads, 0, stream>>>(work, count);
   return cudaGetLastError();
 }
-
-// `N` scalars, moved as one.
-template <typename Scalar, int N>
-struct alignas(sizeof(Scalar) * N) Vector {
-  Scalar x[N];
-};
 
 }  // namespace two_level_mha

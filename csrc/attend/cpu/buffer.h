@@ -1,0 +1,42 @@
+// Scratch memory of the CPU kernels, and rows of tensors as they read them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace two_level_mha {
+
+// Uninitialised, aligned memory.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size = 0)
+      : memory_(c10::GetCPUAllocator()->allocate(size * sizeof(T))), data_(static_cast<T*>(memory_.get())) {}
+  T* data() { return data_; }
+  operator T*() { return data_; }
+
+ private:
+  c10::DataPtr memory_;
+  T* data_;
+};
+
+// Rows of a tensor: the element type, where the first is and how far apart they are.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  Rows from(int64_t row) const { return {data + row * stride, stride}; }
+  T* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// Rows of one head of a 4-D tensor.
+template <class T>
+Rows<T> head_rows(const at::Tensor& x, int64_t batch, int64_t head) {
+  using Element = std::remove_const_t<T>;
+  return {x.data_ptr<Element>() + batch * x.stride(0) + head * x.stride(1), x.stride(2)};
+}
+
+}  // namespace two_level_mha

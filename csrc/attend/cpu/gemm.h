@@ -1,0 +1,44 @@
+// What the CPU kernels multiply with: oneDNN's brgemm on rows and panels (panels.h).
+#pragma once
+
+#include <ATen/native/CPUBlas.h>
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "level.h"
+#include "panels.h"
+
+namespace two_level_mha {
+
+// C (M, N) (+)= A (M, K) B with B in panels. C has N columns.
+template <class C>
+void gemm(int64_t M, int64_t N, int64_t K, const C* A, const C* B, float* out, bool add) {
+  for (int64_t column = 0; column < N; column += kPanel) {
+    const int64_t width = std::min(kPanel, N - column);
+    at::native::cpublas::brgemm(M, width, K, K, width, N, add, A, B + column * K, out + column,
+                                std::is_same_v<C, c10::BFloat16>);
+  }
+}
+
+// The same with B as plain rows of float, ld_b apart, and rows of A ld_a apart.
+inline void gemm_rows(int64_t M, int64_t N, int64_t K, const float* A, int64_t ld_a, const float* B,
+                      int64_t ld_b, float* out, bool add) {
+  for (int64_t column = 0; column < N; column += kPanel)
+    at::native::cpublas::brgemm(M, std::min(kPanel, N - column), K, ld_a, ld_b, N, add, A, B + column,
+                                out + column, false);
+}
+
+// Calls run(T, C): T is the element type of the tensors, C what the gemms read. The CPU multiplies float16 as
+// float32, and so bfloat16 below AVX512.
+template <class Run>
+auto by_type(at::ScalarType type, const Run& run) {
+  if (type == at::kFloat) return run(float{}, float{});
+  if (type == at::kHalf) return run(c10::Half{}, float{});
+  if (cpu_level() >= CpuLevel::avx512) return run(c10::BFloat16{}, c10::BFloat16{});
+  return run(c10::BFloat16{}, float{});
+}
+
+}  // namespace two_level_mha

@@ -1,0 +1,127 @@
+#include "softmax.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "../../base/host_device.h"
+#include "clones.h"
+#include "store.h"
+
+namespace two_level_mha {
+
+using c10::BFloat16;
+
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLn2 = 0.693147181f;
+constexpr float kLog2e = 1.44269504f;
+
+// 2^t, relative error 2e-7; 0 below 2^-126. NaN stays NaN.
+TLM_HOST_DEVICE float exp2_fast(float t) {
+  const float clamped = t < -126.f ? -126.f : (t > 127.f ? 127.f : t);
+  const float whole = __builtin_rintf(clamped), x = (clamped - whole) * kLn2;
+  const float series =
+      1.f + x * (1.f + x * (0.5f + x * (0.16666667f +
+                                        x * (0.041666668f + x * (0.0083333338f + x * 0.0013888889f)))));
+  const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return t < -126.f ? 0.f : series * power;
+}
+
+// The series near 0, where 1 - 2 / (exp(2x) + 1) would cancel.
+TLM_HOST_DEVICE float tanh_fast(float x) {
+  const float y = x * x;
+  const float series =
+      x * (1.f + y * (-0.33333334f +
+                      y * (0.13333334f + y * (-0.053968254f + y * (0.021869488f - y * 0.008863236f)))));
+  const float far = 1.f - 2.f / (exp2_fast(x * (2.f * kLog2e)) + 1.f);
+  return y < 0.09f ? series : far;
+}
+
+template <class C>
+TLM_HOST_DEVICE float softmax_step_body(float* s, Bias mask, int64_t n, float c, RunningSoftmax& running,
+                                        C* p) {
+  float max = running.max, sum = 0.f;
+  if (const float* bias = mask.bias) {
+#pragma omp simd reduction(max : max)
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = s[i] * mask.scale + bias[i];
+      s[i] = x;
+      max = x > max ? x : max;
+    }
+  } else {
+#pragma omp simd reduction(max : max)
+    for (int64_t i = 0; i < n; ++i) max = s[i] > max ? s[i] : max;
+  }
+  const float shift = max == -kInfinity ? 0.f : max;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const float e = exp2_fast((s[i] - shift) * c);
+    sum += e;
+    store(p, i, e);
+  }
+  const float factor =
+      running.max == max || running.max == -kInfinity ? 1.f : std::exp2((running.max - max) * c);
+  running.max = max;
+  running.sum = running.sum * factor + sum;
+  return factor;
+}
+
+template <class C>
+TLM_HOST_DEVICE void softmax_grad_body(const float* s, Bias mask, const float* dp, const float* logsumexp,
+                                       const float* delta, int64_t n, float c, C* p, C* ds) {
+  if (const float* bias = mask.bias) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const float e = exp2_fast((s[i] * mask.scale + bias[i] - logsumexp[i]) * c);
+      store(p, i, e);
+      store(ds, i, e * (dp[i] - delta[i]));
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const float e = exp2_fast((s[i] - logsumexp[i]) * c);
+      store(p, i, e);
+      store(ds, i, e * (dp[i] - delta[i]));
+    }
+  }
+}
+
+}  // namespace
+
+TLM_CLONES void cap_scores(float* s, int64_t n, float scale, float softcap, float* slope) {
+  const float inner = scale / softcap;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float t = tanh_fast(s[i] * inner);
+    s[i] = t * softcap;
+    slope[i] = 1.f - t * t;
+  }
+}
+
+TLM_CLONES float softmax_step(float* s, Bias mask, int64_t n, float c, RunningSoftmax& running, float* p) {
+  return softmax_step_body(s, mask, n, c, running, p);
+}
+
+TLM_CLONES float softmax_step(float* s, Bias mask, int64_t n, float c, RunningSoftmax& running, BFloat16* p) {
+  return softmax_step_body(s, mask, n, c, running, p);
+}
+
+TLM_CLONES void softmax_grad(const float* s, Bias mask, const float* dp, const float* logsumexp,
+                             const float* delta, int64_t n, float c, float* p, float* ds) {
+  softmax_grad_body(s, mask, dp, logsumexp, delta, n, c, p, ds);
+}
+
+TLM_CLONES void softmax_grad(const float* s, Bias mask, const float* dp, const float* logsumexp,
+                             const float* delta, int64_t n, float c, BFloat16* p, BFloat16* ds) {
+  softmax_grad_body(s, mask, dp, logsumexp, delta, n, c, p, ds);
+}
+
+TLM_CLONES void through_softcap(float* dp, const float* delta, const float* slope, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dp[i] = (dp[i] - delta[i]) * slope[i];
+}
+
+}  // namespace two_level_mha

@@ -1,0 +1,218 @@
+// The table of attention kernels and which of them serves a call: a pure function of request.h's numbers. No
+// torch; registry.h runs what is found here.
+#pragma once
+
+#include <limits>
+#include <string_view>
+
+#include "../base/arithmetic.h"
+#include "aten/corner.h"
+#include "request.h"
+
+namespace two_level_mha {
+
+// Where a kernel runs: on CPUs of at least a level, or on GPUs of architectures first .. last.
+struct Platform {
+  enum Kind { any, cpu, cuda } kind;
+  int first = 0, last = 0;
+};
+
+constexpr Platform kAnyDevice{Platform::any};
+constexpr Platform cpu_from(CpuLevel level) {
+  return {Platform::cpu, int(level)};
+}
+constexpr Platform sm(int first, int last = std::numeric_limits<int>::max()) {
+  return {Platform::cuda, first, last};
+}
+
+// Why not, or null.
+using Reason = const char* (*)(const Request&, const Machine&);
+
+struct Kernel {
+  const char* name;
+  Platform platform;
+  uint32_t features;  // what it supports of what a call may need
+  Reason cannot;      // beyond platform and features: what it would answer wrongly, or not at all
+  Reason yields;      // what it could serve, but a later row serves faster
+};
+
+// --- what the rows ask beyond features
+
+namespace reasons {
+
+inline const char* none(const Request&, const Machine&) {
+  return nullptr;
+}
+
+inline const char* no_width(const Request& r, const Machine&) {
+  return r.d_qk == 0 || r.d_v == 0 ? "has no panels of width 0" : nullptr;
+}
+
+// The blocked kernel multiplies bfloat16 without widening it where the CPU can.
+inline const char* many_rows(const Request& r, const Machine& m) {
+  const bool narrow = r.dtype == Dtype::bfloat16 && m.cpu >= CpuLevel::avx512;
+  if (r.L * r.H <= (narrow ? 16 : 64) * r.K) return nullptr;
+  return narrow ? "cpu_blocked is faster with more than 16 rows for a KV head in bfloat16"
+                : "cpu_blocked is faster with more than 64 rows for a KV head";
+}
+
+inline const char* without_amx(const Request& r, const Machine& m) {
+  const CpuLevel least = r.dtype == Dtype::float16 ? CpuLevel::amx_fp16 : CpuLevel::amx;
+  if (m.cpu >= least) return nullptr;
+  return r.dtype == Dtype::float16 ? "is the fastest in float16 only where the CPU has AMX-FP16"
+                                   : "is the fastest in bfloat16 only where the CPU has AMX";
+}
+
+// Calls with(part) for the call, or for both parts of one that is cut (corner.h): the first reason counts.
+template <class With>
+const char* of_parts(const Request& r, const With& with) {
+  const Cut cut(r.visible, r.L, r.S);
+  if (cut.after == 0) return with(r);
+  Request top = r, bottom = r;
+  top.L = cut.before;
+  bottom.L = cut.after;
+  bottom.visible.causal = std::nullopt;
+  const char* reason = with(top);
+  return reason ? reason : with(bottom);
+}
+
+// d_v = d_qk to flash and cuDNN: the narrower is padded.
+inline int64_t common_width(const Request& r) {
+  return ceil_div(std::max(r.d_qk, r.d_v), 8) * 8;
+}
+
+inline const char* large_batch(const Request& r) {
+  return r.B > 65535 ? "takes at most 65535 sequences" : nullptr;
+}
+
+// cuDNN 9.15.0 and older read beyond lengths that 128 does not divide (pytorch #169849).
+constexpr int64_t kSafeCudnn = 91501;
+
+inline const char* cudnn(const Request& r, const Machine& m) {
+  if (!m.cudnn_enabled) return "is switched off: torch.backends.cuda.enable_cudnn_sdp";
+  if (m.cudnn < kSafeCudnn) return "needs cuDNN 9.15.1 or newer";
+  if (common_width(r) > 128) return "takes widths up to 128";
+  const char* short_ones = of_parts(r, [](const Request& part) {
+    const bool one = part.L == 1 || Corner(part.visible, part.L, part.S).keys == 1;
+    return one ? "takes at least two rows and two keys" : nullptr;
+  });
+  return short_ones ? short_ones : large_batch(r);
+}
+
+inline const char* flash(const Request& r, const Machine& m) {
+  if (!m.flash_enabled) return "is switched off: torch.backends.cuda.enable_flash_sdp";
+  const int64_t d = common_width(r);
+  // where shared memory is small the backward of these widths has no kernel
+  const bool small = m.arch == 86 || m.arch == 89 || m.arch >= 120;
+  if (d > 256) return "takes widths up to 256";
+  if (small && d > 192 && d <= 224) return "has no backward for widths 193 to 224 on sm_86, sm_89 and sm_120";
+  return large_batch(r);
+}
+
+inline const char* efficient(const Request& r, const Machine& m) {
+  if (!m.efficient_enabled) return "is switched off: torch.backends.cuda.enable_mem_efficient_sdp";
+  if (r.dtype == Dtype::bfloat16 && m.arch < 80) return "needs sm_80 for bfloat16";
+  if (r.mask != MaskKind::none && r.mask_rows) {
+    const char* large = of_parts(r, [](const Request& part) {
+      const int64_t keys = ceil_div(Corner(part.visible, part.L, part.S).keys, 16) * 16;
+      return part.L * keys > std::numeric_limits<int32_t>::max() ? "indexes a mask by 32 bits" : nullptr;
+    });
+    if (large) return large;
+  }
+  return large_batch(r);
+}
+
+}  // namespace reasons
+
+// --- the table: the first row that can serve a call and does not yield it serves it. All rows keep one
+// contract (contract.h), so the backward of one follows the forward of another.
+
+constexpr uint32_t kHalves = kBFloat16 | kFloat16;
+constexpr uint32_t kMasks = kBoolMask | kAdditiveMask;
+constexpr uint32_t kOfCpu = (kAllFeatures & ~(kFloat64 | kGradMask));
+constexpr uint32_t kOfCuda = kHalves | kOtherWidth | kGroups | kOneRange | kCausal;
+
+constexpr Kernel kKernels[] = {
+    {"aten_cudnn", sm(90, 109), kOfCuda, reasons::cudnn, reasons::none},
+    {"aten_flash", sm(80), kOfCuda | kOffset | kBackward, reasons::flash, reasons::none},
+    {"aten_efficient", sm(50), kOfCuda | kFloat32 | kOffset | kMasks | kBackward | kGradLogsumexp,
+     reasons::efficient, reasons::none},
+    {"cpu_decode", cpu_from(CpuLevel::avx2), kOfCpu & ~(kDropout | kBackward | kGradLogsumexp),
+     reasons::no_width, reasons::many_rows},
+    // Masks may leave a row without keys, or with none but finite biases: ATen's answers those otherwise.
+    {"aten_cpu", cpu_from(CpuLevel::portable), kHalves | kGroups | kCausal | kBackward, reasons::none,
+     reasons::without_amx},
+    {"cpu_blocked", cpu_from(CpuLevel::avx2), kOfCpu, reasons::no_width, reasons::none},
+    {"chunked", kAnyDevice, kAllFeatures, reasons::none, reasons::none},
+};
+
+// --- asking it
+
+inline bool runs_on(const Platform& platform, const Machine& m) {
+  if (platform.kind == Platform::any) return true;
+  if ((platform.kind == Platform::cuda) != m.cuda) return false;
+  return m.cuda ? platform.first <= m.arch && m.arch <= platform.last : platform.first <= int(m.cpu);
+}
+
+// Null for a name that is not in the table.
+inline const Kernel* find_kernel(std::string_view name) {
+  for (const Kernel& kernel : kKernels)
+    if (kernel.name == name) return &kernel;
+  return nullptr;
+}
+
+// The row that serves a call. The last one serves everything.
+inline const Kernel& serving(const Request& r, const Machine& m) {
+  const uint32_t needed = needs(r);
+  for (const Kernel& kernel : kKernels)
+    if (runs_on(kernel.platform, m) && !(needed & ~kernel.features) && !kernel.cannot(r, m) &&
+        !kernel.yields(r, m))
+      return kernel;
+  return kKernels[std::size(kKernels) - 1];
+}
+
+inline std::string arch_name(int arch) {
+  return "sm_" + std::to_string(arch);
+}
+
+// "CPUs with AVX2", "sm_80 and newer", ..
+inline std::string platform_name(const Platform& p) {
+  if (p.kind == Platform::any) return "any device";
+  if (p.kind == Platform::cpu) return p.first ? std::string("CPUs with ") + kCpuLevels[p.first] : "CPUs";
+  if (p.first == p.last) return arch_name(p.first);
+  const bool open = p.last == std::numeric_limits<int>::max();
+  return arch_name(p.first) + (open ? " and newer" : " to " + arch_name(p.last));
+}
+
+inline std::string machine_name(const Machine& m) {
+  if (m.cuda) return m.arch ? arch_name(m.arch) : "a GPU, and the CUDA sources were left out of the build";
+  const bool has_level = m.cpu != CpuLevel::portable;
+  return has_level ? std::string("a CPU with ") + kCpuLevels[int(m.cpu)] : "a CPU without AVX2";
+}
+
+// Why a kernel does not run on a machine, whatever the call; empty if it does.
+inline std::string unusable(const Kernel& kernel, const Machine& m) {
+  if (runs_on(kernel.platform, m)) return "";
+  return "is for " + platform_name(kernel.platform) + ", this is " + machine_name(m);
+}
+
+// Why a kernel cannot serve a call, even if it is asked to by name; empty if it can.
+inline std::string why_not(const Kernel& kernel, const Request& r, const Machine& m) {
+  if (std::string reason = unusable(kernel, m); !reason.empty()) return reason;
+  if (const uint32_t missing = needs(r) & ~kernel.features)
+    return "does not support " + feature_names(missing) + " (it supports " + feature_names(kernel.features) +
+           ")";
+  const char* reason = kernel.cannot(r, m);
+  return reason ? reason : "";
+}
+
+// Why another kernel serves a call; empty for the one that does.
+inline std::string why_another(const Kernel& kernel, const Request& r, const Machine& m) {
+  const Kernel& chosen = serving(r, m);
+  if (&kernel == &chosen) return "";
+  if (std::string reason = why_not(kernel, r, m); !reason.empty()) return reason;
+  const char* reason = kernel.yields(r, m);
+  return reason ? reason : std::string("comes after ") + chosen.name + ", which serves it";
+}
+
+}  // namespace two_level_mha

@@ -1,0 +1,52 @@
+// Scores in blocks of rows through ATen ops, any device, dtype and feature, never L x S at once: for the
+// chunked kernel, and for what others ask of scores besides.
+#pragma once
+
+#include <utility>
+
+#include "contract.h"
+
+namespace two_level_mha {
+
+// Everything of a call that does not depend on the block.
+struct Scores {
+  const AttentionParams& params;
+  Tensor q, k;  // (B, K, G, L, D), (B, K, 1, S, D), wide
+  int64_t B, H, K, L, S;
+  int64_t block;  // rows at a time
+
+  Scores(const Tensor& q, const Tensor& k, const AttentionParams& params);
+
+  // Half precision is computed in float32.
+  static Tensor wide(const Tensor& x) { return x.scalar_type() == at::kDouble ? x : x.to(at::kFloat); }
+  // (B, H, ..) to (B, K, G, ..)
+  Tensor grouped(const Tensor& x) const;
+};
+
+// One block of rows against the keys it can see.
+struct ScoreBlock {
+  const Scores& all;
+  int64_t row, rows, key, keys;
+
+  ScoreBlock(const Scores& all, int64_t first);
+
+  Tensor of_rows(const Tensor& x) const { return x.narrow(-2, row, rows); }
+  Tensor of_keys(const Tensor& x) const { return x.narrow(-2, key, keys); }
+  Tensor q() const { return of_rows(all.q); }
+  Tensor k() const { return of_keys(all.k); }
+
+  // Scores before the mask, (B, K, G, rows, keys), and tanh(x / c) where there is a soft cap.
+  std::pair<Tensor, Tensor> raw() const;
+  // The same with the mask, causal and window.
+  Tensor masked(Tensor scores) const;
+  // A mask's part for this block, or a dmask's, (b, h, rows, keys) or broadcast.
+  Tensor of_block(Tensor mask) const;
+  // (b, h, ..) or (b, 1, ..) to (b, K, G, ..) or (b, 1, 1, ..)
+  Tensor group_heads(const Tensor& mask) const;
+};
+
+// The sum of exp(score - logsumexp) over the keys of each row (B, H, L): 1, but for what rounding took from
+// logsumexp; NaN for a row that sees no key.
+Tensor weight_sums(const Tensor& q, const Tensor& k, const Tensor& logsumexp, const AttentionParams& params);
+
+}  // namespace two_level_mha

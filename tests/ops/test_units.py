@@ -1,0 +1,32 @@
+"""What threads of the attention's CUDA kernels do, and how ATen's take a causal call, run on the host without torch."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+CPP = Path(__file__).resolve().parents[1] / "cpp"
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+
+
+def output_of(name: str, folder: Path) -> str:
+    program = str(folder / name)
+    headers = [f"-I{path}" for path in include_paths()]  # the half types; nothing of torch is linked
+    subprocess.run(["c++", "-std=c++20", "-O1", "-Wall", "-Werror", *headers, str(CPP / f"{name}.cpp"), "-o", program],
+                   check=True, timeout=300)  # fmt: skip
+    done = subprocess.run([program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_units_of_the_merge_and_dropout_kernels(tmp_path):
+    """Localises: their index arithmetic, unit widths and writes beyond the result, in every dtype."""
+    assert "12000 merges and 3000 dropout masks right" in output_of("attend_units_test", tmp_path)
+
+
+def test_corners(tmp_path):
+    """E. Localises: keys that a row of a causal call loses or gains on its way to ATen's CUDA kernels."""
+    assert "4320 causal calls right" in output_of("corner_test", tmp_path)
