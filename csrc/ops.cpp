@@ -145,8 +145,8 @@ Tensors replicated_op(at::TensorList xs, int64_t group_size, std::string group,
 
 // clang-format off
 TORCH_LIBRARY(two_level_mha, library) {
-  // A rank's own heads and slice of q, k, v: x W^T + b, (B, L, D) and (H, E, D) -> (B, H, L, E). One GEMM when the
-  // three inputs are one tensor of many tokens.
+  // A rank's own heads and slice of q, k, v: x W^T + b, (B, L, D) and (H, E, D) ->
+  // (B, H, L, E). One GEMM when the three inputs are one tensor of many tokens.
   library.def(
       "qkv_projection("
       "Tensor query, "
@@ -162,9 +162,9 @@ TORCH_LIBRARY(two_level_mha, library) {
       ") -> (Tensor q, Tensor k, Tensor v)",
       qkv_projection_op);
 
-  // softmax(softcap(scale q k^T) + mask) v and its logsumexp, for whatever part of the keys, values or rows is given;
-  // csrc/attend/contract.h is the contract. kernel_name: the one that must serve the call, of csrc/attend/kernels.h; a
-  // ValueError if it cannot. ("kernel" is an argument of inductor's own.)
+  // softmax(softcap(scale q k^T) + mask) v and its logsumexp, for whatever part of the keys, values or
+  // rows is given; csrc/attend/contract.h is the contract. kernel_name: the one that must serve the call,
+  // of csrc/attend/kernels.h; a ValueError if it cannot. ("kernel" is an argument of inductor's own.)
   library.def(
       "partial_attention("
       "Tensor q, "
@@ -207,36 +207,42 @@ TORCH_LIBRARY(two_level_mha, library) {
       "str kernel_name=''"
       ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)");
 
-  // Which elements dropout keeps: bool of `sizes` (b, h, l, s), whose element [0, 0, 0] is global `origin`
-  // (batch, head, row).
+  // Which elements dropout keeps: bool of `sizes` (b, h, l, s),
+  // whose element [0, 0, 0] is global `origin` (batch, head, row).
   library.def("dropout_keep_mask(Tensor seed, float p, SymInt[] sizes, SymInt[] origin=[0, 0, 0]) -> Tensor");
 
-  // Attention over all keys from attention over disjoint parts of them: (parts, B, H, L, Dv) and (parts, B, H, L).
+  // Attention over all keys from attention over disjoint
+  // parts of them: (parts, B, H, L, Dv) and (parts, B, H, L).
   library.def("merge_partials(Tensor outs, Tensor logsumexps) -> (Tensor out, Tensor logsumexp)");
 
-  // 4-D tensors into one buffer (parts, N) and back; csrc/comm/pack.h is the contract. Each is the other's adjoint.
+  // 4-D tensors into one buffer (parts, N) and back;
+  // csrc/comm/pack.h is the contract. Each is the other's adjoint.
   library.def("pack(Tensor[] tensors, int[] dims, int parts, bool zigzag=False) -> Tensor");
   library.def("unpack(Tensor buffer, SymInt[] sizes, int[] dims, int parts, bool zigzag=False) -> Tensor[]");
 
-  // Concatenation along dim over the group. Adjoint: reduce_scatter, since each rank uses the whole in its own way.
+  // Concatenation along dim over the group. Adjoint:
+  // reduce_scatter, since each rank uses the whole in its own way.
   library.def("all_gather(Tensor x, int dim, int group_size, str group) -> Tensor", all_gather_op);
 
   // A rank's piece along dim of the sum over the group. Adjoint: all_gather.
   library.def("reduce_scatter(Tensor x, int dim, int group_size, str group) -> Tensor", reduce_scatter_op);
 
-  // Pieces along split_dim are exchanged and concatenated along cat_dim. Adjoint: the same with the dims swapped.
-  library.def("all_to_all(Tensor x, int split_dim, int cat_dim, int group_size, str group) -> Tensor", all_to_all_op);
+  // Pieces along split_dim are exchanged and concatenated
+  // along cat_dim. Adjoint: the same with the dims swapped.
+  library.def("all_to_all(Tensor x, int split_dim, int cat_dim, int group_size, str group) -> Tensor",
+              all_to_all_op);
 
   // The sum over the group, used alike by every rank. Adjoint: identity.
   library.def("all_reduce(Tensor x, int group_size, str group) -> Tensor", all_reduce_op);
 
-  // Identity on tensors that are the same on every rank and are used differently by each. Adjoint: the sum over the
-  // group, in one exchange.
+  // Identity on tensors that are the same on every rank and are used
+  // differently by each. Adjoint: the sum over the group, in one exchange.
   library.def("replicated(Tensor[] xs, int group_size, str group, ScalarType? reduce_dtype=None) -> Tensor[]",
               replicated_op);
 
-  // head_dim gathered over the head axis and slice_dim over the slice axis, head axis first unless slices_first; grid
-  // is (n, m, i, j). replicated: every rank uses the whole alike, the adjoint is its own block; else a reduce-scatter.
+  // head_dim gathered over the head axis and slice_dim over the slice axis, head
+  // axis first unless slices_first; grid is (n, m, i, j). replicated: every rank
+  // uses the whole alike, the adjoint is its own block; else a reduce-scatter.
   library.def(
       "hierarchical_all_gather("
       "Tensor x, "
@@ -250,10 +256,10 @@ TORCH_LIBRARY(two_level_mha, library) {
       ") -> Tensor",
       hierarchical_all_gather_op);
 
-  // First half of the pass: project, move. constants and sizes are what csrc/pass/context.h makes its Context of.
-  // rows: tensors (B or 1, 1, L, ..) that go with tokens, such as rotary angles. shared: parameters that every rank uses
-  // for its own rows and heads. -> q, k, v, the rows of this rank's q, those of its k, and the shared ones, whose
-  // gradients are summed.
+  // First half of the pass: project, move. constants and sizes are what csrc/pass/context.h
+  // makes its Context of. rows: tensors (B or 1, 1, L, ..) that go with tokens, such as rotary
+  // angles. shared: parameters that every rank uses for its own rows and heads. -> q, k, v, the
+  // rows of this rank's q, those of its k, and the shared ones, whose gradients are summed.
   library.def(
       "enter("
       "Tensor query, "
@@ -274,8 +280,8 @@ TORCH_LIBRARY(two_level_mha, library) {
       ") -> Tensor[]",
       enter_op);
 
-  // Second half: attend, move back, combine. k and v as `enter` gave them, or those of a cache in the same layout;
-  // causal counts positions.
+  // Second half: attend, move back, combine. k and v as `enter` gave them,
+  // or those of a cache in the same layout; causal counts positions.
   library.def(
       "leave("
       "Tensor q, "
@@ -316,8 +322,8 @@ TORCH_LIBRARY(two_level_mha, library) {
       ") -> (Tensor y, Tensor weights)",
       leave_with_weights_op);
 
-  // `leave` with a layer of a KV cache, as `cache_append` has it: it takes k and v first, and all of its own are
-  // attended to.
+  // `leave` with a layer of a KV cache, as `cache_append` has it:
+  // it takes k and v first, and all of its own are attended to.
   library.def(
       "leave_with_cache("
       "Tensor q, "
@@ -339,8 +345,9 @@ TORCH_LIBRARY(two_level_mha, library) {
       ") -> (Tensor y, Tensor[] memory, SymInt[] cache)",
       leave_with_cache_op);
 
-  // A layer of a KV cache alone, csrc/pass/cache.h: its memory, which is written in place where no graph needs it, and
-  // its numbers. Takes this rank's part of new keys and values; gives its part of all that the call attends to.
+  // A layer of a KV cache alone, csrc/pass/cache.h: its memory, which is written
+  // in place where no graph needs it, and its numbers. Takes this rank's part of
+  // new keys and values; gives its part of all that the call attends to.
   library.def(
       "cache_append("
       "Tensor[] memory, "
@@ -354,11 +361,16 @@ TORCH_LIBRARY(two_level_mha, library) {
 
   // Sequence b becomes what sequence index[b] was.
   library.def(
-      "cache_select(Tensor[] memory, SymInt[] cache, Tensor index, str slice_group) -> (Tensor[] memory, SymInt[] cache)",
+      "cache_select("
+      "Tensor[] memory, "
+      "SymInt[] cache, "
+      "Tensor index, "
+      "str slice_group"
+      ") -> (Tensor[] memory, SymInt[] cache)",
       cache_select_op);
 
-  // What needs d whole, between the halves. The first r dims of x (B, H, L, d) turned in pairs by the angles of its
-  // tokens: cos, sin (B or 1, 1, L, r).
+  // What needs d whole, between the halves. The first r dims of x (B, H, L, d)
+  // turned in pairs by the angles of its tokens: cos, sin (B or 1, 1, L, r).
   library.def("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor", rotary);
 
   // RMS norm of every head: x (B, H, L, d), weight (d,).

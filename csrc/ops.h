@@ -1,5 +1,5 @@
-// Everything a C++ program needs: the grid, the scheme table and the ops as functions. Link
-// two_level_mha::ops.
+// Everything a C++ program needs: the grid, the scheme
+// table and the ops as functions. Link two_level_mha::ops.
 #pragma once
 
 #include "attend/partial_attention.h"

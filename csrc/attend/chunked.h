@@ -1,5 +1,5 @@
-// Attention in blocks of rows through ATen ops: any device, dtype and feature. Serves what no kernel serves;
-// float64 among it.
+// Attention in blocks of rows through ATen ops: any device, dtype
+// and feature. Serves what no kernel serves; float64 among it.
 #pragma once
 
 #include "contract.h"

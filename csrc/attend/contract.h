@@ -25,14 +25,14 @@ namespace two_level_mha {
 
 using at::Tensor;
 
-// Layout of the tensors beside it: q (B, H, L, D), k (B, K, S, D), v (B, K, S, Dv), H % K == 0 and query head
-// x reads KV head x / (H / K). Strides are free, except that the last dim is contiguous; Dv may differ from
-// D.
+// Layout of the tensors beside it: q (B, H, L, D), k (B, K, S, D), v (B, K,
+// S, Dv), H % K == 0 and query head x reads KV head x / (H / K). Strides
+// are free, except that the last dim is contiguous; Dv may differ from D.
 struct AttentionParams : Visible {  // key_stride is 1 if dropout_p > 0
   double scale = 1.0;
   double softcap = 0.0;  // c > 0: x becomes c * tanh(x / c) before the mask is added
-  Tensor mask;  // undefined, or 4-D broadcastable to (B, H, L, S): bool (true = attend) or additive floating
-                // point
+  // Undefined, or 4-D broadcastable to (B, H, L, S): bool (true = attend) or additive floating point.
+  Tensor mask;
   bool mask_grad = false;  // of a backward: whether dmask is asked for
   double dropout_p = 0.0;
   Tensor seed;  // int64, one element, on q's device; defined if dropout_p > 0

@@ -17,8 +17,8 @@ struct SymVisible {
 at::Tensor last_positions(const at::Tensor& like, const c10::SymInt& causal, const c10::SymInt& first,
                           const c10::SymInt& rows);
 
-// scores (.., rows, keys) of rows from first_row and keys from first_key on, with -inf where a row does not
-// see a key.
+// scores (.., rows, keys) of rows from first_row and keys from
+// first_key on, with -inf where a row does not see a key.
 at::Tensor hide(const at::Tensor& scores, const SymVisible& visible, const c10::SymInt& first_row = 0,
                 const c10::SymInt& first_key = 0);
 

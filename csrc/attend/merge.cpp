@@ -82,8 +82,8 @@ std::tuple<Tensor, Tensor> merge_partials_meta(const Tensor& outs, const Tensor&
           at::empty_symint(logsumexps.sym_sizes().slice(1), logsumexps.options())};
 }
 
-// With w_p = exp(logsumexp_p - logsumexp): grad out_p = w_p g, grad logsumexp_p = w_p (g . (out_p - out) +
-// g_lse).
+// With w_p = exp(logsumexp_p - logsumexp): grad out_p = w_p
+// g, grad logsumexp_p = w_p (g . (out_p - out) + g_lse).
 struct MergePartials : torch::autograd::Function<MergePartials> {
   static variable_list forward(AutogradContext* ctx, const Tensor& outs, const Tensor& logsumexps) {
     at::AutoDispatchBelowADInplaceOrView guard;

@@ -13,8 +13,8 @@ namespace two_level_mha {
 
 using at::Tensor;
 
-// The arguments of the op that are not q, k, v; contract.h says what they mean. mask is broadcastable to
-// (B, H, L, S).
+// The arguments of the op that are not q, k, v; contract.h
+// says what they mean. mask is broadcastable to (B, H, L, S).
 struct Attend {
   std::optional<Tensor> mask;
   std::optional<double> scale;  // default 1 / sqrt(D)
@@ -23,8 +23,8 @@ struct Attend {
   std::optional<Tensor> seed;
   std::array<c10::SymInt, 3> origin{0, 0, 0};
   c10::SymInt key_stride = 1;
-  // Name of the kernel that must serve the call (kernels.h), and, where it has one, its backward; "": the
-  // fastest that can.
+  // Name of the kernel that must serve the call (kernels.h), and,
+  // where it has one, its backward; "": the fastest that can.
   std::string kernel = "";
 };
 

@@ -10,8 +10,8 @@ namespace two_level_mha {
 
 constexpr int kThreads = 256;
 
-// `Work` is called with every index in [0, count); it is a struct of pointers and sizes with a device
-// operator().
+// `Work` is called with every index in [0, count); it is a
+// struct of pointers and sizes with a device operator().
 template <typename Index, typename Work>
 __global__ void __launch_bounds__(kThreads)
     grid_stride_kernel(const __grid_constant__ Work work, Index count) {
@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(kThreads)
   for (Index i = (Index)blockIdx.x * kThreads + threadIdx.x; i < count; i += step) work(i);
 }
 
-// 32-bit indices where they suffice (the loop may run one step past count): 64-bit division costs many times
-// more.
+// 32-bit indices where they suffice (the loop may run one
+// step past count): 64-bit division costs many times more.
 template <typename Work>
 cudaError_t launch_grid_stride(const Work& work, int64_t count, int multiprocessors, cudaStream_t stream) {
   if (count == 0) return cudaSuccess;

@@ -66,9 +66,9 @@ c10::intrusive_ptr<Flight> flight(AutogradContext* ctx) {
   return c10::static_intrusive_pointer_cast<Flight>(ctx->saved_data["flight"].toCapsule());
 }
 
-// A plain pair of functions dies in backward, where the gradient of the started tensor has the waited
-// tensor's shape. Here Wait.backward issues the adjoint into the shared flight and Start.backward waits for
-// it there.
+// A plain pair of functions dies in backward, where the gradient of the
+// started tensor has the waited tensor's shape. Here Wait.backward issues
+// the adjoint into the shared flight and Start.backward waits for it there.
 struct Start : torch::autograd::Function<Start> {
   static Tensor forward(AutogradContext* ctx, const Tensor& buffer, int64_t kind, const Group& group,
                         const c10::intrusive_ptr<Flight>& shared) {

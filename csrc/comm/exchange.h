@@ -4,8 +4,8 @@
 //   all_gather      (1, N) -> (g, N)   adjoint: reduce_scatter (the consumers differ between ranks)
 //   reduce_scatter  (g, N) -> (1, N)   adjoint: all_gather
 //   all_to_all      (g, N) -> (g, N)   adjoint: all_to_all
-// Gloo's own reduce_scatter sends as much as an all-reduce, so on the CPU it is an all_to_all and a local sum
-// in rank order.
+// Gloo's own reduce_scatter sends as much as an all-reduce, so
+// on the CPU it is an all_to_all and a local sum in rank order.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,8 +24,8 @@ struct Flight : torch::CustomClassHolder {
   Tensor gradient;
 };
 
-// An exchange under way: other work may run until wait() is called, forward and (in the reverse order)
-// backward.
+// An exchange under way: other work may run until wait() is
+// called, forward and (in the reverse order) backward.
 struct Exchange {
   Tensor started;
   Collective kind;

@@ -17,10 +17,10 @@ struct GatherStage {
   Group group;
 };
 
-// (.., local, ..) -> (.., local * group.size, ..) for the dim of every stage; stages of the same dim lie in
-// it in their order. reversed: the last stage is gathered first. Heads before slices moves m times less
-// between nodes. replicated: every rank uses the result alike, so the adjoint is its own block; otherwise a
-// reduce-scatter.
+// (.., local, ..) -> (.., local * group.size, ..) for the dim of every stage; stages
+// of the same dim lie in it in their order. reversed: the last stage is gathered
+// first. Heads before slices moves m times less between nodes. replicated: every rank
+// uses the result alike, so the adjoint is its own block; otherwise a reduce-scatter.
 Tensor hierarchical_all_gather(const Tensor& x, const std::vector<GatherStage>& stages, bool reversed,
                                bool replicated);
 

@@ -1,7 +1,7 @@
 // Packing for one exchange inside a group of m ranks, and its adjoint.
 //
-// pack: a list of tensors -> one flat buffer (parts, N). Part t holds, tensor after tensor, what rank t shall
-// receive:
+// pack: a list of tensors -> one flat buffer (parts, N). Part
+// t holds, tensor after tensor, what rank t shall receive:
 //   dim >= 0  the t-th of `parts` pieces of the tensor along `dim`, ceil(size / parts) long, zeros beyond
 //   dim == -1 all of the tensor (replicated to every part)
 // unpack: a buffer (parts, N) whose part t came from rank t -> a list of tensors:
@@ -30,8 +30,8 @@ inline int64_t part_elements(const std::vector<Piece>& pieces) {
   return pieces.back().offset + piece_count(pieces.back());
 }
 
-// The ops: differentiable, any device. Tensors are 4-D and of one dtype; `sizes` of unpack is their shapes,
-// one after the other.
+// The ops: differentiable, any device. Tensors are 4-D and of one
+// dtype; `sizes` of unpack is their shapes, one after the other.
 at::Tensor pack(at::TensorList tensors, at::IntArrayRef dims, int64_t parts, bool zigzag);
 std::vector<at::Tensor> unpack(const at::Tensor& buffer, c10::SymIntArrayRef sizes, at::IntArrayRef dims,
                                int64_t parts, bool zigzag);

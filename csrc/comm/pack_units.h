@@ -86,8 +86,8 @@ struct PackWork {
   }
 };
 
-// Scalar is the dtype where a tensor is summed over the parts, in Real; units of part 0 do that, in part
-// order.
+// Scalar is the dtype where a tensor is summed over the
+// parts, in Real; units of part 0 do that, in part order.
 template <int kBytes, typename Scalar, typename Real>
 struct UnpackWork {
   PackParams p;

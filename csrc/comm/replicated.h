@@ -1,5 +1,5 @@
-// Tensors that are the same on every rank: sums that give them, and their way into what differs between
-// ranks.
+// Tensors that are the same on every rank: sums that give
+// them, and their way into what differs between ranks.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -30,8 +30,8 @@ struct KeepGradient : torch::autograd::Function<KeepGradient> {
   }
 };
 
-// Pieces sharded along `dim` over the slice group -> the whole, used alike by every rank: the adjoint is
-// one's own.
+// Pieces sharded along `dim` over the slice group -> the
+// whole, used alike by every rank: the adjoint is one's own.
 struct GatherSharded : torch::autograd::Function<GatherSharded> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, std::vector<c10::SymInt> whole, int64_t dim,
                         bool zigzag, const Group& group, int64_t slice) {

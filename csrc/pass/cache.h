@@ -17,8 +17,8 @@
 
 namespace two_level_mha {
 
-// A cache layer but for its memory. Operators take it as one list, in the order of kCacheFields, and give it
-// back.
+// A cache layer but for its memory. Operators take it as
+// one list, in the order of kCacheFields, and give it back.
 struct CacheNumbers {
   c10::SymInt slices = 1;   // m
   c10::SymInt slice;        // j

@@ -1,6 +1,6 @@
-// One call on one rank: all that decides what it computes and sends. Made once, by `context_of`, from
-// integers that every rank knows; each half of the pass is given the same ones. Tensors are held against it,
-// never asked.
+// One call on one rank: all that decides what it computes and sends. Made
+// once, by `context_of`, from integers that every rank knows; each half of
+// the pass is given the same ones. Tensors are held against it, never asked.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -112,9 +112,9 @@ struct Context {
 // scheme that the storage of the query side does not run.
 Context context_of(const Constants& constants, const std::vector<std::string>& groups, const Sizes& sizes);
 
-// The same for operators, which take the constants as one text, the cheapest argument there is: the numbers
-// in the order of kConstants, and on lines of their own the names of the three groups. Sizes in the order of
-// kSizes.
+// The same for operators, which take the constants as one text, the cheapest
+// argument there is: the numbers in the order of kConstants, and on lines of
+// their own the names of the three groups. Sizes in the order of kSizes.
 Context context_of(const std::string& constants, c10::SymIntArrayRef sizes);
 
 // Raises ValueError unless q, k and v have the heads, widths and lengths of the call.

@@ -32,8 +32,8 @@ struct Inputs {
   }
 };
 
-// The tokens of this rank through whole weights: nothing moves but the weights, and the keys and values where
-// the rows are sharded.
+// The tokens of this rank through whole weights: nothing moves but
+// the weights, and the keys and values where the rows are sharded.
 std::tuple<Tensor, Tensor, Tensor> project_tokens(Inputs inputs, const QkvWeights& weights,
                                                   const ExtraKeys& extra, const Context& context) {
   const auto [whole, whole_extra] = gather_qkv_weights(weights, extra, context);

@@ -27,8 +27,8 @@ Tensor shard_cyclic(const Tensor& x, const Context& context) {
 
 namespace {
 
-// Rows in the order that makes those of rank t a chunk: position % m, then position / m; zeros where a rank
-// has a row less.
+// Rows in the order that makes those of rank t a chunk: position
+// % m, then position / m; zeros where a rank has a row less.
 Tensor by_owner(const Tensor& x, const c10::SymInt& position, int64_t m) {
   auto before = position % m;
   auto rows = ceil_div(before + x.sym_size(2), m);

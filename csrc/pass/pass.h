@@ -22,16 +22,16 @@ struct Entered {
   std::vector<Tensor> shared;
 };
 
-// Inputs (B, L or S, D) replicated over the grid, (L or S, B, D) if not batch_first -> q, k, v of this rank.
-// rows: tensors (B or 1, 1, L, ..) that go with the tokens, such as rotary angles. shared: parameters that
-// every rank holds and uses between the halves for its own rows and heads; their gradients become the sum
-// over the grid.
+// Inputs (B, L or S, D) replicated over the grid, (L or S, B, D) if not batch_first ->
+// q, k, v of this rank. rows: tensors (B or 1, 1, L, ..) that go with the tokens, such
+// as rotary angles. shared: parameters that every rank holds and uses between the
+// halves for its own rows and heads; their gradients become the sum over the grid.
 Entered enter(const Tensor& query, const Tensor& key, const Tensor& value, const QkvWeights& weights,
               const ExtraKeys& extra, const std::vector<Tensor>& rows, const std::vector<Tensor>& shared,
               const Context& context);
 
-// W_O (D, H, E), or whole heads (D, H / m, d), or with combine="concat" all of it (D, h, d), and its bias
-// (D,).
+// W_O (D, H, E), or whole heads (D, H / m, d), or with
+// combine="concat" all of it (D, h, d), and its bias (D,).
 struct OutWeights {
   Tensor weight;
   std::optional<Tensor> bias;

@@ -1,5 +1,5 @@
-// The (n, m) grid of ranks: which blocks exist, who owns them, which grids are valid. Pure arithmetic, no
-// torch.
+// The (n, m) grid of ranks: which blocks exist, who owns
+// them, which grids are valid. Pure arithmetic, no torch.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +21,8 @@ struct Heads {
   bool positive() const { return num_heads > 0 && num_kv_heads > 0 && head_dim > 0; }
 };
 
-// P = head_groups * slices ranks; rank r = i * slices + j owns head group i and slice j of the head
-// dimension.
+// P = head_groups * slices ranks; rank r = i * slices + j
+// owns head group i and slice j of the head dimension.
 struct Grid {
   int64_t head_groups = 1;  // n
   int64_t slices = 1;       // m
@@ -49,8 +49,8 @@ struct Grid {
     return found;
   }
 
-  // The numbers of ranks nearest to `ranks`, below and above, that have a valid grid (0: none above within
-  // 4x).
+  // The numbers of ranks nearest to `ranks`, below and
+  // above, that have a valid grid (0: none above within 4x).
   static std::pair<int64_t, int64_t> nearest(int64_t ranks, const Heads& heads) {
     int64_t below = 0, above = 0;
     for (int64_t n = 1; n <= heads.num_kv_heads; ++n)

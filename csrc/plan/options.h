@@ -47,8 +47,8 @@ inline Memory memory_of(Scheme scheme, const CallSizes<Checked>& s) {
   return {weights * s.element_size, kept * s.element_size + logsumexp, cache * s.element_size};
 }
 
-// A layer and a call of it, to be put on some number of ranks. Of the layer, how the query side is stored is
-// the scheme's choice.
+// A layer and a call of it, to be put on some number of ranks. Of
+// the layer, how the query side is stored is the scheme's choice.
 struct PlanRequest {
   int64_t ranks;
   LayerSizes layer;
@@ -95,9 +95,9 @@ inline void check_constants(const PlanRequest& request) {
   static_cast<void>(weights * request.call.element_size * request.ranks * kRoom);
 }
 
-// Every valid grid, most head groups first, with every scheme that can run the call on it: with keys in a
-// cache its two layouts, else all the others. On a grid of one slice they are all the same, and one stands
-// for them.
+// Every valid grid, most head groups first, with every scheme that can run
+// the call on it: with keys in a cache its two layouts, else all the others.
+// On a grid of one slice they are all the same, and one stands for them.
 inline std::vector<Option> plan_options(const PlanRequest& request, const Rates& rates) {
   std::vector<Option> options;
   const Heads& heads = request.layer.heads;

@@ -39,8 +39,8 @@ Local<I> local_sizes(const SchemeRow& row, const CallSizes<I>& s) {
   return local;
 }
 
-// A causal call is taken to see half of the keys that are not before its first query; other masks are not
-// seen.
+// A causal call is taken to see half of the keys that are
+// not before its first query; other masks are not seen.
 template <class I>
 Work<I> forward_work(Scheme scheme, const CallSizes<I>& s) {
   const SchemeRow row = concrete_row(scheme, s);

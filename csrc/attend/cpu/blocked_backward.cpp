@@ -325,9 +325,9 @@ class BackwardPass {
   Buffer<float> shared_dq_;  // dQ^T: (B, H, shares, row blocks, width, block rows)
 };
 
-// Where scores are large, finfo.min for one, rounding takes log(n) from the logsumexp and P sums to n. All
-// gradients are linear in those of out and logsumexp, so these are divided by the sums. Undefined if no row
-// needs it.
+// Where scores are large, finfo.min for one, rounding takes log(n) from the
+// logsumexp and P sums to n. All gradients are linear in those of out and
+// logsumexp, so these are divided by the sums. Undefined if no row needs it.
 Tensor lost_factors(const Tensor& q, const Tensor& k, const Tensor& logsumexp,
                     const AttentionParams& params) {
   constexpr double kLarge = 1e4;  // whose float32 neighbours are 1e-3 apart

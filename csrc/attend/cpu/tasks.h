@@ -10,8 +10,8 @@
 
 namespace two_level_mha {
 
-// Calls work(scratch, task) for every task, in order, each by the next free thread; every thread makes one
-// Scratch.
+// Calls work(scratch, task) for every task, in order, each
+// by the next free thread; every thread makes one Scratch.
 template <class Scratch, class Make, class Work>
 void for_each_task(int64_t tasks, const Make& make, const Work& work) {
   std::atomic<int64_t> next{0};
