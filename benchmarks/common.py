@@ -74,6 +74,14 @@ def write_results(name: str, rows: list[dict]) -> Path:
     return path
 
 
+def verdict(row: dict) -> str:
+    """ " BELOW" or " ABOVE" where a row misses the floor or limit that it names, as NaN does; "" where it does not."""
+    if "floor" in row and not row["ratio"] >= row["floor"]:
+        return " BELOW"
+    figure, limit = ("mib", "limit_mib") if "mib" in row else ("ratio", "limit")
+    return " ABOVE" if limit in row and not row[figure] <= row[limit] else ""
+
+
 def run_cases(
     name: str,
     description: str,
@@ -83,7 +91,8 @@ def run_cases(
     repeats: int,
 ) -> None:
     """A benchmark's command line: runs the cases it asks for and prints a line for each. results/NAME.json is written
-    by a whole run only, so that it comes from one machine, one commit and one run.
+    by a whole run only, so that it comes from one machine, one commit and one run. Exits with 1 where a row misses its
+    floor or limit, after all cases have run.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--case", default="", help="run only the cases whose name contains this, write nothing")
@@ -99,3 +108,6 @@ def run_cases(
             print(line(rows[-1]), flush=True)
     if not args.case:
         print(write_results(name, rows))
+    missed = [row["case"] for row in rows if verdict(row)]
+    if missed:
+        raise SystemExit(f"{len(missed)} of {len(rows)} cases miss their floor or limit: {', '.join(missed)}")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import transformers
-from common import run_cases
+from common import run_cases, verdict
 from torch.distributed.tensor import DTensor
 
 import two_level_mha as tlm
@@ -146,7 +146,7 @@ def run(case: Case, repeats: int) -> dict:
 def line(row: dict) -> str:
     return (
         f"{row['case']:44s} share {row['share_mb']:7.1f} MB, peak {row['peak_mb']:7.1f} MB "
-        f"({row['ratio']:.2f}, limit {row['limit']}), {row['seconds']:.1f} s"
+        f"({row['ratio']:.2f}, limit {row['limit']}{verdict(row)}), {row['seconds']:.1f} s"
     )
 
 

@@ -9,7 +9,7 @@ Letters: B batch, L length, D embed_dim, h heads.
 from typing import NamedTuple
 
 import torch
-from common import interleaved_ms, run_cases
+from common import interleaved_ms, run_cases, verdict
 from torch import nn
 
 import two_level_mha as tlm
@@ -66,10 +66,9 @@ def run(case: Case, repeats: int) -> dict:
 
 
 def line(row: dict) -> str:
-    mark = "" if row["ratio"] <= row["limit"] else "  ABOVE"
     return (
         f"{row['case']:<62} ours {row['ours_ms']:9.3f} ms  stock {row['stock_ms']:9.3f} ms"
-        f"  ratio {row['ratio']:5.2f}  limit {row['limit']:4.2f}{mark}"
+        f"  ratio {row['ratio']:5.2f}  limit {row['limit']:4.2f}{verdict(row)}"
     )
 
 

@@ -24,9 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import two_level_mha as tlm
-from two_level_mha import _C
-from two_level_mha.context import SCHEME_NUMBERS, call_numbers, layer_numbers
+from two_level_mha.context import constants, layer_numbers, size_numbers
 from two_level_mha.mesh import place_on
+from two_level_mha.profile import Profile
 from two_level_mha.testing import CollectiveRecord, record_collectives
 
 P, h, k, d, D = 16, 64, 8, 128, 8192
@@ -66,32 +66,30 @@ class Ours:
     position: int = 0  # tokens in the cache
 
     def decided(self, x_BLD: torch.Tensor) -> tuple:
-        """layer, groups and call of the operators."""
+        """constants and sizes of the operators."""
         place = place_on(self.mesh)
         layer = layer_numbers(
-            place, _C.rates(True), num_heads=h, num_kv_heads=k, head_dim=d, embed_dim=D, key_dim=D, value_dim=D,
-            bias=False, bias_kv=False, whole_heads=True, concat=False, reduce_dtype=None,
+            place, Profile.for_device("cuda").numbers, num_heads=h, num_kv_heads=k, head_dim=d, embed_dim=D, key_dim=D,
+            value_dim=D, bias=False, bias_kv=False, whole_heads=True, concat=False, reduce_dtype=None,
         )  # fmt: skip
-        call = call_numbers(
-            scheme=SCHEME_NUMBERS[self.scheme], batch=x_BLD.shape[0], length=x_BLD.shape[1], keys=x_BLD.shape[1],
-            position=self.position, causal=True, element_size=DTYPE.itemsize,
-        )  # fmt: skip
-        return layer, place.groups, call
+        how = {"scheme": self.scheme, "causal": True, "element_size": DTYPE.itemsize}
+        sizes = size_numbers(batch=B, length=x_BLD.shape[1], keys=x_BLD.shape[1], position=self.position)
+        return constants(layer, place.groups, **how), sizes
 
     def enter(self, x_BLD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         n, m = GRID
         shapes = [(h // P, d, D), (k // n, d // m, D), (k // n, d // m, D)]
         weights = [x_BLD.new_empty(shape) for shape in shapes]
         call = self.decided(x_BLD)
-        q, key, value, *_ = torch.ops.two_level_mha.enter(*[x_BLD] * 3, *weights, *[None] * 5, [], [], *call)
+        q, key, value, *_ = torch.ops.two_level_mha.enter(*[x_BLD] * 3, *weights, *[None] * 5, None, None, *call)
         old = key.new_empty(*key.shape[:2], self.position // m, d)
         return q, torch.cat([old, key], 2), torch.cat([old, value], 2), x_BLD
 
     def leave(self, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, x_BLD: torch.Tensor) -> torch.Tensor:
         return torch.ops.two_level_mha.leave(
             q, key, value, q.new_empty(D, h // P, d), None, None, None, self.position, None, 0.0, 0.0, None,
-            *self.decided(x_BLD), [], [],
-        )[0]  # fmt: skip
+            *self.decided(x_BLD),
+        )  # fmt: skip
 
 
 def record(enter, leave, length: int) -> tuple[CollectiveRecord, CollectiveRecord]:

@@ -73,57 +73,51 @@ Tensor hierarchical_all_gather_op(const Tensor& x, int64_t head_dim, int64_t sli
 
 using Tensors = std::vector<Tensor>;
 
-std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors> enter_op(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& q_weight,
-    const Tensor& k_weight, const Tensor& v_weight, const std::optional<Tensor>& q_bias,
-    const std::optional<Tensor>& k_bias, const std::optional<Tensor>& v_bias,
-    const std::optional<Tensor>& bias_k, const std::optional<Tensor>& bias_v, at::TensorList rows,
-    at::TensorList shared, at::IntArrayRef layer, std::vector<std::string> groups, c10::SymIntArrayRef call) {
-  const Context context = context_of(layer, groups, call);
-  Entered entered = enter(query, key, value, {q_weight, k_weight, v_weight, q_bias, k_bias, v_bias},
-                          {bias_k, bias_v, context.zero_key}, rows.vec(), shared.vec(), context);
-  return {entered.q, entered.k, entered.v, entered.q_rows, entered.k_rows, entered.shared};
+Tensors enter_op(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& q_weight,
+                 const Tensor& k_weight, const Tensor& v_weight, const std::optional<Tensor>& q_bias,
+                 const std::optional<Tensor>& k_bias, const std::optional<Tensor>& v_bias,
+                 const std::optional<Tensor>& bias_k, const std::optional<Tensor>& bias_v,
+                 std::optional<Tensors> rows, std::optional<Tensors> shared, std::string constants,
+                 c10::SymIntArrayRef sizes) {
+  const Context context = context_of(constants, sizes);
+  const Entered entered = enter(query, key, value, {q_weight, k_weight, v_weight, q_bias, k_bias, v_bias},
+                                {bias_k, bias_v, context.zero_key}, rows.value_or(Tensors()),
+                                shared.value_or(Tensors()), context);
+  Tensors all{entered.q, entered.k, entered.v};
+  for (const Tensors* more : {&entered.q_rows, &entered.k_rows, &entered.shared})
+    all.insert(all.end(), more->begin(), more->end());
+  return all;
 }
 
-// The layer of a cache that an operator was given as its memory and numbers, or none.
-struct GivenCache {
-  std::optional<CacheLayer> layer;
+Tensor leave_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_weight,
+                const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
+                std::optional<double> scale, std::optional<c10::SymInt> causal,
+                std::optional<c10::SymInt> window, double softcap, double dropout_p,
+                const std::optional<Tensor>& seed, std::string constants, c10::SymIntArrayRef sizes) {
+  return leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed}, {out_weight, out_bias},
+               context_of(constants, sizes));
+}
 
-  GivenCache(at::TensorList memory, c10::SymIntArrayRef numbers) {
-    if (!numbers.empty()) layer = CacheLayer{parse("cache", kCacheFields, numbers), memory.vec()};
-  }
-  CacheLayer* get() { return layer ? &*layer : nullptr; }
-  Tensors memory() const { return layer ? layer->memory : Tensors(); }
-  std::vector<c10::SymInt> numbers() const {
-    return layer ? list_of(kCacheFields, layer->numbers) : std::vector<c10::SymInt>();
-  }
-};
-
-std::tuple<Tensor, Tensors, std::vector<c10::SymInt>> leave_op(
+std::tuple<Tensor, Tensor> leave_with_weights_op(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_weight,
     const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
     std::optional<double> scale, std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
-    double softcap, double dropout_p, const std::optional<Tensor>& seed, at::IntArrayRef layer,
-    std::vector<std::string> groups, c10::SymIntArrayRef call, at::TensorList memory,
-    c10::SymIntArrayRef cache) {
-  GivenCache given(memory, cache);
+    double softcap, double dropout_p, const std::optional<Tensor>& seed, std::string constants,
+    c10::SymIntArrayRef sizes, bool average) {
+  return leave_with_weights(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
+                            {out_weight, out_bias}, context_of(constants, sizes), average);
+}
+
+std::tuple<Tensor, Tensors, std::vector<c10::SymInt>> leave_with_cache_op(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_weight,
+    const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
+    std::optional<double> scale, std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
+    double softcap, double dropout_p, const std::optional<Tensor>& seed, std::string constants,
+    c10::SymIntArrayRef sizes, at::TensorList memory, c10::SymIntArrayRef cache) {
+  CacheLayer layer{parse("cache", kCacheFields, cache), memory.vec()};
   Tensor y = leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
-                   {out_weight, out_bias}, context_of(layer, groups, call), given.get());
-  return {y, given.memory(), given.numbers()};
-}
-
-std::tuple<Tensor, Tensor, Tensors, std::vector<c10::SymInt>> leave_with_weights_op(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_weight,
-    const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
-    std::optional<double> scale, std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
-    double softcap, double dropout_p, const std::optional<Tensor>& seed, at::IntArrayRef layer,
-    std::vector<std::string> groups, c10::SymIntArrayRef call, at::TensorList memory,
-    c10::SymIntArrayRef cache, bool average) {
-  GivenCache given(memory, cache);
-  auto [y, weights] =
-      leave_with_weights(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
-                         {out_weight, out_bias}, context_of(layer, groups, call), average, given.get());
-  return {y, weights, given.memory(), given.numbers()};
+                   {out_weight, out_bias}, context_of(constants, sizes), &layer);
+  return {y, layer.memory, list_of(kCacheFields, layer.numbers)};
 }
 
 std::tuple<Tensors, std::vector<c10::SymInt>, Tensor, Tensor> cache_append_op(
@@ -253,9 +247,10 @@ TORCH_LIBRARY(two_level_mha, library) {
       ") -> Tensor",
       hierarchical_all_gather_op);
 
-  // First half of the pass: project, move. layer, groups and call are what csrc/pass/context.h makes its Context of.
-  // rows: tensors (B or 1, 1, L, ..) that go with tokens, such as rotary angles -> those of this rank's q, and of its
-  // k. shared: parameters that every rank uses for its own rows and heads -> the same, their gradients summed.
+  // First half of the pass: project, move. constants and sizes are what csrc/pass/context.h makes its Context of.
+  // rows: tensors (B or 1, 1, L, ..) that go with tokens, such as rotary angles. shared: parameters that every rank uses
+  // for its own rows and heads. -> q, k, v, the rows of this rank's q, those of its k, and the shared ones, whose
+  // gradients are summed.
   library.def(
       "enter("
       "Tensor query, "
@@ -269,16 +264,15 @@ TORCH_LIBRARY(two_level_mha, library) {
       "Tensor? v_bias, "
       "Tensor? bias_k, "
       "Tensor? bias_v, "
-      "Tensor[] rows, "
-      "Tensor[] shared, "
-      "int[] layer, "
-      "str[] groups, "
-      "SymInt[] call"
-      ") -> (Tensor q, Tensor k, Tensor v, Tensor[] q_rows, Tensor[] k_rows, Tensor[] shared)",
+      "Tensor[]? rows, "
+      "Tensor[]? shared, "
+      "str constants, "
+      "SymInt[] sizes"
+      ") -> Tensor[]",
       enter_op);
 
-  // Second half: attend, move back, combine. k and v as `enter` gave them; causal counts positions. memory and cache: of
-  // a layer of a KV cache, which takes k and v before anything is attended to, and is given back; [] for none.
+  // Second half: attend, move back, combine. k and v as `enter` gave them, or those of a cache in the same layout;
+  // causal counts positions.
   library.def(
       "leave("
       "Tensor q, "
@@ -293,12 +287,9 @@ TORCH_LIBRARY(two_level_mha, library) {
       "float softcap, "
       "float dropout_p, "
       "Tensor? seed, "
-      "int[] layer, "
-      "str[] groups, "
-      "SymInt[] call, "
-      "Tensor[] memory, "
-      "SymInt[] cache"
-      ") -> (Tensor y, Tensor[] memory, SymInt[] cache)",
+      "str constants, "
+      "SymInt[] sizes"
+      ") -> Tensor",
       leave_op);
 
   // The same and the attention weights, (B, h, L, S) or averaged over the heads (B, L, S).
@@ -316,14 +307,34 @@ TORCH_LIBRARY(two_level_mha, library) {
       "float softcap, "
       "float dropout_p, "
       "Tensor? seed, "
-      "int[] layer, "
-      "str[] groups, "
-      "SymInt[] call, "
-      "Tensor[] memory, "
-      "SymInt[] cache, "
+      "str constants, "
+      "SymInt[] sizes, "
       "bool average=True"
-      ") -> (Tensor y, Tensor weights, Tensor[] memory, SymInt[] cache)",
+      ") -> (Tensor y, Tensor weights)",
       leave_with_weights_op);
+
+  // `leave` with a layer of a KV cache, as `cache_append` has it: it takes k and v first, and all of its own are
+  // attended to.
+  library.def(
+      "leave_with_cache("
+      "Tensor q, "
+      "Tensor k, "
+      "Tensor v, "
+      "Tensor out_weight, "
+      "Tensor? out_bias, "
+      "Tensor? attn_mask, "
+      "float? scale, "
+      "SymInt? causal, "
+      "SymInt? window, "
+      "float softcap, "
+      "float dropout_p, "
+      "Tensor? seed, "
+      "str constants, "
+      "SymInt[] sizes, "
+      "Tensor[] memory, "
+      "SymInt[] cache"
+      ") -> (Tensor y, Tensor[] memory, SymInt[] cache)",
+      leave_with_cache_op);
 
   // A layer of a KV cache alone, csrc/pass/cache.h: its memory, which is written in place where no graph needs it, and
   // its numbers. Takes this rank's part of new keys and values; gives its part of all that the call attends to.

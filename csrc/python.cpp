@@ -6,6 +6,7 @@
 #include <map>
 #include <string>
 
+#include "pass/cache.h"
 #include "pass/context.h"
 #include "plan/options.h"
 
@@ -145,10 +146,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("ranked_grids", &ranked, "Valid (n, m) for a number of ranks, the fastest in a typical call first.");
   m.def("grid_choices", &grid_choices, "A sentence with the valid grids for a number of ranks, and near it.");
   m.def("schemes", &schemes, "(name, exact, storage) of every scheme.");
-  m.def(
-      "layer_fields", [] { return names_of(kLayerFields); }, "Names of the numbers that make a layer.");
-  m.def(
-      "call_fields", [] { return names_of(kCallFields); }, "Names of the numbers that make a call.");
+  m.def("constant_fields", [] { return names_of(kConstants); }, "Names of the constants of a call, in order.");
+  m.def("size_fields", [] { return names_of(kSizes); }, "Names of the sizes of a call, in order.");
+  m.def("cache_fields", [] { return names_of(kCacheFields); }, "Names of a cache layer's numbers, in order.");
   m.def("scheme_numbers", &scheme_numbers, "The number of every scheme, and of \"auto\".");
   m.def(
       "scalar_type", [](at::ScalarType type) { return int64_t(type); }, "The number of a dtype.");

@@ -39,23 +39,24 @@ def layer_numbers(
     ]  # fmt: skip
 
 
-def call_numbers(
+def constants(
+    layer: list[int],
+    groups: tuple[str, str, str],
     *,
-    scheme: int,
-    batch: int,
-    length: int,
-    keys: int,
-    zero_key: bool = False,
-    position: int = 0,
-    first_key: int = 0,
-    causal: bool = False,
-    batch_first: bool = True,
+    scheme: str,
+    causal: bool,
     element_size: int,
-) -> list[int]:
-    """One call, by name, in the order of the operators; sizes may be symbolic."""
-    return [
-        scheme, batch, length, keys, int(zero_key), position, first_key, int(causal), int(batch_first), element_size
-    ]  # fmt: skip
+    zero_key: bool = False,
+    batch_first: bool = True,
+) -> str:
+    """The constants of a call as the operators take them: the layer's numbers, how the call runs it, the groups."""
+    how = (SCHEME_NUMBERS[scheme], int(causal), element_size, int(zero_key), int(batch_first))
+    return "\n".join((" ".join(map(str, (*layer, *how))), *groups))
+
+
+def size_numbers(*, batch: int, length: int, keys: int, position: int = 0, first_key: int = 0) -> list[int]:
+    """The sizes of one call, in the order of the operators; they may be symbolic."""
+    return [batch, length, keys, position, first_key]
 
 
 def element_size(x: Tensor) -> int:

@@ -1,6 +1,7 @@
 """parallelize: every attention of a model on a grid, in place. Structure proposes, a probe decides."""
 
 import logging
+import os
 import re
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from two_level_mha.integrations.projected import IMPLEMENTATIONS
 from two_level_mha.layer import GridAttention, check_options, stores_whole_heads
 from two_level_mha.mesh import Grid, place_on
 from two_level_mha.probe import HOOKS, changed_linear, has_hooks, layer_settings, random_copy, settings
+from two_level_mha.profile import Profile, resolve_profile
 from two_level_mha.report import keep_report
 from two_level_mha.rest import Rest, find_rest, split_rest
 from two_level_mha.stock import resolve, take_stock_keys
@@ -66,6 +68,7 @@ def parallelize(
     cache: str = "position",
     debug: bool | None = None,
     reduce_dtype: torch.dtype | None = None,
+    profile: Profile | str | os.PathLike | None = None,
 ) -> nn.Module:
     """Replaces every supported attention of `model` by its split form, in place; returns the model.
 
@@ -78,6 +81,7 @@ def parallelize(
     divides the width and a copy, run in parts, gives its numbers.
     cache: how such decoders keep a KV cache that transformers made: "position" or "batch" (two_level_mha.cache).
     reduce_dtype: torch.float32 sums outputs and gradients over ranks in it, None in the tensors' own dtype.
+    profile: the rates by which scheme="auto" chooses, as for TwoLevelMultiheadAttention.
     A collective over the grid. Raises GridError, on every rank and before anything is changed, when nothing is found,
     when an attention is found that is not supported, when the grid does not fit one, or when the ranks' arguments or
     weights differ. What was split is told by two_level_mha.report(model), which the grid's first rank also logs (logger
@@ -86,9 +90,11 @@ def parallelize(
     """
     options = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache, "reduce_dtype": reduce_dtype}
     grid = place_on(mesh).grid
-    found, others, refusal = [], Rest(), None
+    found, others, refusal, rates = [], Rest(), None, None
     try:
         check_options(scheme, combine)
+        options["profile"] = resolve_profile(profile, "cpu" if mesh is None else mesh.device_type)
+        rates = options["profile"].numbers
         if cache not in CACHE_LAYOUTS:
             raise GridError(f"cache must be one of {', '.join(CACHE_LAYOUTS)}, got {cache!r}")
         pretrained_models(model)  # refuses a transformers that is too old
@@ -100,7 +106,7 @@ def parallelize(
     except Exception as error:  # whatever it is, the others would wait for this rank
         refusal = error
     arguments = {"refusal": refusal, "scheme": scheme, "combine": combine, "rest": rest, "cache": cache}
-    arguments["reduce_dtype"] = str(reduce_dtype)
+    arguments |= {"reduce_dtype": str(reduce_dtype), "profile": rates}
     same_on_all_ranks(arguments, mesh, "call parallelize alike on every rank")
     if mesh is not None:
         check_same_weights(model, mesh, any(_dropout(module) > 0.0 for module in model.modules()))

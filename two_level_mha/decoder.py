@@ -4,6 +4,7 @@ Letters: B batch, L query length, S key length, D embed_dim, h and k query and k
 dims.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from two_level_mha.blocks import local_blocks
 from two_level_mha.cache import CachedCall, CacheLayer
 from two_level_mha.errors import GridError, wrong_device, wrong_dtype
 from two_level_mha.layer import Aside, Drops, GridAttention
+from two_level_mha.profile import Profile
 from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
 
 BIASES = (False, True, "qkv", "out")
@@ -63,8 +65,8 @@ class TwoLevelAttention(Drops, GridAttention):
     dropout: probability with which an attention weight is dropped in training, the same ones on every grid.
     mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process. head_groups must divide k,
         slices must divide d.
-    scheme, combine, debug: as for TwoLevelMultiheadAttention. scheme "independent" takes neither norm nor rotary,
-        which need d whole.
+    scheme, combine, debug, reduce_dtype, profile: as for TwoLevelMultiheadAttention. scheme "independent" takes neither
+        norm nor rotary, which need d whole.
 
     Weights are drawn as nn.Linear draws q_proj, k_proj, v_proj and o_proj in turn: the same seed gives the same ones on
     every grid. load_state_dict takes those names too (q_proj.weight, .., q_norm.weight, k_norm.weight), with full
@@ -92,13 +94,14 @@ class TwoLevelAttention(Drops, GridAttention):
         dtype=None,
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
+        profile: Profile | str | os.PathLike | None = None,
     ) -> None:
         k = num_heads if num_kv_heads is None else num_kv_heads
         d = _head_dim(embed_dim, num_heads, k, head_dim)
         _check_options(bias, qk_norm, rope, window, softcap, dropout, scheme, d)
         super().__init__(
             num_heads=num_heads, num_kv_heads=k, head_dim=d, mesh=mesh, scheme=scheme, combine=combine, debug=debug,
-            reduce_dtype=reduce_dtype,
+            reduce_dtype=reduce_dtype, profile=profile,
         )  # fmt: skip
         self.embed_dim, self.rope, self.window, self.scale, self.dropout = embed_dim, rope, window, scale, dropout
         self.softcap, self.qk_norm = softcap, qk_norm
@@ -167,7 +170,8 @@ class TwoLevelAttention(Drops, GridAttention):
         return self.attend(
             x_BLD, x_BLD, x_BLD, attn_mask=attn_mask, scale=self.scale, causal=call.position if is_causal else None,
             window=self.window, softcap=self.softcap, dropout_p=dropout_p,
-            rows=[x.unsqueeze(1) for x in position_embeddings or ()], shared=local_blocks(norms), between=between,
+            rows=None if position_embeddings is None else [x.unsqueeze(1) for x in position_embeddings],
+            shared=local_blocks(norms) or None, between=between,
             cache=cache, scheme=call.scheme, position=call.position, first_key=call.first_key,
         )[0]  # fmt: skip
 

@@ -4,7 +4,8 @@ Letters: B batch, L query length, S key length, D embed_dim, h and k heads of al
 E its slice.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,10 +16,10 @@ from two_level_mha import _C
 from two_level_mha.agreement import check_call, compares
 from two_level_mha.blocks import COMBINES, LAYOUTS, block, local_blocks
 from two_level_mha.cache import CacheLayer
-from two_level_mha.context import SCHEME_NUMBERS, call_numbers, element_size, layer_numbers
+from two_level_mha.context import constants, element_size, layer_numbers, size_numbers
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import Grid, place_on
-from two_level_mha.profile import Profile
+from two_level_mha.profile import Profile, resolve_profile
 
 CACHED = "position"  # the scheme of a KV cache dealt by position: not for a call without one
 SCHEMES = ("auto", *(name for name, _, _ in _C.schemes() if name != CACHED))
@@ -70,6 +71,7 @@ class GridAttention(nn.Module):
         combine: str,
         debug: bool | None,
         reduce_dtype: torch.dtype | None = None,
+        profile: Profile | str | os.PathLike | None = None,
     ) -> None:
         nn.Module.__init__(self)  # a subclass may also inherit from the class it replaces, whose __init__ must not run
         check_options(scheme, combine)
@@ -81,6 +83,7 @@ class GridAttention(nn.Module):
         self.mesh = mesh
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scheme, self.combine, self.debug, self.reduce_dtype = scheme, combine, debug, reduce_dtype
+        self.profile = resolve_profile(profile, "cpu" if mesh is None else mesh.device_type)
         self._compared = False
 
     def store(self, full: dict[str, Tensor | None], requires_grad: dict[str, bool] | None = None) -> None:
@@ -92,13 +95,13 @@ class GridAttention(nn.Module):
             else:
                 kept = self.block(tensor, name)
                 self.register_parameter(name, nn.Parameter(kept, (requires_grad or {}).get(name, True)))
-        self._numbers = self._layer_numbers(full)
+        self._numbers, self._texts = self._layer_numbers(full), {}
 
     def _layer_numbers(self, full: dict[str, Tensor | None]) -> list[int]:
         held = {name for name, tensor in full.items() if tensor is not None}
         return layer_numbers(
             self.place,
-            Profile.for_device("cpu" if self.mesh is None else self.mesh.device_type).numbers,
+            self.profile.numbers,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
@@ -126,6 +129,7 @@ class GridAttention(nn.Module):
         if not compares(self.place.grid.size, self.debug, self._compared):
             return check()
         options = {"reduce_dtype": str(self.reduce_dtype), "scheme": self.scheme, "combine": self.combine}
+        options["profile"] = self.profile.numbers
         settings = check_call(self, self.mesh, options, check, tensors)
         self._compared = True
         return settings
@@ -146,8 +150,8 @@ class GridAttention(nn.Module):
         add_zero_attn: bool = False,
         need_weights: bool = False,
         average_attn_weights: bool = True,
-        rows: Sequence[Tensor] = (),
-        shared: Sequence[Tensor] = (),
+        rows: list[Tensor] | None = None,
+        shared: list[Tensor] | None = None,
         between: Between | None = None,
         scheme: str | None = None,
         position: int = 0,
@@ -172,42 +176,48 @@ class GridAttention(nn.Module):
             [p[name] if name in p else getattr(self, name) for name in LAYOUTS]
         )
         batch_dim, length_dim = (0, 1) if batch_first else (1, 0)
-        call = call_numbers(
-            scheme=SCHEME_NUMBERS[scheme or self.scheme],
+        how = (scheme or self.scheme, causal is not None, element_size(query), add_zero_attn, batch_first)
+        sizes = size_numbers(
             batch=query.shape[batch_dim],
             length=query.shape[length_dim],
             keys=key.shape[length_dim],
-            zero_key=add_zero_attn,
             position=position,
             first_key=first_key,
-            causal=causal is not None,
-            batch_first=batch_first,
-            element_size=element_size(query),
         )
-        decided = (self._numbers, self.place.groups, call)
+        decided = (self._constants(*how), sizes)
         q, k, v, *aside = _ops.enter(query, key, value, *weights, rows, shared, *decided)
         if between is not None:
-            q, k, v = between(q, k, v, Aside(*aside))
+            at = 0 if rows is None else len(rows)
+            q, k, v = between(q, k, v, Aside(aside[:at], aside[at : 2 * at], aside[2 * at :]))
         # not a default of 0.0: torch.compile(dynamic=True) makes a float argument symbolic, and compiles twice
         softcap = 0.0 if softcap is None else softcap
         seed = None
         if dropout_p > 0.0:
             seed = torch.randint(2**62, (1,), device=query.device)
-        memory, numbers = [], []
-        if cache is not None:
-            cache.check_new(k)
-            memory, numbers = cache.memory, cache.numbers()
+        if cache is not None and need_weights:
+            for_gradients = q.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
+            k, v = cache.append(k, v, sizes[1], for_gradients=for_gradients)
         arguments = (
-            q, k, v, out_weight, out_bias, attn_mask, scale, causal, window, softcap, dropout_p, seed, *decided,
-            memory, numbers,
+            q, k, v, out_weight, out_bias, attn_mask, scale, causal, window, softcap, dropout_p, seed, *decided
         )  # fmt: skip
         if need_weights:
-            y, weights, memory, numbers = _ops.leave_with_weights(*arguments, average_attn_weights)
-        else:
-            (y, memory, numbers), weights = _ops.leave(*arguments), None
-        if cache is not None:
-            cache.keep(memory, numbers)
-        return y, weights
+            return _ops.leave_with_weights(*arguments, average_attn_weights)
+        if cache is None:
+            return _ops.leave(*arguments), None
+        cache.check_new(k)
+        y, *kept = _ops.leave_with_cache(*arguments, cache.memory, cache.numbers())
+        cache.keep(*kept)
+        return y, None
+
+    def _constants(self, scheme: str, causal: bool, element_size: int, zero_key: bool, batch_first: bool) -> str:
+        """The constants of a call; made once for each way in which calls run the layer."""
+        key = (scheme, causal, element_size, zero_key, batch_first)
+        if key not in self._texts:
+            self._texts[key] = constants(
+                self._numbers, self.place.groups, scheme=scheme, causal=causal, element_size=element_size,
+                zero_key=zero_key, batch_first=batch_first,
+            )  # fmt: skip
+        return self._texts[key]
 
     def extra_repr(self) -> str:
         return (

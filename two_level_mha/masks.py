@@ -18,7 +18,12 @@ def check_inputs(
     is_causal: bool,
 ) -> None:  # fmt: skip
     """Raises for everything nn.MultiheadAttention refuses, and for what would go wrong later. Sends nothing."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
+    distinct = {"query": query}
+    if key is not query:
+        distinct["key"] = key
+    if value is not query and value is not key:
+        distinct["value"] = value
+    for name, x in distinct.items():
         if isinstance(x, DTensor):
             raise UsageRuntimeError(f"{name} is a DTensor: give every rank the whole tensor, {name}.full_tensor()")
         if x.is_nested:
@@ -46,7 +51,7 @@ def check_inputs(
             f"For {kind} `query`, expected `attn_mask` to be `None`, 2-D or 3-D"
             f" but found {attn_mask.dim()}-D tensor instead"
         )
-    _check_dtypes(mha, query, key, value, key_padding_mask, attn_mask)
+    _check_dtypes(mha, distinct, {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask})
     if is_causal and attn_mask is None:
         raise UsageRuntimeError(
             "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
@@ -55,19 +60,18 @@ def check_inputs(
     _check_shapes(mha, query, key, value, key_padding_mask, attn_mask)
 
 
-def _check_dtypes(mha, query, key, value, key_padding_mask, attn_mask) -> None:
-    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
-        if mask is not None and not _is_mask_dtype(mask):
+def _check_dtypes(mha, inputs: dict[str, Tensor], masks: dict[str, Tensor | None]) -> None:
+    weight, given = mha.q_weight, {name: mask for name, mask in masks.items() if mask is not None}
+    for name, mask in given.items():
+        if not _is_mask_dtype(mask):
             raise UsageAssertionError(
                 f"only bool and floating types of {name} are supported, got {mask.dtype}; "
                 f"use {name}.bool() (True = ignore) or an additive floating mask"
             )
-    weight = mha.q_weight
-    tensors = {"query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
-    for name, x in tensors.items():
-        if x is not None and (problem := wrong_device(name, x, weight)):
+    for name, x in (inputs | given).items():
+        if problem := wrong_device(name, x, weight):
             raise UsageRuntimeError(problem)
-    for name, x in (("query", query), ("key", key), ("value", value)):
+    for name, x in inputs.items():
         if problem := wrong_dtype(name, x, weight):
             raise UsageRuntimeError(problem)
 

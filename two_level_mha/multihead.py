@@ -1,5 +1,6 @@
 """TwoLevelMultiheadAttention: nn.MultiheadAttention on n x m ranks."""
 
+import os
 from types import SimpleNamespace
 
 import torch
@@ -13,6 +14,7 @@ from two_level_mha.errors import GridError, UsageAssertionError
 from two_level_mha.layer import Drops, GridAttention
 from two_level_mha.masks import check_inputs, one_mask
 from two_level_mha.probe import changed_linear
+from two_level_mha.profile import Profile
 from two_level_mha.stock import StockTensor, from_stock, put, take_stock_keys
 
 
@@ -42,6 +44,8 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         all-gather, out_weight replicated).
     debug: compare inputs and arguments over the grid at every call instead of the first only; None reads TLM_DEBUG.
     reduce_dtype: dtype of the sum over the grid, None (the output's) or torch.float32.
+    profile: the rates by which "auto" chooses: a Profile, the name of one, a JSON file, or None, that of the mesh's
+        type of device. The same on every rank.
 
     The same seed gives the same initial weights as nn.MultiheadAttention, on every grid.
     """
@@ -69,6 +73,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         combine: str = "reduce",
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
+        profile: Profile | str | os.PathLike | None = None,
     ) -> None:
         if embed_dim <= 0 or num_heads <= 0:
             raise GridError(
@@ -83,7 +88,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
             raise GridError(f"dropout probability has to be between 0 and 1, but got {dropout}")
         super().__init__(
             num_heads=num_heads, num_kv_heads=num_heads, head_dim=embed_dim // num_heads, mesh=mesh, scheme=scheme,
-            combine=combine, debug=debug, reduce_dtype=reduce_dtype,
+            combine=combine, debug=debug, reduce_dtype=reduce_dtype, profile=profile,
         )  # fmt: skip
         self.embed_dim = embed_dim
         self.kdim = embed_dim if kdim is None else kdim
@@ -143,7 +148,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
             key = query if same_key else key.unsqueeze(0)
             value = key if same_value else value.unsqueeze(0)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        extra_keys = (self.bias_k is not None) + self.add_zero_attn
+        extra_keys = (self._parameters["bias_k"] is not None) + self.add_zero_attn
         y, weights = self.attend(
             query,
             key,
@@ -169,6 +174,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         combine: str = "reduce",
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
+        profile: Profile | str | os.PathLike | None = None,
     ) -> "TwoLevelMultiheadAttention":
         """The same layer on a grid. Raises GridError on every rank if mha's weights differ between ranks.
 
@@ -180,7 +186,8 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         if type(mha) is not nn.MultiheadAttention:  # a subclass may do something else
             raise GridError(f"mha must be an nn.MultiheadAttention, got {type(mha).__name__}")
         check_same_weights(mha, mesh, mha.dropout > 0.0)
-        return cls.from_checked(mha, mesh, scheme=scheme, combine=combine, debug=debug, reduce_dtype=reduce_dtype)
+        options = {"scheme": scheme, "combine": combine, "debug": debug, "reduce_dtype": reduce_dtype}
+        return cls.from_checked(mha, mesh, profile=profile, **options)
 
     @classmethod
     def from_checked(

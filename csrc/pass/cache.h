@@ -20,7 +20,7 @@ namespace two_level_mha {
 // A cache layer but for its memory. Operators take it as one list, in the order of kCacheFields, and give it
 // back.
 struct CacheNumbers {
-  c10::SymInt slices;       // m
+  c10::SymInt slices = 1;   // m
   c10::SymInt slice;        // j
   c10::SymInt by_position;  // the layout: position, else batch
   c10::SymInt window;       // tokens that a row sees, itself among them; 0: all

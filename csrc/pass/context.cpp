@@ -3,6 +3,8 @@
 #include <c10/core/ScalarType.h>
 
 #include <array>
+#include <charconv>
+#include <iterator>
 
 #include "../base/sizes.h"
 
@@ -10,7 +12,7 @@ namespace two_level_mha {
 
 namespace {
 
-void check_grid(const LayerNumbers& layer) {
+void check_grid(const Constants& layer) {
   const bool inside = layer.head_groups >= 1 && layer.slices >= 1 && 0 <= layer.head_group &&
                       layer.head_group < layer.head_groups && 0 <= layer.slice && layer.slice < layer.slices;
   TORCH_CHECK_VALUE(inside, "grid must be (n, m, i, j) with 0 <= i < n and 0 <= j < m, got (",
@@ -20,7 +22,7 @@ void check_grid(const LayerNumbers& layer) {
   TORCH_CHECK_VALUE(grid.valid(heads), grid.problem(heads));
 }
 
-LayerSizes layer_sizes(const LayerNumbers& layer, std::optional<at::ScalarType> reduce_dtype) {
+LayerSizes layer_sizes(const Constants& layer, std::optional<at::ScalarType> reduce_dtype) {
   LayerSizes sizes{{layer.num_heads, layer.num_kv_heads, layer.head_dim}, layer.embed_dim};
   sizes.key_dim = layer.key_dim;
   sizes.value_dim = layer.value_dim;
@@ -47,38 +49,56 @@ Scheme checked_scheme(int64_t number, bool whole_heads) {
 
 }  // namespace
 
-Context context_of(at::IntArrayRef layer_list, const std::vector<std::string>& groups,
-                   c10::SymIntArrayRef call_list) {
-  const LayerNumbers layer = parse("layer", kLayerFields, layer_list);
-  const CallNumbers call = parse("call", kCallFields, call_list);
-  check_grid(layer);
+Context context_of(const std::string& text, c10::SymIntArrayRef sizes) {
+  Constants constants;
+  const char *at = text.data(), *end = at + text.size();
+  for (const auto& field : kConstants) {
+    const auto [next, error] = std::from_chars(at, end, constants.*field.member);
+    TORCH_CHECK_VALUE(error == std::errc() && next != end && (*next == ' ' || *next == '\n'),
+                      "constants must begin with ", std::size(kConstants),
+                      " integers, as csrc/pass/context.h has them; there is no ", field.name, " in '", text,
+                      "'");
+    at = next + 1;
+  }
+  std::vector<std::string> groups(1);
+  for (; at != end; ++at) {
+    if (*at == '\n')
+      groups.emplace_back();
+    else
+      groups.back().push_back(*at);
+  }
+  return context_of(constants, groups, parse("sizes", kSizes, sizes));
+}
+
+Context context_of(const Constants& constants, const std::vector<std::string>& groups, const Sizes& sizes) {
+  check_grid(constants);
   TORCH_CHECK_VALUE(groups.size() == 3,
                     "groups must name those of the slice axis, the head axis and the grid, got ",
                     groups.size(), " names");
+  const Constants& c = constants;
   Context context;
-  context.grid = {layer.head_groups, layer.slices};
-  context.head_group = layer.head_group;
-  context.slice = layer.slice;
-  context.groups = {{groups[0], layer.slices, layer.slice},
-                    {groups[1], layer.head_groups, layer.head_group},
-                    {groups[2], context.grid.size(), context.grid.rank(layer.head_group, layer.slice)}};
-  if (layer.reduce_dtype >= 0) context.reduce_dtype = at::ScalarType(layer.reduce_dtype);
-  context.first_key = call.first_key;
-  context.zero_key = constant(call.zero_key) != 0;
-  context.batch_first = constant(call.batch_first) != 0;
+  context.grid = {c.head_groups, c.slices};
+  context.head_group = c.head_group;
+  context.slice = c.slice;
+  context.groups = {{groups[0], c.slices, c.slice},
+                    {groups[1], c.head_groups, c.head_group},
+                    {groups[2], context.grid.size(), context.grid.rank(c.head_group, c.slice)}};
+  if (c.reduce_dtype >= 0) context.reduce_dtype = at::ScalarType(c.reduce_dtype);
+  context.first_key = sizes.first_key;
+  context.zero_key = c.zero_key != 0;
+  context.batch_first = c.batch_first != 0;
 
-  CallShape<c10::SymInt> shape{call.batch, call.length, call.position + call.keys};
-  shape.position = call.position;
-  shape.extra_keys = int64_t(layer.bias_kv != 0) + int64_t(context.zero_key);
+  CallShape<c10::SymInt> shape{sizes.batch, sizes.length, sizes.position + sizes.keys};
+  shape.position = sizes.position;
+  shape.extra_keys = int64_t(c.bias_kv != 0) + int64_t(context.zero_key);
   shape.S = shape.S + shape.extra_keys;
-  shape.element_size = constant(call.element_size);
-  shape.causal = constant(call.causal) != 0;
-  context.sizes = call_sizes(layer_sizes(layer, context.reduce_dtype), context.grid, shape);
+  shape.element_size = c.element_size;
+  shape.causal = c.causal != 0;
+  context.sizes = call_sizes(layer_sizes(c, context.reduce_dtype), context.grid, shape);
 
-  const Rates rates{layer.flops,   layer.memory, layer.link, layer.network,
-                    layer.latency, layer.node,   layer.equal};
-  const Scheme wanted = checked_scheme(constant(call.scheme), context.sizes.whole_heads);
-  const Scheme scheme = resolve_scheme(wanted, context.sizes, rates);
+  const Rates rates{c.flops, c.memory, c.link, c.network, c.latency, c.node, c.equal};
+  const Scheme scheme =
+      resolve_scheme(checked_scheme(c.scheme, context.sizes.whole_heads), context.sizes, rates);
   context.row = concrete_row(scheme, context.sizes);
   return context;
 }

@@ -16,63 +16,69 @@
 
 namespace two_level_mha {
 
-// The constants of a layer on its rank. Operators take them as one list, in the order of kLayerFields.
-struct LayerNumbers {
-  int64_t head_groups, slices, head_group, slice;  // n, m, i, j
-  int64_t num_heads, num_kv_heads, head_dim;       // h, k, d
-  int64_t embed_dim, key_dim, value_dim;           // D, and of the key and value inputs
-  int64_t bias, bias_kv;  // whether q, k, v have biases; whether there is bias_k, bias_v
-  int64_t whole_heads;    // how the query side is stored: (H / m, d, D), not (H, E, D)
-  int64_t concat;         // combine="concat"
-  int64_t reduce_dtype;   // an at::ScalarType, or -1: that of what is summed
-  int64_t flops, memory, link, network, latency, node, equal;  // the profile (plan/profiles.h)
+// The constants of a call: those of the layer on its rank, then how this call runs it. Operators take them as
+// one list, in the order of kConstants.
+struct Constants {
+  int64_t head_groups = 1, slices = 1, head_group = 0, slice = 0;  // n, m, i, j
+  int64_t num_heads = 1, num_kv_heads = 1, head_dim = 1;           // h, k, d
+  int64_t embed_dim = 1;                                           // D
+  int64_t key_dim = 0, value_dim = 0;                              // of the key and value inputs; 0: D
+  int64_t bias = 0;                                                // whether q, k, v have biases
+  int64_t bias_kv = 0;                                             // whether there is a bias_k and a bias_v
+  int64_t whole_heads = 0;    // how the query side is stored: (H / m, d, D), not (H, E, D)
+  int64_t concat = 0;         // combine="concat"
+  int64_t reduce_dtype = -1;  // an at::ScalarType, or -1: that of what is summed
+  // The rates by which scheme="auto" chooses: plan/profiles.h.
+  int64_t flops = 1, memory = 1, link = 1, network = 1, latency = 0, node = 1, equal = 0;
+
+  int64_t scheme = int64_t(Scheme::automatic);  // a Scheme; with keys in a cache its layout
+  int64_t causal = 0;                           // whether rows see only what is before them
+  int64_t element_size = 4;                     // bytes, of the dtype that the projections compute in
+  int64_t zero_key = 0;     // whether a key and value of zeros is added, which every query sees
+  int64_t batch_first = 1;  // X and Y are (B, L, D), else (L, B, D)
 };
 
-inline constexpr Field<LayerNumbers, int64_t> kLayerFields[] = {
-    {"head_groups", &LayerNumbers::head_groups},
-    {"slices", &LayerNumbers::slices},
-    {"head_group", &LayerNumbers::head_group},
-    {"slice", &LayerNumbers::slice},
-    {"num_heads", &LayerNumbers::num_heads},
-    {"num_kv_heads", &LayerNumbers::num_kv_heads},
-    {"head_dim", &LayerNumbers::head_dim},
-    {"embed_dim", &LayerNumbers::embed_dim},
-    {"key_dim", &LayerNumbers::key_dim},
-    {"value_dim", &LayerNumbers::value_dim},
-    {"bias", &LayerNumbers::bias},
-    {"bias_kv", &LayerNumbers::bias_kv},
-    {"whole_heads", &LayerNumbers::whole_heads},
-    {"concat", &LayerNumbers::concat},
-    {"reduce_dtype", &LayerNumbers::reduce_dtype},
-    {"flops", &LayerNumbers::flops},
-    {"memory", &LayerNumbers::memory},
-    {"link", &LayerNumbers::link},
-    {"network", &LayerNumbers::network},
-    {"latency", &LayerNumbers::latency},
-    {"node", &LayerNumbers::node},
-    {"equal", &LayerNumbers::equal},
+inline constexpr Field<Constants, int64_t> kConstants[] = {
+    {"head_groups", &Constants::head_groups},
+    {"slices", &Constants::slices},
+    {"head_group", &Constants::head_group},
+    {"slice", &Constants::slice},
+    {"num_heads", &Constants::num_heads},
+    {"num_kv_heads", &Constants::num_kv_heads},
+    {"head_dim", &Constants::head_dim},
+    {"embed_dim", &Constants::embed_dim},
+    {"key_dim", &Constants::key_dim},
+    {"value_dim", &Constants::value_dim},
+    {"bias", &Constants::bias},
+    {"bias_kv", &Constants::bias_kv},
+    {"whole_heads", &Constants::whole_heads},
+    {"concat", &Constants::concat},
+    {"reduce_dtype", &Constants::reduce_dtype},
+    {"flops", &Constants::flops},
+    {"memory", &Constants::memory},
+    {"link", &Constants::link},
+    {"network", &Constants::network},
+    {"latency", &Constants::latency},
+    {"node", &Constants::node},
+    {"equal", &Constants::equal},
+    {"scheme", &Constants::scheme},
+    {"causal", &Constants::causal},
+    {"element_size", &Constants::element_size},
+    {"zero_key", &Constants::zero_key},
+    {"batch_first", &Constants::batch_first},
 };
 
-// What differs from call to call. Operators take it as one list, in the order of kCallFields.
-struct CallNumbers {
-  c10::SymInt scheme;        // a Scheme; with keys in a cache its layout
-  c10::SymInt batch;         // B
-  c10::SymInt length;        // L
-  c10::SymInt keys;          // tokens of the key input
-  c10::SymInt zero_key;      // whether a key and value of zeros is added, which every query sees
-  c10::SymInt position;      // of the first query among all tokens; keys of a cache lie before it
-  c10::SymInt first_key;     // position of the first key that is seen, and of the mask's first column
-  c10::SymInt causal;        // whether rows see only what is before them
-  c10::SymInt batch_first;   // X and Y are (B, L, D), else (L, B, D)
-  c10::SymInt element_size;  // bytes, of the dtype that the projections compute in
+// The sizes of a call, which may be symbolic. Operators take them as one list, in the order of kSizes.
+struct Sizes {
+  c10::SymInt batch = 1, length = 1;  // B, L
+  c10::SymInt keys = 1;               // tokens of the key input
+  c10::SymInt position = 0;           // of the first query among all tokens; keys of a cache lie before it
+  c10::SymInt first_key = 0;  // position of the first key that is seen, and of the mask's first column
 };
 
-inline constexpr Field<CallNumbers, c10::SymInt> kCallFields[] = {
-    {"scheme", &CallNumbers::scheme},           {"batch", &CallNumbers::batch},
-    {"length", &CallNumbers::length},           {"keys", &CallNumbers::keys},
-    {"zero_key", &CallNumbers::zero_key},       {"position", &CallNumbers::position},
-    {"first_key", &CallNumbers::first_key},     {"causal", &CallNumbers::causal},
-    {"batch_first", &CallNumbers::batch_first}, {"element_size", &CallNumbers::element_size},
+inline constexpr Field<Sizes, c10::SymInt> kSizes[] = {
+    {"batch", &Sizes::batch},       {"length", &Sizes::length},       {"keys", &Sizes::keys},
+    {"position", &Sizes::position}, {"first_key", &Sizes::first_key},
 };
 
 struct Context {
@@ -101,9 +107,15 @@ struct Context {
   c10::SymInt first_cyclic(const c10::SymInt& first) const;
 };
 
+// groups: the names of the slice axis', the head axis' and the grid's; a group of one needs none.
 // Raises ValueError for numbers that are no call: too few of them, a rank outside its grid, a
 // scheme that the storage of the query side does not run.
-Context context_of(at::IntArrayRef layer, const std::vector<std::string>& groups, c10::SymIntArrayRef call);
+Context context_of(const Constants& constants, const std::vector<std::string>& groups, const Sizes& sizes);
+
+// The same for operators, which take the constants as one text, the cheapest argument there is: the numbers
+// in the order of kConstants, and on lines of their own the names of the three groups. Sizes in the order of
+// kSizes.
+Context context_of(const std::string& constants, c10::SymIntArrayRef sizes);
 
 // Raises ValueError unless q, k and v have the heads, widths and lengths of the call.
 void check_layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Context& context);

@@ -26,7 +26,7 @@ std::vector<Tensor> whole(const std::vector<Tensor>& blocks, int64_t dim, const 
 }  // namespace
 
 std::pair<QkvWeights, ExtraKeys> gather_qkv_weights(const QkvWeights& weights, const ExtraKeys& extra,
-                                               const Context& context) {
+                                                    const Context& context) {
   QkvWeights w = weights;
   ExtraKeys e = extra;
   std::vector<Tensor> blocks{w.q, w.k, w.v};

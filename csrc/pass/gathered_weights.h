@@ -10,7 +10,7 @@ namespace two_level_mha {
 
 // (H, E, D) -> (H, d, D) and so on, in one exchange.
 std::pair<QkvWeights, ExtraKeys> gather_qkv_weights(const QkvWeights& weights, const ExtraKeys& extra,
-                                               const Context& context);
+                                                    const Context& context);
 
 // (D, H, E) -> (D, H, d)
 Tensor gather_out_weight(const Tensor& weight, const Context& context);

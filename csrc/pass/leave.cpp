@@ -64,12 +64,11 @@ Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& at
 
 std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
                                               const Attend& attend, const OutWeights& out,
-                                              const Context& context, bool average, CacheLayer* cache) {
-  const auto [keys, values] = seen_by(q, k, v, attend, context, cache);
-  check_layout(q, keys, values, context);
+                                              const Context& context, bool average) {
+  check_layout(q, k, v, context);
   TORCH_CHECK_VALUE(context.row.out != Move::merge,
                     "attention weights are not available with scheme 'position'");
-  auto [o, weights] = attend_local(q, keys, values, attend, context, attention_with_weights);
+  auto [o, weights] = attend_local(q, k, v, attend, context, attention_with_weights);
   return {combine(move_out(o, context), out, context), gather_weights(weights, context, average)};
 }
 

@@ -7,7 +7,8 @@ namespace two_level_mha {
 
 using at::Tensor;
 
-// This rank's part of x, which has the whole of sharded_dim, with `fill` beyond its end; x if nothing is sharded.
+// This rank's part of x, which has the whole of sharded_dim, with `fill` beyond its end; x if nothing is
+// sharded.
 Tensor shard(const Tensor& x, const Context& context, double fill = 0.0);
 // Rows of x (.., length, ..) along dim 2 whose position is this rank's.
 Tensor shard_cyclic(const Tensor& x, const Context& context);

@@ -37,8 +37,9 @@ struct OutWeights {
   std::optional<Tensor> bias;
 };
 
-// q, k, v as `enter` left them; a cache in the same layout takes k and v, and all of its own are attended to.
-// attend.mask is the whole call's, broadcastable to (B, h, L, S) -> y (B, L, D), the same bits on every rank.
+// q, k, v as `enter` left them, or k and v those of a cache in the same layout. A cache that is given takes k
+// and v first, and all of its own are attended to. attend.mask is the whole call's, broadcastable to (B, h,
+// L, S) -> y (B, L, D), the same bits on every rank.
 Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend, const OutWeights& out,
              const Context& context, CacheLayer* cache = nullptr);
 
@@ -46,7 +47,6 @@ Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& at
 // row that sees no key is NaN, as in nn.MultiheadAttention with need_weights=True.
 std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
                                               const Attend& attend, const OutWeights& out,
-                                              const Context& context, bool average,
-                                              CacheLayer* cache = nullptr);
+                                              const Context& context, bool average);
 
 }  // namespace two_level_mha

@@ -19,16 +19,24 @@ bool many_tokens(const Tensor& x) {
 
 // (B, L, heads * E) -> (B, heads, L, E); (L, B, ..) when not batch_first
 Tensor split_heads(const Tensor& x, int64_t heads, bool batch_first) {
-  Tensor parts = x.unflatten(-1, {heads, fixed_size(x, -1) / heads});
+  Tensor parts = x.view_symint({x.sym_size(0), x.sym_size(1), heads, fixed_size(x, -1) / heads});
   return batch_first ? parts.transpose(1, 2) : parts.permute({1, 2, 0, 3});
 }
 
+// Dims `dim` and the next as one. Weights are views of what is stored: one call in place of flatten's three.
+Tensor merged(const Tensor& x, int64_t dim) {
+  auto sizes = x.sym_sizes().vec();
+  sizes[dim] = sizes[dim] * sizes[dim + 1];
+  sizes.erase(sizes.begin() + dim + 1);
+  return x.is_contiguous() ? x.view_symint(sizes) : x.reshape_symint(sizes);
+}
+
 std::optional<Tensor> flat(const std::optional<Tensor>& bias) {
-  return bias ? std::optional<Tensor>(bias->reshape(-1)) : std::nullopt;
+  return bias ? std::optional<Tensor>(merged(*bias, 0)) : std::nullopt;
 }
 
 Tensor project(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool batch_first) {
-  return split_heads(at::linear(x, weight.flatten(0, 1), flat(bias)), fixed_size(weight, 0), batch_first);
+  return split_heads(at::linear(x, merged(weight, 0), flat(bias)), fixed_size(weight, 0), batch_first);
 }
 
 }  // namespace
@@ -42,9 +50,9 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection(const Tensor& query, const Ten
   if (!same || !alike || !many_tokens(query))
     return {project(query, w.q, w.q_bias, batch_first), project(key, w.k, w.k_bias, batch_first),
             project(value, w.v, w.v_bias, batch_first)};
-  Tensor weight = at::cat({w.q.flatten(0, 1), w.k.flatten(0, 1), w.v.flatten(0, 1)});
+  Tensor weight = at::cat({merged(w.q, 0), merged(w.k, 0), merged(w.v, 0)});
   std::optional<Tensor> bias;
-  if (w.q_bias) bias = at::cat({w.q_bias->reshape(-1), w.k_bias->reshape(-1), w.v_bias->reshape(-1)});
+  if (w.q_bias) bias = at::cat({merged(*w.q_bias, 0), merged(*w.k_bias, 0), merged(*w.v_bias, 0)});
   Tensor qkv = at::linear(query, weight, bias);
   const int64_t q_width = fixed_size(w.q, 0) * fixed_size(w.q, 1),
                 kv_width = fixed_size(w.k, 0) * fixed_size(w.k, 1);
@@ -54,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection(const Tensor& query, const Ten
 }
 
 Tensor out_projection(const Tensor& o, const Tensor& weight, const std::optional<Tensor>& bias) {
-  return at::linear(o.transpose(1, 2).flatten(2), weight.flatten(1), bias);
+  return at::linear(o.transpose(1, 2).flatten(2), merged(weight, 1), bias);
 }
 
 }  // namespace two_level_mha

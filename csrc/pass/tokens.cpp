@@ -38,7 +38,7 @@ Tensor my_tokens(const Tensor& x, const Context& context) {
 
 // This rank's parts (.., rows, ..) of several tensors -> the whole ones of `sizes`.
 std::vector<Tensor> gather_tokens(const std::vector<Tensor>& parts, const std::vector<c10::SymInt>& sizes,
-                                const Context& context) {
+                                  const Context& context) {
   std::vector<Tensor> flat;
   for (const Tensor& part : parts) flat.push_back(part.reshape(-1));
   Tensor mine =

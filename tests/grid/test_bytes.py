@@ -304,12 +304,12 @@ def decoded(n, m, cases):
             leaf = {name: w.clone().requires_grad_(training) for name, w in {**blocks, "x": x}.items()}
             with torch.set_grad_enabled(training), record_collectives() as record:
                 weights = (leaf.get(name) for name in ENTER_WEIGHTS)
-                q, k, v, *_ = ops.enter(*[leaf["x"]] * 3, *weights, [], [], *call)
+                q, k, v, *_ = ops.enter(*[leaf["x"]] * 3, *weights, None, None, *call)
                 held = position if cache == "batch" else max(0, -(-(position - at.slice) // m))
                 old = k.new_zeros(k.shape[0], k.shape[1], held, k.shape[3])
-                y, *_ = ops.leave(
+                y = ops.leave(
                     q, torch.cat([old, k], 2), torch.cat([old, v], 2), leaf["out_weight"], leaf.get("out_bias"), None,
-                    None, position, None, 0.0, 0.0, None, *call, [], [],
+                    None, position, None, 0.0, 0.0, None, *call,
                 )  # fmt: skip
                 if training:
                     y.sum().backward()

@@ -30,10 +30,14 @@ MODELS = {
 }
 
 
-def make(kind: str, implementation: str = "sdpa", **sizes) -> nn.Module:
+def make_config(kind: str, implementation: str = "sdpa", **sizes) -> transformers.PretrainedConfig:
     config, extra = MODELS[kind]
+    return config(**{**SIZES, **extra, **sizes}, attn_implementation=implementation)
+
+
+def make(kind: str, implementation: str = "sdpa", **sizes) -> nn.Module:
     torch.manual_seed(0)
-    model = getattr(transformers, kind)(config(**{**SIZES, **extra, **sizes}, attn_implementation=implementation))
+    model = getattr(transformers, kind)(make_config(kind, implementation, **sizes))
     for p in model.parameters():  # transformers' own are small, and its biases zero
         nn.init.normal_(p, std=0.3)
     return model.double()

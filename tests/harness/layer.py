@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from two_level_mha import _C, reference
-from two_level_mha.context import SCHEME_NUMBERS, call_numbers, layer_numbers
+from two_level_mha import reference
+from two_level_mha.context import constants, layer_numbers, size_numbers
 from two_level_mha.mesh import Grid, Place
+from two_level_mha.profile import Profile
 
 # the weights that `enter` takes, in its order
 ENTER_WEIGHTS = ("q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias", "bias_k", "bias_v")
@@ -69,10 +70,10 @@ def grid_arguments(at: Place) -> tuple:
 
 
 def decided(case: Case, at: Place, *, scheme: str | None = None, position: int = 0) -> tuple:
-    """layer, groups and call of the operators; scheme: the layout of a cache that holds `position` tokens."""
+    """constants and sizes of the operators; scheme: the layout of a cache that holds `position` tokens."""
     layer = layer_numbers(
         at,
-        _C.rates(False),
+        Profile.for_device("cpu").numbers,
         num_heads=case.heads,
         num_kv_heads=case.kv_heads,
         head_dim=case.head_dim,
@@ -85,18 +86,16 @@ def decided(case: Case, at: Place, *, scheme: str | None = None, position: int =
         concat=case.combine == "concat",
         reduce_dtype=case.reduce_dtype,
     )
-    call = call_numbers(
-        scheme=SCHEME_NUMBERS[scheme or case.scheme],
-        batch=case.batch,
-        length=case.length,
-        keys=case.keys or case.length,
-        zero_key=case.extra_keys,
-        position=position,
+    text = constants(
+        layer,
+        at.groups,
+        scheme=scheme or case.scheme,
         causal=case.causal is not None,
-        batch_first=case.batch_first,
         element_size=case.dtype.itemsize,
+        zero_key=case.extra_keys,
+        batch_first=case.batch_first,
     )
-    return layer, at.groups, call
+    return text, size_numbers(batch=case.batch, length=case.length, keys=case.keys or case.length, position=position)
 
 
 def make_weights(case: Case) -> dict[str, Tensor]:
@@ -236,14 +235,14 @@ def run(
         xs = [x.transpose(0, 1) for x in xs]
     xs = xs * 3 if len(xs) == 1 else xs
     call = decided(case, at)
-    q, k, v, *_ = ops.enter(*xs, *(leaf.get(name) for name in ENTER_WEIGHTS), [], [], *call)
+    q, k, v = ops.enter(*xs, *(leaf.get(name) for name in ENTER_WEIGHTS), None, None, *call)
     attn_mask = leaf.get("mask", mask)
     if attn_mask is not None and case.extra_keys:
         attn_mask = torch.nn.functional.pad(attn_mask, (0, 2), value=float(attn_mask.dtype == torch.bool))
     seed = dropout_seed if case.dropout else None
-    y, *_ = ops.leave(
+    y = ops.leave(
         q, k, v, leaf["out_weight"], leaf.get("out_bias"), attn_mask, scale, case.causal, case.window, case.softcap,
-        case.dropout, seed, *call, [], [],
+        case.dropout, seed, *call,
     )  # fmt: skip
     return y if case.batch_first else y.transpose(0, 1)
 

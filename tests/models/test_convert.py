@@ -281,6 +281,7 @@ def test_random_state_is_left_alone():
 def test_pickle(kind):
     """E. Localises: replacements whose class, made at run time, cannot be found again."""
     attentions = [m for m in tlm.parallelize(make(kind), None).modules() if isinstance(m, GridAttention)]
+    assert len(attentions) == 2
     for ours in attentions:
         again = pickle.loads(pickle.dumps(ours))
         assert type(again) is type(ours) and again.state_dict().keys() == ours.state_dict().keys()

@@ -145,7 +145,7 @@ def test_ranks_that_sample_differently(pool):
 
 def refusals(grid):
     """What a split decoder says to caches that it cannot take."""
-    from transformers import DynamicCache, QuantizedCache, StaticCache  # noqa: F401
+    from transformers import DynamicCache, StaticCache
 
     ids, _ = prompt()
     stock, ours = pair("llama", grid)

@@ -8,36 +8,33 @@ import json
 import pytest
 import torch
 import transformers
-from harness import decoders
+from harness import decoders, encoders
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from transformers import BertConfig, GenerationConfig, GPT2Config, ViTConfig
+from transformers import GenerationConfig, GPT2Config
 
 import two_level_mha as tlm
 
-ENCODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
-TEXT = {"vocab_size": 30, "max_position_embeddings": 16, "type_vocab_size": 2}
-OTHERS = {
-    "GPT-2": ("GPT2LMHeadModel", lambda: GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=30, n_positions=16)),
-    "Bert": ("BertModel", lambda: BertConfig(**ENCODER, **TEXT)),
-    "ViT": ("ViTModel", lambda: ViTConfig(**ENCODER, image_size=8, patch_size=4, num_channels=1)),
-}
+GPT2 = GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=30, n_positions=16)
 
 
 def make(kind: str, changes: dict, dtype: torch.dtype) -> nn.Module:
     if kind in decoders.MODELS:
         return decoders.make(kind, dtype, **changes)
+    if kind in encoders.MODELS:
+        return encoders.make(kind).to(dtype)
     torch.manual_seed(0)
-    return getattr(transformers, OTHERS[kind][0])(OTHERS[kind][1]()).to(dtype)
+    return getattr(transformers, kind)(GPT2).to(dtype)
 
 
 def make_meta(kind: str, changes: dict, dtype: torch.dtype) -> nn.Module:
     if kind in decoders.MODELS:
         return decoders.make_meta(kind, dtype, **changes)
+    config = encoders.make_config(kind) if kind in encoders.MODELS else GPT2
     with torch.device("meta"):
-        return getattr(transformers, OTHERS[kind][0])._from_config(OTHERS[kind][1](), dtype=dtype)
+        return getattr(transformers, kind)._from_config(config, dtype=dtype)
 
 
 def mesh_of(grid: tuple[int, ...]):
@@ -108,10 +105,10 @@ CASES = {
     "Qwen3-MoE": ("qwen3 moe", {}, (1, 4), {}, "meta", "2KB"),
     "Mixtral": ("mixtral", {}, (2, 2), {}, "weights", "5GB"),
     "several grids": ("qwen3 moe", {}, (2, 1, 2), {}, "meta", "5GB"),
-    "BERT": ("Bert", {}, (2, 2), {}, "meta", "2KB"),
-    "ViT": ("ViT", {}, (1, 4), {"combine": "concat"}, "weights", "5GB"),
-    "GPT-2": ("GPT-2", {}, (2, 2), {}, "meta", "2KB"),
-    "GPT-2, whole heads": ("GPT-2", {}, (1, 4), {"scheme": "heads"}, "weights", "5GB"),
+    "BERT": ("BertModel", {}, (2, 2), {}, "meta", "2KB"),
+    "ViT": ("ViTModel", {}, (1, 4), {"combine": "concat"}, "weights", "5GB"),
+    "GPT-2": ("GPT2LMHeadModel", {}, (2, 2), {}, "meta", "2KB"),
+    "GPT-2, whole heads": ("GPT2LMHeadModel", {}, (1, 4), {"scheme": "heads"}, "weights", "5GB"),
 }
 
 

@@ -1,13 +1,7 @@
 """Peak host memory of load_pretrained, of the cases and by the measure of benchmarks/loading.py."""
 
-import sys
-from pathlib import Path
-
+import loading as benchmark
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import loading as benchmark  # noqa: E402
 
 
 @pytest.mark.slow

@@ -55,12 +55,12 @@ def leave(n: int, m: int, scheme: str) -> tuple:
     weights = blocks(n, m)
     mask = torch.rand(B, 1, L, S + 2) < 0.8
     return (*qkv, weights["out"], weights["out bias"], mask, None, 1, 4, 2.0, 0.3, torch.tensor([3]),
-            *decided(case(scheme), place(n, m)), [], [])  # fmt: skip
+            *decided(case(scheme), place(n, m)))  # fmt: skip
 
 
-def cache(memory: list[torch.Tensor], length: int) -> tuple:
-    """memory and numbers of a cache layer of 3 sequences, not split."""
-    return memory, [1, 0, 1, 0, 0, 0, 3, length, 0, 0, 0]
+def cache(memory: list[torch.Tensor], length: int, batch: int = 3) -> tuple:
+    """memory and numbers of a cache layer that is not split."""
+    return memory, [1, 0, 1, 0, 0, 0, batch, length, 0, 0, 0]
 
 
 SIZES = [(B, 4, L, 3), (B, 2, S, 3), (B, 2, S, 1)]
@@ -94,6 +94,7 @@ CASES = {
     "enter": lambda: (enter(1, 1, "slices"), {}),
     "leave": lambda: (leave(1, 1, "slices"), {}),
     "leave_with_weights": lambda: (leave(1, 1, "slices"), {"average": False}),
+    "leave_with_cache": lambda: ((*leave(1, 1, "batch"), *cache([], 0, batch=B)), {}),
     "cache_append": lambda: ((*cache([], 0), random(3, K, L, d), random(3, K, L, d), L), {}),
     "cache_select": lambda: (
         (*cache([torch.randn(3, K, 8, d), torch.randn(3, K, 8, d)], L), torch.tensor([2, 0, 0]), ""),

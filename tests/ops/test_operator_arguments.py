@@ -56,8 +56,9 @@ def test_dropout_mask_is_four_dimensional():
 def enter_on(numbers: list[int], x: torch.Tensor, weight: torch.Tensor) -> None:
     """`enter` on a grid (n, m, i, j) that perhaps is none."""
     case = Case(heads=2, kv_heads=2, head_dim=4, embed_dim=8, batch=2, length=3, dtype=torch.float32)
-    layer, groups, call = decided(case, place(1, 1))
-    ops.enter(x, x, x, *[weight] * 3, *[None] * 5, [], [], numbers + layer[4:], groups, call)
+    text, sizes = decided(case, place(1, 1))
+    text = " ".join([*map(str, numbers), *text.split(" ")[4:]])
+    ops.enter(x, x, x, *[weight] * 3, *[None] * 5, None, None, text, sizes)
 
 
 def test_what_the_operators_refuse():
@@ -94,12 +95,12 @@ def refused_masks(grid: tuple[int, int], scheme: str) -> dict[str, str]:
     call = decided(case, at)
     x = torch.ones(B, L, D)
     weight = torch.ones(h // grid[0], d // grid[1], D)
-    q, k, v, *_ = ops.enter(x, x, x, weight, weight, weight, *[None] * 5, [], [], *call)
+    q, k, v, *_ = ops.enter(x, x, x, weight, weight, weight, *[None] * 5, None, None, *call)
     found = {}
     for sizes in ((3, 1, L, L), (B + 1, 1, L, L), (1, h + 1, L, L), (1, 1, L - 1, L), (1, 1, 2 * L, L), (L, L - 1)):
         mask, out_weight = torch.ones(sizes, dtype=torch.bool), weight.permute(2, 0, 1)
         try:
-            ops.leave(q, k, v, out_weight, None, mask, None, None, None, 0.0, 0.0, None, *call, [], [])
+            ops.leave(q, k, v, out_weight, None, mask, None, None, None, 0.0, 0.0, None, *call)
             found[str(sizes)] = ""
         except ValueError as error:
             found[str(sizes)] = str(error)

@@ -1,0 +1,97 @@
+"""The integers that a call is made of: Python writes them in the order in which C++ reads them."""
+
+import inspect
+
+import pytest
+import torch
+from harness.layer import Case, decided, place
+
+import two_level_mha as tlm
+from two_level_mha import _C, context
+from two_level_mha.cache import CacheLayer
+from two_level_mha.mesh import Grid, Place
+from two_level_mha.profile import Profile
+
+ops = torch.ops.two_level_mha
+
+
+def named(function, *positional) -> tuple[list[int], dict[str, int]]:
+    """What `function` makes of a different number for each of its keyword arguments, and these numbers."""
+    names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    numbers = {name: 100 + at for at, name in enumerate(names)}
+    return function(*positional, **numbers), numbers
+
+
+def test_sizes():
+    """E. Localises: two sizes swapped, which many calls would not notice."""
+    found, numbers = named(context.size_numbers)
+    assert dict(zip(_C.size_fields(), found, strict=True)) == numbers
+
+
+def test_constants():
+    """E. Localises: the same among the constants of a layer, and of how a call runs it."""
+    flags = {"bias": True, "bias_kv": False, "whole_heads": True, "concat": False}
+    sizes = {"num_heads": 11, "num_kv_heads": 12, "head_dim": 13, "embed_dim": 14, "key_dim": 15, "value_dim": 16}
+    at = Place(Grid(7, 8), 2, 3)
+    layer = context.layer_numbers(at, range(30, 37), **sizes, **flags, reduce_dtype=torch.float32)
+    how = {"causal": True, "element_size": 21, "zero_key": False, "batch_first": True}
+    numbers, *groups = context.constants(layer, ("a", "b", "c"), scheme="batch", **how).split("\n")
+    assert groups == ["a", "b", "c"]
+    found = dict(zip(_C.constant_fields(), map(int, numbers.split(" ")), strict=True))
+    rates = ("flops", "memory", "link", "network", "latency", "node", "equal")
+    expected = {"head_groups": 7, "slices": 8, "head_group": 2, "slice": 3, **sizes, **flags, **how}
+    expected |= dict(zip(rates, range(30, 37), strict=True))
+    expected |= {"scheme": context.SCHEME_NUMBERS["batch"], "reduce_dtype": _C.scalar_type(torch.float32)}
+    assert found == expected
+    assert len(Profile.for_device("cpu").numbers) == len(rates)
+
+
+def test_cache():
+    """E. Localises: the same among the numbers of a cache layer."""
+    layer = CacheLayer(Place(Grid(1, 4), 0, 3), "position", max_length=9, window=5)
+    layer.recording, layer.batch, layer.length = True, 2, 7
+    layer.keep([], [*layer.numbers()[:6], 2, 7, 4, -1, 1])
+    assert dict(zip(_C.cache_fields(), layer.numbers(), strict=True)) == {
+        "slices": 4, "slice": 3, "by_position": 1, "window": 5, "max_length": 9, "recording": 1, "batch": 2,
+        "length": 7, "oldest": 4, "base": -1, "attached": 1,
+    }  # fmt: skip
+
+
+def test_a_call_that_is_none():
+    """Localises: numbers that no module gives, but a program may: refused, not read beyond their end."""
+    case = Case(heads=2, kv_heads=2, head_dim=4, embed_dim=8, batch=2, length=3, dtype=torch.float32)
+    x, weight = torch.ones(2, 3, 8), torch.ones(2, 4, 8)
+    text, sizes = decided(case, place(1, 1))
+    numbers, *groups = text.split("\n")
+
+    def enter(numbers=numbers, groups=groups, sizes=sizes):
+        return ops.enter(x, x, x, *[weight] * 3, *[None] * 5, None, None, "\n".join([numbers, *groups]), sizes)
+
+    q, k, v = enter()
+    for wrong, message in (
+        ({"numbers": numbers.rpartition(" ")[0]}, "must begin with 27 integers, .* there is no batch_first in"),
+        ({"numbers": numbers.replace(" ", " x", 1)}, "there is no slices in"),
+        ({"groups": groups[:2]}, "groups must name those of the slice axis"),
+        ({"sizes": [*sizes, 0]}, "sizes must be a list of 5 numbers, got 6"),
+        ({"numbers": _with(numbers, "scheme", 99)}, "scheme must be the number of one of auto, "),
+        ({"numbers": _with(numbers, "slices", 3)}, "must divide"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            enter(**wrong)
+    options = (torch.ones(8, 2, 4), None, None, None, None, None, 0.0, 0.0, None, text, sizes)
+    with pytest.raises(ValueError, match=r"q must have shape \(2, 2, 3, 4\) in this call, got \[2, 2, 2, 4\]"):
+        ops.leave(q[:, :, 1:], k, v, *options)
+    with pytest.raises(ValueError, match=r"v must have shape \(2, 2, 3, 4\) in this call, got \[1, 2, 3, 4\]"):
+        ops.leave(q, k, v[:1], *options)
+
+
+def _with(numbers: str, name: str, value: int) -> str:
+    found = dict(zip(_C.constant_fields(), numbers.split(" "), strict=True))
+    return " ".join((found | {name: str(value)}).values())
+
+
+def test_arguments_of_the_pass():
+    """Localises: an argument list that grows again: what a call decides is a number of it, not an argument."""
+    assert tlm.GridError  # the operators are registered
+    for name in ("enter", "leave", "leave_with_weights", "leave_with_cache"):
+        assert len(getattr(ops, name).default._schema.arguments) <= 17

@@ -1,0 +1,37 @@
+"""The lint that keeps the folders of csrc in the order of their includes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def lint(csrc: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "include_order.py"), str(csrc)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_includes_run_down():
+    """Localises: an include from a lower folder of csrc to a higher one, or of torch where there is to be none."""
+    done = lint(ROOT / "csrc")
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_lint_sees_them(tmp_path):
+    """Localises: a lint that cannot fail."""
+    for name, text in {
+        "pass/pass.h": "",
+        "comm/exchange.cpp": '#include "../pass/pass.h"\n#include <ATen/ATen.h>\n',
+        "plan/grid.h": "#include <ATen/ATen.h>\n",
+        "ops.cpp": '#include "pass/pass.h"\n',
+    }.items():
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    done = lint(tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        "comm/exchange.cpp includes ../pass/pass.h: pass/ stands above comm/",
+        "plan/grid.h includes ATen/ATen.h: no torch there",
+    ]
