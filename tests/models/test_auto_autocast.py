@@ -12,6 +12,7 @@ from torch import nn
 
 import two_level_mha as tlm
 from two_level_mha import _C
+from two_level_mha.profile import Profile
 
 D, HEADS, HEAD_DIM, GRID = 64, 4, 16, (1, 2)
 CONFIG = {
@@ -96,7 +97,7 @@ def off(kind: str) -> list[tuple]:
 def chosen(B: int, L: int, element_size: int, causal: bool) -> str:
     call = _C.Call(B=B, L=L, S=L, H=HEADS, K=HEADS, d=HEAD_DIM, m=GRID[1])
     call.D, call.element_size, call.causal = D, element_size, causal
-    return _C.resolve_scheme("auto", call, False)
+    return _C.resolve_scheme("auto", call, Profile.named("cpu").numbers)
 
 
 @pytest.mark.parametrize("causal", [False, True])
