@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 COMBINES = ("reduce", "concat")
 
-# name -> (tensor dim dealt over the head axis, over the slice axis); None: replicated
+# name -> (tensor dim sharded over the head axis, over the slice axis); None: replicated
 LAYOUTS = {
     "q_weight": (0, 1),  # (h, d, D)
     "k_weight": (0, 1),
@@ -29,7 +29,7 @@ QUERY_SIDE = ("q_weight", "q_bias", "out_weight")
 def placements(name: str, combine: str, whole_heads: bool = False) -> list:
     """Placements of parameter `name` on ("head", "slice").
 
-    combine="concat" replicates out_weight; whole_heads deals the query side along heads over both axes. What has no
+    combine="concat" replicates out_weight; whole_heads shards the query side along heads over both axes. What has no
     layout, such as the weight of a norm, is replicated.
     """
     dims = LAYOUTS.get(name, (None, None))

@@ -21,7 +21,7 @@ from two_level_mha.errors import GridError
 from two_level_mha.mesh import Grid, place_on
 from two_level_mha.profile import Profile, resolve_profile
 
-CACHED = "position"  # the scheme of a KV cache dealt by position: not for a call without one
+CACHED = "position"  # the scheme of a KV cache by position: not for a call without one
 SCHEMES = ("auto", *(name for name, _, _ in _C.schemes() if name != CACHED))
 REDUCE_DTYPES = (None, torch.float32)
 

@@ -29,7 +29,7 @@ def param_groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
     """The model's trainable parameters as optimizer groups, one per kind (plain, or DTensors of one mesh).
 
     Foreach and fused optimizers refuse a group of mixed kinds: torch.optim.AdamW(tlm.param_groups(model)). What is
-    split comes first in a group: torch's GradScaler spreads the news of an inf over the axes that deal out the first
+    split comes first in a group: torch's GradScaler spreads the news of an inf over the axes that shard the first
     gradient.
     """
     kinds = _kinds(p for p in model.parameters() if p.requires_grad)
@@ -42,10 +42,10 @@ def shard_embed_dim(p: nn.Parameter) -> Shard | None:
     The default, the first dim, is that of the heads, and nothing is saved where a rank has one. Shard of the dim, or
     None (the default) for what is no weight block. fully_shard wants its mesh to divide embed_dim.
     """
-    dealt = {placement.dim for placement in p.placements if placement.is_shard()} if isinstance(p, DTensor) else set()
-    if p.dim() != 3 or not dealt:
+    sharded = {placement.dim for placement in p.placements if placement.is_shard()} if isinstance(p, DTensor) else set()
+    if p.dim() != 3 or not sharded:
         return None
-    return Shard(2 if 0 in dealt else 0)  # (h, d, D), or out_weight's (D, h, d)
+    return Shard(2 if 0 in sharded else 0)  # (h, d, D), or out_weight's (D, h, d)
 
 
 @torch.no_grad()

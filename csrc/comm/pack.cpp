@@ -29,7 +29,7 @@ std::vector<Piece> make_pieces(const std::vector<std::vector<int64_t>>& sizes, a
 
 namespace {
 
-// Copies the rows of one dealt tensor between its own
+// Copies the rows of one sharded tensor between its own
 // memory and part `part` of a buffer, inner runs at a time.
 template <bool kPack>
 void copy_part(char* tensor, char* part_start, const Piece& piece, int64_t part, int64_t parts,

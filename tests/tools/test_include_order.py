@@ -1,4 +1,4 @@
-"""The lint that keeps the folders of csrc in the order of their includes."""
+"""The lint that keeps the folders of csrc in the order of their includes, and the tables that name every file."""
 
 import subprocess
 import sys
@@ -35,3 +35,11 @@ def test_the_lint_sees_them(tmp_path):
         "comm/exchange.cpp includes ../pass/pass.h: pass/ stands above comm/",
         "plan/grid.h includes ATen/ATen.h: no torch there",
     ]
+
+
+def test_contributing_names_every_file():
+    """Localises: a file or folder that a newcomer finds in no table of CONTRIBUTING.md."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    modules = [file.name for file in (ROOT / "two_level_mha").glob("*.py") if file.name != "__init__.py"]
+    folders = [f"{path.name}/" for path in (ROOT / "csrc").iterdir() if path.is_dir()]
+    assert [name for name in [*modules, *folders] if f"`{name}`" not in text] == []
