@@ -56,7 +56,7 @@ class Layer(GridAttention):
 
     def forward(self, x_BLD: torch.Tensor, layer) -> torch.Tensor:
         B, L, _ = x_BLD.shape
-        return self.attend(x_BLD, x_BLD, x_BLD, cache=layer, **layer.begin(B, L)._asdict())[0]
+        return self.attend(x_BLD, x_BLD, x_BLD, cache=layer, call=layer.begin(B, L))[0]
 
 
 def steps(case: Case, mesh) -> list[dict]:

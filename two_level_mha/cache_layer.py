@@ -32,6 +32,9 @@ class CachedCall(NamedTuple):
     first_key: int = 0  # position of the first token that is attended to
 
 
+NO_CACHE = CachedCall()
+
+
 class CacheLayer:
     """Keys and values of one layer, this rank's part. All counts of tokens are those of the whole call, not of a rank.
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from two_level_mha.blocks import local_blocks
-from two_level_mha.cache_layer import CachedCall, CacheLayer
+from two_level_mha.cache_layer import NO_CACHE, CacheLayer
 from two_level_mha.errors import GridError, wrong_device, wrong_dtype
 from two_level_mha.layer import Aside, Drops, GridAttention
 from two_level_mha.profile import Profile
@@ -154,7 +154,7 @@ class TwoLevelAttention(Drops, GridAttention):
 
         self.check_call(check, {"x": x_BLD, "attn_mask": attn_mask, **cos_sin})
         batch, length, _ = x_BLD.shape
-        call = CachedCall() if cache is None else cache.begin(batch, length)
+        call = NO_CACHE if cache is None else cache.begin(batch, length)
         if position_embeddings is None and self.rope is not None:
             position_embeddings = self.rope.embeddings(call.position, length, self.head_dim, x_BLD.device)
 
@@ -172,7 +172,7 @@ class TwoLevelAttention(Drops, GridAttention):
             window=self.window, softcap=self.softcap, dropout_p=dropout_p,
             rows=None if position_embeddings is None else [x.unsqueeze(1) for x in position_embeddings],
             shared=local_blocks(norms) or None, between=between,
-            cache=cache, scheme=call.scheme, position=call.position, first_key=call.first_key,
+            cache=cache, call=call,
         )[0]  # fmt: skip
 
     def _check(self, x, position_embeddings, attn_mask, is_causal: bool, cache, dropout_p: float) -> None:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from two_level_mha import _C
 from two_level_mha.agreement import check_call, compares
 from two_level_mha.blocks import COMBINES, LAYOUTS, block, local_blocks
-from two_level_mha.cache_layer import CacheLayer
+from two_level_mha.cache_layer import NO_CACHE, CachedCall, CacheLayer
 from two_level_mha.context import constants, element_size, layer_numbers, size_numbers
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import Grid, place_on
@@ -153,10 +153,8 @@ class GridAttention(nn.Module):
         rows: list[Tensor] | None = None,
         shared: list[Tensor] | None = None,
         between: Between | None = None,
-        scheme: str | None = None,
-        position: int = 0,
-        first_key: int = 0,
         cache: CacheLayer | None = None,
+        call: CachedCall = NO_CACHE,
     ) -> tuple[Tensor, Tensor | None]:
         """Exact attention of (B, L, D) over (B, S, Dk), (B, S, Dv); (L, B, D) and so on if not batch_first.
 
@@ -167,8 +165,7 @@ class GridAttention(nn.Module):
         rows: tensors (B or 1, 1, L, ..) that go with the tokens: the Aside has those of q's rows and those of k's.
         shared: parameters that every rank holds and `between` uses for its own rows and heads: the Aside has them with
         the sum over the grid as their gradient.
-        cache: takes the new keys and values, and all of its own are attended to. scheme overrides the module's, for a
-        cache; position: of the first token; first_key: of the first cached key.
+        cache: takes the new keys and values, and all of its own are attended to; call: what its begin() said.
         """
         # nn.Module finds parameters by a slow path; pruned and parametrized ones are attributes
         p = self._parameters
@@ -176,13 +173,13 @@ class GridAttention(nn.Module):
             [p[name] if name in p else getattr(self, name) for name in LAYOUTS]
         )
         batch_dim, length_dim = (0, 1) if batch_first else (1, 0)
-        how = (scheme or self.scheme, causal is not None, element_size(query), add_zero_attn, batch_first)
+        how = (call.scheme or self.scheme, causal is not None, element_size(query), add_zero_attn, batch_first)
         sizes = size_numbers(
             batch=query.shape[batch_dim],
             length=query.shape[length_dim],
             keys=key.shape[length_dim],
-            position=position,
-            first_key=first_key,
+            position=call.position,
+            first_key=call.first_key,
         )
         decided = (self._constants(*how), sizes)
         q, k, v, *aside = _ops.enter(query, key, value, *weights, rows, shared, *decided)

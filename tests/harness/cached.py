@@ -8,7 +8,7 @@ from torch import Tensor
 from two_level_mha import reference
 from two_level_mha.blocks import whole
 from two_level_mha.cache import KVCache
-from two_level_mha.cache_layer import CachedCall, LayersCache
+from two_level_mha.cache_layer import NO_CACHE, LayersCache
 from two_level_mha.layer import GridAttention
 
 from .calls import mesh
@@ -56,11 +56,10 @@ class Cached(GridAttention):
 
     def forward(self, x_BLD: Tensor, layer=None, mask_BhLS: Tensor | None = None) -> Tensor:
         B, L, _ = x_BLD.shape
-        call = CachedCall() if layer is None else layer.begin(B, L)
+        call = NO_CACHE if layer is None else layer.begin(B, L)
         y, _ = self.attend(
             x_BLD, x_BLD, x_BLD, attn_mask=mask_BhLS, causal=call.position if mask_BhLS is None else None,
-            window=self.window if mask_BhLS is None else None, cache=layer, scheme=call.scheme,
-            position=call.position, first_key=call.first_key,
+            window=self.window if mask_BhLS is None else None, cache=layer, call=call,
         )  # fmt: skip
         return y
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import DynamicCache
 
-from two_level_mha.cache_layer import CachedCall
+from two_level_mha.cache_layer import NO_CACHE
 from two_level_mha.decoder import check_dropout
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations.cache import WINDOWED, put_layer, split_layer
@@ -91,7 +91,7 @@ class DecoderAttention(ProjectedAttention):
             return settings | call._asdict()
 
         self.check_call(check, {"hidden_states": hidden_states, "attention_mask": attention_mask})
-        layer, call = None, CachedCall()
+        layer, call = None, NO_CACHE
         if past_key_values is not None:
             layer = split_layer(past_key_values, self.layer_idx, self.place, layout)
             put_layer(past_key_values, self.layer_idx, layer)
@@ -118,9 +118,7 @@ class DecoderAttention(ProjectedAttention):
             shared=[p for norm in self.norms() for p in norm.parameters()] or None,
             between=between,
             cache=layer,
-            scheme=call.scheme,
-            position=call.position,
-            first_key=call.first_key,
+            call=call,
         )
 
     def norms(self) -> list[nn.Module]:
