@@ -38,12 +38,13 @@ class Case(NamedTuple):
     keys: int | None = None
     heads: int = 8
     kv_heads: int | None = None
+    folds: bool = True  # stock may fold the query heads of a KV head into rows; else it gets the grouped call alone
 
     def name(self) -> str:
         kind, mask = KIND[self.dtype], "causal" if self.causal else "full"
         sizes = f"({self.d_qk},{self.d_v}) L={self.length} h={self.heads}"
         if self.keys:
-            return f"decode {kind} {sizes} S={self.keys} k={self.kv_heads}"
+            return f"decode {kind} {sizes} S={self.keys} k={self.kv_heads}" + ("" if self.folds else " grouped call")
         return f"{kind} {sizes} {mask} {PASSES[self.backward]}"
 
 
@@ -57,8 +58,8 @@ FLOORS = {
     (512, 512): (1.0, 1.0, 1.0, 1.0, 1.5, 1.4),
 }
 
-# One token of one sequence: query heads, KV heads, floors in fp32 and bf16
-DECODE = ((8, 1, 1.2, 1.2), (1, 1, 1.2, 1.2), (8, 8, 1.0, 1.0))
+# One token of one sequence: query heads, KV heads, whether stock folds, floors in fp32 and bf16
+DECODE = ((8, 1, False, 3.0, 8.0), (8, 1, True, 1.2, 1.2), (1, 1, True, 1.2, 1.2), (8, 8, True, 1.0, 1.0))
 
 
 def against_stock() -> list[Case]:
@@ -70,9 +71,9 @@ def against_stock() -> list[Case]:
             found.append(Case(torch.bfloat16, *widths, is_causal, backward, half_both if backward else half))
     for backward in (False, True):
         found.append(Case(torch.float32, 64, 64, False, backward, 1.0, length=128, heads=4))
-    for heads, kv_heads, *floors in DECODE:
+    for heads, kv_heads, folds, *floors in DECODE:
         for dtype, floor in zip(KIND, floors, strict=True):
-            sizes = {"length": 1, "keys": 32768, "heads": heads, "kv_heads": kv_heads}
+            sizes = {"length": 1, "keys": 32768, "heads": heads, "kv_heads": kv_heads, "folds": folds}
             found.append(Case(dtype, 128, 128, False, False, floor, **sizes))
     return found
 
@@ -101,7 +102,7 @@ def stocks(case: Case) -> list[Callable]:
     found = [stock]
     if case.d_v != case.d_qk:
         found.append(padded)
-    if case.length == 1 and case.kv_heads != case.heads:
+    if case.folds and case.length == 1 and case.kv_heads != case.heads:
         found.append(folded)
     return found
 
