@@ -62,9 +62,7 @@ Tensor hierarchical_all_gather_op(const Tensor& x, int64_t head_dim, int64_t sli
                                   bool replicated) {
   TORCH_CHECK_VALUE(grid.size() == 4, "grid must be (head_groups, slices, head_group, slice), got ",
                     grid.size(), " numbers");
-  TORCH_CHECK_VALUE(
-      grid[0] >= 1 && grid[1] >= 1 && 0 <= grid[2] && grid[2] < grid[0] && 0 <= grid[3] && grid[3] < grid[1],
-      "grid must be (n, m, i, j) with 0 <= i < n and 0 <= j < m, got ", grid);
+  check_place({grid[0], grid[1]}, grid[2], grid[3]);
   const std::vector<GatherStage> stages{
       {at::maybe_wrap_dim(head_dim, x.dim()), {head_group, grid[0], grid[2]}},
       {at::maybe_wrap_dim(slice_dim, x.dim()), {slice_group, grid[1], grid[3]}}};

@@ -12,16 +12,6 @@ namespace two_level_mha {
 
 namespace {
 
-void check_grid(const Constants& layer) {
-  const bool inside = layer.head_groups >= 1 && layer.slices >= 1 && 0 <= layer.head_group &&
-                      layer.head_group < layer.head_groups && 0 <= layer.slice && layer.slice < layer.slices;
-  TORCH_CHECK_VALUE(inside, "grid must be (n, m, i, j) with 0 <= i < n and 0 <= j < m, got (",
-                    layer.head_groups, ", ", layer.slices, ", ", layer.head_group, ", ", layer.slice, ")");
-  const Grid grid{layer.head_groups, layer.slices};
-  const Heads heads{layer.num_heads, layer.num_kv_heads, layer.head_dim};
-  TORCH_CHECK_VALUE(grid.valid(heads), grid.problem(heads));
-}
-
 LayerSizes layer_sizes(const Constants& layer, std::optional<at::ScalarType> reduce_dtype) {
   LayerSizes sizes{{layer.num_heads, layer.num_kv_heads, layer.head_dim}, layer.embed_dim};
   sizes.key_dim = layer.key_dim;
@@ -49,6 +39,13 @@ Scheme checked_scheme(int64_t number, bool whole_heads) {
 
 }  // namespace
 
+void check_place(const Grid& grid, int64_t i, int64_t j) {
+  const auto [n, m] = grid;
+  TORCH_CHECK_VALUE(n >= 1 && m >= 1 && 0 <= i && i < n && 0 <= j && j < m,
+                    "grid must be (n, m, i, j) with 0 <= i < n and 0 <= j < m, got (", n, ", ", m, ", ", i,
+                    ", ", j, ")");
+}
+
 Context context_of(const std::string& text, c10::SymIntArrayRef sizes) {
   Constants constants;
   const char *at = text.data(), *end = at + text.size();
@@ -71,13 +68,16 @@ Context context_of(const std::string& text, c10::SymIntArrayRef sizes) {
 }
 
 Context context_of(const Constants& constants, const std::vector<std::string>& groups, const Sizes& sizes) {
-  check_grid(constants);
+  const Constants& c = constants;
+  const Grid grid{c.head_groups, c.slices};
+  const Heads heads{c.num_heads, c.num_kv_heads, c.head_dim};
+  check_place(grid, c.head_group, c.slice);
+  TORCH_CHECK_VALUE(grid.valid(heads), grid.problem(heads));
   TORCH_CHECK_VALUE(groups.size() == 3,
                     "groups must name those of the slice axis, the head axis and the grid, got ",
                     groups.size(), " names");
-  const Constants& c = constants;
   Context context;
-  context.grid = {c.head_groups, c.slices};
+  context.grid = grid;
   context.head_group = c.head_group;
   context.slice = c.slice;
   context.groups = {{groups[0], c.slices, c.slice},

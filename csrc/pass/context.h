@@ -117,6 +117,9 @@ Context context_of(const Constants& constants, const std::vector<std::string>& g
 // their own the names of the three groups. Sizes in the order of kSizes.
 Context context_of(const std::string& constants, c10::SymIntArrayRef sizes);
 
+// Raises ValueError unless the grid has a rank (i, j).
+void check_place(const Grid& grid, int64_t head_group, int64_t slice);
+
 // Raises ValueError unless q, k and v have the heads, widths and lengths of the call.
 void check_layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Context& context);
 

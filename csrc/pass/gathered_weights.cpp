@@ -8,8 +8,7 @@ namespace two_level_mha {
 
 namespace {
 
-// Blocks split alike along `dim` over the slice group ->
-// whole. Fewer than four dims are padded with ones at the end.
+// Blocks split alike along `dim` over the slice group -> whole. Fewer than four dims are padded with ones.
 std::vector<Tensor> whole(const std::vector<Tensor>& blocks, int64_t dim, const Context& context) {
   std::vector<Tensor> four_d;
   for (const Tensor& block : blocks) {
