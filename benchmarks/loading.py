@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 import two_level_mha as tlm
 
 GRID = (2, 2)
-LIMIT = 1.3
+LIMIT = 1.15
 SIZES = {
     "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 32000,
     "tie_word_embeddings": False,

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter
 
 import two_level_mha as tlm
-from two_level_mha.loading import StockSlice
+from two_level_mha.loading import Heap, StockSlice
 from two_level_mha.stock import StockTensor
 
 
@@ -153,7 +153,7 @@ def test_part_of_a_tensor(case):
     """Every block of a parameter is the same block of StockTensor.part, in memory of its own."""
     stock = STOCK[case]
     source = torch.arange(float(torch.Size(stock.shape).numel())).view(stock.shape)
-    lazy, expected = StockSlice(source, True, stock), stock.part(source)
+    lazy, expected = StockSlice(source, True, Heap(), stock), stock.part(source)
     assert lazy.get_shape() == list(expected.shape)
     cuts = [[slice(0, n), slice(0, (n + 1) // 2), slice(n // 2, n)] for n in expected.shape]
     for index in [..., *itertools.product(*cuts)]:
