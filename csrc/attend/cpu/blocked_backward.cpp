@@ -41,6 +41,7 @@ class BackwardPass {
         rows_(p_.row_blocks() * p_.block_rows),
         shares_(std::clamp<int64_t>(ceil_div(at::get_num_threads(), p_.B * p_.K), 1, p_.key_blocks())),
         block_(p_.block_rows * p_.block_keys),
+        packs_(!kRows || (cpu_level() == CpuLevel::avx2 && std::max(width_, width_v_) >= 128)),
         shared_heads_(*this, shares_ > 1 ? p_.B * p_.H : 0),
         shared_dq_(shares_ > 1 ? p_.B * p_.H * shares_ * rows_ * width_ : 0) {}
 
@@ -66,11 +67,11 @@ class BackwardPass {
   }
 
  private:
-  static constexpr bool kHalf = std::is_same_v<C, c10::BFloat16>;  // whether gemms read packed pairs
-  static constexpr bool kInPlace = std::is_same_v<T, float>;       // whether they read rows where they are
+  // Whether a gemm may read Q, dO and dS as rows. With AVX2 wide ones are faster in panels.
+  static constexpr bool kRows = std::is_same_v<T, float>;
   static constexpr int64_t kStripe = 16;
 
-  // A head: Q^T and dO^T in panels, Q and dO as B operands unless read in place, one number for each row.
+  // A head: Q^T and dO^T in panels, Q and dO too unless read in place, one number for each row.
   struct Head {
     C *query_t, *grad_t, *query, *grad;
     float *logsumexp, *delta;
@@ -85,8 +86,8 @@ class BackwardPass {
     Heads(const BackwardPass& pass, int64_t heads)
         : query_t(heads * pass.rows_ * pass.width_),
           grad_t(heads * pass.rows_ * pass.width_v_),
-          query(kInPlace ? 0 : heads * pass.rows_ * pass.width_),
-          grad(kInPlace ? 0 : heads * pass.rows_ * pass.width_v_),
+          query(pass.packs_ ? heads * pass.rows_ * pass.width_ : 0),
+          grad(pass.packs_ ? heads * pass.rows_ * pass.width_v_ : 0),
           logsumexp(heads * pass.rows_),
           delta(heads * pass.rows_),
           low(pass.p_.dropout ? heads * pass.rows_ : 0),
@@ -122,7 +123,7 @@ class BackwardPass {
           rows(pass.packed_rows()),
           weights(pass.block_),
           grad_scores(pass.block_),
-          grad_packed(kHalf ? pass.block_ : 0),
+          grad_packed(pass.packs_ ? pass.block_ : 0),
           scores(pass.block_),
           grad_weights(pass.block_),
           mask(pass.p_.mask.defined() ? kStripe * pass.p_.block_rows : 0),
@@ -193,7 +194,7 @@ class BackwardPass {
     const int64_t wide = packed_width<C>(width), n_padded = padded(n);
     copy_rows(from, n, n_padded, width, rows);
     pack_transposed(rows, n, n_padded, wide, transposed);
-    if constexpr (!kInPlace) pack(rows, n_padded, wide, operand);
+    if (packs_) pack(rows, n_padded, wide, operand);
   }
 
   void load_keys(Scratch& scratch, int64_t batch, int64_t kv_head, int64_t j) {
@@ -274,19 +275,18 @@ class BackwardPass {
   // dK or dV (n, width) += A B, A (n, r) a block and B the rows of Q or dO.
   void add_keys(const C* A, int64_t n, int64_t r, Rows<const T> rows, int64_t width, const C* packed,
                 float* out) {
-    if constexpr (kInPlace)
-      gemm_rows(n, width, r, A, padded(r), rows.data, rows.stride, out, true);
-    else
-      gemm<C>(n, width, padded(r), A, packed, out, true);
+    if constexpr (kRows)
+      if (!packs_) return gemm_rows(n, width, r, A, padded(r), rows.data, rows.stride, out, true);
+    gemm<C>(n, width, padded(r), A, packed, out, true);
   }
 
   void add_queries(Scratch& scratch, int64_t n_padded, int64_t r_padded, float* dq) {
-    if constexpr (kHalf) {
-      pack(scratch.grad_scores, n_padded, r_padded, scratch.grad_packed);
-      gemm<C>(width_, r_padded, n_padded, scratch.key_t, scratch.grad_packed, dq, true);
-    } else {
-      gemm_rows(width_, r_padded, n_padded, scratch.key_t, n_padded, scratch.grad_scores, r_padded, dq, true);
-    }
+    const C *keys = scratch.key_t, *grad_scores = scratch.grad_scores;
+    if constexpr (kRows)
+      if (!packs_)
+        return gemm_rows(width_, r_padded, n_padded, keys, n_padded, grad_scores, r_padded, dq, true);
+    pack(grad_scores, n_padded, r_padded, scratch.grad_packed);
+    gemm<C>(width_, r_padded, n_padded, keys, scratch.grad_packed, dq, true);
   }
 
   void store_keys(int64_t batch, int64_t kv_head, int64_t j, const float* dk, const float* dv) {
@@ -321,6 +321,7 @@ class BackwardPass {
   int64_t rows_;             // of a head, padded to whole blocks
   int64_t shares_;           // of a KV head's key blocks
   int64_t block_;            // elements
+  bool packs_;               // whether B operands are packed
   Heads shared_heads_;       // all of them, where there are shares
   Buffer<float> shared_dq_;  // dQ^T: (B, H, shares, row blocks, width, block rows)
 };

@@ -16,8 +16,9 @@ namespace two_level_mha {
 // C (M, N) (+)= A (M, K) B with B in panels. C has N columns.
 template <class C>
 void gemm(int64_t M, int64_t N, int64_t K, const C* A, const C* B, float* out, bool add) {
-  for (int64_t column = 0; column < N; column += kPanel) {
-    const int64_t width = std::min(kPanel, N - column);
+  const int64_t columns = panel<C>();
+  for (int64_t column = 0; column < N; column += columns) {
+    const int64_t width = std::min(columns, N - column);
     at::native::cpublas::brgemm(M, width, K, K, width, N, add, A, B + column * K, out + column,
                                 std::is_same_v<C, c10::BFloat16>);
   }
@@ -26,8 +27,9 @@ void gemm(int64_t M, int64_t N, int64_t K, const C* A, const C* B, float* out, b
 // The same with B as plain rows of float, ld_b apart, and rows of A ld_a apart.
 inline void gemm_rows(int64_t M, int64_t N, int64_t K, const float* A, int64_t ld_a, const float* B,
                       int64_t ld_b, float* out, bool add) {
-  for (int64_t column = 0; column < N; column += kPanel)
-    at::native::cpublas::brgemm(M, std::min(kPanel, N - column), K, ld_a, ld_b, N, add, A, B + column,
+  const int64_t columns = panel<float>();
+  for (int64_t column = 0; column < N; column += columns)
+    at::native::cpublas::brgemm(M, std::min(columns, N - column), K, ld_a, ld_b, N, add, A, B + column,
                                 out + column, false);
 }
 

@@ -7,8 +7,8 @@
 #include <cstring>
 #include <limits>
 
-#include "clones.h"
 #include "transpose.h"
+#include "vectorised.h"
 
 namespace two_level_mha {
 
@@ -68,20 +68,15 @@ TLM_HOST_DEVICE void load_across_body(const T* x, int64_t stride, int64_t rows, 
     }
 }
 
-#define TLM_LOAD(T)                                                                                \
-  TLM_CLONES void load(const T* x, int64_t stride, int64_t n, float* out) {                        \
-    load_body(x, stride, n, out);                                                                  \
-  }                                                                                                \
-  TLM_CLONES void load_across(const T* x, int64_t stride, int64_t rows, int64_t keys, float* tile, \
-                              int64_t ld) {                                                        \
-    load_across_body(x, stride, rows, keys, tile, ld);                                             \
-  }
-TLM_LOAD(uint8_t)
-TLM_LOAD(float)
-TLM_LOAD(double)
-TLM_LOAD(c10::BFloat16)
-TLM_LOAD(c10::Half)
-#undef TLM_LOAD
+template <class T>
+void load(const T* x, int64_t stride, int64_t n, float* out) {
+  vectorised([=]() TLM_INLINE { load_body(x, stride, n, out); });
+}
+
+template <class T>
+void load_across(const T* x, int64_t stride, int64_t rows, int64_t keys, float* tile, int64_t ld) {
+  vectorised([=]() TLM_INLINE { load_across_body(x, stride, rows, keys, tile, ld); });
+}
 
 // Calls run(T{}) with the element type of a mask.
 template <class Run>

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "clones.h"
 #include "transpose.h"
+#include "vectorised.h"
 
 namespace two_level_mha {
 
@@ -15,20 +15,24 @@ using c10::Half;
 
 namespace {
 
-TLM_CLONES void transpose(const uint32_t* x, int64_t n, int64_t width, uint32_t* out, int64_t ld) {
-  transpose_words(x, width, n, width, out, ld);
+void transpose(const uint32_t* x, int64_t n, int64_t width, uint32_t* out, int64_t ld) {
+  vectorised([=]() TLM_INLINE { transpose_words(x, width, n, width, out, ld); });
 }
 
-TLM_CLONES void interleave(const uint16_t* even, const uint16_t* odd, int64_t n, uint32_t* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = even[i] | (static_cast<uint32_t>(odd[i]) << 16);
+void interleave(const uint16_t* even, const uint16_t* odd, int64_t n, uint32_t* out) {
+  vectorised([=]() TLM_INLINE {
+    for (int64_t i = 0; i < n; ++i) out[i] = even[i] | (static_cast<uint32_t>(odd[i]) << 16);
+  });
 }
 
-TLM_CLONES void convert(const BFloat16* x, int64_t n, float* out) {
-  const uint16_t* bits = reinterpret_cast<const uint16_t*>(x);
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t word = static_cast<uint32_t>(bits[i]) << 16;
-    std::memcpy(&out[i], &word, sizeof(word));
-  }
+void convert(const BFloat16* x, int64_t n, float* out) {
+  vectorised([=]() TLM_INLINE {
+    const uint16_t* bits = reinterpret_cast<const uint16_t*>(x);
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t word = static_cast<uint32_t>(bits[i]) << 16;
+      std::memcpy(&out[i], &word, sizeof(word));
+    }
+  });
 }
 
 void convert(const Half* x, int64_t n, float* out) {
@@ -45,9 +49,10 @@ template <class C>
 void pack_transposed_words(const C* x, int64_t n, int64_t n_padded, int64_t width, C* out) {
   const int64_t words = width * sizeof(C) / sizeof(uint32_t);
   if (n < n_padded) std::memset(static_cast<void*>(out), 0, n_padded * width * sizeof(C));
-  for (int64_t c = 0; c < n; c += kPanel)
-    transpose(reinterpret_cast<const uint32_t*>(x + c * width), std::min(kPanel, n - c), words,
-              reinterpret_cast<uint32_t*>(out + c * width), std::min(kPanel, n_padded - c));
+  const int64_t columns = panel<C>();
+  for (int64_t c = 0; c < n; c += columns)
+    transpose(reinterpret_cast<const uint32_t*>(x + c * width), std::min(columns, n - c), words,
+              reinterpret_cast<uint32_t*>(out + c * width), std::min(columns, n_padded - c));
 }
 
 }  // namespace
@@ -76,8 +81,8 @@ void pack_transposed(const BFloat16* x, int64_t n, int64_t n_padded, int64_t wid
 }
 
 void pack(const float* x, int64_t n, int64_t width, float* out) {
-  for (int64_t c = 0; c < width; c += kPanel) {
-    const int64_t columns = std::min(kPanel, width - c);
+  for (int64_t c = 0; c < width; c += panel<float>()) {
+    const int64_t columns = std::min(panel<float>(), width - c);
     for (int64_t row = 0; row < n; ++row)
       std::memcpy(out + c * n + row * columns, x + row * width + c, columns * sizeof(float));
   }
@@ -85,8 +90,8 @@ void pack(const float* x, int64_t n, int64_t width, float* out) {
 
 void pack(const BFloat16* x, int64_t n, int64_t width, BFloat16* out) {
   const uint16_t* bits = reinterpret_cast<const uint16_t*>(x);
-  for (int64_t c = 0; c < width; c += kPanel) {
-    const int64_t columns = std::min(kPanel, width - c);
+  for (int64_t c = 0; c < width; c += panel<BFloat16>()) {
+    const int64_t columns = std::min(panel<BFloat16>(), width - c);
     for (int64_t row = 0; row < n; row += 2)
       interleave(bits + row * width + c, bits + (row + 1) * width + c, columns,
                  reinterpret_cast<uint32_t*>(out + c * n + row * columns));
@@ -97,10 +102,12 @@ void transpose(const float* x, int64_t n, int64_t width, float* out) {
   transpose(reinterpret_cast<const uint32_t*>(x), n, width, reinterpret_cast<uint32_t*>(out), n);
 }
 
-TLM_CLONES void transpose(const BFloat16* x, int64_t n, int64_t width, BFloat16* out) {
-  for (int64_t first = 0; first < width; first += kTile)
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t k = first; k < std::min(first + kTile, width); ++k) out[k * n + r] = x[r * width + k];
+void transpose(const BFloat16* x, int64_t n, int64_t width, BFloat16* out) {
+  vectorised([=]() TLM_INLINE {
+    for (int64_t first = 0; first < width; first += kTile)
+      for (int64_t r = 0; r < n; ++r)
+        for (int64_t k = first; k < std::min(first + kTile, width); ++k) out[k * n + r] = x[r * width + k];
+  });
 }
 
 }  // namespace two_level_mha

@@ -1,5 +1,5 @@
-// Rows and panels that a gemm reads (gemm.h): A as rows, B as panels of 64 columns, each panel K x 64 and
-// contiguous; bfloat16 panels interleave pairs of rows, which is what the dot-product instructions read.
+// Rows and panels that a gemm reads (gemm.h): A as rows, B as panels of 64 or 32 columns, each K x 64 or K x 32
+// and contiguous; bfloat16 panels interleave pairs of rows, which is what the dot-product instructions read.
 // Blocks are padded with zeros to a multiple of kPad rows, and rows of bfloat16 to an even width, so that no
 // product has a tail of its own.
 #pragma once
@@ -11,10 +11,16 @@
 
 #include "../../base/arithmetic.h"
 #include "buffer.h"
+#include "level.h"
 
 namespace two_level_mha {
 
-constexpr int64_t kPanel = 64;
+// Columns of a panel: with AVX2 64 would be read from L2.
+template <class C>
+int64_t panel() {
+  return std::is_same_v<C, float> && cpu_level() == CpuLevel::avx2 ? 32 : 64;
+}
+
 constexpr int64_t kPad = 32;
 
 inline int64_t padded(int64_t rows) {

@@ -5,8 +5,8 @@
 #include <limits>
 
 #include "../../base/host_device.h"
-#include "clones.h"
 #include "store.h"
+#include "vectorised.h"
 
 namespace two_level_mha {
 
@@ -92,36 +92,40 @@ TLM_HOST_DEVICE void softmax_grad_body(const float* s, Bias mask, const float* d
 
 }  // namespace
 
-TLM_CLONES void cap_scores(float* s, int64_t n, float scale, float softcap, float* slope) {
-  const float inner = scale / softcap;
+void cap_scores(float* s, int64_t n, float scale, float softcap, float* slope) {
+  vectorised([=]() TLM_INLINE {
+    const float inner = scale / softcap;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float t = tanh_fast(s[i] * inner);
-    s[i] = t * softcap;
-    slope[i] = 1.f - t * t;
-  }
+    for (int64_t i = 0; i < n; ++i) {
+      const float t = tanh_fast(s[i] * inner);
+      s[i] = t * softcap;
+      slope[i] = 1.f - t * t;
+    }
+  });
 }
 
-TLM_CLONES float softmax_step(float* s, Bias mask, int64_t n, float c, RunningSoftmax& running, float* p) {
-  return softmax_step_body(s, mask, n, c, running, p);
+float softmax_step(float* s, Bias mask, int64_t n, float c, RunningSoftmax& running, float* p) {
+  return vectorised([=, &running]() TLM_INLINE { return softmax_step_body(s, mask, n, c, running, p); });
 }
 
-TLM_CLONES float softmax_step(float* s, Bias mask, int64_t n, float c, RunningSoftmax& running, BFloat16* p) {
-  return softmax_step_body(s, mask, n, c, running, p);
+float softmax_step(float* s, Bias mask, int64_t n, float c, RunningSoftmax& running, BFloat16* p) {
+  return vectorised([=, &running]() TLM_INLINE { return softmax_step_body(s, mask, n, c, running, p); });
 }
 
-TLM_CLONES void softmax_grad(const float* s, Bias mask, const float* dp, const float* logsumexp,
-                             const float* delta, int64_t n, float c, float* p, float* ds) {
-  softmax_grad_body(s, mask, dp, logsumexp, delta, n, c, p, ds);
+void softmax_grad(const float* s, Bias mask, const float* dp, const float* logsumexp, const float* delta,
+                  int64_t n, float c, float* p, float* ds) {
+  vectorised([=]() TLM_INLINE { softmax_grad_body(s, mask, dp, logsumexp, delta, n, c, p, ds); });
 }
 
-TLM_CLONES void softmax_grad(const float* s, Bias mask, const float* dp, const float* logsumexp,
-                             const float* delta, int64_t n, float c, BFloat16* p, BFloat16* ds) {
-  softmax_grad_body(s, mask, dp, logsumexp, delta, n, c, p, ds);
+void softmax_grad(const float* s, Bias mask, const float* dp, const float* logsumexp, const float* delta,
+                  int64_t n, float c, BFloat16* p, BFloat16* ds) {
+  vectorised([=]() TLM_INLINE { softmax_grad_body(s, mask, dp, logsumexp, delta, n, c, p, ds); });
 }
 
-TLM_CLONES void through_softcap(float* dp, const float* delta, const float* slope, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) dp[i] = (dp[i] - delta[i]) * slope[i];
+void through_softcap(float* dp, const float* delta, const float* slope, int64_t n) {
+  vectorised([=]() TLM_INLINE {
+    for (int64_t i = 0; i < n; ++i) dp[i] = (dp[i] - delta[i]) * slope[i];
+  });
 }
 
 }  // namespace two_level_mha

@@ -1,8 +1,8 @@
 #include "vectors.h"
 
 #include "../../base/host_device.h"
-#include "clones.h"
 #include "store.h"
+#include "vectorised.h"
 
 namespace two_level_mha {
 
@@ -27,49 +27,58 @@ TLM_HOST_DEVICE float dot_body(const float* a, const float* b, int64_t n) {
 
 }  // namespace
 
-TLM_CLONES void scale_row(const float* x, int64_t n, float factor, float* out) {
+void scale_row(const float* x, int64_t n, float factor, float* out) {
+  vectorised([=]() TLM_INLINE {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * factor;
+    for (int64_t i = 0; i < n; ++i) out[i] = x[i] * factor;
+  });
 }
 
-TLM_CLONES void scale_row(const float* x, int64_t n, float factor, BFloat16* out) {
+void scale_row(const float* x, int64_t n, float factor, BFloat16* out) {
+  vectorised([=]() TLM_INLINE {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) store(out, i, x[i] * factor);
+    for (int64_t i = 0; i < n; ++i) store(out, i, x[i] * factor);
+  });
 }
 
 void scale_row(const float* x, int64_t n, float factor, Half* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = x[i] * factor;
 }
 
-TLM_CLONES void add_row(const float* x, int64_t n, float factor, float* out) {
+void add_row(const float* x, int64_t n, float factor, float* out) {
+  vectorised([=]() TLM_INLINE {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] += factor * x[i];
+    for (int64_t i = 0; i < n; ++i) out[i] += factor * x[i];
+  });
 }
 
-TLM_CLONES float dot(const float* a, const float* b, int64_t n) {
-  return dot_body(a, b, n);
+float dot(const float* a, const float* b, int64_t n) {
+  return vectorised([=]() TLM_INLINE { return dot_body(a, b, n); });
 }
 
-TLM_CLONES void dot_rows(const float* x, int64_t ld, int64_t n, int64_t width, const float* y, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = dot_body(x + i * ld, y, width);
+void dot_rows(const float* x, int64_t ld, int64_t n, int64_t width, const float* y, float* out) {
+  vectorised([=]() TLM_INLINE {
+    for (int64_t i = 0; i < n; ++i) out[i] = dot_body(x + i * ld, y, width);
+  });
 }
 
 // Eight rows at a time, since each pass reads and writes `out`.
-TLM_CLONES void add_rows(const float* x, int64_t ld, int64_t n, int64_t width, const float* factors,
-                         float* out) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const float *a = x + i * ld, *f = factors + i;
+void add_rows(const float* x, int64_t ld, int64_t n, int64_t width, const float* factors, float* out) {
+  vectorised([=]() TLM_INLINE {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+      const float *a = x + i * ld, *f = factors + i;
 #pragma omp simd
-    for (int64_t j = 0; j < width; ++j)
-      out[j] += f[0] * a[j] + f[1] * a[j + ld] + f[2] * a[j + 2 * ld] + f[3] * a[j + 3 * ld] +
-                f[4] * a[j + 4 * ld] + f[5] * a[j + 5 * ld] + f[6] * a[j + 6 * ld] + f[7] * a[j + 7 * ld];
-  }
-  for (; i < n; ++i) {
-    const float *a = x + i * ld, f = factors[i];
+      for (int64_t j = 0; j < width; ++j)
+        out[j] += f[0] * a[j] + f[1] * a[j + ld] + f[2] * a[j + 2 * ld] + f[3] * a[j + 3 * ld] +
+                  f[4] * a[j + 4 * ld] + f[5] * a[j + 5 * ld] + f[6] * a[j + 6 * ld] + f[7] * a[j + 7 * ld];
+    }
+    for (; i < n; ++i) {
+      const float *a = x + i * ld, f = factors[i];
 #pragma omp simd
-    for (int64_t j = 0; j < width; ++j) out[j] += f * a[j];
-  }
+      for (int64_t j = 0; j < width; ++j) out[j] += f * a[j];
+    }
+  });
 }
 
 float dot(const BFloat16* a, const BFloat16* b, int64_t n) {
