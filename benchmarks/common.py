@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import platform
 import re
 import statistics
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from two_level_mha import _C
 
 ROOT = Path(__file__).resolve().parent
 CPU_FLAGS = ("avx512f", "avx512_bf16", "amx_bf16")
@@ -51,7 +54,7 @@ def cpu_info() -> dict[str, str]:
 
 
 def machine() -> dict:
-    """CPU model and flags, torch, python, commit, threads."""
+    """CPU model and flags, the level that the CPU kernels use, torch, python, commit, threads."""
     info = cpu_info()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -59,6 +62,7 @@ def machine() -> dict:
     return {
         "cpu": info.get("model name", platform.processor()),
         "flags": {flag: flag in info.get("flags", "").split() for flag in CPU_FLAGS},
+        "level": _C.Machine().cpu,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit,
@@ -91,7 +95,8 @@ def run_cases(
     repeats: int,
 ) -> None:
     """A benchmark's command line: runs the cases it asks for and prints a line for each. results/NAME.json is written
-    by a whole run only, so that it comes from one machine, one commit and one run. Exits with 1 where a row misses its
+    by a whole run only, so that it comes from one machine, one commit and one run; NAME_LEVEL where
+    ATEN_CPU_CAPABILITY holds the CPU to less than it has. Exits with 1 where a row misses its
     floor or limit, after all cases have run.
     """
     parser = argparse.ArgumentParser(description=description)
@@ -107,7 +112,8 @@ def run_cases(
             rows.append(run(case, args.repeats))
             print(line(rows[-1]), flush=True)
     if not args.case:
-        print(write_results(name, rows))
+        held = os.environ.get("ATEN_CPU_CAPABILITY")
+        print(write_results(f"{name}_{held}" if held else name, rows))
     missed = [row["case"] for row in rows if verdict(row)]
     if missed:
         raise SystemExit(f"{len(missed)} of {len(rows)} cases miss their floor or limit: {', '.join(missed)}")

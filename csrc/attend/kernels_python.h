@@ -75,6 +75,7 @@ inline void bind_kernels(pybind11::module_& m) {
            py::kw_only(), "cuda"_a = false, "cpu"_a = "", "arch"_a = gpu.arch, "cudnn"_a = gpu.cudnn,
            "cudnn_enabled"_a = gpu.cudnn_enabled, "flash_enabled"_a = gpu.flash_enabled,
            "efficient_enabled"_a = gpu.efficient_enabled)
+      .def_property_readonly("cpu", [](const Machine& m) { return kCpuLevels[int(m.cpu)]; })
       .def("__str__", &machine_name);
 
   m.def(
