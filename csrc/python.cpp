@@ -190,7 +190,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("extra_keys", &Call::extra_keys)
       .def_readwrite("bias", &Call::bias)
       .def_readwrite("bias_kv", &Call::bias_kv)
-      .def_readwrite("weights", &Call::weights)
+      .def_readwrite("attention_weights", &Call::attention_weights)
       .def_readwrite("mask_elements", &Call::mask_elements)
       .def_readwrite("training", &Call::training);
 }

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 COMBINES = ("reduce", "concat")
 
 # name -> (tensor dim sharded over the head axis, over the slice axis); None: replicated
-LAYOUTS = {
+SHARDED_DIMS = {
     "q_weight": (0, 1),  # (h, d, D)
     "k_weight": (0, 1),
     "v_weight": (0, 1),
@@ -32,7 +32,7 @@ def placements(name: str, combine: str, whole_heads: bool = False) -> list:
     combine="concat" replicates out_weight; whole_heads shards the query side along heads over both axes. What has no
     layout, such as the weight of a norm, is replicated.
     """
-    dims = LAYOUTS.get(name, (None, None))
+    dims = SHARDED_DIMS.get(name, (None, None))
     if name == "out_weight" and combine == "concat":
         dims = (None, None)
     elif whole_heads and name in QUERY_SIDE:
@@ -56,7 +56,7 @@ def block(full: Tensor, name: str, mesh: DeviceMesh | None, combine: str, whole_
     return DTensor.from_local(local, mesh, layout, run_check=False)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor behind a block; a collective for a DTensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -4,7 +4,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from two_level_mha.blocks import whole
+from two_level_mha.blocks import full_tensor
 from two_level_mha.layer import GridAttention
 from two_level_mha.stock import put, resolve
 
@@ -48,7 +48,7 @@ def full_state_dict(model: nn.Module) -> dict[str, object]:
         once = source if stock is None else (source, own_name)
         if once not in done:
             done.add(once)
-            full = whole(value.detach())
+            full = full_tensor(value.detach())
             if keep and stock is None:
                 kept[source] = full.cpu()
             elif keep:

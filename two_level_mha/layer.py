@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha import _C
 from two_level_mha.agreement import check_call, compares
-from two_level_mha.blocks import COMBINES, LAYOUTS, block, local_blocks
+from two_level_mha.blocks import COMBINES, SHARDED_DIMS, block, local_blocks
 from two_level_mha.cache_layer import NO_CACHE, CachedCall, CacheLayer
 from two_level_mha.context import constants, element_size, layer_numbers, size_numbers
 from two_level_mha.errors import GridError
@@ -88,7 +88,7 @@ class GridAttention(nn.Module):
 
     def store(self, full: dict[str, Tensor | None], requires_grad: dict[str, bool] | None = None) -> None:
         """Keeps this rank's blocks of full tensors, the same on every rank, as the module's parameters."""
-        for name in dict.fromkeys((*LAYOUTS, *full)):
+        for name in dict.fromkeys((*SHARDED_DIMS, *full)):
             tensor = full.get(name)
             if tensor is None:
                 self.register_parameter(name, None)
@@ -170,7 +170,7 @@ class GridAttention(nn.Module):
         # nn.Module finds parameters by a slow path; pruned and parametrized ones are attributes
         p = self._parameters
         *weights, out_weight, out_bias = local_blocks(
-            [p[name] if name in p else getattr(self, name) for name in LAYOUTS]
+            [p[name] if name in p else getattr(self, name) for name in SHARDED_DIMS]
         )
         batch_dim, length_dim = (0, 1) if batch_first else (1, 0)
         how = (call.scheme or self.scheme, causal is not None, element_size(query), add_zero_attn, batch_first)

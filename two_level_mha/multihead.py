@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.init import xavier_normal_, xavier_uniform_
 
 from two_level_mha.agreement import check_same_weights
-from two_level_mha.blocks import whole
+from two_level_mha.blocks import full_tensor
 from two_level_mha.errors import GridError, UsageAssertionError
 from two_level_mha.layer import Drops, GridAttention
 from two_level_mha.masks import check_inputs, one_mask
@@ -224,7 +224,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         state: dict[str, Tensor] = {}
         for name, p in self._parameters.items():
             if p is not None:
-                put(state, self.stock_names[name].key, self.stock_names[name], whole(p.detach()))
+                put(state, self.stock_names[name].key, self.stock_names[name], full_tensor(p.detach()))
         return state
 
     def extra_repr(self) -> str:

@@ -49,10 +49,10 @@ struct CallSizes {
   bool bias = false, bias_kv = false;
 
   // What no choice of a scheme looks at.
-  int64_t inputs = 1;         // distinct tensors among query, key and value; 2: the key is the value
-  int64_t weights = 0;        // attention weights asked for: 1 averaged over the heads, 2 all
-  int64_t mask_elements = 0;  // of an additive mask that is trained
-  bool training = false;      // a backward pass will follow
+  int64_t inputs = 1;             // distinct tensors among query, key and value; 2: the key is the value
+  int64_t attention_weights = 0;  // asked for: 1 averaged over the heads, 2 all
+  int64_t mask_elements = 0;      // of an additive mask that is trained
+  bool training = false;          // a backward pass will follow
 
   // Keys and values that this call projects: of tokens, and those that are moved.
   I given_keys() const { return S - position - extra_keys; }

@@ -172,7 +172,7 @@ void add_exchanges(Traffic<I>& rows, const SchemeRow& row, const CallSizes<I>& s
 
 template <class I>
 void add_attention_weights(Traffic<I>& rows, const SchemeRow& row, const CallSizes<I>& s) {
-  const bool average = s.weights == 1;
+  const bool average = s.attention_weights == 1;
   const I all_heads = s.B * s.L * s.S * s.H;
   if (row.q == Move::keep) {  // heads of this rank alone
     if (average) return add_sum<I>(rows, "attention weights", s.B * s.L * s.S, s);
@@ -200,7 +200,7 @@ Traffic<I> forward_traffic(Scheme scheme, const CallSizes<I>& s) {
     traffic::add_gather<I>(rows, "combine", s.B * s.L * (s.H * (s.d / s.m)), s);
   else
     traffic::add_tokens_sum<I>(rows, "combine", row.y, traffic::tokens(row.y, s.L, s) * s.D, s);
-  if (s.weights) traffic::add_attention_weights(rows, row, s);
+  if (s.attention_weights) traffic::add_attention_weights(rows, row, s);
   return rows;
 }
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from two_level_mha import reference
-from two_level_mha.blocks import whole
+from two_level_mha.blocks import full_tensor
 from two_level_mha.cache import KVCache
 from two_level_mha.cache_layer import NO_CACHE, LayersCache
 from two_level_mha.layer import GridAttention
@@ -118,7 +118,7 @@ def gradients_off(plan: Plan, grid: tuple[int, int] | None) -> dict[str, float]:
     mine = x_BLD.clone().requires_grad_()
     y = by_calls(module, plan, cache.layers[0], mine, sees)
     (y * weight).sum().backward()
-    found = {"y": y, "x": mine.grad} | {name: whole(p.grad) for name, p in module.named_parameters()}
+    found = {"y": y, "x": mine.grad} | {name: full_tensor(p.grad) for name, p in module.named_parameters()}
     leaf = {name: p.clone().requires_grad_() for name, p in weights.items()}
     theirs = x_BLD.clone().requires_grad_()
     expected = unsplit(leaf, theirs, sees)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import two_level_mha as tlm
-from two_level_mha.blocks import whole
+from two_level_mha.blocks import full_tensor
 from two_level_mha.multihead import stock_names
 from two_level_mha.stock import from_stock
 
@@ -125,7 +125,7 @@ def everything(layer: nn.Module, call: Call, seed: int = 1) -> dict[str, Tensor]
         p.grad = None
     loss.backward()
     found |= {f"d {name}": x.grad for name, x in leaf.items()}
-    grads = {name: whole(p.grad) for name, p in layer.named_parameters() if p.grad is not None}
+    grads = {name: full_tensor(p.grad) for name, p in layer.named_parameters() if p.grad is not None}
     if isinstance(layer, nn.MultiheadAttention):
         grads = from_stock(grads, stock_names(layer.embed_dim, layer.num_heads, layer.kdim, layer.vdim))
     return {name: x.detach() for name, x in (found | {f"d {name}": x for name, x in grads.items()}).items()}

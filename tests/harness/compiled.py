@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from two_level_mha.blocks import whole
+from two_level_mha.blocks import full_tensor
 
 LENGTHS = (5, 8, 12, 17, 24, 33, 64)
 
@@ -31,7 +31,7 @@ def compiled_over_lengths(
             leaf = x.clone().requires_grad_()
             y = call(module, leaf)
             y.square().sum().backward()
-            results.append([y.detach(), leaf.grad, *(whole(p.grad) for p in layer.parameters())])
+            results.append([y.detach(), leaf.grad, *(full_tensor(p.grad) for p in layer.parameters())])
         for mine, theirs in zip(*results, strict=True):
             error = max(error, (mine - theirs).abs().max().item())
     return counter.frame_count, error

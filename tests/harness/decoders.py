@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import two_level_mha as tlm
-from two_level_mha.blocks import whole
+from two_level_mha.blocks import full_tensor
 from two_level_mha.stock import put, resolve
 
 from .calls import mesh
@@ -120,7 +120,7 @@ def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
         owner, _, own = name.rpartition(".")
         names = getattr(model.get_submodule(owner), "stock_names", {})
         if own in names:
-            put(found, resolve(owner, names[own].key), names[own], whole(p.grad))
+            put(found, resolve(owner, names[own].key), names[own], full_tensor(p.grad))
         else:
-            found[name] = whole(p.grad)
+            found[name] = full_tensor(p.grad)
     return found

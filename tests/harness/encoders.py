@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BertConfig, RobertaConfig, ViTConfig
 
 import two_level_mha as tlm
-from two_level_mha.blocks import whole
+from two_level_mha.blocks import full_tensor
 from two_level_mha.integrations.projected import ProjectedAttention
 from two_level_mha.layer import GridAttention
 from two_level_mha.stock import put
@@ -76,7 +76,7 @@ def torch_inputs(batch_first: bool = True) -> tuple[tuple, dict]:
 
 def stock_grads(model: nn.Module) -> dict[str, torch.Tensor]:
     """Full gradients under the names the unmodified model has."""
-    grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    grads = {name: full_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     for name, module in model.named_modules():
         if not isinstance(module, GridAttention):
             continue

@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import two_level_mha as tlm
-from two_level_mha.blocks import whole
+from two_level_mha.blocks import full_tensor
 
 EMBED, BYTES = 12, 11
 ATTENTION = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 8, "bias": True, "qk_norm": 1e-3, "rope": tlm.Rotary(100.0)}
@@ -52,11 +52,11 @@ def backward(model: nn.Module, ids_BL: Tensor, scale: Tensor | float = 1.0, seed
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+    return {name: full_tensor(p.grad).clone() for name, p in model.named_parameters()}
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+    return {name: full_tensor(p.detach()).clone() for name, p in model.named_parameters()}
 
 
 def local_bytes(model: nn.Module) -> list[Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import two_level_mha as tlm
 from two_level_mha import reference
-from two_level_mha.blocks import whole
+from two_level_mha.blocks import full_tensor
 from two_level_mha.stock import from_stock
 
 from .calls import mesh
@@ -76,7 +76,7 @@ def make(case: Decoder, names: dict, seed: int = 0) -> tuple[dict, Tensor, Tenso
 def finish(y: Tensor, weight: Tensor, leaf: dict[str, Tensor]) -> dict[str, Tensor]:
     """The output, and the gradient of every leaf."""
     grads = torch.autograd.grad((y * weight).sum(), list(leaf.values()))
-    return {"y": y.detach(), **{f"d {name}": whole(grad) for name, grad in zip(leaf, grads, strict=True)}}
+    return {"y": y.detach(), **{f"d {name}": full_tensor(grad) for name, grad in zip(leaf, grads, strict=True)}}
 
 
 def inputs_as_leaves(x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:

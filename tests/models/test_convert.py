@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import two_level_mha as tlm
-from two_level_mha.blocks import whole
+from two_level_mha.blocks import full_tensor
 from two_level_mha.integrations.projected import ProjectedAttention
 from two_level_mha.layer import SCHEMES, GridAttention
 
@@ -192,7 +192,7 @@ def load_stock() -> dict[str, float]:
         args, kwargs = torch_inputs() if name == "torch" else ((), inputs(name))
         with torch.no_grad():
             found[name] = (first(model(*args, **kwargs)) - first(stock(*args, **kwargs))).abs().max().item()
-    own = {k: whole(v) for k, v in model.state_dict().items()}
+    own = {k: full_tensor(v) for k, v in model.state_dict().items()}
     model.load_state_dict(own)
     return found
 

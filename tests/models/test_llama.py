@@ -115,8 +115,9 @@ def test_gradients(pool, use_cache):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["position", "batch"])
-@pytest.mark.parametrize("grid", [(2, 1), (1, 2), (2, 4), (2, 8)])
+@pytest.mark.parametrize(
+    "grid, cache", [*((grid, "position") for grid in [(2, 1), (1, 2), (2, 4), (2, 8)]), ((2, 4), "batch")]
+)
 def test_gradients_of_every_family(pool, grid, cache):
     """T. As test_gradients, when only a family or a grid fails."""
     for use_cache in (False, True):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import two_level_mha as tlm
-from two_level_mha.blocks import whole
+from two_level_mha.blocks import full_tensor
 from two_level_mha.integrations import private
 from two_level_mha.rest import find_rest, split_rest
 
@@ -52,7 +52,7 @@ def split(kind: str, grid: tuple[int, int], changes: dict) -> tuple[dict[str, fl
     errors = differences(got, expected)
     other = make(kind, seed=2, **changes).state_dict()
     model.load_state_dict(other)
-    assert all(torch.equal(whole(x), other[name]) for name, x in model.state_dict().items())
+    assert all(torch.equal(full_tensor(x), other[name]) for name, x in model.state_dict().items())
     off = {name: error for name, error in errors.items() if not error <= TIGHT.get(kind, 1e-10)}
     return off, {name: x.numel() for name, x in local.items()}, rest.left_out
 

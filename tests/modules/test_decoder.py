@@ -82,11 +82,11 @@ def test_shapes(pool, shape):
 
 
 def first_weights(grid) -> list[torch.Tensor]:
-    from two_level_mha.blocks import whole
+    from two_level_mha.blocks import full_tensor
 
     torch.manual_seed(3)
     layer = Decoder(options={"bias": True, "qk_norm": 1e-6}).layer(grid)
-    return [whole(p.detach()) for p in layer.parameters()]
+    return [full_tensor(p.detach()) for p in layer.parameters()]
 
 
 def test_first_weights(pool):

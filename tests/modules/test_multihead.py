@@ -11,7 +11,7 @@ from harness.calls import EMBED, FLOAT64, GRIDS, HEADS, Call, everything, make_i
 from torch.utils.checkpoint import checkpoint
 
 import two_level_mha as tlm
-from two_level_mha.blocks import whole
+from two_level_mha.blocks import full_tensor
 
 CALLS = {
     "self": Call(),
@@ -207,7 +207,7 @@ def recomputed(grid) -> list[float]:
         layer.zero_grad()
         y, _ = checkpoint(layer, x, x, x, use_reentrant=False) if recompute else layer(x, x, x)
         y.square().sum().backward()
-        results.append([y, x.grad, whole(layer.q_weight.grad), whole(layer.out_weight.grad)])
+        results.append([y, x.grad, full_tensor(layer.q_weight.grad), full_tensor(layer.out_weight.grad)])
     return [(a - b).abs().max().item() for a, b in zip(*results, strict=True)]
 
 

@@ -8,7 +8,7 @@ from harness.calls import EMBED, FLOAT64, GRIDS, HEADS, Call, everything, mesh, 
 from torch import nn
 
 import two_level_mha as tlm
-from two_level_mha.blocks import whole
+from two_level_mha.blocks import full_tensor
 
 VARIANTS = [
     {"bias": bias, "add_bias_kv": bias_kv, **widths, "dtype": dtype}
@@ -79,7 +79,7 @@ def loaded(grid) -> None:
 
     ours = parents["ours"]["attention"]
     ours.load_state_dict(source.state_dict())
-    own_full = {name: whole(x).clone() for name, x in ours.state_dict().items()}
+    own_full = {name: full_tensor(x).clone() for name, x in ours.state_dict().items()}
     own = {name: x.clone() for name, x in ours.state_dict().items()}
     check("stock keys")
     missing = parents["ours"].load_state_dict(parents["stock"].state_dict())

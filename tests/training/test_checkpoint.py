@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import two_level_mha as tlm
-from two_level_mha.blocks import whole
+from two_level_mha.blocks import full_tensor
 
 CALL = Call({"add_bias_kv": True, "kdim": 6, "vdim": 10, "batch_first": True})
 
@@ -29,10 +29,10 @@ def trained(layer: nn.Module) -> torch.optim.AdamW:
 
 def values(layer: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Whole parameters and whole AdamW moments by name."""
-    found = {name: whole(p) for name, p in layer.named_parameters()}
+    found = {name: full_tensor(p) for name, p in layer.named_parameters()}
     for name, p in layer.named_parameters():
         for key, x in optimizer.state[p].items():
-            found[f"{name}/{key}"] = whole(x)
+            found[f"{name}/{key}"] = full_tensor(x)
     return found
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import two_level_mha as tlm
-from two_level_mha.blocks import whole
+from two_level_mha.blocks import full_tensor
 
 OPTIMIZERS = ({}, {"foreach": True}, {"fused": True})
 
@@ -71,7 +71,7 @@ def steps(grid: tuple[int, int], optimizer: dict, max_norm: float) -> dict[str, 
     tlm.parallelize(reloaded, tlm.init_mesh("cpu", grid))
     reloaded.load_state_dict(model.state_dict())  # the trained stock model, split: the same layout as ours
     for (name, p), q in zip(split.named_parameters(), reloaded.parameters(), strict=True):
-        found[name] = (whole(p) - whole(q)).abs().max().item()
+        found[name] = (full_tensor(p) - full_tensor(q)).abs().max().item()
     return found
 
 
