@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include "../base/arithmetic.h"
 #include "../base/sizes.h"
@@ -44,7 +45,11 @@ struct EnterReplicated : torch::autograd::Function<EnterReplicated> {
     ctx->saved_data["groups"] = c10::IValue::make_capsule(saved);
     at::AutoDispatchBelowADInplaceOrView guard;
     variable_list out;
-    for (const Tensor& x : xs) out.push_back(x.view_as(x));
+    for (const Tensor& x : xs) {
+      out.push_back(x.view_as(x));
+      // below ADInplaceOrView a view counts its own changes: what saves it would not see those of x
+      torch::autograd::impl::set_version_counter(out.back(), torch::autograd::impl::version_counter(x));
+    }
     return out;
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
