@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from two_level_mha.blocks import local_blocks
 from two_level_mha.cache_layer import NO_CACHE, CacheLayer
-from two_level_mha.errors import GridError, wrong_device, wrong_dtype
+from two_level_mha.errors import MASK_DTYPE_NAMES, MASK_DTYPES, GridError, wrong_device, wrong_dtype
 from two_level_mha.layer import Aside, Drops, GridAttention
 from two_level_mha.profile import Profile
 from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
@@ -285,8 +285,10 @@ def _check_tensor(name: str, x: Tensor, weight: Tensor) -> None:
 
 
 def _check_mask(mask: Tensor, full: tuple[int, int, int, int], x: Tensor) -> None:
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise GridError(f"attn_mask must be bool (True = attend) or floating, got {mask.dtype}; use attn_mask.bool()")
+    if mask.dtype not in MASK_DTYPES:
+        raise GridError(
+            f"attn_mask must be {MASK_DTYPE_NAMES}, got {mask.dtype}; use attn_mask.bool() (True = attend) or convert it"
+        )
     if mask.device != x.device:
         raise GridError(f"attn_mask is on {mask.device}, but x is on {x.device}: move one of them")
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 
+MASK_DTYPES = (torch.bool, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MASK_DTYPE_NAMES = "bool, float64, float32, bfloat16 or float16"
+
+
 class GridError(ValueError):
     """A grid, a mesh or an argument that does not fit; the message says what would."""
 

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from two_level_mha.errors import UsageAssertionError, UsageRuntimeError, wrong_device, wrong_dtype
-
-
-def _is_mask_dtype(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool or mask.is_floating_point()
+from two_level_mha.errors import (
+    MASK_DTYPE_NAMES,
+    MASK_DTYPES,
+    UsageAssertionError,
+    UsageRuntimeError,
+    wrong_device,
+    wrong_dtype,
+)
 
 
 def check_inputs(
@@ -63,9 +66,9 @@ def check_inputs(
 def _check_dtypes(mha, inputs: dict[str, Tensor], masks: dict[str, Tensor | None]) -> None:
     weight, given = mha.q_weight, {name: mask for name, mask in masks.items() if mask is not None}
     for name, mask in given.items():
-        if not _is_mask_dtype(mask):
+        if mask.dtype not in MASK_DTYPES:
             raise UsageAssertionError(
-                f"only bool and floating types of {name} are supported, got {mask.dtype}; "
+                f"only bool and floating types of {name} are supported, {MASK_DTYPE_NAMES}, got {mask.dtype}; "
                 f"use {name}.bool() (True = ignore) or an additive floating mask"
             )
     for name, x in (inputs | given).items():

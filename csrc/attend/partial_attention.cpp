@@ -3,10 +3,10 @@
 
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "contract.h"
@@ -54,14 +54,27 @@ auto call_op(const Op& op, const Attend& a, const Rest&... rest) {
                  a.key_stride, a.kernel);
 }
 
-void check(const Attend& a, const Tensor& q, const Tensor& k, const Tensor& v) {
+bool one_of_four(at::ScalarType type) {
+  return type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
+}  // namespace
+
+void check_mask_dtype(const Tensor& mask) {
+  TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool || one_of_four(mask.scalar_type()),
+                    "attn_mask must be bool, float64, float32, bfloat16 or float16, got ",
+                    mask.scalar_type());
+}
+
+void check_attention(const Attend& a, const Tensor& q, const Tensor& k, const Tensor& v) {
   TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
                     "q, k and v must be 4-D (B, heads, length, dim), got ", q.dim(), "-D, ", k.dim(),
                     "-D and ", v.dim(), "-D");
   TORCH_CHECK_VALUE(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
                     "q, k and v must have one dtype, got ", q.scalar_type(), ", ", k.scalar_type(), " and ",
                     v.scalar_type());
-  TORCH_CHECK_VALUE(at::isFloatingType(q.scalar_type()), "q must be floating point, got ", q.scalar_type());
+  TORCH_CHECK_VALUE(one_of_four(q.scalar_type()),
+                    "q, k and v must be float64, float32, bfloat16 or float16, got ", q.scalar_type());
   TORCH_CHECK_VALUE(q.device() == k.device() && q.device() == v.device(),
                     "q, k and v must be on one device, got ", q.device(), ", ", k.device(), " and ",
                     v.device());
@@ -91,8 +104,7 @@ void check(const Attend& a, const Tensor& q, const Tensor& k, const Tensor& v) {
   check_kernel_name(a.kernel);
   if (!a.mask) return;
   const Tensor& mask = *a.mask;
-  TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool || at::isFloatingType(mask.scalar_type()),
-                    "attn_mask must be bool or floating point, got ", mask.scalar_type());
+  check_mask_dtype(mask);
   TORCH_CHECK_VALUE(mask.device() == q.device(), "attn_mask must be on ", q.device(), ", got ",
                     mask.device());
   TORCH_CHECK_VALUE(mask.dim() <= 4, "attn_mask must be broadcastable to (B, H, L, S), got ", mask.dim(),
@@ -105,17 +117,31 @@ void check(const Attend& a, const Tensor& q, const Tensor& k, const Tensor& v) {
   }
 }
 
+Attend in_range(Attend a) {
+  constexpr int64_t kFar = int64_t(1) << 60;  // beyond every key; positions computed from it do not overflow
+  auto clamp = [](std::optional<c10::SymInt>& x, int64_t most) {
+    if (const auto known = x ? x->maybe_as_int() : std::nullopt) x = std::clamp(*known, -most, most);
+  };
+  clamp(a.causal, kFar);
+  clamp(a.window, 2 * kFar);
+  // What is below changes no score by more than this, and as a float would be 0, which is no cap.
+  if (a.softcap > 0.0) a.softcap = std::max(a.softcap, 1e-20);
+  return a;
+}
+
+namespace {
+
 Tensor four_d(Tensor mask) {
   while (mask.dim() < 4) mask = mask.unsqueeze(0);
   return mask;
 }
 
-AttentionParams concrete(const Attend& a, const Tensor& q) {
+AttentionParams concrete(const Attend& asked, const Tensor& q) {
+  const Attend a = in_range(asked);
   AttentionParams params;
   params.scale = a.scale.value_or(1.0 / std::sqrt(double(q.size(3))));
-  constexpr int64_t kFar = int64_t(1) << 60;  // beyond every key; positions computed from it do not overflow
-  if (a.causal) params.causal = std::clamp(a.causal->expect_int(), -kFar, kFar);
-  if (a.window) params.window = std::clamp(a.window->expect_int(), -2 * kFar, 2 * kFar);
+  if (a.causal) params.causal = a.causal->expect_int();
+  if (a.window) params.window = a.window->expect_int();
   params.softcap = a.softcap;
   params.dropout_p = a.dropout_p;
   if (a.mask) params.mask = four_d(*a.mask);
@@ -127,7 +153,7 @@ AttentionParams concrete(const Attend& a, const Tensor& q) {
 
 std::tuple<Tensor, Tensor> forward_kernel(const Attend& a, const Tensor& q, const Tensor& k,
                                           const Tensor& v) {
-  check(a, q, k, v);
+  check_attention(a, q, k, v);
   return attention_forward(a.kernel, q, k, v, concrete(a, q));
 }
 
@@ -141,9 +167,16 @@ void check_results(const Tensor& q, const Tensor& v, const Tensor& grad_out,
                     grad_out.sizes());
   TORCH_CHECK_VALUE(logsumexp.sizes() == sums && (!grad_logsumexp || grad_logsumexp->sizes() == sums),
                     "logsumexp and its gradient must have shape ", sums, ", got ", logsumexp.sizes());
-  for (const Tensor& x : {out, grad_out, logsumexp})
+}
+
+void check_backward(const Attend& a, const Tensor& grad_out, const std::optional<Tensor>& grad_logsumexp,
+                    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                    const Tensor& logsumexp, bool mask_grad) {
+  check_attention(a, q, k, v);
+  for (const Tensor& x : {out, grad_out, logsumexp, grad_logsumexp.value_or(logsumexp)})
     TORCH_CHECK_VALUE(x.device() == q.device(), "out, logsumexp and gradients must be on ", q.device(),
                       ", got ", x.device());
+  TORCH_CHECK_VALUE(!mask_grad || a.mask, "mask_grad needs attn_mask");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_kernel(const Attend& a, const Tensor& grad_out,
@@ -151,7 +184,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_kernel(const Attend& a, cons
                                                            const Tensor& q, const Tensor& k, const Tensor& v,
                                                            const Tensor& out, const Tensor& logsumexp,
                                                            bool mask_grad) {
-  check(a, q, k, v);
+  // The forward's products are not autocast either: a large bias has no room in half precision.
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  check_backward(a, grad_out, grad_logsumexp, q, k, v, out, logsumexp, mask_grad);
   check_results(q, v, grad_out, grad_logsumexp, out, logsumexp);
   AttentionParams params = concrete(a, q);
   params.mask_grad = mask_grad;
@@ -163,16 +198,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_kernel(const Attend& a, cons
 }
 
 std::tuple<Tensor, Tensor> forward_meta(const Attend& a, const Tensor& q, const Tensor& k, const Tensor& v) {
-  check(a, q, k, v);
+  check_attention(a, q, k, v);
   auto B = q.sym_size(0), H = q.sym_size(1), L = q.sym_size(2);
   auto wide = q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   return {empty_rows(q, B, H, L, v.sym_size(3)), at::empty_symint({B, H, L}, wide)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const Attend& a, const Tensor&,
-                                                         const std::optional<Tensor>&, const Tensor& q,
-                                                         const Tensor& k, const Tensor& v, const Tensor&,
-                                                         const Tensor&, bool mask_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const Attend& a, const Tensor& grad_out,
+                                                         const std::optional<Tensor>& grad_logsumexp,
+                                                         const Tensor& q, const Tensor& k, const Tensor& v,
+                                                         const Tensor& out, const Tensor& logsumexp,
+                                                         bool mask_grad) {
+  check_backward(a, grad_out, grad_logsumexp, q, k, v, out, logsumexp, mask_grad);
   auto rows = [](const Tensor& x) {
     return empty_rows(x, x.sym_size(0), x.sym_size(1), x.sym_size(2), x.sym_size(3));
   };
@@ -260,6 +297,36 @@ std::tuple<Tensor, Tensor> forward_autograd(const Attend& a, const Tensor& q, co
   return {out[0], out[1]};
 }
 
+// No derivative: its backward only says so, where there would be one.
+struct PartialAttentionBackward : torch::autograd::Function<PartialAttentionBackward> {
+  static variable_list forward(AutogradContext*, const Tensor& grad_out,
+                               const std::optional<Tensor>& grad_logsumexp, const Tensor& q, const Tensor& k,
+                               const Tensor& v, const Tensor& out, const Tensor& logsumexp,
+                               const std::optional<Tensor>& mask, const Attend& a, bool mask_grad) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [dq, dk, dv, dmask] =
+        call_op(backward_op(), a, grad_out, grad_logsumexp, q, k, v, out, logsumexp, mask_grad);
+    return {dq, dk, dv, dmask};
+  }
+
+  static variable_list backward(AutogradContext*, variable_list) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "gradients of gradients (create_graph=True) are not available of fused "
+                                "attention: take them of a layer without a mesh, with need_weights=True, or "
+                                "of the layer of torch or transformers that it stands for");
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_autograd(const Attend& a, const Tensor& grad_out,
+                                                             const std::optional<Tensor>& grad_logsumexp,
+                                                             const Tensor& q, const Tensor& k,
+                                                             const Tensor& v, const Tensor& out,
+                                                             const Tensor& logsumexp, bool mask_grad) {
+  auto grads = PartialAttentionBackward::apply(grad_out, grad_logsumexp, q, k, v, out, logsumexp, a.mask, a,
+                                               mask_grad);
+  return {grads[0], grads[1], grads[2], grads[3]};
+}
+
 template <c10::DispatchKey kKey, at::DeviceType kDevice>
 std::tuple<Tensor, Tensor> forward_autocast(const Attend& a, const Tensor& q, const Tensor& k,
                                             const Tensor& v) {
@@ -293,7 +360,7 @@ TORCH_LIBRARY_IMPL(two_level_mha, Meta, library) {
 
 TORCH_LIBRARY_IMPL(two_level_mha, Autograd, library) {
   library.impl("partial_attention", Schema<forward_autograd>::call);
-  library.impl("partial_attention_backward", torch::autograd::autogradNotImplementedFallback());
+  library.impl("partial_attention_backward", Schema<backward_autograd>::call);
 }
 
 TORCH_LIBRARY_IMPL(two_level_mha, AutocastCPU, library) {

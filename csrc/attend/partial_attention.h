@@ -28,6 +28,13 @@ struct Attend {
   std::string kernel = "";
 };
 
+// Raises ValueError for a mask that is neither bool nor of a dtype that attention is computed in.
+void check_mask_dtype(const Tensor& mask);
+// Raises ValueError unless q, k, v and options are a call.
+void check_attention(const Attend& options, const Tensor& q, const Tensor& k, const Tensor& v);
+// The same call by numbers that no arithmetic on positions or scores takes out of range.
+Attend in_range(Attend options);
+
 // -> out (B, H, L, Dv), logsumexp (B, H, L)
 std::tuple<Tensor, Tensor> partial_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                              const Attend& options);

@@ -27,7 +27,9 @@ Tensor masked(Tensor scores, const Attend& attend) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> attention_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                  const Attend& attend) {
+                                                  const Attend& asked) {
+  check_attention(asked, q, k, v);
+  const Attend attend = in_range(asked);
   const int64_t groups = fixed_size(q, 1) / fixed_size(k, 1);
   auto every_head = [&](const Tensor& x) { return groups == 1 ? x : x.repeat_interleave(groups, 1); };
   Tensor scores = at::matmul(q, every_head(k).transpose(-1, -2)) *

@@ -99,7 +99,9 @@ struct Wait : torch::autograd::Function<Wait> {
     ctx->saved_data["size"] = group.size;
     ctx->saved_data["name"] = group.name;
     at::AutoDispatchBelowADInplaceOrView guard;
-    return finish(Collective(kind), started);
+    Tensor x = finish(Collective(kind), started);
+    // of an input that a function returns autograd makes a view, which must not be written to
+    return x.is_same(started) ? x.view_as(x) : x;
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     Group group{ctx->saved_data["name"].toStringRef(), ctx->saved_data["size"].toInt()};
@@ -127,7 +129,8 @@ Tensor run(Collective kind, const Tensor& buffer, const Group& group) {
 void once_differentiable(const Tensor& gradient) {
   TORCH_CHECK_NOT_IMPLEMENTED(!(gradient.defined() && gradient.requires_grad() && at::GradMode::is_enabled()),
                               "gradients of gradients (create_graph=True) are not available on a grid of "
-                              "several ranks: take them of the layer without a mesh");
+                              "several ranks: take them of a layer without a mesh, with need_weights=True, "
+                              "or of the layer of torch or transformers that it stands for");
 }
 
 Tensor exchange_rows(const Tensor& x, const std::vector<int64_t>& sent, const std::vector<int64_t>& received,

@@ -17,6 +17,7 @@ void check_mask(const Tensor& mask, const c10::SymInt& heads, const c10::SymInt&
   bool fits = mask.dim() == 4;
   for (int64_t dim = 0; fits && dim < 4; ++dim)
     fits = mask.sym_size(dim) == 1 || mask.sym_size(dim) == full[dim];
+  check_mask_dtype(mask);
   TORCH_CHECK_VALUE(fits, "attn_mask must be broadcastable to (B, h, L, S) = (", full[0], ", ", full[1], ", ",
                     full[2], ", ", full[3], "), got ", mask.sym_sizes());
 }
@@ -39,6 +40,7 @@ Tensor local_mask(Tensor mask, const c10::SymInt& first_head, int64_t heads, con
 std::tuple<Tensor, Tensor> attend_local(const Tensor& q, const Tensor& k, const Tensor& v, Attend attend,
                                         const Context& context, const Core& core) {
   const CallSizes<c10::SymInt>& s = context.sizes;
+  attend = in_range(attend);
   const int64_t H = fixed_size(q, 1);  // of this rank
   const bool cyclic = context.row.k == Move::cyclic;
   const bool own_heads = context.row.q == Move::keep && context.row.storage == Storage::whole_heads;

@@ -82,6 +82,23 @@ def test_moves(pool, case, grid, axis):
         assert pool.run(call, n * m, case, grid, axis, dtype) == [expected] * (n * m)
 
 
+def written(formula: str, args: tuple) -> bool:
+    """Whether the result that needs gradients can be written to, and they are right then."""
+    group, size, _ = group_of((2, 1), "grid")
+    x = integers(4, 12, 8).requires_grad_()
+    y = getattr(ops, formula)(x * 1.0, *args, size, group)
+    expected = torch.autograd.grad((3 * y).sum(), x, retain_graph=True)[0]
+    y.mul_(3)
+    return torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_results_are_writable(pool, case):
+    """Localises: a function that returns its input, of which autograd makes a view."""
+    formula, args, *_ = CASES[case]
+    assert pool.run(written, 2, formula.__name__, args) == [True] * 2
+
+
 def sums(grid: tuple[int, int], axis: str) -> tuple:
     group, size, rank = group_of(grid, axis)
     xs = [integers(3, 5) for _ in range(size)]

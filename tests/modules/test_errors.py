@@ -340,6 +340,8 @@ def test_gradients_of_gradients(pool, grid, need_weights):
     assert all("create_graph=True" in text for text in pool.run(second_derivative, 2, grid, need_weights))
     if need_weights:  # the math path, as stock's
         assert second_derivative(None, True) == "a number"
+    else:
+        assert "create_graph=True) are not available of fused attention" in second_derivative(None, False)
 
 
 def test_what_would_be_ignored():

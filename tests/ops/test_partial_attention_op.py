@@ -81,7 +81,7 @@ def test_autocast(dtype):
         ({"k": torch.ones(1, 2, 3, 5)}, "q and k must have one head dim"),
         ({"q": torch.ones(1, 3, 3, 4)}, "the heads of k and v must be equal and divide those of q"),
         ({"attn_mask": torch.ones(4, 3)}, "attn_mask must be broadcastable to .* = .1, 2, 3, 3., got .4, 3."),
-        ({"attn_mask": torch.ones(3, 3, dtype=torch.int)}, "attn_mask must be bool or floating point"),
+        ({"attn_mask": torch.ones(3, 3, dtype=torch.int)}, "attn_mask must be bool, float64"),
         ({"dropout_p": 0.5}, "dropout_p > 0 needs seed"),
         ({"dropout_p": 1.5}, "dropout_p must be in .0, 1., got 1.5"),
         ({"window": 2}, "window needs causal"),
