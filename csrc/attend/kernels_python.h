@@ -46,6 +46,7 @@ inline void bind_kernels(pybind11::module_& m) {
       .def(py::init([=](const std::string& dtype, const std::string& mask, bool mask_rows,
                         std::optional<int64_t> causal, std::optional<int64_t> window, int64_t key_stride,
                         bool softcap, bool dropout, bool backward, bool grad_logsumexp, bool grad_mask) {
+             TORCH_CHECK_VALUE(key_stride >= 1, "key_stride must be positive, got ", key_stride);
              Request r;
              r.dtype = named<Dtype>(kDtypeNames, dtype, "dtype");
              r.mask = named<MaskKind>(kMaskNames, mask, "mask");

@@ -64,6 +64,8 @@ void check(const Tensor& outs, const Tensor& logsumexps) {
   TORCH_CHECK_VALUE(outs.sym_sizes().slice(0, 4) == logsumexps.sym_sizes(),
                     "outs and logsumexps must agree in (parts, B, H, L), got ", outs.sym_sizes(), " and ",
                     logsumexps.sym_sizes());
+  TORCH_CHECK_VALUE(outs.device() == logsumexps.device(), "outs and logsumexps must be on one device, got ",
+                    outs.device(), " and ", logsumexps.device());
   auto want = outs.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK_VALUE(logsumexps.scalar_type() == want, "logsumexps must be ", want, " for outs of ",
                     outs.scalar_type(), ", got ", logsumexps.scalar_type());

@@ -96,8 +96,8 @@ def test_ratio_to_stock(sizes, feature, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_low_precision_features_against_the_reference(feature, dtype):
-    """R. Localises: a feature that only the float32 / half kernels get wrong;
-    error in units of the dtype's eps.
+    """R. Localises: a feature that only the float32 / half kernels get wrong; error at most
+    twice that of the formula in plain PyTorch in that dtype, and one rounding.
     """
     for sizes in ((2, 4, 4, 37, 53, 24, 8), (1, 4, 2, 131, 150, 16, 16)):
         q, k, v = qkv(sizes, dtype)
@@ -108,11 +108,12 @@ def test_low_precision_features_against_the_reference(feature, dtype):
         ours = gradients(lambda *x, o=options: attend(*x, **o), (q, k, v), weights)
         wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
         theirs = gradients(lambda *x, o={**options, "attn_mask": wide_mask}: by_reference(*x, **o), wide, weights)
-        for name, x, y in zip(NAMES, ours, theirs, strict=False):
+        plain = gradients(lambda *x, o=options: by_reference(*x, **o), (q, k, v), weights)
+        for name, x, y, z in zip(NAMES, ours, theirs, plain, strict=False):
             hidden = y == NEG_INF
             assert torch.equal(x == NEG_INF, hidden), name
-            error = relative(x.masked_fill(hidden, 0), y.masked_fill(hidden, 0))
-            assert error <= 4 * torch.finfo(dtype).eps, (name, error)
+            error, allowed = (relative(t.masked_fill(hidden, 0), y.masked_fill(hidden, 0)) for t in (x, z))
+            assert error <= 2 * allowed + torch.finfo(dtype).eps, (name, error, allowed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -260,3 +261,25 @@ def test_far_windows(dtype):
         found, expected = (gradients(lambda *x, o=o: attend(*x, **o), (q, k, v), weights) for o in (options, same))
         for name, x, y in zip(NAMES, found, expected, strict=False):
             assert relative(x, y) <= (1e-12 if dtype == torch.float64 else 1e-5), (options, name)
+
+
+@pytest.mark.parametrize("scale", [1e-31, 1e-38, 1e-50, 0.0])
+def test_tiny_scales(scale):
+    """R. Localises: logsumexp in units of raw scores, which overflows where scores are next to nothing."""
+    q, k, v = qkv((1, 2, 2, 33, 40, 16, 16), torch.float32)
+    weights = torch.randn(1, 2, 33, 16), torch.randn(1, 2, 33)
+    ours = gradients(lambda *x: attend(*x, scale=scale), (q, k, v), weights)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    theirs = gradients(lambda *x: by_reference(*x, scale=scale), wide, weights)
+    for name, x, y in zip(NAMES, ours, theirs, strict=False):
+        torch.testing.assert_close(x, y.float(), rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("kernel", ["", "chunked"])
+def test_a_tiny_softcap_still_caps(kernel):
+    """R. Localises: a cap that is 0 as a float32, which would be none."""
+    q, k, v = qkv((1, 2, 2, 33, 40, 16, 16), torch.float32, grad=False)
+    uniform = v.mean(2, keepdim=True).expand(1, 2, 33, 16)
+    for softcap in (1e-20, 1e-37, 1e-50, 1e-300):
+        out = attend(q, k, v, softcap=softcap, kernel_name=kernel)[0]
+        torch.testing.assert_close(out, uniform, rtol=1e-5, atol=1e-6)

@@ -45,7 +45,7 @@ struct Call : Corner {
 
 // 16-byte aligned base and strides, as all three kernels want them.
 Tensor aligned(const Tensor& x) {
-  bool fits = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && x.stride(3) == 1;
+  bool fits = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 && x.stride(3) == 1;
   for (int64_t dim = 0; dim < 3; dim++) fits = fits && x.stride(dim) * x.element_size() % 16 == 0;
   return fits ? x : x.clone(at::MemoryFormat::Contiguous);
 }

@@ -171,9 +171,9 @@ class BackwardPass {
     const Rows<const T> q = head_rows<const T>(t_.q, batch, h), g = head_rows<const T>(t_.grad_out, batch, h),
                         out = head_rows<const T>(t_.out, batch, h);
     const int64_t n = std::min(p_.block_rows, p_.L - first), at = (batch * p_.H + h) * p_.L;
-    const float* logsumexp = t_.logsumexp.template data_ptr<float>() + at;
+    const float* logsumexp = t_.logsumexp.template const_data_ptr<float>() + at;
     const float* grad_logsumexp =
-        t_.grad_logsumexp.defined() ? t_.grad_logsumexp.template data_ptr<float>() + at : nullptr;
+        t_.grad_logsumexp.defined() ? t_.grad_logsumexp.template const_data_ptr<float>() + at : nullptr;
     load_operand(rows, q.from(first), n, p_.D, head.query_t + first * width_, head.query + first * width_);
     load_operand(rows, g.from(first), n, p_.Dv, head.grad_t + first * width_v_, head.grad + first * width_v_);
     for (int64_t row = first; row < first + padded(n); ++row) {

@@ -31,7 +31,7 @@ class ForwardPass {
         k_(k),
         v_(v),
         out_(out),
-        logsumexp_(logsumexp.data_ptr<float>()),
+        logsumexp_(logsumexp.mutable_data_ptr<float>()),
         width_(packed_width<C>(p_.D)),
         width_v_(packed_width<C>(p_.Dv)),
         keys_(p_.B * p_.K * p_.key_blocks() * p_.block_keys * width_),

@@ -35,8 +35,11 @@ struct Rows {
 // Rows of one head of a 4-D tensor.
 template <class T>
 Rows<T> head_rows(const at::Tensor& x, int64_t batch, int64_t head) {
-  using Element = std::remove_const_t<T>;
-  return {x.data_ptr<Element>() + batch * x.stride(0) + head * x.stride(1), x.stride(2)};
+  const int64_t first = batch * x.stride(0) + head * x.stride(1);
+  if constexpr (std::is_const_v<T>)  // a copy on write must not happen in a parallel loop
+    return {x.const_data_ptr<std::remove_const_t<T>>() + first, x.stride(2)};
+  else
+    return {x.mutable_data_ptr<T>() + first, x.stride(2)};
 }
 
 }  // namespace two_level_mha

@@ -36,7 +36,7 @@ class DecodePass {
         k_(k),
         v_(v),
         out_(out),
-        logsumexp_(logsumexp.data_ptr<float>()),
+        logsumexp_(logsumexp.mutable_data_ptr<float>()),
         rows_(p_.group * p_.L),
         seen_(p_.keys_of(Range{0, p_.L})),
         stretches_(ceil_div(seen_.end - seen_.begin, kStretch)),

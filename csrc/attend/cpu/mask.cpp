@@ -104,7 +104,7 @@ bool hidden(T x) {
 
 MaskView::MaskView(const at::Tensor& mask) : mask_(mask) {
   if (!mask.defined()) return;
-  data_ = mask.data_ptr();
+  data_ = mask.const_data_ptr();
   type_ = mask.scalar_type();
   size_ = mask.element_size();
   rows_ = mask.size(2);

@@ -6,6 +6,12 @@
 
 namespace two_level_mha {
 
+namespace {
+
+constexpr double kLeastUnit = 1e-30;  // by which a logsumexp can be divided without overflow
+
+}  // namespace
+
 Problem::Problem(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& p)
     : params(p),
       B(q.size(0)),
@@ -16,7 +22,7 @@ Problem::Problem(const Tensor& q, const Tensor& k, const Tensor& v, const Attent
       S(k.size(2)),
       D(q.size(3)),
       Dv(v.size(3)),
-      natural(params.mask.defined() || params.softcap > 0.0 || params.scale <= 0.0),
+      natural(params.mask.defined() || params.softcap > 0.0 || params.scale < kLeastUnit),
       scale(params.scale),
       unit(natural ? 1.f : scale),
       softcap(params.softcap),
