@@ -23,7 +23,8 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection_op(const Tensor& query, const 
 }
 
 Group make_group(const std::string& name, int64_t size) {
-  TORCH_CHECK_VALUE(size >= 1, "group_size must be positive, got ", size);
+  TORCH_CHECK_VALUE(size >= 1 && size <= kMaxRanks, "group_size must be positive, at most ", kMaxRanks,
+                    ", got ", size);
   return {name, size};
 }
 

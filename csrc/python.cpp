@@ -54,7 +54,19 @@ std::vector<std::tuple<std::string, bool, std::string>> schemes() {
   return rows;
 }
 
+void check_positive(const std::map<std::string, int64_t>& numbers) {
+  for (const auto& [name, number] : numbers)
+    TORCH_CHECK_VALUE(number >= 1, name, " must be positive, got ", number);
+}
+
+void check_call(const Call& call) {
+  check_positive({{"H", call.H}, {"K", call.K}, {"d", call.d}, {"m", call.m}, {"n", call.n}});
+  TORCH_CHECK_VALUE(call.n <= kMaxRanks / call.m, "n * m must be at most ", kMaxRanks, ", got ",
+                    Grid{call.n, call.m}.text());
+}
+
 std::string resolve(const std::string& scheme, const Call& call, const Rates::Numbers& profile) {
+  check_call(call);
   return scheme_row(resolve_scheme(scheme_from_name(scheme), call, Rates::from_numbers(profile))).name;
 }
 
@@ -69,6 +81,7 @@ py::list rows_of(const Traffic<I>& traffic) {
 }
 
 py::dict traffic_of(const std::string& scheme, const Call& call) {
+  check_call(call);
   const Scheme found = scheme_from_name(scheme);
   return py::dict("forward"_a = rows_of(forward_traffic(found, call)),
                   "backward"_a = rows_of(backward_traffic(found, call)));
@@ -120,7 +133,14 @@ std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads
 }
 
 bool stores_whole(int64_t heads, int64_t kv_heads, int64_t n, int64_t m) {
+  check_positive(
+      {{"heads", heads}, {"n", n}, {"m", m}, {"kv_heads / n", kv_heads / std::max<int64_t>(n, 1)}});
   return stores_whole_heads({heads, kv_heads, 1}, {n, m});
+}
+
+bool whole_fit(int64_t heads, int64_t kv_heads, int64_t m) {
+  check_positive({{"H", heads}, {"K", kv_heads}, {"m", m}});
+  return whole_heads_fit(heads, kv_heads, m);
 }
 
 template <class Fields>
@@ -156,8 +176,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("scheme_numbers", &scheme_numbers, "The number of every scheme, and of \"auto\".");
   m.def(
       "scalar_type", [](at::ScalarType type) { return int64_t(type); }, "The number of a dtype.");
-  m.def("whole_heads_fit", &whole_heads_fit,
-        "Whether H query and K KV heads can be stored as whole heads on m.");
+  m.def("whole_heads_fit", &whole_fit, "Whether H query and K KV heads can be stored as whole heads on m.");
   m.def("stores_whole_heads", &stores_whole,
         "Whether scheme='auto' stores h query and k KV heads as whole heads on a grid (n, m).");
   m.def("resolve_scheme", &resolve, "The scheme that scheme='auto' takes for a call.");

@@ -3,12 +3,15 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <c10/util/safe_numerics.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstring>
+#include <type_traits>
 
-#include "../plan/schemes.h"
+#include "../plan/traffic.h"
 
 namespace two_level_mha {
 
@@ -32,15 +35,16 @@ namespace {
 // Copies the rows of one sharded tensor between its own
 // memory and part `part` of a buffer, inner runs at a time.
 template <bool kPack>
-void copy_part(char* tensor, char* part_start, const Piece& piece, int64_t part, int64_t parts,
-               int64_t bytes) {
+void copy_part(std::conditional_t<kPack, const char*, char*> tensor,
+               std::conditional_t<kPack, char*, const char*> part_start, const Piece& piece, int64_t part,
+               int64_t parts, int64_t bytes) {
   const int64_t run = piece.inner * bytes;
   for (int64_t o = 0; o < piece.outer; ++o)
     for (int64_t c = 0; c < piece.chunks; ++c) {
       const int64_t first = source_row(piece, parts, part, c * piece.chunk);
       const int64_t count = std::clamp<int64_t>(piece.size - first, 0, piece.chunk);
-      char* packed = part_start + (o * piece.chunks + c) * piece.chunk * run;
-      char* own = tensor + (o * piece.size + first) * run;
+      auto* packed = part_start + (o * piece.chunks + c) * piece.chunk * run;
+      auto* own = tensor + (o * piece.size + first) * run;
       if constexpr (kPack) {
         std::memcpy(packed, own, count * run);
         std::memset(packed + count * run, 0, (piece.chunk - count) * run);
@@ -54,7 +58,8 @@ void check_arguments(size_t tensors, at::IntArrayRef dims, int64_t parts) {
   TORCH_CHECK_VALUE(tensors > 0, "there must be at least one tensor");
   TORCH_CHECK_VALUE(tensors == dims.size(), "dims must have one entry per tensor (", tensors, "), got ",
                     dims.size());
-  TORCH_CHECK_VALUE(parts >= 1, "parts must be positive, got ", parts);
+  TORCH_CHECK_VALUE(parts >= 1 && parts <= kMaxRanks, "parts must be positive, at most ", kMaxRanks, ", got ",
+                    parts);
   for (int64_t dim : dims)
     TORCH_CHECK_VALUE(dim >= -1 && dim < 4, "dims must be 0 .. 3, or -1 for all of a tensor, got ", dim);
 }
@@ -78,11 +83,13 @@ Tensor pack_cpu(at::TensorList tensors, at::IntArrayRef dims, int64_t parts, boo
   Tensor buffer = at::empty({parts, elements}, tensors[0].options());
   const int64_t bytes = buffer.element_size();
   for (size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i].numel() == 0) continue;  // and perhaps no memory
     Tensor x = tensors[i].contiguous();
-    char* own = static_cast<char*>(x.data_ptr());
+    const char* own = static_cast<const char*>(x.const_data_ptr());
+    char* packed = static_cast<char*>(buffer.mutable_data_ptr());
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        char* part = static_cast<char*>(buffer.data_ptr()) + (t * elements + pieces[i].offset) * bytes;
+        char* part = packed + (t * elements + pieces[i].offset) * bytes;
         if (dims[i] < 0)
           std::memcpy(part, own, x.numel() * bytes);
         else
@@ -102,17 +109,18 @@ std::vector<Tensor> unpack_cpu(const Tensor& buffer, const std::vector<std::vect
   for (size_t i = 0; i < sizes.size(); ++i) {
     if (dims[i] < 0) {
       const int64_t count = c10::multiply_integers(sizes[i]);
-      out.push_back(from.narrow(1, pieces[i].offset, count).sum(0).view(sizes[i]));
+      out.push_back(from.narrow(1, pieces[i].offset, count).sum(0, false, from.scalar_type()).view(sizes[i]));
       continue;
     }
     Tensor x = at::empty(sizes[i], from.options());
+    out.push_back(x);
+    if (x.numel() == 0) continue;
+    char* own = static_cast<char*>(x.mutable_data_ptr());
+    const char* packed = static_cast<const char*>(from.const_data_ptr());
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
-        copy_part<false>(static_cast<char*>(x.data_ptr()),
-                         static_cast<char*>(from.data_ptr()) + (t * elements + pieces[i].offset) * bytes,
-                         pieces[i], t, parts, bytes);
+        copy_part<false>(own, packed + (t * elements + pieces[i].offset) * bytes, pieces[i], t, parts, bytes);
     });
-    out.push_back(x);
   }
   return out;
 }
@@ -125,7 +133,22 @@ std::vector<std::vector<I>> split_sizes(c10::ArrayRef<I> flat) {
   TORCH_CHECK_VALUE(flat.size() % 4 == 0, "sizes must hold four numbers per tensor, got ", flat.size());
   std::vector<std::vector<I>> sizes;
   for (size_t i = 0; i < flat.size(); i += 4) sizes.emplace_back(flat.begin() + i, flat.begin() + i + 4);
+  for (const I& size : flat) {
+    const auto number = known(size);
+    TORCH_CHECK_VALUE(!number || *number >= 0, "sizes must not be negative, got ", flat);
+  }
   return sizes;
+}
+
+// Raises ValueError where a product of the sizes does not fit: it would agree with a small buffer.
+void check_elements(const std::vector<std::vector<int64_t>>& sizes) {
+  for (const auto& shape : sizes) {
+    uint64_t elements = 0;
+    std::vector<uint64_t> factors;
+    for (int64_t size : shape) factors.push_back(std::max<int64_t>(size, 1));
+    TORCH_CHECK_VALUE(!c10::safe_multiplies_u64(factors, &elements) && elements >> 62 == 0,
+                      "sizes of at most 2**62 elements are unpacked, got ", at::IntArrayRef(shape));
+  }
 }
 
 using PackFunction = Tensor (*)(at::TensorList, at::IntArrayRef, int64_t, bool);
@@ -143,6 +166,7 @@ std::vector<Tensor> unpack_flat(const Tensor& buffer, at::IntArrayRef flat, at::
                                 int64_t parts, bool zigzag) {
   auto sizes = split_sizes<int64_t>(flat);
   check_arguments(sizes.size(), dims, parts);
+  check_elements(sizes);
   const int64_t elements = part_elements(make_pieces(sizes, dims, parts, zigzag));
   TORCH_CHECK_VALUE(buffer.dim() == 2 && buffer.size(0) == parts && buffer.size(1) == elements,
                     "the buffer of these sizes must be (", parts, ", ", elements, "), got ", buffer.sizes());

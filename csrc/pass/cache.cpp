@@ -9,6 +9,7 @@
 
 #include "../base/arithmetic.h"
 #include "../comm/exchange.h"
+#include "../plan/grid.h"
 
 namespace two_level_mha {
 
@@ -21,6 +22,24 @@ Tensor rows_of(const Tensor& x, const c10::SymInt& first, const c10::SymInt& cou
 }
 
 }  // namespace
+
+void CacheLayer::check() const {
+  const auto& n = numbers;
+  TORCH_CHECK_VALUE(memory.empty() || memory.size() == 2, "memory must be none, or keys and values, got ",
+                    memory.size(), " tensors");
+  for (const Tensor& x : memory)
+    TORCH_CHECK_VALUE(x.dim() == 4, "memory must be (B, K, capacity, d), got ", x.dim(), "-D");
+  const int64_t m = constant(n.slices), j = constant(n.slice);
+  TORCH_CHECK_VALUE(1 <= m && m <= kMaxRanks && 0 <= j && j < m,
+                    "a cache must be of slice j of m with 0 <= j < m <= ", kMaxRanks, ", got ", j, " of ", m);
+  const auto oldest = n.oldest.maybe_as_int(), length = n.length.maybe_as_int();
+  TORCH_CHECK_VALUE(!memory.empty() || !oldest || !length || *oldest == *length,
+                    "memory must be keys and values where a cache has tokens, got none for ", *length);
+  for (const auto* count : {&n.window, &n.max_length, &n.batch, &n.length, &n.oldest}) {
+    const auto number = count->maybe_as_int();
+    TORCH_CHECK_VALUE(!number || *number >= 0, "counts of a cache must not be negative, got ", *number);
+  }
+}
 
 c10::SymInt CacheLayer::first_key() const {
   if (numbers.window == 0 || numbers.length < numbers.window) return 0;
@@ -95,6 +114,9 @@ void CacheLayer::reserve(const c10::SymInt& first, const c10::SymInt& kept, cons
 
 std::pair<Tensor, Tensor> CacheLayer::append(const Tensor& k, const Tensor& v, const c10::SymInt& new_tokens,
                                              bool for_gradients) {
+  check();
+  TORCH_CHECK_VALUE(k.dim() == 4 && v.dim() == 4, "k and v must be 4-D (B, heads, length, dim), got ",
+                    k.dim(), "-D and ", v.dim(), "-D");
   const std::vector<Tensor> added{k, v};
   const auto first = first_key(), before = numbers.oldest, old_length = numbers.length;
   TORCH_CHECK_VALUE(k.sym_size(2) == own(old_length, old_length + new_tokens),
@@ -140,6 +162,7 @@ std::pair<Tensor, Tensor> CacheLayer::append(const Tensor& k, const Tensor& v, c
 }
 
 void CacheLayer::select(const Tensor& index, const std::string& slice_group) {
+  check();
   if (!memory.empty() && numbers.length != 0) {
     const bool moves = constant(numbers.by_position) == 0 && numbers.slices != 1;
     std::vector<Tensor> parts;
@@ -167,7 +190,11 @@ void CacheLayer::select(const Tensor& index, const std::string& slice_group) {
 std::vector<Tensor> CacheLayer::moved(const std::vector<int64_t>& index,
                                       const std::string& slice_group) const {
   const int64_t m = constant(numbers.slices), j = constant(numbers.slice);
-  const int64_t old_size = memory[0].size(0), new_size = ceil_div<int64_t>(index.size(), m);
+  const int64_t old_size = memory[0].size(0);
+  for (int64_t b : index)
+    TORCH_CHECK_VALUE(0 <= b && b < old_size * m, "index must be of sequences 0 to ", old_size * m - 1,
+                      ", got ", b);
+  const int64_t new_size = ceil_div<int64_t>(index.size(), m);
   auto share = [&](int64_t rank) {
     const int64_t first = std::min<int64_t>(rank * new_size, index.size());
     const int64_t end = std::min<int64_t>(first + new_size, index.size());

@@ -74,6 +74,7 @@ struct CacheLayer {
   void reset() { numbers.length = numbers.oldest = numbers.base = 0; }
 
  private:
+  void check() const;  // raises ValueError for what is no layer of a cache
   c10::SymInt own(const c10::SymInt& first, const c10::SymInt& end) const;
   c10::SymInt slot(const c10::SymInt& position) const { return numbers.base + own(0, position); }
   bool fits(const at::Tensor& k) const;

@@ -41,9 +41,9 @@ Scheme checked_scheme(int64_t number, bool whole_heads) {
 
 void check_place(const Grid& grid, int64_t i, int64_t j) {
   const auto [n, m] = grid;
-  TORCH_CHECK_VALUE(n >= 1 && m >= 1 && 0 <= i && i < n && 0 <= j && j < m,
-                    "grid must be (n, m, i, j) with 0 <= i < n and 0 <= j < m, got (", n, ", ", m, ", ", i,
-                    ", ", j, ")");
+  TORCH_CHECK_VALUE(n >= 1 && m >= 1 && n <= kMaxRanks / m && 0 <= i && i < n && 0 <= j && j < m,
+                    "grid must be (n, m, i, j) with 0 <= i < n, 0 <= j < m and n * m <= ", kMaxRanks,
+                    ", got (", n, ", ", m, ", ", i, ", ", j, ")");
 }
 
 Context context_of(const std::string& text, c10::SymIntArrayRef sizes) {
@@ -76,6 +76,16 @@ Context context_of(const Constants& constants, const std::vector<std::string>& g
   TORCH_CHECK_VALUE(groups.size() == 3,
                     "groups must name those of the slice axis, the head axis and the grid, got ",
                     groups.size(), " names");
+  TORCH_CHECK_VALUE(!c.whole_heads || whole_heads_fit(c.num_heads / grid.head_groups,
+                                                      c.num_kv_heads / grid.head_groups, grid.slices),
+                    "whole_heads needs heads of a group that ", grid.slices, " slices divide, got ",
+                    c.num_heads / grid.head_groups, " and ", c.num_kv_heads / grid.head_groups, " KV heads");
+  for (const auto& field : kSizes) {
+    const auto size = (sizes.*field.member).maybe_as_int();
+    TORCH_CHECK_VALUE(!size || *size >= 0, field.name, " must not be negative, got ", *size);
+  }
+  TORCH_CHECK_VALUE(c.reduce_dtype < int64_t(at::ScalarType::NumOptions),
+                    "reduce_dtype must be the number of a dtype, or -1, got ", c.reduce_dtype);
   Context context;
   context.grid = grid;
   context.head_group = c.head_group;
@@ -97,6 +107,7 @@ Context context_of(const Constants& constants, const std::vector<std::string>& g
   context.sizes = call_sizes(layer_sizes(c, context.reduce_dtype), context.grid, shape);
 
   const Rates rates{c.flops, c.memory, c.link, c.network, c.latency, c.node, c.equal};
+  TORCH_CHECK_VALUE(rates.valid(), "rates must be positive, latency and equal not negative");
   const Scheme scheme =
       resolve_scheme(checked_scheme(c.scheme, context.sizes.whole_heads), context.sizes, rates);
   context.row = concrete_row(scheme, context.sizes);

@@ -23,6 +23,11 @@ Tensor split_heads(const Tensor& x, int64_t heads, bool batch_first) {
   return batch_first ? parts.transpose(1, 2) : parts.permute({1, 2, 0, 3});
 }
 
+void check_weight(const char* name, const Tensor& weight, const char* shape, int64_t heads_dim) {
+  TORCH_CHECK_VALUE(weight.dim() == 3 && fixed_size(weight, heads_dim) > 0, name, " must be ", shape,
+                    " with at least one head, got ", weight.sym_sizes());
+}
+
 // Dims `dim` and the next as one. Weights are views of what is stored: one call in place of flatten's three.
 Tensor merged(const Tensor& x, int64_t dim) {
   auto sizes = x.sym_sizes().vec();
@@ -44,6 +49,9 @@ Tensor project(const Tensor& x, const Tensor& weight, const std::optional<Tensor
 std::tuple<Tensor, Tensor, Tensor> qkv_projection(const Tensor& query, const Tensor& key, const Tensor& value,
                                                   const QkvWeights& weights, bool batch_first) {
   const QkvWeights& w = weights;
+  check_weight("q_weight", w.q, "(heads, E, D)", 0);
+  check_weight("k_weight", w.k, "(heads, E, D)", 0);
+  check_weight("v_weight", w.v, "(heads, E, D)", 0);
   const bool same = query.is_same(key) && key.is_same(value);
   const bool alike =
       w.q_bias.has_value() == w.k_bias.has_value() && w.q_bias.has_value() == w.v_bias.has_value();
@@ -62,6 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection(const Tensor& query, const Ten
 }
 
 Tensor out_projection(const Tensor& o, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_weight("out_weight", weight, "(D, heads, E)", 1);
   return at::linear(o.transpose(1, 2).flatten(2), merged(weight, 1), bias);
 }
 

@@ -12,6 +12,9 @@
 
 namespace two_level_mha {
 
+// More than any machine has. Products with a number of ranks and searches over it stay small.
+constexpr int64_t kMaxRanks = int64_t(1) << 20;
+
 // The sizes of a layer that decide which grids it can run on.
 struct Heads {
   int64_t num_heads;     // h
@@ -35,13 +38,15 @@ struct Grid {
 
   // Every weight block has one owner, and the KV cache is never duplicated: n divides k, m divides d.
   bool valid(const Heads& heads) const {
-    return head_groups > 0 && slices > 0 && heads.positive() && heads.num_kv_heads % head_groups == 0 &&
-           heads.num_heads % head_groups == 0 && heads.head_dim % slices == 0;
+    return head_groups > 0 && slices > 0 && head_groups <= kMaxRanks / slices && heads.positive() &&
+           heads.num_kv_heads % head_groups == 0 && heads.num_heads % head_groups == 0 &&
+           heads.head_dim % slices == 0;
   }
 
   // All valid grids of `ranks` ranks, most head groups first (they need the fewest exchanges).
   static std::vector<Grid> valid_grids(int64_t ranks, const Heads& heads) {
     std::vector<Grid> found;
+    if (ranks > kMaxRanks) return found;
     for (int64_t n = std::min(ranks, heads.num_kv_heads); n >= 1; --n) {
       Grid grid{n, ranks / n};
       if (ranks % n == 0 && grid.valid(heads)) found.push_back(grid);
@@ -53,8 +58,9 @@ struct Grid {
   // above, that have a valid grid (0: none above within 4x).
   static std::pair<int64_t, int64_t> nearest(int64_t ranks, const Heads& heads) {
     int64_t below = 0, above = 0;
-    for (int64_t n = 1; n <= heads.num_kv_heads; ++n)
-      for (int64_t m = 1; m <= heads.head_dim && Grid{n, 1}.valid(heads); ++m) {
+    const int64_t most = 4 * std::min(ranks, kMaxRanks);  // what is beyond is not near
+    for (int64_t n = 1; n <= std::min(heads.num_kv_heads, most); ++n)
+      for (int64_t m = 1; m <= std::min(heads.head_dim, most / n) && Grid{n, 1}.valid(heads); ++m) {
         const int64_t p = n * m;
         if (!Grid{n, m}.valid(heads)) continue;
         if (p < ranks) below = std::max(below, p);
@@ -68,6 +74,10 @@ struct Grid {
     std::ostringstream out;
     if (head_groups < 1 || slices < 1) {
       out << "head_groups and slices must be positive, got " << text();
+      return out.str();
+    }
+    if (slices > kMaxRanks / head_groups) {
+      out << "head_groups * slices must be at most " << kMaxRanks << ", got " << text();
       return out.str();
     }
     if (valid(heads)) return "";

@@ -27,7 +27,14 @@ struct Rates {
   Numbers numbers() const { return {flops, memory, link, network, latency, node, equal}; }
   static Rates from_numbers(const Numbers& numbers) {
     const auto& [flops, memory, link, network, latency, node, equal] = numbers;
-    return {flops, memory, link, network, latency, node, equal};
+    const Rates rates{flops, memory, link, network, latency, node, equal};
+    if (!rates.valid()) throw std::invalid_argument("rates must be positive, latency and equal not negative");
+    return rates;
+  }
+
+  // What others are divided by is positive.
+  bool valid() const {
+    return std::min({flops, memory, link, network, node}) >= 1 && std::min(latency, equal) >= 0;
   }
 
   // Bytes/s that a rank of an (n, m) grid sends along an axis. Ranks are numbered along the slice axis first.
@@ -36,7 +43,7 @@ struct Rates {
     if (axis == Axis::slice) return network;  // pairwise: hardly a peer is in the same node
     // A ring in rank order leaves a node once, where the other rings of the node share the adapters with it.
     const int64_t neighbours = axis == Axis::grid ? node : std::max<int64_t>(1, node / m);
-    return std::min(link, network * neighbours);
+    return neighbours > link / network ? link : network * neighbours;  // the lesser; no product overflows
   }
 };
 
