@@ -286,9 +286,7 @@ def _check_tensor(name: str, x: Tensor, weight: Tensor) -> None:
 
 def _check_mask(mask: Tensor, full: tuple[int, int, int, int], x: Tensor) -> None:
     if mask.dtype not in MASK_DTYPES:
-        raise GridError(
-            f"attn_mask must be {MASK_DTYPE_NAMES}, got {mask.dtype}; use attn_mask.bool() (True = attend) or convert it"
-        )
+        raise GridError(f"attn_mask must be {MASK_DTYPE_NAMES}, got {mask.dtype}: convert it, bool is True = attend")
     if mask.device != x.device:
         raise GridError(f"attn_mask is on {mask.device}, but x is on {x.device}: move one of them")
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)

@@ -7,7 +7,6 @@ it raises, so that code written for either catches them.
 import torch
 from torch import Tensor
 
-
 MASK_DTYPES = (torch.bool, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MASK_DTYPE_NAMES = "bool, float64, float32, bfloat16 or float16"
 

@@ -32,13 +32,13 @@ void CacheLayer::check() const {
   const int64_t m = constant(n.slices), j = constant(n.slice);
   TORCH_CHECK_VALUE(1 <= m && m <= kMaxRanks && 0 <= j && j < m,
                     "a cache must be of slice j of m with 0 <= j < m <= ", kMaxRanks, ", got ", j, " of ", m);
-  const auto oldest = n.oldest.maybe_as_int(), length = n.length.maybe_as_int();
-  TORCH_CHECK_VALUE(!memory.empty() || !oldest || !length || *oldest == *length,
-                    "memory must be keys and values where a cache has tokens, got none for ", *length);
   for (const auto* count : {&n.window, &n.max_length, &n.batch, &n.length, &n.oldest}) {
     const auto number = count->maybe_as_int();
     TORCH_CHECK_VALUE(!number || *number >= 0, "counts of a cache must not be negative, got ", *number);
   }
+  const auto oldest = n.oldest.maybe_as_int(), length = n.length.maybe_as_int();
+  TORCH_CHECK_VALUE(!memory.empty() || !oldest || !length || *oldest == *length,
+                    "memory must be keys and values where a cache has tokens, got none for ", *length);
 }
 
 c10::SymInt CacheLayer::first_key() const {

@@ -227,8 +227,8 @@ def test_what_would_end_the_process():
     for wrong in (weight[0], weight[0, 0], weight[0, 0, 0]):
         assert "out_weight must be (D, heads, E)" in refused(lambda w=wrong: ops.leave(*alone(weight=w)))
     assert "grid must be" in refused(lambda: enter_on([2**40, 2**40, 0, 0], x, weight))
+    buffer = torch.ones(1, 8)
     for sizes in ([1, 1, 1, 2**28, -1, 1, 1, 2**28 - 8], [2, 2, 2, 2, -1, 2, 2, 2]):
-        buffer = torch.ones(1, 8)
         assert "sizes must not be negative" in refused(lambda s=sizes: ops.unpack(buffer, s, [0, 0], 1))
     assert "2**62 elements" in refused(lambda: ops.unpack(torch.ones(1, 0), [2**32, 2**32, 1, 1], [0], 1))
     assert "parts must be positive" in refused(lambda: ops.pack([q], [0], 2**63 - 1))
