@@ -28,7 +28,8 @@ Tensor masked(Tensor scores, const Attend& attend) {
 
 std::tuple<Tensor, Tensor> attention_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
                                                   const Attend& asked) {
-  check_attention(asked, q, k, v);
+  // under autocast the products below cast, so that a model's rotary may have widened q and k
+  check_attention(asked, q, k.to(q.scalar_type()), v.to(q.scalar_type()));
   const Attend attend = in_range(asked);
   const int64_t groups = fixed_size(q, 1) / fixed_size(k, 1);
   auto every_head = [&](const Tensor& x) { return groups == 1 ? x : x.repeat_interleave(groups, 1); };
