@@ -27,10 +27,9 @@ Tensor masked(Tensor scores, const Attend& attend) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> attention_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                  const Attend& asked) {
+                                                  const Attend& attend) {
   // under autocast the products below cast, so that a model's rotary may have widened q and k
-  check_attention(asked, q, k.to(q.scalar_type()), v.to(q.scalar_type()));
-  const Attend attend = in_range(asked);
+  check_attention(attend, q, k.to(q.scalar_type()), v.to(q.scalar_type()));
   const int64_t groups = fixed_size(q, 1) / fixed_size(k, 1);
   auto every_head = [&](const Tensor& x) { return groups == 1 ? x : x.repeat_interleave(groups, 1); };
   Tensor scores = at::matmul(q, every_head(k).transpose(-1, -2)) *

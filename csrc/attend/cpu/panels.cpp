@@ -81,8 +81,8 @@ void pack_transposed(const BFloat16* x, int64_t n, int64_t n_padded, int64_t wid
 }
 
 void pack(const float* x, int64_t n, int64_t width, float* out) {
-  for (int64_t c = 0; c < width; c += panel<float>()) {
-    const int64_t columns = std::min(panel<float>(), width - c);
+  for (int64_t c = 0, step = panel<float>(); c < width; c += step) {
+    const int64_t columns = std::min(step, width - c);
     for (int64_t row = 0; row < n; ++row)
       std::memcpy(out + c * n + row * columns, x + row * width + c, columns * sizeof(float));
   }
@@ -90,8 +90,8 @@ void pack(const float* x, int64_t n, int64_t width, float* out) {
 
 void pack(const BFloat16* x, int64_t n, int64_t width, BFloat16* out) {
   const uint16_t* bits = reinterpret_cast<const uint16_t*>(x);
-  for (int64_t c = 0; c < width; c += panel<BFloat16>()) {
-    const int64_t columns = std::min(panel<BFloat16>(), width - c);
+  for (int64_t c = 0, step = panel<BFloat16>(); c < width; c += step) {
+    const int64_t columns = std::min(step, width - c);
     for (int64_t row = 0; row < n; row += 2)
       interleave(bits + row * width + c, bits + (row + 1) * width + c, columns,
                  reinterpret_cast<uint32_t*>(out + c * n + row * columns));

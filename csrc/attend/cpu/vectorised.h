@@ -1,7 +1,6 @@
 // Loops compiled once for each set of vector instructions that torch compiles its own for. level.h picks.
 #pragma once
 
-#include "../../base/host_device.h"
 #include "level.h"
 
 // vectorised([=]() TLM_INLINE { .. }): the loop in the braces, for this CPU
