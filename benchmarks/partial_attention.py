@@ -165,6 +165,10 @@ FEATURES: dict[str, tuple[int, Callable[[int, torch.dtype], dict]]] = {
 }
 
 
+# What a feature may cost by the CPU's level, times the call without it. The bytes of a mask are the same on all.
+COSTS = {"AVX2": 1.25}
+
+
 class Cost(NamedTuple):
     """A feature whose call may take `limit` times that without it."""
 
@@ -173,7 +177,7 @@ class Cost(NamedTuple):
     backward: bool
     width: int = 128
     length: int = 2048
-    limit: float = 1.15
+    limit: float = COSTS.get(_C.Machine().cpu, 1.2)
 
     def name(self) -> str:
         sizes = f"({self.width},{self.width}) L={self.length} h=8"

@@ -136,7 +136,8 @@ def place_on(mesh: DeviceMesh | None) -> Place:
     For a mesh made elsewhere with more than one head group and more than one slice, the first call makes the group of
     the whole grid, which takes every rank of the world: those outside the mesh must call too, and get the error after
     it. Later calls, and any for a mesh of one row or one column, are for the mesh's ranks alone.
-    Raises GridError if the mesh is not one of "head" and "slice", or does not hold this rank.
+    Raises GridError if the mesh is not one of "head" and "slice", or does not hold this rank, or if its ranks do not
+    ascend along both axes: torch.distributed orders the ranks of a group, and would exchange blocks of other places.
     """
     if mesh is None:
         return Place()
@@ -150,6 +151,11 @@ def place_on(mesh: DeviceMesh | None) -> Place:
     whole = grid_group(mesh)
     if mesh.size() == 1:
         return Place()
+    if any((mesh.mesh.diff(dim=dim) < 0).any() for dim in (0, 1)):
+        raise GridError(
+            f"the ranks of mesh must ascend along head and along slice, got {mesh.mesh.tolist()}: torch.distributed "
+            "orders the ranks of a group; order the mesh, and start the processes in the order of its ranks"
+        )
     groups = (mesh.get_group("slice"), mesh.get_group("head"), whole)
     return Place(Grid(*mesh.shape), *mesh.get_coordinate(), tuple(group.group_name for group in groups))
 

@@ -60,7 +60,7 @@ def on_a_part(ranks: list[list[int]]) -> tuple[Place | str, list[int], float]:
 
 @pytest.mark.parametrize(
     ("world", "ranks"),
-    [(4, [[1, 3]]), (4, [[1], [2]]), (4, [[3]]), (5, [[0, 1], [3, 4]])],
+    [(4, [[1, 3]]), (4, [[1], [2]]), (4, [[3]]), (5, [[0, 1], [3, 4]]), (4, [[0, 2], [1, 3]])],
 )
 def test_a_mesh_of_some_ranks(pool, world, ranks):
     """Localises: the error on ranks outside, the groups that they must join in making, and those of the others."""
@@ -73,6 +73,21 @@ def test_a_mesh_of_some_ranks(pool, world, ranks):
             continue
         assert (place.grid, place.head_group, place.slice) == (grid, *held[rank])
         assert members == sorted(held) and difference <= 1e-10
+
+
+def permuted() -> list[str]:
+    meshes = [DeviceMesh("cpu", torch.tensor(ranks), mesh_dim_names=AXES) for ranks in PERMUTED]
+    return [text_of(place_on, mesh) for mesh in meshes]
+
+
+PERMUTED = ([[3, 1], [0, 2]], [[2, 3], [0, 1]], [[1, 0], [3, 2]], [[3, 2, 1, 0]], [[1], [0], [2], [3]])
+
+
+def test_ranks_of_a_mesh_ascend(pool):
+    """Localises: groups whose order is not that of the mesh, which exchange blocks of other places without a word."""
+    for texts in pool.run(permuted, 4):
+        for text, ranks in zip(texts, PERMUTED, strict=True):
+            assert text.startswith(f"the ranks of mesh must ascend along head and along slice, got {ranks}:"), text
 
 
 def groups_of_lines() -> list[float]:

@@ -1,6 +1,7 @@
 #include "problem.h"
 
 #include <ATen/Parallel.h>
+#include <unistd.h>
 
 #include <algorithm>
 
@@ -9,6 +10,14 @@ namespace two_level_mha {
 namespace {
 
 constexpr double kLeastUnit = 1e-30;  // by which a logsumexp can be divided without overflow
+
+// Bytes of a core's second cache; 1 MB where the system does not say.
+int64_t second_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  if (const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE); size > 0) return size;
+#endif
+  return int64_t(1) << 20;
+}
 
 }  // namespace
 
@@ -31,9 +40,12 @@ Problem::Problem(const Tensor& q, const Tensor& k, const Tensor& v, const Attent
       threshold(dropout_threshold(params.dropout_p)),
       keep_scale(params.dropout_p < 1.0 ? 1.0 / (1.0 - params.dropout_p) : 0.0),
       dropout(params.dropout_p > 0.0) {
-  // Causal blocks are small, since a block on the diagonal is computed whole. With fewer heads than threads a
-  // head has at least a block for each thread it gets.
-  const int64_t largest = params.causal ? 128 : 256, threads = at::get_num_threads();
+  // Causal blocks are small, since a block on the diagonal is computed whole, and so are those of which 256 rows
+  // would fill more than half of the second cache: a gemm reads them again for every panel. With fewer heads than
+  // threads a head has at least a block for each thread it gets.
+  static const int64_t cache = second_cache();
+  const bool small = params.causal || 256 * std::max(D, Dv) * int64_t(sizeof(float)) > cache / 2;
+  const int64_t largest = small ? 128 : 256, threads = at::get_num_threads();
   auto block = [&](int64_t length, int64_t heads) {
     const int64_t shares = ceil_div(threads, std::clamp<int64_t>(heads, 1, threads));
     return std::min(largest, padded(std::max<int64_t>(ceil_div(length, shares), 1)));
