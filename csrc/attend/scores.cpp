@@ -62,14 +62,17 @@ Tensor ScoreBlock::group_heads(const Tensor& mask) const {
   return mask.size(1) == 1 ? mask.unsqueeze(2) : mask.unflatten(1, {all.K, all.H / all.K});
 }
 
-Tensor weight_sums(const Tensor& q, const Tensor& k, const Tensor& logsumexp, const AttentionParams& params) {
-  const Scores scores(q, k, params);
+Tensor weight_sums(const Tensor& q, const Tensor& k, const Tensor& logsumexp, const AttentionParams& params,
+                   double unit) {
+  AttentionParams in_units = params;
+  in_units.scale = params.scale / unit;
+  const Scores scores(q, k, in_units);
   Tensor sums = at::empty_like(logsumexp);
   for (int64_t row = 0; row < scores.L; row += scores.block) {
     const ScoreBlock block(scores, row);
-    const Tensor lse = logsumexp.narrow(2, row, block.rows);
+    const Tensor lse = logsumexp.narrow(2, row, block.rows) / unit;
     const Tensor s = block.masked(block.raw().first).flatten(1, 2);
-    sums.narrow(2, row, block.rows).copy_(at::exp(s - lse.unsqueeze(-1)).sum(-1));
+    sums.narrow(2, row, block.rows).copy_(at::exp((s - lse.unsqueeze(-1)) * unit).sum(-1));
   }
   return sums;
 }

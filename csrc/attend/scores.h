@@ -46,7 +46,8 @@ struct ScoreBlock {
 };
 
 // The sum of exp(score - logsumexp) over the keys of each row (B, H, L): 1, but for what rounding took from
-// logsumexp; NaN for a row that sees no key.
-Tensor weight_sums(const Tensor& q, const Tensor& k, const Tensor& logsumexp, const AttentionParams& params);
+// logsumexp; NaN for a row that sees no key. Rounded as a kernel does that keeps scores in units of `unit`.
+Tensor weight_sums(const Tensor& q, const Tensor& k, const Tensor& logsumexp, const AttentionParams& params,
+                   double unit);
 
 }  // namespace two_level_mha

@@ -283,3 +283,18 @@ def test_a_tiny_softcap_still_caps(kernel):
     for softcap in (1e-20, 1e-37, 1e-50, 1e-300):
         out = attend(q, k, v, softcap=softcap, kernel_name=kernel)[0]
         torch.testing.assert_close(out, uniform, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e6, 3e8])
+@pytest.mark.parametrize("mask", [None, torch.ones(96, 96, dtype=torch.bool)], ids=["no mask", "bool mask"])
+def test_equal_huge_scores(size, mask):
+    """R. Localises: weights that sum to more than 1, since rounding takes log(n) from the logsumexp."""
+    ones = torch.ones(1, 2, 96, 16)
+    v, weights = torch.randn(1, 2, 96, 16), (torch.randn(1, 2, 96, 16), torch.zeros(1, 2, 96))
+    inputs = [x.clone().requires_grad_() for x in (ones, ones, v)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    options = {"attn_mask": mask, "scale": size / 16}
+    ours = gradients(lambda *x: attend(*x, **options), inputs, weights)
+    theirs = gradients(lambda *x: by_reference(*x, **options), wide, weights)
+    for name, x, y in zip(("dk", "dv"), ours[3:], theirs[3:], strict=True):
+        assert relative(x, y) <= 1e-5, name

@@ -10,6 +10,8 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -329,13 +331,16 @@ class BackwardPass {
 // Where scores are large, finfo.min for one, rounding takes log(n) from the
 // logsumexp and P sums to n. All gradients are linear in those of out and
 // logsumexp, so these are divided by the sums. Undefined if no row needs it.
-Tensor lost_factors(const Tensor& q, const Tensor& k, const Tensor& logsumexp,
-                    const AttentionParams& params) {
-  constexpr double kLarge = 1e4;  // whose float32 neighbours are 1e-3 apart
-  if (!params.mask.defined() || params.mask.scalar_type() == at::kBool) return Tensor();
+Tensor lost_factors(const Tensor& q, const Tensor& k, const Tensor& logsumexp, const Problem& problem) {
+  constexpr float kLarge = 1e4f;  // whose float32 neighbours are 1e-3 apart
+  const Tensor row = logsumexp.contiguous();
+  const float* x = row.const_data_ptr<float>();  // a loop, since small calls feel what ATen's ops cost
+  const auto is_large = [&](float sum) { return std::abs(sum) > kLarge && std::abs(sum) < kInfinity; };
+  if (std::none_of(x, x + row.numel(), is_large)) return Tensor();
   const Tensor large = (logsumexp.abs() > kLarge).logical_and_(logsumexp.isfinite());
-  if (!large.any().item<bool>()) return Tensor();
-  return weight_sums(q, k, logsumexp, params).reciprocal_().masked_fill_(large.logical_not(), 1.0);
+  return weight_sums(q, k, logsumexp, problem.params, problem.natural ? 1.0 : problem.params.scale)
+      .reciprocal_()
+      .masked_fill_(large.logical_not(), 1.0);
 }
 
 }  // namespace
@@ -344,11 +349,11 @@ Backward blocked_backward(const Tensor& grad_out_, const Tensor& grad_logsumexp_
                           const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
                           const AttentionParams& params) {
   Tensor grad_out = grad_out_, grad_logsumexp = grad_logsumexp_;
-  if (const Tensor factors = lost_factors(q, k, logsumexp, params); factors.defined()) {
+  const Problem problem(q, k, v, params);
+  if (const Tensor factors = lost_factors(q, k, logsumexp, problem); factors.defined()) {
     grad_out = (grad_out * factors.unsqueeze(-1)).to(grad_out.scalar_type());
     if (grad_logsumexp.defined()) grad_logsumexp = grad_logsumexp * factors;
   }
-  const Problem problem(q, k, v, params);
   const auto [B, H, K, L, S] = std::tie(problem.B, problem.H, problem.K, problem.L, problem.S);
   Tensor dq = empty_rows(q, B, H, L, problem.D);
   Tensor dk = empty_rows(k, B, K, S, problem.D), dv = empty_rows(v, B, K, S, problem.Dv);
