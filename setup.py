@@ -150,6 +150,8 @@ class Build(BuildExtension):
                 depends=extension.depends,
             )
         extension.sources = [source for source in extension.sources if not archs[source]]
+        if extension.name == f"{PACKAGE}._C":  # calls `_ops`, built before it
+            extension.extra_link_args += [self.get_ext_fullpath(f"{PACKAGE}._ops"), "-Wl,-rpath,$ORIGIN"]
         super().build_extension(extension)
 
     def run(self) -> None:

@@ -85,6 +85,7 @@ Tensors enter_op(const Tensor& query, const Tensor& key, const Tensor& value, co
   Tensors all{entered.q, entered.k, entered.v};
   for (const Tensors* more : {&entered.q_rows, &entered.k_rows, &entered.shared})
     all.insert(all.end(), more->begin(), more->end());
+  if (entered.seal) all.push_back(at::scalar_tensor(*entered.seal, at::kLong));
   return all;
 }
 
@@ -258,7 +259,8 @@ TORCH_LIBRARY(two_level_mha, library) {
   // First half of the pass: project, move. constants and sizes are what csrc/pass/context.h
   // makes its Context of. rows: tensors (B or 1, 1, L, ..) that go with tokens, such as rotary
   // angles. shared: parameters that every rank uses for its own rows and heads. -> q, k, v, the
-  // rows of this rank's q, those of its k, and the shared ones, whose gradients are summed.
+  // rows of this rank's q, those of its k, and the shared ones, whose gradients are summed. If the
+  // sizes have a seal, then last the one for `leave`, a number on the CPU.
   library.def(
       "enter("
       "Tensor query, "

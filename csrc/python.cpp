@@ -7,6 +7,7 @@
 #include <string>
 
 #include "attend/kernels_python.h"
+#include "comm/progress.h"
 #include "pass/cache.h"
 #include "pass/context.h"
 #include "plan/options.h"
@@ -70,6 +71,25 @@ std::string resolve(const std::string& scheme, const Call& call, const Rates::Nu
   return scheme_row(resolve_scheme(scheme_from_name(scheme), call, Rates::from_numbers(profile))).name;
 }
 
+// (exchanges begun, layer, exchange, backward, waiting)
+std::tuple<int64_t, std::string, std::string, bool, bool> progress_tuple() {
+  const Progress now = progress();
+  return {now.exchanges, now.layer, now.exchange, now.backward, now.waiting};
+}
+
+// handler(group name, error text) -> the exception to raise in place of the error, or None. The handler lives on
+// when the interpreter ends.
+void set_python_failure_handler(py::function handler) {
+  auto* kept = new py::function(std::move(handler));
+  set_failure_handler([kept](const std::string& group, const std::string& error) {
+    py::gil_scoped_acquire gil;
+    const py::object raised = (*kept)(group, error);
+    if (raised.is_none()) return;
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(raised.ptr())), raised.ptr());
+    throw py::error_already_set();
+  });
+}
+
 template <class I>
 py::list rows_of(const Traffic<I>& traffic) {
   constexpr const char* kAxes[] = {"slice", "head", "grid"};
@@ -118,9 +138,9 @@ py::dict option_dict(const Option& option, const Rates& rates) {
 std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                   int64_t embed_dim, int64_t B, int64_t L, int64_t S, int64_t element_size,
                                   bool cached, bool causal, bool concat, bool bias,
-                                  const Rates::Numbers& profile) {
+                                  const Rates::Numbers& profile, bool sealed) {
   const Rates rates = Rates::from_numbers(profile);
-  PlanRequest request{ranks, {{heads, kv_heads, head_dim}, embed_dim}, {B, L, S}, cached};
+  PlanRequest request{ranks, {{heads, kv_heads, head_dim}, embed_dim}, {B, L, S}, cached, sealed};
   request.layer.bias = bias;
   request.layer.concat = concat;
   request.call.position = cached ? S - L : 0;
@@ -161,6 +181,10 @@ std::map<std::string, int64_t> scheme_numbers() {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "What was compiled in: torch (version), cuda (yes or no), archs (GPU architectures), compiler.");
+  m.def("progress", &progress_tuple,
+        "Where this process is: (exchanges begun, layer, exchange, backward, whether it waits).");
+  m.def("set_failure_handler", &set_python_failure_handler,
+        "handler(group name, error text), called when an exchange fails: the exception to raise, or None.");
   m.def("grid_problem", &grid_problem,
         "Empty if the grid fits, else the rule that broke and the grids that would do.");
   m.def("has_grid", &has_grid, "Whether a number of ranks has a valid grid.");
@@ -185,7 +209,7 @@ PYBIND11_MODULE(_C, m) {
         "(name, device, numbers, source) of every known profile; numbers as in csrc/plan/profiles.h.");
   m.def("plan", &plan, "Every valid grid with every scheme, and the index of the pick.", py::kw_only(),
         "ranks"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "embed_dim"_a, "B"_a, "L"_a, "S"_a,
-        "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "profile"_a);
+        "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "profile"_a, "sealed"_a = false);
 
   bind_kernels(m);
 
@@ -211,5 +235,6 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("bias_kv", &Call::bias_kv)
       .def_readwrite("attention_weights", &Call::attention_weights)
       .def_readwrite("mask_elements", &Call::mask_elements)
-      .def_readwrite("training", &Call::training);
+      .def_readwrite("training", &Call::training)
+      .def_readwrite("sealed", &Call::sealed);
 }

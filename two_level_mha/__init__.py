@@ -9,9 +9,10 @@ from two_level_mha.cache import KVCache  # noqa: E402
 from two_level_mha.checkpoint import full_state_dict  # noqa: E402
 from two_level_mha.convert import parallelize  # noqa: E402
 from two_level_mha.decoder import Rotary, TwoLevelAttention  # noqa: E402
-from two_level_mha.errors import GridError  # noqa: E402
+from two_level_mha.errors import GridError, RankFailure  # noqa: E402
+from two_level_mha.guard import guard  # noqa: E402
 from two_level_mha.loading import load_pretrained  # noqa: E402
-from two_level_mha.mesh import Grid, init_mesh  # noqa: E402
+from two_level_mha.mesh import Grid, close, init_mesh  # noqa: E402
 from two_level_mha.multihead import TwoLevelMultiheadAttention  # noqa: E402
 from two_level_mha.planner import plan  # noqa: E402
 from two_level_mha.profile import Profile  # noqa: E402
@@ -24,11 +25,14 @@ __all__ = [
     "GridError",
     "KVCache",
     "Profile",
+    "RankFailure",
     "Rotary",
     "TwoLevelAttention",
     "TwoLevelMultiheadAttention",
     "clip_grad_norm_",
+    "close",
     "full_state_dict",
+    "guard",
     "init_mesh",
     "load_pretrained",
     "parallelize",

@@ -4,24 +4,29 @@
     arguments, results of a search              parallelize, load_pretrained                    same_on_all_ranks
     source parameters, random generator         from_torch, parallelize                         check_same_weights
     inputs, settings, replicated parameters     the first call of a module, all with debug      check_call
+    what decides the sizes of messages          a call in which it changes                      Calls.begin
+    layer, number of the call, inputs, mask,    every call on the CPU that is not compiled,     Calls.number and
+    options, writes to own blocks               in an exchange that it makes anyway             csrc/comm/seal.h
+    inputs of the whole model                   every call of it, with those of its layers      ModelInputs
 
-Digests are compared, not the tensors, each time in one all_gather_object over the grid. What a layer exchanges goes
-through the operators; the other collectives that Python issues are one number of a GradScaler (training.py), and
-full_tensor of DTensors (blocks.py).
+Digests are compared, not the tensors: in one all_gather_object over a group of its own (control.py), but for what
+rides in an exchange. What a layer exchanges goes through the operators; the other collectives that Python issues are
+one number of a GradScaler (training.py), and full_tensor of DTensors (blocks.py).
 """
 
 import hashlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from two_level_mha.control import Control, Inputs, same_in
 from two_level_mha.errors import GridError
-from two_level_mha.mesh import grid_group
+from two_level_mha.mesh import control_on
 
 
 def same_on_all_ranks(fields: dict[str, object], mesh: DeviceMesh | None, advice: str) -> None:
@@ -34,21 +39,7 @@ def same_on_all_ranks(fields: dict[str, object], mesh: DeviceMesh | None, advice
             if isinstance(value, Exception):
                 raise value
         return
-    group = grid_group(mesh)
-    everyone: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, fields, group=group)
-    for value in fields.values():  # this rank's own error keeps its class
-        if isinstance(value, Exception):
-            raise value
-    for rank, other in enumerate(everyone):
-        for name, value in other.items():
-            if isinstance(value, Exception):
-                raise GridError(f"rank {rank} of the grid: {value}")
-            mine = everyone[0].get(name)
-            if value != mine:
-                raise GridError(
-                    f"{name} differs between ranks of the grid: {mine} on rank 0, {value} on rank {rank}; {advice}"
-                )
+    same_in(control_on(mesh), fields, advice)
 
 
 def digest(tensors: list[Tensor]) -> str:
@@ -58,6 +49,102 @@ def digest(tensors: list[Tensor]) -> str:
         state.update(f"{tuple(x.shape)}{x.dtype}".encode())
         state.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return state.hexdigest()
+
+
+class Calls:
+    """Of one layer on a grid: what its calls carry along, so that the ranks compare them."""
+
+    def __init__(self, control: Control, kind: str) -> None:
+        control.layers += 1
+        self.control, self.name = control, f"{kind} {control.layers}"
+        self.count = 0
+        self._sizes: dict[str, object] | None = None
+        self._written: int | None = None
+
+    def begin(self, sizes: dict[str, object], compared: bool) -> None:
+        """Compares what decides how much is sent, if it is not that of the last call; compared: it was just now.
+
+        Exchanges of other sizes end the process on some backends, so what they carry would come too late. Raises
+        GridError on every rank that compares, RankFailure where the others went on. `end` comes after the call.
+        """
+        self.control.enter_call()
+        self.control.doing = ""
+        self.count += 1
+        if sizes != self._sizes:
+            try:
+                self._compare(sizes, compared)
+            except BaseException:
+                self.end()
+                raise
+
+    def end(self) -> None:
+        self.control.leave_call()
+
+    def _compare(self, sizes: dict[str, object], compared: bool) -> None:
+        if not compared and self._sizes is not None:
+            fields = {"layer": self.name, "number of the call": self.count, **sizes}
+            changed = [f"{k} {v} (was {self._sizes[k]})" for k, v in sizes.items() if v != self._sizes[k]]
+            what = f"comparing its call {self.count} of {self.name}, of other sizes: {', '.join(changed)}"
+            same_in(self.control, fields, "every rank of a grid must make the same calls", what)
+        self._sizes = sizes
+
+    def number(self, blocks: Iterable[Tensor | None]) -> int:
+        """A hash of the call's number, the model's inputs, and how often code has written to this rank's blocks."""
+        return hash((self.count, self.control.inputs.hash, self.written(blocks))) & (2**62 - 1) or 1
+
+    def written(self, blocks: Iterable[Tensor | None]) -> int:
+        """Writes since the first call: ranks may have come to their weights in different ways."""
+        versions = 0
+        for p in blocks:
+            x = p._local_tensor if isinstance(p, DTensor) else p
+            versions += 0 if x is None or x.is_inference() else x._version
+        if self._written is None:
+            self._written = versions
+        return versions - self._written
+
+    def explain(self, blocks: Iterable[Tensor | None], options: dict[str, object], tensors: dict[str, Tensor]) -> None:
+        """Raises GridError, on every rank, that names what differs. A collective."""
+        fields = {"layer": self.name, "number of the call": self.count, "grad mode": torch.is_grad_enabled()}
+        fields |= self.control.inputs.described | options | _described(tensors)
+        fields["number of writes to the weights since the first call"] = self.written(blocks)
+        same_in(self.control, fields, "every rank of a grid must make the same calls with the same inputs")
+        raise GridError(f"the ranks of the grid differ in a call of {self.name}: every rank must be given the same")
+
+
+class ModelInputs:
+    """A forward pre-hook of a whole model: what it is given is compared with the calls of its layers.
+
+    A vocabulary-split embedding sums rows of different tokens into one x that is equal everywhere.
+    """
+
+    def __init__(self, control: Control) -> None:
+        self.control = control
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        named = {str(i): x for i, x in enumerate(args)} | kwargs
+        described = {
+            f"input {name} of the model": f"{tuple(x.shape)} {digest([x])}"
+            for name, x in named.items()
+            if isinstance(x, Tensor) and not isinstance(x, DTensor) and x.device.type == "cpu"
+        }
+        self.control.inputs = Inputs(described)
+
+
+class NoteOfFailure:
+    """A forward hook of a whole model, always called: what leaves the model as an exception is told to the others.
+
+    Exchanges of torch's own parallel layers fail with a backend's text; the exception gets a note that says more.
+    """
+
+    def __init__(self, control: Control) -> None:
+        self.control = control
+
+    def __call__(self, model: nn.Module, args: tuple, output: object) -> None:
+        error = sys.exc_info()[1]
+        if error is not None and not torch.compiler.is_compiling():
+            self.control.tell_of(error)
 
 
 def check_same_weights(model: nn.Module, mesh: DeviceMesh | None, random: bool) -> None:

@@ -11,14 +11,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from two_level_mha.adapters import Adapter, adapters_with
-from two_level_mha.agreement import check_same_weights, same_on_all_ranks
+from two_level_mha.agreement import ModelInputs, NoteOfFailure, check_same_weights, same_on_all_ranks
 from two_level_mha.cache_layer import CACHE_LAYOUTS
 from two_level_mha.errors import GridError
 from two_level_mha.families import FAMILIES
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
 from two_level_mha.layer import GridAttention, check_options, stores_whole_heads
-from two_level_mha.mesh import Grid, place_on
+from two_level_mha.mesh import Grid, control_on, place_on
 from two_level_mha.probe import HOOKS, changed_linear, has_hooks, layer_settings, random_copy, settings
 from two_level_mha.profile import Profile, resolve_profile
 from two_level_mha.report import keep_report
@@ -118,6 +118,10 @@ def parallelize(
         same_on_all_ranks(kinds, mesh, "build the model alike on every rank")
     for one in found:
         _replace(one, mesh, options)
+    if grid.size > 1:
+        control = control_on(mesh)
+        model.register_forward_pre_hook(ModelInputs(control), with_kwargs=True)
+        model.register_forward_hook(NoteOfFailure(control), always_call=True)
     if grid.size > 1:
         split_rest(others, mesh)
     report = keep_report(model, len(found), others)
@@ -303,6 +307,9 @@ def _probe(one: Found, options: dict, gain: float, tolerance: float) -> None:
 
 def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
     ours = one.adapter.new(one.module, one.projections, mesh, options | one.variant).train(one.module.training)
+    for part in ours.modules() if mesh is not None else ():
+        if isinstance(part, GridAttention) and part.calls is not None:
+            part.calls.name = one.names()[0]
     for name, value in vars(one.module).items():  # what others may read or hook stays
         if name in (*HOOKS, "_is_full_backward_hook") or (not name.startswith("_") and name not in vars(ours)):
             vars(ours)[name] = value

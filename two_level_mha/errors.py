@@ -23,6 +23,10 @@ class UsageRuntimeError(GridError, RuntimeError):
     """A usage error where nn.MultiheadAttention, or transformers, raises RuntimeError."""
 
 
+class RankFailure(RuntimeError):
+    """A rank is gone, does not answer, or has gone another way; raised on every rank that meets it."""
+
+
 def wrong_device(name: str, x: Tensor, weight: Tensor) -> str | None:
     """What is wrong with the device of an input of the module that owns `weight`, or None."""
     if x.device == weight.device:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha import _C
-from two_level_mha.agreement import check_call, compares
+from two_level_mha.agreement import Calls, check_call, compares
 from two_level_mha.blocks import COMBINES, SHARDED_DIMS, block, local_blocks
 from two_level_mha.cache_layer import NO_CACHE, CachedCall, CacheLayer
 from two_level_mha.context import constants, element_size, layer_numbers, size_numbers
@@ -84,7 +84,8 @@ class GridAttention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scheme, self.combine, self.debug, self.reduce_dtype = scheme, combine, debug, reduce_dtype
         self.profile = resolve_profile(profile, "cpu" if mesh is None else mesh.device_type)
-        self._compared = False
+        self._compared = self._just_compared = False
+        self.calls = Calls(self.place.control, type(self).__name__) if self.place.control is not None else None
 
     def store(self, full: dict[str, Tensor | None], requires_grad: dict[str, bool] | None = None) -> None:
         """Keeps this rank's blocks of full tensors, the same on every rank, as the module's parameters."""
@@ -131,7 +132,7 @@ class GridAttention(nn.Module):
         options = {"reduce_dtype": str(self.reduce_dtype), "scheme": self.scheme, "combine": self.combine}
         options["profile"] = self.profile.numbers
         settings = check_call(self, self.mesh, options, check, tensors)
-        self._compared = True
+        self._compared = self._just_compared = True
         return settings
 
     def attend(
@@ -181,30 +182,61 @@ class GridAttention(nn.Module):
             position=call.position,
             first_key=call.first_key,
         )
-        decided = (self._constants(*how), sizes)
-        q, k, v, *aside = _ops.enter(query, key, value, *weights, rows, shared, *decided)
-        if between is not None:
-            at = 0 if rows is None else len(rows)
-            q, k, v = between(q, k, v, Aside(aside[:at], aside[at : 2 * at], aside[2 * at :]))
-        # not a default of 0.0: torch.compile(dynamic=True) makes a float argument symbolic, and compiles twice
-        softcap = 0.0 if softcap is None else softcap
-        seed = None
-        if dropout_p > 0.0:
-            seed = torch.randint(2**62, (1,), device=query.device)
-        if cache is not None and need_weights:
-            for_gradients = q.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
-            k, v = cache.append(k, v, sizes[1], for_gradients=for_gradients)
-        arguments = (
-            q, k, v, out_weight, out_bias, attn_mask, scale, causal, window, softcap, dropout_p, seed, *decided
-        )  # fmt: skip
-        if need_weights:
-            return _ops.leave_with_weights(*arguments, average_attn_weights)
-        if cache is None:
-            return _ops.leave(*arguments), None
-        cache.check_new(k)
-        y, *kept = _ops.leave_with_cache(*arguments, cache.memory, cache.numbers())
-        cache.keep(*kept)
-        return y, None
+        text = self._constants(*how)
+        number = self._begin(how, sizes, need_weights, average_attn_weights, query)
+        seed = seal = None
+        try:
+            entered = sizes if not number else [*sizes, number]
+            q, k, v, *aside = _ops.enter(query, key, value, *weights, rows, shared, text, entered)
+            if number:
+                seal = aside.pop().item()
+            if between is not None:
+                at = 0 if rows is None else len(rows)
+                q, k, v = between(q, k, v, Aside(aside[:at], aside[at : 2 * at], aside[2 * at :]))
+            if dropout_p > 0.0:
+                seed = torch.randint(2**62, (1,), device=query.device)
+            if cache is not None and need_weights:
+                for_gradients = q.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
+                k, v = cache.append(k, v, sizes[1], for_gradients=for_gradients)
+            # softcap no default of 0.0: torch.compile(dynamic=True) makes a float argument symbolic, and compiles twice
+            arguments = (
+                q, k, v, out_weight, out_bias, attn_mask, scale, causal, window, 0.0 if softcap is None else softcap,
+                dropout_p, seed, text, sizes if seal is None else [*sizes, seal],
+            )  # fmt: skip
+            if need_weights:
+                return _ops.leave_with_weights(*arguments, average_attn_weights)
+            if cache is None:
+                return _ops.leave(*arguments), None
+            cache.check_new(k)
+            y, *kept = _ops.leave_with_cache(*arguments, cache.memory, cache.numbers())
+            cache.keep(*kept)
+            return y, None
+        except torch.distributed.DistError as error:
+            if seal is None or type(error) is not torch.distributed.DistError:  # those of a backend
+                raise
+            options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "dropout_p": dropout_p}
+            tensors = {"query": query, "key": key, "value": value, "the mask": attn_mask, "the seed of dropout": seed}
+            tensors |= {f"parameter {i} of every rank": x for i, x in enumerate([out_bias, *(shared or ())])}
+            tensors |= {f"what goes with tokens, {i}": x for i, x in enumerate(rows or ())}
+            self.calls.explain(self._blocks(), options | {"position": call.position}, tensors)
+        finally:
+            if number is not None:
+                self.calls.end()
+
+    def _begin(self, how: tuple, sizes: list[int], need_weights: bool, average: bool, query: Tensor) -> int | None:
+        """Begins a call that the ranks compare: what its exchanges carry, 0 where they do not. None: no such call."""
+        if self.calls is None or torch.compiler.is_compiling():
+            return None
+        batch, length, keys, *_ = sizes
+        what = {"scheme, causal, bytes of an element, zero key, batch first": how, "batch": batch, "length": length}
+        what |= {"keys": keys, "attention weights": (need_weights, need_weights and average), "dtype": query.dtype}
+        compared, self._just_compared = self._just_compared, False
+        self.calls.begin(what | {"grad mode": torch.is_grad_enabled()}, compared)
+        return self.calls.number(self._blocks()) if query.is_cpu else 0
+
+    def _blocks(self) -> list[Tensor | None]:
+        """The parameters that no other rank holds alike."""
+        return [self._parameters.get(name) for name in SHARDED_DIMS if name != "out_bias"]
 
     def _constants(self, scheme: str, causal: bool, element_size: int, zero_key: bool, batch_first: bool) -> str:
         """The constants of a call; made once for each way in which calls run the layer."""
@@ -212,7 +244,7 @@ class GridAttention(nn.Module):
         if key not in self._texts:
             self._texts[key] = constants(
                 self._numbers, self.place.groups, scheme=scheme, causal=causal, element_size=element_size,
-                zero_key=zero_key, batch_first=batch_first,
+                zero_key=zero_key, batch_first=batch_first, name="" if self.calls is None else self.calls.name,
             )  # fmt: skip
         return self._texts[key]
 

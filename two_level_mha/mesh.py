@@ -1,5 +1,6 @@
 """The grid of ranks: n head groups times m slices of the head dimension."""
 
+import datetime
 import os
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -8,7 +9,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from two_level_mha import _C
+from two_level_mha.control import Control, checked_timeout, control_of, controls, default_timeout, same_in, set_timeout
 from two_level_mha.errors import GridError
+from two_level_mha.facts import facts_alike
 from two_level_mha.profile import Profile, resolve_profile
 
 AXES = ("head", "slice")
@@ -80,16 +83,57 @@ def init_mesh(
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
     profile: Profile | str | os.PathLike | None = None,
+    timeout: float | datetime.timedelta | None = None,
 ) -> DeviceMesh:
     """A DeviceMesh over all ranks with axes ("head", "slice"), and the flattened axis "grid".
 
     grid: (n, m); or None, then num_heads, num_kv_heads (num_heads if None) and head_dim choose it for the world size:
     the first of Grid.candidates, which takes profile.
-    Raises GridError if the process group is not initialised, if grid is no pair of positive integers, if the world size
-    is not n * m, or if no grid fits.
+    timeout: how long an exchange of this mesh waits for a rank, seconds or a timedelta; None: as long as the job's
+    process group. Then every rank raises RankFailure, which says who is missed and where, and the mesh is closed.
+    A collective of all ranks. Meshes of one shape are one, with the last timeout that was given; `close` frees it.
+    Raises GridError, on every rank, if the process group is not initialised, if grid is no pair of positive integers,
+    if the world size is not n * m, if no grid fits, for a timeout that is not positive, and if the ranks differ in
+    these arguments, in versions or builds of torch and of this package, in CPU capability, or in a variable TLM_*.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise GridError("init_mesh needs an initialised process group: call torch.distributed.init_process_group first")
+    limit = refusal = shape = None
+    try:
+        limit = checked_timeout(timeout)
+        shape = _shape(device_type, grid, num_heads, num_kv_heads, head_dim, profile)
+    except GridError as error:
+        refusal = error
+    control = control_of(tuple(range(dist.get_world_size())), limit)
+    fields = {"refusal": refusal, "device_type": device_type, "grid": shape, "timeout": str(limit)}
+    same_in(control, fields | facts_alike(), "start every rank alike")
+    key = (device_type, *shape)
+    if key not in control.meshes:
+        control.meshes[key] = _new_mesh(*key)
+        control.names.update(group.group_name for group in _groups(control.meshes[key]))
+    mesh = control.meshes[key]
+    if limit is not None:
+        control.set_timeout(limit)
+        for group in _groups(mesh):
+            set_timeout(group, limit)
+    return mesh
+
+
+def close(mesh: DeviceMesh) -> None:
+    """Frees the process groups of a mesh, those of all meshes of the same ranks that init_mesh made among them.
+
+    Layers on it cannot be called afterwards. Every rank of the mesh calls it; it waits for no other rank. Raises
+    GridError for what is no mesh.
+    """
+    _check_mesh(mesh)
+    control = controls().get(tuple(sorted(mesh.mesh.flatten().tolist())))
+    if control is not None:
+        control.names.update(group.group_name for group in _groups(mesh))
+        control.close()
+
+
+def _shape(device_type: str, grid, num_heads, num_kv_heads, head_dim, profile) -> tuple[int, int]:
+    """What init_mesh's arguments come to. Raises GridError."""
     ranks = dist.get_world_size()
     if grid is None:
         if num_heads is None or head_dim is None:
@@ -109,10 +153,25 @@ def init_mesh(
         raise GridError(
             f"grid {n} x {m} needs {n * m} ranks, but the world size is {ranks}; grids of {ranks} ranks: {pairs}"
         )
-    mesh = init_device_mesh(device_type, (n, m), mesh_dim_names=AXES)
+    return int(n), int(m)
+
+
+def _new_mesh(device_type: str, n: int, m: int) -> DeviceMesh:
+    """A mesh whose groups nobody else uses: torch would take the job's own for an axis of all ranks."""
+    backend = str(dist.get_backend_config())
+    own = {axis: backend for axis, size in zip(AXES, (n, m), strict=True) if size == n * m and size > 1}
+    mesh = init_device_mesh(device_type, (n, m), mesh_dim_names=AXES, backend_override=own)
     if n * m > 1:
-        mesh._flatten("grid")
+        mesh._flatten("grid", backend_override=backend)
+    limit = default_timeout()
+    for group in _groups(mesh) if limit is not None else ():
+        set_timeout(group, limit)
     return mesh
+
+
+def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
+    """Those of the slice axis, the head axis and the grid."""
+    return [mesh.get_group("slice"), mesh.get_group("head"), grid_group(mesh)]
 
 
 @dataclass(frozen=True)
@@ -123,6 +182,7 @@ class Place:
     head_group: int = 0  # i
     slice: int = 0  # j
     groups: tuple[str, str, str] = ("", "", "")  # names of the slice, head and grid groups
+    control: Control | None = field(default=None, compare=False)  # None: one rank
     args: tuple = field(init=False)
 
     def __post_init__(self) -> None:
@@ -141,13 +201,7 @@ def place_on(mesh: DeviceMesh | None) -> Place:
     """
     if mesh is None:
         return Place()
-    if not isinstance(mesh, DeviceMesh):
-        raise GridError(f"mesh must be a DeviceMesh or None, got {type(mesh).__name__}; use two_level_mha.init_mesh")
-    if tuple(mesh.mesh_dim_names or ()) != AXES:
-        raise GridError(
-            f'mesh must have the axes ("head", "slice"), got {mesh.mesh_dim_names}; use two_level_mha.init_mesh, '
-            'or take mesh["head", "slice"] of a bigger one'
-        )
+    _check_mesh(mesh)
     whole = grid_group(mesh)
     if mesh.size() == 1:
         return Place()
@@ -156,8 +210,25 @@ def place_on(mesh: DeviceMesh | None) -> Place:
             f"the ranks of mesh must ascend along head and along slice, got {mesh.mesh.tolist()}: torch.distributed "
             "orders the ranks of a group; order the mesh, and start the processes in the order of its ranks"
         )
-    groups = (mesh.get_group("slice"), mesh.get_group("head"), whole)
-    return Place(Grid(*mesh.shape), *mesh.get_coordinate(), tuple(group.group_name for group in groups))
+    groups = tuple(group.group_name for group in (mesh.get_group("slice"), mesh.get_group("head"), whole))
+    return Place(Grid(*mesh.shape), *mesh.get_coordinate(), groups, control_on(mesh))
+
+
+def control_on(mesh: DeviceMesh) -> Control:
+    """The control of a mesh's ranks; the first call is a collective of theirs."""
+    control = control_of(tuple(sorted(mesh.mesh.flatten().tolist())))
+    control.names.update(group.group_name for group in _groups(mesh))
+    return control
+
+
+def _check_mesh(mesh: DeviceMesh) -> None:
+    if not isinstance(mesh, DeviceMesh):
+        raise GridError(f"mesh must be a DeviceMesh or None, got {type(mesh).__name__}; use two_level_mha.init_mesh")
+    if tuple(mesh.mesh_dim_names or ()) != AXES:
+        raise GridError(
+            f'mesh must have the axes ("head", "slice"), got {mesh.mesh_dim_names}; use two_level_mha.init_mesh, '
+            'or take mesh["head", "slice"] of a bigger one'
+        )
 
 
 def grid_group(mesh: DeviceMesh) -> dist.ProcessGroup:

@@ -19,9 +19,12 @@ using at::Tensor;
 
 enum class Collective : int64_t { all_gather, reduce_scatter, all_to_all };
 
-// What the two halves of one exchange share: the gradient under way.
+// What the two halves of one exchange share: the group, and the gradient under way.
 struct Flight : torch::CustomClassHolder {
+  Group group;
   Tensor gradient;
+
+  explicit Flight(const Group& group) : group(group) {}
 };
 
 // An exchange under way: other work may run until wait() is
@@ -29,7 +32,6 @@ struct Flight : torch::CustomClassHolder {
 struct Exchange {
   Tensor started;
   Collective kind;
-  Group group;
   c10::intrusive_ptr<Flight> flight;
 
   Tensor wait() const;
@@ -43,6 +45,9 @@ void once_differentiable(const Tensor& gradient);
 
 // Sum over the group, as a new tensor. Not differentiable: replicated.h has the differentiable forms.
 Tensor sum_in_group(const Tensor& x, const Group& group);
+
+// The same of a buffer that nobody else needs, in place.
+Tensor sum_in_group_(const Tensor& x, const Group& group);
 
 // Rows of x for each rank in turn, `sent` of them -> the rows from each rank, `received`. Not differentiable.
 Tensor exchange_rows(const Tensor& x, const std::vector<int64_t>& sent, const std::vector<int64_t>& received,

@@ -12,6 +12,9 @@ struct Group {
   std::string name;  // as torch.distributed names it
   int64_t size = 1;
   int64_t rank = 0;  // of this rank in it
+  // For messages: the layer that exchanges, and "slice axis", "head axis" or "grid".
+  std::string layer;
+  const char* axis = "group";
 };
 
 // The groups of one rank of a grid.

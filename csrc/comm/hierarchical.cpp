@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "exchange.h"
+#include "seal.h"
 
 namespace two_level_mha {
 
@@ -18,9 +19,16 @@ namespace {
 struct Stages : torch::CustomClassHolder {
   std::vector<GatherStage> stages;
   bool reversed, replicated;
+  std::optional<int64_t> seal;
 
-  Stages(const std::vector<GatherStage>& stages, bool reversed, bool replicated)
-      : stages(stages), reversed(reversed), replicated(replicated) {}
+  Stages(const std::vector<GatherStage>& stages, bool reversed, bool replicated, std::optional<int64_t> seal)
+      : stages(stages), reversed(reversed), replicated(replicated), seal(seal) {}
+
+  int64_t ranks() const {
+    int64_t found = 1;
+    for (const GatherStage& stage : stages) found *= stage.group.size;
+    return found;
+  }
 
   // Indices of the stages in the order in which they are gathered.
   std::vector<int64_t> order() const {
@@ -37,6 +45,16 @@ Tensor gather_stage(const Tensor& x, const Group& group) {
   auto sizes = x.sym_sizes().vec();
   sizes.insert(sizes.begin(), group.size);
   return run(Collective::all_gather, x.reshape({1, -1}), group).view_symint(sizes);
+}
+
+// The same with a seal's digits behind x, which become the sums of the group.
+Tensor gather_stage_sealed(const Tensor& x, Tensor& digits, const Group& group) {
+  if (group.size == 1) return x.unsqueeze(0);
+  auto sizes = x.sizes().vec();
+  sizes.insert(sizes.begin(), group.size);
+  Tensor all = run(Collective::all_gather, with_seal(x, digits).unsqueeze(0), group);
+  digits = all.slice(1, x.numel()).sum(0, false, digits.scalar_type());
+  return all.narrow(1, 0, x.numel()).reshape(sizes);
 }
 
 Tensor scatter_stage(const Tensor& parts, const Group& group) {
@@ -73,7 +91,15 @@ struct HierarchicalAllGather : torch::autograd::Function<HierarchicalAllGather> 
     ctx->saved_data["call"] = c10::IValue::make_capsule(call);
     at::AutoDispatchBelowADInplaceOrView guard;
     Tensor parts = x.contiguous();
-    for (int64_t stage : call->order()) parts = gather_stage(parts, call->stages[stage].group);
+    if (call->seal) {
+      const int64_t ranks = call->ranks();
+      Tensor digits = seal_digits(*call->seal, x, ranks);
+      for (int64_t stage : call->order())
+        parts = gather_stage_sealed(parts, digits, call->stages[stage].group);
+      check_seal(digits, ranks);
+    } else {
+      for (int64_t stage : call->order()) parts = gather_stage(parts, call->stages[stage].group);
+    }
     auto sizes = x.sym_sizes().vec();
     for (int64_t dim = 0; dim < x.dim(); ++dim) sizes[dim] = sizes[dim] * pieces(*call, dim);
     Tensor whole = parts.permute(dims_of(*call, x.dim())).reshape_symint(sizes);
@@ -111,11 +137,9 @@ struct HierarchicalAllGather : torch::autograd::Function<HierarchicalAllGather> 
 }  // namespace
 
 Tensor hierarchical_all_gather(const Tensor& x, const std::vector<GatherStage>& stages, bool reversed,
-                               bool replicated) {
-  int64_t ranks = 1;
-  for (const GatherStage& stage : stages) ranks *= stage.group.size;
-  if (ranks == 1) return x;
-  return HierarchicalAllGather::apply(x, c10::make_intrusive<Stages>(stages, reversed, replicated));
+                               bool replicated, std::optional<int64_t> seal) {
+  auto call = c10::make_intrusive<Stages>(stages, reversed, replicated, seal);
+  return call->ranks() == 1 ? x : HierarchicalAllGather::apply(x, call);
 }
 
 }  // namespace two_level_mha

@@ -21,7 +21,8 @@ struct GatherStage {
 // of the same dim lie in it in their order. reversed: the last stage is gathered
 // first. Heads before slices moves m times less between nodes. replicated: every rank
 // uses the result alike, so the adjoint is its own block; otherwise a reduce-scatter.
+// seal: what the ranks compare by it (seal.h).
 Tensor hierarchical_all_gather(const Tensor& x, const std::vector<GatherStage>& stages, bool reversed,
-                               bool replicated);
+                               bool replicated, std::optional<int64_t> seal = std::nullopt);
 
 }  // namespace two_level_mha

@@ -10,6 +10,7 @@
 #include "../plan/traffic.h"
 #include "exchange.h"
 #include "requires_grad.h"
+#include "seal.h"
 
 namespace two_level_mha {
 
@@ -26,15 +27,38 @@ struct SavedGroups : torch::CustomClassHolder {
       : groups(groups), reduce_dtype(reduce_dtype) {}
 };
 
+bool in_stages(const Tensor& x, const SumGroups& groups) {
+  return !groups.axes.empty() && !sums_flat(x.sym_numel(), groups.axes[1].size, groups.axes[0].size);
+}
+
+Tensor sum_in_stages(const Tensor& x, const SumGroups& groups) {
+  const Group &near = groups.axes[0], &far = groups.axes[1];
+  auto elements = x.sym_numel();
+  auto padded = ceil_div(elements, near.size) * near.size;
+  Tensor flat = pad_dim(x.reshape(-1), 0, 0, padded - elements).view_symint({near.size, padded / near.size});
+  Tensor mine = run(Collective::reduce_scatter, flat, near);
+  Tensor all = run(Collective::all_gather, sum_in_group(mine, far), near);
+  return all.view(-1).narrow_symint(0, 0, elements).view_symint(x.sym_sizes());
+}
+
+Tensor sum_in_place(const Tensor& x, const SumGroups& groups) {
+  return in_stages(x, groups) ? sum_in_stages(x, groups) : sum_in_group_(x, groups.all);
+}
+
 struct ReduceReplicated : torch::autograd::Function<ReduceReplicated> {
   static Tensor forward(AutogradContext*, const Tensor& x, const SumGroups& groups,
-                        std::optional<at::ScalarType> reduce_dtype) {
+                        std::optional<at::ScalarType> reduce_dtype, std::optional<int64_t> seal) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return sum_over(x, groups, reduce_dtype);
+    if (!seal) return sum_over(x, groups, reduce_dtype);
+    Tensor mine = reduce_dtype ? x.to(*reduce_dtype) : x;
+    const int64_t ranks = groups.all.size;
+    Tensor sums = sum_in_place(with_seal(mine, seal_digits(*seal, mine, ranks)), groups);
+    check_seal(sums.slice(0, x.numel()), ranks);
+    return sums.narrow(0, 0, x.numel()).view(x.sizes()).to(x.scalar_type());
   }
   static variable_list backward(AutogradContext*, variable_list grads) {
     once_differentiable(grads[0]);
-    return {grads[0], Tensor(), Tensor()};
+    return {grads[0], Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -77,24 +101,13 @@ struct EnterReplicated : torch::autograd::Function<EnterReplicated> {
 Tensor sum_over(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype) {
   if (groups.all.size == 1) return x;
   Tensor y = reduce_dtype ? x.to(*reduce_dtype) : x;
-  if (groups.axes.empty() || sums_flat(y.sym_numel(), groups.axes[1].size, groups.axes[0].size)) {
-    y = sum_in_group(y, groups.all);
-  } else {
-    const Group &near = groups.axes[0], &far = groups.axes[1];
-    auto elements = y.sym_numel();
-    auto padded = ceil_div(elements, near.size) * near.size;
-    Tensor flat =
-        pad_dim(y.reshape(-1), 0, 0, padded - elements).view_symint({near.size, padded / near.size});
-    Tensor mine = run(Collective::reduce_scatter, flat, near);
-    Tensor all = run(Collective::all_gather, sum_in_group(mine, far), near);
-    y = all.view(-1).narrow_symint(0, 0, elements).view_symint(x.sym_sizes());
-  }
+  y = in_stages(y, groups) ? sum_in_stages(y, groups) : sum_in_group(y, groups.all);
   return y.to(x.scalar_type());
 }
 
-Tensor reduce_replicated(const Tensor& x, const SumGroups& groups,
-                         std::optional<at::ScalarType> reduce_dtype) {
-  return groups.all.size == 1 ? x : ReduceReplicated::apply(x, groups, reduce_dtype);
+Tensor reduce_replicated(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype,
+                         std::optional<int64_t> seal) {
+  return groups.all.size == 1 ? x : ReduceReplicated::apply(x, groups, reduce_dtype, seal);
 }
 
 std::vector<Tensor> enter_replicated(const std::vector<Tensor>& xs, const SumGroups& groups,

@@ -57,25 +57,25 @@ Context context_of(const std::string& text, c10::SymIntArrayRef sizes) {
                       "'");
     at = next + 1;
   }
-  std::vector<std::string> groups(1);
+  std::vector<std::string> names(1);
   for (; at != end; ++at) {
     if (*at == '\n')
-      groups.emplace_back();
+      names.emplace_back();
     else
-      groups.back().push_back(*at);
+      names.back().push_back(*at);
   }
-  return context_of(constants, groups, parse("sizes", kSizes, sizes));
+  return context_of(constants, names, parse("sizes", kSizes, sizes, /*optional=*/1));
 }
 
-Context context_of(const Constants& constants, const std::vector<std::string>& groups, const Sizes& sizes) {
+Context context_of(const Constants& constants, const std::vector<std::string>& names, const Sizes& sizes) {
   const Constants& c = constants;
   const Grid grid{c.head_groups, c.slices};
   const Heads heads{c.num_heads, c.num_kv_heads, c.head_dim};
   check_place(grid, c.head_group, c.slice);
   TORCH_CHECK_VALUE(grid.valid(heads), grid.problem(heads));
-  TORCH_CHECK_VALUE(groups.size() == 3,
+  TORCH_CHECK_VALUE(names.size() == 3 || names.size() == 4,
                     "groups must name those of the slice axis, the head axis and the grid, got ",
-                    groups.size(), " names");
+                    names.size(), " names");
   TORCH_CHECK_VALUE(!c.whole_heads || whole_heads_fit(c.num_heads / grid.head_groups,
                                                       c.num_kv_heads / grid.head_groups, grid.slices),
                     "whole_heads needs heads of a group that ", grid.slices, " slices divide, got ",
@@ -90,10 +90,13 @@ Context context_of(const Constants& constants, const std::vector<std::string>& g
   context.grid = grid;
   context.head_group = c.head_group;
   context.slice = c.slice;
-  context.groups = {{groups[0], c.slices, c.slice},
-                    {groups[1], c.head_groups, c.head_group},
-                    {groups[2], context.grid.size(), context.grid.rank(c.head_group, c.slice)}};
+  const std::string layer = names.size() == 4 ? names[3] : "";
+  context.groups = {{names[0], c.slices, c.slice, layer, "slice axis"},
+                    {names[1], c.head_groups, c.head_group, layer, "head axis"},
+                    {names[2], context.grid.size(), context.grid.rank(c.head_group, c.slice), layer, "grid"}};
   if (c.reduce_dtype >= 0) context.reduce_dtype = at::ScalarType(c.reduce_dtype);
+  context.layer = layer;
+  if (const int64_t seal = constant(sizes.seal); seal != 0 && context.grid.size() > 1) context.seal = seal;
   context.first_key = sizes.first_key;
   context.zero_key = c.zero_key != 0;
   context.batch_first = c.batch_first != 0;

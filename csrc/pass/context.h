@@ -74,11 +74,14 @@ struct Sizes {
   c10::SymInt keys = 1;               // tokens of the key input
   c10::SymInt position = 0;           // of the first query among all tokens; keys of a cache lie before it
   c10::SymInt first_key = 0;  // position of the first key that is seen, and of the mask's first column
+  // A hash of what the ranks compare in this call (comm/seal.h), 0 if they do not. For `enter` of what the
+  // caller knows, the number of the call; for `leave` the one that `enter` gave.
+  c10::SymInt seal = 0;
 };
 
 inline constexpr Field<Sizes, c10::SymInt> kSizes[] = {
     {"batch", &Sizes::batch},       {"length", &Sizes::length},       {"keys", &Sizes::keys},
-    {"position", &Sizes::position}, {"first_key", &Sizes::first_key},
+    {"position", &Sizes::position}, {"first_key", &Sizes::first_key}, {"seal", &Sizes::seal},
 };
 
 struct Context {
@@ -91,6 +94,8 @@ struct Context {
   bool zero_key = false;
   bool batch_first = true;
   std::optional<at::ScalarType> reduce_dtype;
+  std::string layer;            // its name, for messages
+  std::optional<int64_t> seal;  // as Sizes has it
 
   // Rows are sharded as chunks j and 2 m - 1 - j of 2 m.
   bool zigzag() const { return zigzag_rows(row, sizes.causal); }
@@ -107,14 +112,15 @@ struct Context {
   c10::SymInt first_cyclic(const c10::SymInt& first) const;
 };
 
-// groups: the names of the slice axis', the head axis' and the grid's; a group of one needs none.
+// names: those of the groups of the slice axis, of the head axis and of the grid, and of the layer, which may be
+// left out; a group of one needs none.
 // Raises ValueError for numbers that are no call: too few of them, a rank outside its grid, a
 // scheme that the storage of the query side does not run.
-Context context_of(const Constants& constants, const std::vector<std::string>& groups, const Sizes& sizes);
+Context context_of(const Constants& constants, const std::vector<std::string>& names, const Sizes& sizes);
 
 // The same for operators, which take the constants as one text, the cheapest
 // argument there is: the numbers in the order of kConstants, and on lines of
-// their own the names of the three groups. Sizes in the order of kSizes.
+// their own the names. Sizes in the order of kSizes.
 Context context_of(const std::string& constants, c10::SymIntArrayRef sizes);
 
 // Raises ValueError unless the grid has a rank (i, j).

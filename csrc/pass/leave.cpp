@@ -3,6 +3,7 @@
 #include "../attend/with_weights.h"
 #include "../comm/hierarchical.h"
 #include "../comm/replicated.h"
+#include "../comm/seal.h"
 #include "attention_weights.h"
 #include "gathered_weights.h"
 #include "local.h"
@@ -19,8 +20,9 @@ Tensor concatenate_heads(const Tensor& o, const Context& context) {
   const Groups& groups = context.groups;
   if (!context.sizes.whole_heads)
     return hierarchical_all_gather(o, {{1, groups.head}, {3, groups.slice}}, /*reversed=*/false,
-                                   /*replicated=*/true);
-  return hierarchical_all_gather(o.unsqueeze(1), {{1, groups.head}, {2, groups.slice}}, false, true)
+                                   /*replicated=*/true, context.seal);
+  return hierarchical_all_gather(o.unsqueeze(1), {{1, groups.head}, {2, groups.slice}}, false, true,
+                                 context.seal)
       .flatten(1, 2);
 }
 
@@ -37,10 +39,29 @@ Tensor combine(Tensor o, const OutWeights& out, const Context& context) {
     y = context.shards_y()
             ? reduce_sharded(out_projection(o, gather_out_weight(out.weight, context), std::nullopt), context)
             : reduce_replicated(out_projection(o, out.weight, std::nullopt), over_grid(context.groups),
-                                context.reduce_dtype);
+                                context.reduce_dtype, context.seal);
     if (out.bias) y = y + out.bias->to(y.scalar_type());
   }
   return context.batch_first || swap ? y : y.transpose(0, 1).contiguous();
+}
+
+// The context with all that must be alike on every rank in its seal.
+Context sealed(Context context, const Attend& attend, const OutWeights& out) {
+  if (!context.seal) return context;
+  Hash hash(*context.seal);
+  hash.add(attend.mask);
+  hash.add(attend.scale);
+  hash.add(attend.softcap);
+  hash.add(attend.dropout_p);
+  hash.add(attend.seed);
+  for (const auto* number : {&attend.causal, &attend.window})
+    hash.add(*number ? std::optional<int64_t>(constant(**number)) : std::nullopt);
+  for (const auto* number :
+       {&context.sizes.B, &context.sizes.L, &context.sizes.S, &context.sizes.position, &context.first_key})
+    hash.add(constant(*number));
+  hash.add(out.bias);
+  context.seal = hash.value();
+  return context;
 }
 
 // The keys and values that the call attends to.
@@ -54,7 +75,8 @@ std::pair<Tensor, Tensor> seen_by(const Tensor& q, const Tensor& k, const Tensor
 }  // namespace
 
 Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend, const OutWeights& out,
-             const Context& context, CacheLayer* cache) {
+             const Context& call, CacheLayer* cache) {
+  const Context context = sealed(call, attend, out);
   const auto [keys, values] = seen_by(q, k, v, attend, context, cache);
   check_layout(q, keys, values, context);
   auto [o, logsumexp] = attend_local(q, keys, values, attend, context, partial_attention);
@@ -64,7 +86,8 @@ Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& at
 
 std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
                                               const Attend& attend, const OutWeights& out,
-                                              const Context& context, bool average) {
+                                              const Context& call, bool average) {
+  const Context context = sealed(call, attend, out);
   check_layout(q, k, v, context);
   TORCH_CHECK_VALUE(context.row.out != Move::merge,
                     "attention weights are not available with scheme 'position'");

@@ -8,6 +8,7 @@
 #include "../comm/pack.h"
 #include "../comm/replicated.h"
 #include "../comm/requires_grad.h"
+#include "../comm/seal.h"
 
 namespace two_level_mha {
 
@@ -36,16 +37,24 @@ Tensor my_tokens(const Tensor& x, const Context& context) {
   return shard(four_d(x), context).squeeze(1);
 }
 
-// This rank's parts (.., rows, ..) of several tensors -> the whole ones of `sizes`.
-std::vector<Tensor> gather_tokens(const std::vector<Tensor>& parts, const std::vector<c10::SymInt>& sizes,
-                                  const Context& context) {
+// This rank's parts (.., rows, ..) of several tensors -> the whole ones of `sizes`. seal: what the ranks compare.
+std::vector<Tensor> gather_tokens(const std::vector<Tensor>& parts, std::vector<c10::SymInt> sizes,
+                                  const Context& context, std::optional<int64_t> seal = std::nullopt) {
   std::vector<Tensor> flat;
   for (const Tensor& part : parts) flat.push_back(part.reshape(-1));
+  const int64_t ranks = context.grid.size();
+  if (seal) flat.push_back(seal_digits(*seal, parts[0], ranks));
   Tensor mine =
       sum_over(flat.size() == 1 ? flat[0] : at::cat(flat), {context.groups.head, {}}, context.reduce_dtype);
   Tensor buffer = run(Collective::all_gather, mine.unsqueeze(0), context.groups.slice);
   std::vector<int64_t> dims(parts.size(), context.sharded_dim());
-  return unpack(buffer, sizes, dims, context.sizes.m, context.zigzag());
+  if (!seal) return unpack(buffer, sizes, dims, context.sizes.m, context.zigzag());
+  sizes.insert(sizes.end(), {1, 1, 1, flat.back().size(0)});
+  dims.push_back(-1);  // summed over the ranks
+  auto whole = unpack(buffer, sizes, dims, context.sizes.m, context.zigzag());
+  check_seal(whole.back(), ranks);
+  whole.pop_back();
+  return whole;
 }
 
 struct EnterSharded : torch::autograd::Function<EnterSharded> {
@@ -78,7 +87,7 @@ struct ReduceSharded : torch::autograd::Function<ReduceSharded> {
     ctx->saved_data["call"] = c10::IValue::make_capsule(call);
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto& s = call->context.sizes;
-    return gather_tokens({y}, {s.B, 1, s.L, y.sym_size(2)}, call->context)[0].squeeze(1);
+    return gather_tokens({y}, {s.B, 1, s.L, y.sym_size(2)}, call->context, call->context.seal)[0].squeeze(1);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     once_differentiable(grads[0]);

@@ -53,6 +53,7 @@ struct CallSizes {
   int64_t attention_weights = 0;  // asked for: 1 averaged over the heads, 2 all
   int64_t mask_elements = 0;      // of an additive mask that is trained
   bool training = false;          // a backward pass will follow
+  bool sealed = false;            // the ranks compare the call: csrc/comm/seal.h
 
   // Keys and values that this call projects: of tokens, and those that are moved.
   I given_keys() const { return S - position - extra_keys; }

@@ -54,6 +54,7 @@ struct PlanRequest {
   LayerSizes layer;
   CallShape<Checked> call;
   bool cached = false;  // the L queries are the last of S positions, the others' keys are kept
+  bool sealed = false;  // as CallSizes has it; it is in the traffic, and in no price
 };
 
 // One line of a plan.
@@ -74,13 +75,15 @@ inline Option option_of(const PlanRequest& request, const Grid& grid, Scheme sch
   LayerSizes layer = request.layer;
   layer.whole_heads = whole_heads;
   const CallSizes<Checked> s = call_sizes(layer, grid, request.call);
+  CallSizes<Checked> sent = s;
+  sent.sealed = request.sealed;
   return {grid,
           scheme,
           s,
           scheme_row(scheme).exact,
           false,
           forward_work(scheme, s),
-          forward_traffic(scheme, s),
+          forward_traffic(scheme, sent),
           backward_traffic(scheme, s),
           memory_of(scheme, s),
           price(scheme, s, rates)};

