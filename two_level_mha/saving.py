@@ -141,7 +141,7 @@ def load(directory: str | Path, model: nn.Module, optimizer: Optimizers = None, 
             restored.finish()
         except (Exception, CheckpointException) as error:
             raise GridError(
-                f"{path} is whole, but reading it failed, {_text(error)}; the model is partly changed: load again"
+                f"{path} has its hashes, but reading it failed, {_text(error)}; the model is partly changed: load again"
             ) from error
 
     _together(verify)

@@ -159,24 +159,23 @@ def campaign(kills: int, grid: tuple[int, int], seed: int, directory: Path) -> d
     draw = random.Random(seed)
     run = directory / "run"
     counts = {"kills": 0, "not whole": 0, "whole": 0, "leftovers": 0, "saves": 0, "ranks killed": 0}
-    least, took = -1, 0.1  # the newest checkpoint that must be there; seconds that a save takes
+    least = -1  # the newest checkpoint that must be there
     for number in range(kills + 1):
         ranks = Round(grid, run, number)
         newest = ranks.next("newest")
         assert newest >= least, f"step {least} was saved, and the newest is {newest}"
-        begun = time.monotonic()
         for _ in range(draw.randrange(1, 3)):  # one or two saves pass first
-            step = ranks.next("begin")
+            step, begun = ranks.next("begin"), time.monotonic()
             while ranks.ended < step:
                 ranks.next("end")
-        took = min(2.0, max(0.01, (time.monotonic() - begun) / 2))
+            took = time.monotonic() - begun
         assert not list(run.glob(".step-*.tmp-*")) or ranks.ended < 0, "a save left the folder of another, dead one"
         if number == kills:
             ranks.kill([])
             break
         while ranks.next("begin") <= ranks.ended:
             pass
-        time.sleep(draw.uniform(0, 1.2 * took))
+        time.sleep(draw.uniform(0, 1.1 * took))
         victims = [draw.randrange(len(ranks.processes))] if draw.random() < 0.8 else range(len(ranks.processes))
         ranks.kill(list(victims))
         least = ranks.ended
