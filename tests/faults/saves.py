@@ -4,8 +4,9 @@ Every round forks the ranks of a grid, which load the newest checkpoint and ever
 with what was saved under that step, and save step after step; one rank, or all, get SIGKILL at a random moment of a
 save. Weights and moments are a function of the step, so what was saved is known without having been kept.
 
-Exit status 0 and one line of JSON: kills, how many came before the checkpoint was whole, how many leftovers and saves
-they cost. A round that finds anything else ends the program with what it found.
+Exit status 0 and one line of JSON: kills; how many came before the checkpoint was whole, after it had its name, and
+after save had returned on a rank; unfinished folders left; saves that returned. A round that finds anything wrong ends
+the program with what it found.
 """
 
 import argparse
@@ -135,6 +136,12 @@ class Round:
                 if kind == wanted:
                     return value
 
+    def begun(self) -> int:
+        """The step of a save that some rank begins now; not of one that is over for another."""
+        while (step := self.next("begin")) <= self.ended:
+            pass
+        return step
+
     def kill(self, victims: list[int]) -> None:
         """SIGKILL to some, and to those whom the deaths leave waiting; then hears what was said until then."""
         for rank in victims:
@@ -158,14 +165,14 @@ def campaign(kills: int, grid: tuple[int, int], seed: int, directory: Path) -> d
     Trained(None)  # imports what an optimizer imports, once for all ranks
     draw = random.Random(seed)
     run = directory / "run"
-    counts = {"kills": 0, "not whole": 0, "whole": 0, "leftovers": 0, "saves": 0, "ranks killed": 0}
+    counts = {"kills": 0, "not whole": 0, "renamed": 0, "returned": 0, "leftovers": 0, "saves": 0, "ranks killed": 0}
     least = -1  # the newest checkpoint that must be there
     for number in range(kills + 1):
         ranks = Round(grid, run, number)
         newest = ranks.next("newest")
         assert newest >= least, f"step {least} was saved, and the newest is {newest}"
         for _ in range(draw.randrange(1, 3)):  # one or two saves pass first
-            step, begun = ranks.next("begin"), time.monotonic()
+            step, begun = ranks.begun(), time.monotonic()
             while ranks.ended < step:
                 ranks.next("end")
             took = time.monotonic() - begun
@@ -173,16 +180,15 @@ def campaign(kills: int, grid: tuple[int, int], seed: int, directory: Path) -> d
         if number == kills:
             ranks.kill([])
             break
-        while ranks.next("begin") <= ranks.ended:
-            pass
+        step = ranks.begun()
         time.sleep(draw.uniform(0, 1.1 * took))
         victims = [draw.randrange(len(ranks.processes))] if draw.random() < 0.8 else range(len(ranks.processes))
         ranks.kill(list(victims))
         least = ranks.ended
         steps = sorted(run.glob("step-*"))
-        whole = int(steps[-1].name.removeprefix("step-")) > least
+        there = int(steps[-1].name.removeprefix("step-")) >= step
         counts["kills"] += 1
-        counts["whole" if whole else "not whole"] += 1
+        counts["returned" if least >= step else "renamed" if there else "not whole"] += 1
         counts["ranks killed"] += len(victims)
         counts["leftovers"] += len(list(run.glob(".step-*.tmp-*")))
         counts["saves"] += least - newest
