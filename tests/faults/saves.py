@@ -166,6 +166,7 @@ def campaign(kills: int, grid: tuple[int, int], seed: int, directory: Path) -> d
     draw = random.Random(seed)
     run = directory / "run"
     counts = {"kills": 0, "not whole": 0, "renamed": 0, "returned": 0, "leftovers": 0, "saves": 0, "ranks killed": 0}
+    left: list[Path] = []  # unfinished folders of the round before
     least = -1  # the newest checkpoint that must be there
     for number in range(kills + 1):
         ranks = Round(grid, run, number)
@@ -176,7 +177,7 @@ def campaign(kills: int, grid: tuple[int, int], seed: int, directory: Path) -> d
             while ranks.ended < step:
                 ranks.next("end")
             took = time.monotonic() - begun
-        assert not list(run.glob(".step-*.tmp-*")) or ranks.ended < 0, "a save left the folder of another, dead one"
+        assert not any(path.exists() for path in left), "a save left the folder of another, dead one"
         if number == kills:
             ranks.kill([])
             break
@@ -190,7 +191,8 @@ def campaign(kills: int, grid: tuple[int, int], seed: int, directory: Path) -> d
         counts["kills"] += 1
         counts["returned" if least >= step else "renamed" if there else "not whole"] += 1
         counts["ranks killed"] += len(victims)
-        counts["leftovers"] += len(list(run.glob(".step-*.tmp-*")))
+        left = list(run.glob(".step-*.tmp-*"))
+        counts["leftovers"] += len(left)
         counts["saves"] += least - newest
         for folder in steps[:-KEPT]:
             shutil.rmtree(folder)

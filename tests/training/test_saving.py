@@ -16,6 +16,7 @@ from harness.language import BYTES, Model, tokens
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 import two_level_mha as tlm
 
@@ -141,6 +142,26 @@ def test_fully_shard(pool, tmp_path):
     """E. Localises: FSDP2's parameters, which are in place only after its hooks; shards of no rows."""
     expected = pool.run(sharded, 4, tmp_path, 0, True, timeout=120)
     assert pool.run(sharded, 4, tmp_path, 1, False, timeout=120) == expected
+
+
+def scalar(directory: Path) -> float:
+    """A DTensor without dims, after a step, a save, a load and a step; AdamW's count of steps has no dims either."""
+    whole = mesh((1, 2))["slice"]
+    model = nn.Linear(2, 2)
+    model.scale = nn.Parameter(distribute_tensor(torch.ones(()), whole, [Replicate()]))
+    optimizer = torch.optim.AdamW(tlm.param_groups(model), lr=0.25, weight_decay=0.0)
+    model.scale.grad = torch.ones_like(model.scale)
+    optimizer.step()
+    tlm.save(directory, model, optimizer, step=1)
+    tlm.load(directory, model, optimizer)
+    assert not isinstance(optimizer.state[model.scale]["step"], DTensor)
+    optimizer.step()
+    return model.scale.full_tensor().item()
+
+
+def test_a_split_scalar(pool, tmp_path):
+    """E. Localises: a state that is taken for a part of its parameter because it has its shape."""
+    assert pool.run(scalar, 2, tmp_path) == [pytest.approx(0.5)] * 2
 
 
 OPTIMIZERS = {
