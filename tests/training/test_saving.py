@@ -16,7 +16,7 @@ from harness.language import BYTES, Model, tokens
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import two_level_mha as tlm
 
@@ -156,6 +156,11 @@ def scalar(directory: Path) -> float:
     tlm.load(directory, model, optimizer)
     assert not isinstance(optimizer.state[model.scale]["step"], DTensor)
     optimizer.step()
+    optimizer.state[model.scale]["rows"] = distribute_tensor(torch.ones(4), whole, [Shard(0)])
+    with pytest.raises(
+        tlm.GridError, match=r"keeps a DTensor rows of shape \(4,\) for scale of shape \(\): only states"
+    ):
+        tlm.save(directory, model, optimizer, step=2)
     return model.scale.full_tensor().item()
 
 
