@@ -207,9 +207,9 @@ class Restored:
         self._value_keys = _by_parameter(manifest["values"])
         self.tensors = dict(self.model_tensors)
         self.groups = _groups(model, optimizers)
-        self.rng = {}
+        self.device, self.rng = _device(self.tensors), {}
         if ranks == manifest["world_size"]:
-            names = {device: f"rng/{rank}/{device}" for device in _random_states(_device(self.tensors))}
+            names = {device: f"rng/{rank}/{device}" for device in _random_states(self.device)}
             self.rng = {device: name for device, name in names.items() if name in manifest["tensors"]}
         for name in self.rng.values():
             self.tensors[name] = self._empty(name)
@@ -232,7 +232,7 @@ class Restored:
             more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
             raise GridError(f"the checkpoint of another model: {', '.join(wrong[:8])}{more}")
         classes = sorted({type(one).__name__ for one in self.optimizers})
-        if classes and self.manifest["optimizers"] != classes:
+        if not set(classes) <= set(self.manifest["optimizers"]):
             saved = ", ".join(self.manifest["optimizers"]) or "no optimizer"
             raise GridError(
                 f"the checkpoint holds the state of {saved}, and optimizer is {', '.join(classes)}: give the optimizer "
@@ -286,7 +286,7 @@ class Restored:
             if device == "cpu":
                 torch.set_rng_state(self.tensors[name])
             else:
-                torch.get_device_module(device).set_rng_state(self.tensors[name])
+                torch.get_device_module(device).set_rng_state(self.tensors[name], self.device)
 
 
 def _by_parameter(names: Iterable[str]) -> dict[str, list[str]]:
