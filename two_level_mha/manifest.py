@@ -183,7 +183,7 @@ def new_folder(run: Path, step: int) -> Iterator[Path]:
     Raises GridError if the step exists, or if another process is writing.
     """
     run.mkdir(parents=True, exist_ok=True)
-    _sync(run.parent)
+    sync(run.parent)
     with _lock(run):
         if _renamed(run):
             os.replace(run / NEXT, run / LATEST)
@@ -226,11 +226,11 @@ def publish(folder: Path, run: Path, step: int, manifest: dict) -> Path:
     _write(folder / MANIFEST, text)
     _write(folder / f"{MANIFEST}.sha256", _line(digest, MANIFEST))
     _write(run / NEXT, _line(digest, f"{target.name}/{MANIFEST}"))  # before the rename: after it nothing needs space
-    _sync(folder)
+    sync(folder)
     folder.rename(target)
-    _sync(run)
+    sync(run)
     os.replace(run / NEXT, run / LATEST)
-    _sync(run)
+    sync(run)
     return target
 
 
@@ -241,8 +241,9 @@ def _write(path: Path, text: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Puts a file, or the names in a folder, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

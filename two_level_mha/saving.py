@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.optim import Optimizer
 
 from two_level_mha.errors import GridError
-from two_level_mha.manifest import check_file, describe_file, new_folder, publish, read_manifest, some, step_name
+from two_level_mha.manifest import check_file, describe_file, new_folder, publish, read_manifest, some, step_name, sync
 from two_level_mha.training_state import Restored, State, as_list, bytes_of, merged, state_to_save
 
 _HEADERS = 1 << 20  # bytes, for the headers and the manifest
@@ -88,6 +88,8 @@ def save(
             with _quiet():
                 dcp.save(state.tensors, storage_writer=writer, no_dist=not _distributed())
             mine = sorted(folder.glob(f"shard-{rank + 1:05d}-*"))  # numbered by the writer, from 1
+            for file in mine:
+                sync(file)  # torch 2.11 syncs before the last buffer is written
             return {file.name: describe_file(file) for file in mine}
 
         files = {name: entry for found in _together(write) for name, entry in sorted(found.items())}
