@@ -289,6 +289,26 @@ def test_a_save_that_died(run):
     assert tlm.load(run, *trained(1)).step == 13 and not (run / ".latest.tmp").exists()
 
 
+def test_what_is_on_disk_when(run, monkeypatch):
+    """Localises: a file or a folder that a crash of the machine could take after the name that leads to it is there."""
+    events = []
+    fsync, rename, replace = os.fsync, Path.rename, os.replace
+
+    def synced(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", lambda path, to: (events.append("RENAME"), rename(path, to)))
+    monkeypatch.setattr(os, "replace", lambda path, to: (events.append("REPLACE"), replace(path, to)))
+    folder = tlm.save(run, *trained(), step=20)
+    renamed, replaced = events.index("RENAME"), events.index("REPLACE")
+    before = set(events[:renamed])
+    assert {path.name for path in folder.iterdir()} <= before and ".latest.tmp" in before
+    assert events[renamed - 1].startswith(".step-00000020.tmp-")
+    assert events[renamed + 1 : replaced] == events[replaced + 1 :] == [run.name]
+
+
 def texts_of(directory: Path) -> list[str]:
     """What this rank is told where ranks differ, or one fails; whether anything changed."""
     rank = torch.distributed.get_rank()
