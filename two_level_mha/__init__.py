@@ -1,8 +1,8 @@
 """Exact multi-head attention split over more ranks than it has heads."""
 
-from two_level_mha._load import PACKAGE, load
+from two_level_mha import _load
 
-load()
+_load.load()
 
 from two_level_mha.adapters import register_adapter  # noqa: E402
 from two_level_mha.cache import KVCache  # noqa: E402
@@ -17,6 +17,7 @@ from two_level_mha.multihead import TwoLevelMultiheadAttention  # noqa: E402
 from two_level_mha.planner import plan  # noqa: E402
 from two_level_mha.profile import Profile  # noqa: E402
 from two_level_mha.report import report  # noqa: E402
+from two_level_mha.saving import Loaded, load, save  # noqa: E402
 from two_level_mha.training import clip_grad_norm_, param_groups, shard_embed_dim, unscale_  # noqa: E402
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "Grid",
     "GridError",
     "KVCache",
+    "Loaded",
     "Profile",
     "RankFailure",
     "Rotary",
@@ -34,13 +36,15 @@ __all__ = [
     "full_state_dict",
     "guard",
     "init_mesh",
+    "load",
     "load_pretrained",
     "parallelize",
     "param_groups",
     "plan",
     "register_adapter",
     "report",
+    "save",
     "shard_embed_dim",
     "unscale_",
 ]
-cmake_prefix_path = str(PACKAGE / "share" / "cmake")
+cmake_prefix_path = str(_load.PACKAGE / "share" / "cmake")

@@ -7,7 +7,6 @@ placements of the model's DTensors. Ours are given to it under our names, in our
 import contextlib
 import copy
 import ctypes
-import json
 import math
 import os
 from pathlib import Path
@@ -20,9 +19,11 @@ from two_level_mha.agreement import same_on_all_ranks
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.private import pretrained_models, private, private_method
 from two_level_mha.layer import GridAttention
+from two_level_mha.manifest import some
+from two_level_mha.pretrained_files import check_hashes, open_tensors, weight_files
 from two_level_mha.stock import StockTensor, resolve
 
-_NAMED = 8  # tensors in one sentence of an error
+_FLOATS = ("F64", "F32", "BF16", "F16")  # which torch converts to each other; not integers, bools or float8
 _TRIMMED = 32 << 20  # bytes read between two times that freed memory is given back
 
 
@@ -116,15 +117,20 @@ def _flat_ranges(asked: list[range], sizes: list[int]) -> list[tuple[int, int]]:
     return ranges
 
 
-def load_pretrained(model: nn.Module, path: str | Path) -> nn.Module:
+def load_pretrained(model: nn.Module, path: str | Path, *, sha256: dict[str, str] | None = None) -> nn.Module:
     """Fills a parallelized transformers model, in place, from the safetensors files in directory `path`; returns it.
 
     The model may be on meta (then it comes to the mesh's device) or hold weights. Every rank reads only what it keeps.
     Names, conversions (fused experts, renamed keys), tied weights, buffers outside the files and the dtype, which is
     the model's, are transformers' work, as in from_pretrained; so are eval() and generation_config at the end.
 
+    sha256: the hexadecimal SHA-256 of every file by its name in `path`; others of the directory may be among them. Each
+    is compared on one rank, and all before any weight changes. None: flipped bits inside a tensor are not noticed.
+
     Raises GridError, on every rank and before any weight changes, that names tensors which are missing, of another
-    shape or not the model's, and conversions that would touch a split projection.
+    shape or kind of dtype (float64, float32, bfloat16 and float16 are one kind), in two files or not the model's,
+    conversions that would touch a split projection, and files that are damaged or outside `path`. An error while
+    reading after that is raised on every rank too, with the model partly changed. A collective of the grid.
     """
     problem, parts = None, pretrained_models(model)
     if list(parts) != [""]:
@@ -136,12 +142,18 @@ def load_pretrained(model: nn.Module, path: str | Path) -> nn.Module:
         checkpoint = _Checkpoint(model, Path(path), _device(model))
         checkpoint.check()
         shapes, generation_config = checkpoint.shapes, _generation_config(model, Path(path))
+        check_hashes(Path(path), checkpoint.files, sha256, grid)
     except Exception as error:  # whatever it is, the others would wait for this rank
-        problem, shapes = error, None
-    fields = {"refusal": problem, "the names and shapes in the checkpoint": shapes}
+        problem, shapes, sha256 = error, None, None
+    fields = {"refusal": problem, "the names and shapes in the checkpoint": shapes, "sha256": sha256}
     same_on_all_ranks(fields, grid, "give every rank the same files")
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    checkpoint.load()
+    try:
+        checkpoint.load()
+    except Exception as error:
+        problem = GridError(f"reading {path} failed, {type(error).__name__}: {error}; the model is partly changed")
+        problem.__cause__ = error
+    same_on_all_ranks({"an error while reading": problem}, grid, "")
     for name, p in model.named_parameters():
         p.requires_grad_(trained[name])
     model.eval()
@@ -171,36 +183,25 @@ def _device(model: nn.Module) -> torch.device:
     return torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device(kind)
 
 
-def _files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    absent = [name for name in names if not (path / name).is_file()]
-    if absent:
-        raise GridError(f"{path} has no {', '.join(absent)}: load_pretrained reads a directory of safetensors files")
-    return [path / name for name in names]
-
-
 class _Checkpoint:
     """The tensors of a directory, and what they are in a model."""
 
     def __init__(self, model: nn.Module, path: Path, device: torch.device) -> None:
-        from safetensors import safe_open
-
         self.model, self.path, self.device = model, path, device
-        files = [safe_open(file, framework="pt", device="cpu") for file in _files(path)]
-        self.sources = {key: file.get_slice(key) for file in files for key in file.keys()}  # noqa: SIM118
+        self.files = weight_files(path)
+        self.sources = open_tensors(self.files)
         self.shapes = {key: tuple(source.get_shape()) for key, source in self.sources.items()}
         self.mapping = private("get_model_conversion_mapping")(model)
         self.expected = {name: tuple(x.shape) for name, x in model.state_dict(keep_vars=True).items()}
+        self.floating = {name for name, x in model.state_dict(keep_vars=True).items() if x.is_floating_point()}
         self.ours: dict[str, list[tuple[str, StockTensor]]] = {}  # stock key -> our parameters that it holds
         for name, module in model.named_modules():
             for own, stock in module.stock_names.items() if isinstance(module, GridAttention) else ():
                 if module._parameters[own] is not None:
                     del self.expected[f"{name}.{own}"]
-                    self.ours.setdefault(resolve(name, stock.key), []).append((f"{name}.{own}", stock))
+                    key = resolve(name, stock.key)
+                    self.ours.setdefault(key, []).append((f"{name}.{own}", stock))
+                    self.floating.add(key)
         self.targets = {key: self._target(key) for key in self.sources}
 
     def _target(self, key: str) -> tuple[str, str | None]:
@@ -216,7 +217,7 @@ class _Checkpoint:
         return [one for one in self.mapping if isinstance(one, private("WeightConverter"))]
 
     def check(self) -> None:
-        """Raises GridError if a tensor is missing, extra or of another shape, or a converter meets a projection.
+        """Raises GridError if a tensor is missing, extra, of another shape or dtype, or a converter meets a projection.
 
         What a converter makes is known by running it on meta tensors of the files' shapes.
         """
@@ -276,14 +277,21 @@ class _Checkpoint:
             if name in shapes and shape != shapes[name]
         ]
         extra = info.unexpected_keys | found.keys() - shapes.keys()
+        dtypes = {key: source.get_dtype() for key, source in self.sources.items()}
+        unlike = [
+            f"{key} is {dtypes[key]} and should be {'one of ' + ', '.join(_FLOATS) if floating else 'no float'}"
+            for key, (name, _) in self.targets.items()
+            if name in shapes and (floating := name in self.floating) != (dtypes[key] in _FLOATS)
+        ]
         for what, names in (
             ("has no", missing),
             ("has tensors that the model has not:", extra),
             ("has another shape:", wrong),
+            ("has another dtype:", unlike),
             ("cannot be converted:", info.conversion_errors.keys()),
         ):
             if names:
-                raise GridError(f"{self.path} {what} {_some(names)}; nothing was loaded")
+                raise GridError(f"{self.path} {what} {some(names)}; nothing was loaded")
 
     def load(self) -> None:
         """Lets transformers fill the model."""
@@ -335,8 +343,3 @@ def _one_after_the_other():
 
 def _shape(shape: tuple[int, ...]) -> str:
     return f"({', '.join(map(str, shape))})"
-
-
-def _some(names) -> str:
-    names = sorted(names)
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
