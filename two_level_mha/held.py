@@ -146,10 +146,10 @@ def held_by(model: nn.Module, optimizers: Iterable[Optimizer], places: Places) -
 class Checksums:
     """64-bit checksums of the bits of tensors, on their device.
 
-    The sum of the words, each times its place 1, 3, 5, .., modulo 2**64: within a chunk of 2**18 words (2**22 on an
-    accelerator) one or two flipped bits, any change of one word, and two words exchanged always change it, since no
-    product of a difference below 2**33 and one of places below 2**24 is a multiple of 2**64. Other changes go
-    unnoticed once in about 2**40 or less often.
+    The sum of the words, each times its place 1, 3, 5, .., modulo 2**64. In a chunk of 2**18 words (2**22 on an
+    accelerator) one or two flipped bits, any change of one word, and two words exchanged always change it: a difference
+    of two words is below 2**33, one of two places below 2**24. Three words or more can be changed so that the sum
+    stays, as by 1, -2 and 1 in neighbours, but stray bits hardly ever are.
     """
 
     def __init__(self) -> None:
