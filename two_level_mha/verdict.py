@@ -86,7 +86,7 @@ def mending(found: dict[int, Findings], same: Same) -> Mending:
 
 
 def verdict(found: dict[int, Findings], same: Same) -> str:
-    """What is wrong, and the way out; "" if nothing is."""
+    """What is wrong, and the way out."""
     causes, lines, ways = [], [], []
     for ranks in dict.fromkeys(same[()].values()):
         wrong = []
@@ -118,7 +118,7 @@ def verdict(found: dict[int, Findings], same: Same) -> str:
     if not lines:
         lines = _origin(found)
         ways = ["leave this batch out (zero_grad()), or go back to the last checkpoint with a smaller step"]
-    return f"{_shortened(lines)}. The way out: {'; '.join(dict.fromkeys(ways))}" if lines else ""
+    return f"{_shortened(lines)}. The way out: {'; '.join(dict.fromkeys(ways))}"
 
 
 def _origin(found: dict[int, Findings]) -> list[str]:

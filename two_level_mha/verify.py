@@ -109,6 +109,7 @@ class Verification:
             placed: joined({rank: table[i] for rank, table in same_on.items()}) for i, placed in enumerate(places.known)
         }
         self._kept: dict[str, _Kept] = {}
+        self._calls = 0  # forward calls since the last look
         self._inputs: list[tuple[str, str, Tensor]] = []  # name, shape and dtype, checksum
         self._outputs: list[tuple[str, Tensor]] = []  # layer, sum
         self._changed: dict[str, str] = {}  # buffers that were wrong before forward calls wrote to them
@@ -183,13 +184,15 @@ class Verification:
             return
         buffers = [one for one in self._held() if one.buffer]
         self._changed |= self._memory(buffers).changed
-        call = {f"input {i}": x for i, x in enumerate(args)} | kwargs
-        for key, value in call.items():
+        self._calls += 1
+        again = f" of call {self._calls} since the last step" if self._calls > 1 else ""
+        for key, value in ({f"input {i}": x for i, x in enumerate(args)} | kwargs).items():
             for name, x in tensors_in(key, value):
                 if not isinstance(x, DTensor) or all(placement.is_replicate() for placement in x.placements):
                     kind = f"{tuple(x.shape)} {x.dtype}"
-                    self._inputs.append((name, kind, self._checksums.of(local_of(x))))
-        if torch.is_grad_enabled() or not self.optimizers:  # evaluation between steps would only pile them up
+                    self._inputs.append((name + again, kind, self._checksums.of(local_of(x))))
+        watched = torch.is_grad_enabled() or not self.optimizers  # evaluation between steps would only pile them up
+        if watched and not self._output_hooks:
             self._output_hooks = forward_hooks(self.model, self._after_layer)
 
     def _after_layer(self, name: str, output: object) -> None:
@@ -262,6 +265,7 @@ class Verification:
     def _look(self, optimizer: Optimizer | None, when: str) -> None:
         """Raises IntegrityError on every rank if anything is wrong on any; `optimizer` is about to step."""
         inputs, outputs, self._inputs, self._outputs = self._inputs, self._outputs, [], []
+        self._calls = 0
         found = self._memory(self._held())
         found.changed = self._changed | found.changed
         self._changed = {}
@@ -273,13 +277,11 @@ class Verification:
         if found.gradients or optimizer is None:
             found.layers = _first_outputs(outputs, optimizer is None)
         for (name, kind, _), checksum in zip(inputs, numbers([x for *_, x in inputs]), strict=True):
-            again = sum(other.partition(" of call ")[0] == name for other in found.inputs)
-            found.inputs[f"{name} of call {again + 1} since the last step" if again else name] = (kind, checksum)
+            found.inputs[name] = (kind, checksum)
         found.random = _mixed(self._checksums.all(random_state(self._places.device)))
         if not self._well(self._places.gather_row(self._row(found))):
             everyone = dict(sorted(self._places.gather(found).items()))
-            if text := verdict(everyone, self._same):
-                raise IntegrityError(f"{when}: {text}")
+            raise IntegrityError(f"{when}: {verdict(everyone, self._same)}")
 
     def _row(self, found: Findings) -> list[int]:
         by_place = {placed: [] for placed in self._places.known}
