@@ -9,7 +9,7 @@ from two_level_mha.cache import KVCache  # noqa: E402
 from two_level_mha.checkpoint import full_state_dict  # noqa: E402
 from two_level_mha.convert import parallelize  # noqa: E402
 from two_level_mha.decoder import Rotary, TwoLevelAttention  # noqa: E402
-from two_level_mha.errors import GridError, RankFailure  # noqa: E402
+from two_level_mha.errors import GridError, IntegrityError, RankFailure  # noqa: E402
 from two_level_mha.guard import guard  # noqa: E402
 from two_level_mha.loading import load_pretrained  # noqa: E402
 from two_level_mha.mesh import Grid, close, init_mesh  # noqa: E402
@@ -19,11 +19,13 @@ from two_level_mha.profile import Profile  # noqa: E402
 from two_level_mha.report import report  # noqa: E402
 from two_level_mha.saving import Loaded, load, save  # noqa: E402
 from two_level_mha.training import clip_grad_norm_, param_groups, shard_embed_dim, unscale_  # noqa: E402
+from two_level_mha.verify import verify  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "Grid",
     "GridError",
+    "IntegrityError",
     "KVCache",
     "Loaded",
     "Profile",
@@ -46,5 +48,6 @@ __all__ = [
     "save",
     "shard_embed_dim",
     "unscale_",
+    "verify",
 ]
 cmake_prefix_path = str(_load.PACKAGE / "share" / "cmake")

@@ -1,4 +1,5 @@
-"""Users' errors, each a ValueError that says what was expected, what came, and the way out; and two shared sentences.
+"""Users' errors, each a ValueError that says what was expected, what came, and the way out; two shared sentences; and
+the one error that is no user's.
 
 nn.MultiheadAttention raises AssertionError, RuntimeError and ValueError for usage errors; ours also inherit from what
 it raises, so that code written for either catches them.
@@ -25,6 +26,12 @@ class UsageRuntimeError(GridError, RuntimeError):
 
 class RankFailure(RuntimeError):
     """A rank is gone, does not answer, or has gone another way; raised on every rank that meets it."""
+
+
+class IntegrityError(RuntimeError):
+    """Memory that changed by itself, ranks that hold what should be alike and is not, or NaN and Inf: of two_level_mha.
+    verify, alike on every rank. The message says which rank, which layer or tensor, what differs, and the way out.
+    """
 
 
 def wrong_device(name: str, x: Tensor, weight: Tensor) -> str | None:
