@@ -163,7 +163,7 @@ def _last_sentence(context: Context, outcome: Outcome, seconds: float) -> str:
     warned = sum(finding.status == WARN for found in outcome.findings.values() for finding in found)
     warnings = f", {warned} warning{'s' if warned > 1 else ''}" if warned else ""
     if outcome.failed:
-        rest = "; the checks after it were not run" if outcome.broken else ""
+        rest = f"; not run: {', '.join(outcome.left_out)}" if outcome.left_out else ""
         return f"failed: {', '.join(outcome.failed)}{warnings}, in {seconds:.1f} s{rest}"
     how = f"; one process alone: for more, {HOW}" if context.world_size == 1 else ""
     return f"nothing failed{warnings}, in {seconds:.1f} s{how}"

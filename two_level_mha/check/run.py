@@ -51,10 +51,11 @@ class NoAnswer(Exception):
 
 @dataclass
 class Outcome:
-    """Findings by check, in order. broken: a rank did not answer or raised, and later checks were left out."""
+    """Findings by check, in order. broken: a rank did not answer or raised, so that later checks were left out."""
 
     findings: dict[str, list[Finding]]
     broken: bool = False
+    left_out: tuple[str, ...] = ()
 
     @property
     def failed(self) -> list[str]:
@@ -93,6 +94,7 @@ def run_checks(context: Context, report: Report, checks: tuple[Check, ...] = CHE
         outcome.broken = True
         outcome.findings["ranks"] = [Finding(FAIL, text, (0,))]
         report("ranks", outcome.findings["ranks"])
+    outcome.left_out = tuple(check.name for check in checks if check.name not in outcome.findings)
     if not outcome.broken and dist.is_initialized():
         dist.destroy_process_group()
     return outcome
