@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import two_level_mha as tlm
+from two_level_mha.__main__ import main
 from two_level_mha.check import Context
 from two_level_mha.check.context import OK, Sizes, difference, odd_ranks, ranks_text
 from two_level_mha.check.layers import EXACT, judge_layers
@@ -98,21 +99,39 @@ def test_environment_of_a_rank():
     assert "\nfailed: builds" in report
 
 
-def test_arguments_that_do_not_fit():
-    """Localises: the sentence and the code for a grid of other ranks, without and with ranks."""
-    command = ["-m", "two_level_mha", "check", "--grid", "2x3"]
-    alone = subprocess.run([sys.executable, *command], env=environment(), capture_output=True, text=True, timeout=60)
-    rank = start(3, free_port(), command)
-    try:
-        text = rank.communicate(timeout=60)[1]
-    finally:
-        end([rank])
-    assert (alone.returncode, rank.returncode) == (2, 2)
-    assert alone.stderr == (
-        "--grid 2x3 needs 6 ranks, but there are 1: take 1x1; start that many: torchrun --nproc-per-node 6 -m "
-        "two_level_mha check\n"
-    )
-    assert text == "--grid 2x3 needs 6 ranks, but there are 4: take 4x1, 2x2, 1x4\n"
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "message"),
+    (
+        (
+            None,
+            "--grid 2x3",
+            "--grid 2x3 needs 6 ranks, but there are 1: take 1x1; start that many: torchrun --nproc-per-node 6 -m "
+            "two_level_mha check",
+        ),
+        (4, "--grid 2x3", "--grid 2x3 needs 6 ranks, but there are 4: take 4x1, 2x2, 1x4"),
+        (4, "--grid 4", "--grid must be head groups x slices, such as 2x4, got '4'"),
+        (4, "--heads 4", "--heads, --head-dim and, if they differ, --kv-heads go together: give them, or none of them"),
+        (
+            4,
+            "--heads 6 --head-dim 9 --grid 4x1",
+            "grid (4, 1) does not fit num_heads=6, num_kv_heads=6, head_dim=9: head_groups=4 must divide "
+            "num_kv_heads=6; no grid of 4 ranks is valid; for 3: (3, 1), (1, 3); for 6: (6, 1), (2, 3)",
+        ),
+        (4, "--timeout 0", "--timeout must be a number of seconds greater than 0, got 0"),
+        (4, "--profile tpu", "profile must be one of h100, cpu, or a JSON file, got 'tpu'"),
+    ),
+)
+def test_arguments_that_do_not_fit(monkeypatch, capsys, ranks, arguments, message):
+    """Localises: context_of. One sentence and code 2, before anything is sent, so alike on every rank."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "3", "WORLD_SIZE": str(ranks), "MASTER_PORT": "1"}.items() if ranks else ():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["two_level_mha", "check", "--device-type", "cpu", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == message + "\n"
 
 
 @pytest.fixture(scope="module")

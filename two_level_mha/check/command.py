@@ -19,6 +19,7 @@ from two_level_mha.errors import GridError
 from two_level_mha.mesh import Grid
 from two_level_mha.profile import DEVICE_TYPES, resolve_profile
 
+TIMEOUT = 60.0  # seconds
 HOW = "torchrun --nproc-per-node 4 -m two_level_mha check"
 
 
@@ -29,7 +30,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-heads", type=int, help="key/value heads (default: as many as query heads)")
     parser.add_argument("--head-dim", type=int)
     parser.add_argument("--device-type", choices=DEVICE_TYPES, help="default: cuda where torch finds a GPU")
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="of each check")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help="of each check")
     parser.add_argument("--profile", metavar="NAME|FILE", help="the hardware to compare links with")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=check)
@@ -41,8 +42,9 @@ def check(args: argparse.Namespace) -> None:
     try:
         context = context_of(args)
     except GridError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        if not _said_by_rank_0():
+            print(error, file=sys.stderr)
+        _end(2)
     speaks = context.rank == 0
     if speaks and not args.json:
         print(_title(context), flush=True)
@@ -57,12 +59,20 @@ def check(args: argparse.Namespace) -> None:
     if speaks:
         seconds = time.monotonic() - start
         print(_as_json(context, outcome, seconds) if args.json else _last_sentence(context, outcome, seconds))
+    _end(1 if outcome.failed else 0, blocked=outcome.broken)
+
+
+def _end(code: int, blocked: bool = False) -> None:
+    """blocked: a thread may still wait for a rank. Under torchrun all ranks fail at once, before it ends the later."""
     sys.stdout.flush()
     sys.stderr.flush()
-    code = 1 if outcome.failed else 0
-    if outcome.broken:
-        os._exit(code)  # a thread may still wait for a rank
+    if blocked or (code and _under_torchrun()):
+        os._exit(code)
     sys.exit(code)
+
+
+def _under_torchrun() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def context_of(args: argparse.Namespace) -> Context:
@@ -93,7 +103,7 @@ class Store:
 
     def __init__(self, rank: int, timeout: float) -> None:
         self.address = (os.environ.get("MASTER_ADDR", "localhost"), _number("MASTER_PORT"))
-        self.host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self.host = rank == 0 and not _under_torchrun()
         self.timeout = timedelta(seconds=timeout)
 
     def connect(self) -> dist.Store:
@@ -101,6 +111,20 @@ class Store:
         host, self.host = self.host, False
         store = dist.TCPStore(*self.address, is_master=host, wait_for_workers=False, timeout=self.timeout)
         return dist.PrefixStore("two_level_mha.check", store)
+
+
+def _said_by_rank_0() -> bool:
+    """Whether rank 0 refuses the arguments too; for torchrun, which would end ranks by a signal once one has exited."""
+    if not _under_torchrun():
+        return False
+    rank, ranks, timeout = _number("RANK"), _number("WORLD_SIZE"), timedelta(seconds=TIMEOUT)
+    store = Store(rank, TIMEOUT).connect()
+    store.set(f"refused/{rank}", "")
+    try:
+        store.wait([f"refused/{one}" for one in range(ranks)], timeout)
+    except dist.DistError:
+        pass  # the others were given other arguments
+    return rank > 0 and store.check(["refused/0"])
 
 
 def grid_and_sizes(args: argparse.Namespace, ranks: int, alone: bool, profile) -> tuple[Grid, Sizes]:
