@@ -1,4 +1,4 @@
-"""Command line: `python -m two_level_mha info` and `python -m two_level_mha plan`."""
+"""Command line: `python -m two_level_mha info`, `plan` and `check`."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ import torch
 import two_level_mha as tlm
 from two_level_mha import _C, _load
 from two_level_mha.blocks import COMBINES
+from two_level_mha.check import add_check
 from two_level_mha.profile import DEVICE_TYPES
 
 
@@ -116,6 +117,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, build, arch list, operators, kernels").set_defaults(run=info)
     add_plan(commands.add_parser("plan", help="which grid and scheme to take: predicted costs of all"))
+    add_check(commands.add_parser("check", help="under torchrun: what is wrong with a cluster, before a job finds out"))
     args = parser.parse_args()
     args.run(args)
 

@@ -1,8 +1,11 @@
-"""What this process is made of, as other ranks compare it."""
+"""The facts of a rank: what a job needs alike on all of its ranks, as texts that can be compared and printed."""
 
 import functools
 import hashlib
+import importlib.metadata
 import os
+import platform
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -10,23 +13,73 @@ import torch
 import two_level_mha
 from two_level_mha import _C, _load
 
+# Environment variables that change what a rank computes, sends or waits for.
+VARIABLES = (
+    *("TLM_*", "NCCL_*", "GLOO_*", "TORCH_*", "OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+    *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE"),
+)
 
-@functools.cache
-def library_hash() -> str:
-    """SHA-256 of the compiled libraries, its first 16 digits."""
-    state = hashlib.sha256()
-    for file in (_load.ops_library(), Path(_C.__file__)):
-        state.update(file.read_bytes())
-    return state.hexdigest()[:16]
+# Facts that cost time at most, or that hosts have reasons to differ in.
+MAY_DIFFER = (
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "threads", "*_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_DEBUG*"),
+    *("TORCH_HOME", "TORCH_EXTENSIONS_DIR", "TORCH_LOGS*", "TORCH_SHOW_*", "TORCH_CPP_LOG_LEVEL"),
+)
+
+
+def facts_of_rank(device_type: str = "cpu") -> dict[str, str]:
+    """Versions, digests of the compiled libraries, rates, what the CPU (and the GPU) can do, and the environment.
+
+    A variable that is not set is no fact. Takes milliseconds; the libraries are read once in a process.
+    device_type: "cuda" adds the current GPU, which initialises CUDA.
+    """
+    compiled = _C.build_info()
+    facts = {
+        "torch": torch.__version__,
+        "two_level_mha": two_level_mha.__version__,
+        "Python": platform.python_version(),
+        "transformers": _version("transformers"),
+        "operator library": _digest(_load.ops_library()),
+        "library _C": _digest(Path(_C.__file__)),
+        "CUDA kernels": f"{compiled['cuda']} {compiled['archs']}".strip(),
+        **{f"rates of {name}": " ".join(map(str, numbers)) for name, _, numbers, _ in _C.profiles()},
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+        "CPU": str(_C.Machine()).removeprefix("a "),
+        "threads": str(torch.get_num_threads()),
+    }
+    if device_type == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        facts["GPU"] = f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
+        facts["CUDA"] = f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    variables = {name: value for name, value in sorted(os.environ.items()) if _matches(name, VARIABLES)}
+    return facts | variables
 
 
 def facts_alike() -> dict[str, str]:
-    """What must be equal on every rank of a job."""
-    return {
-        "the version of torch": torch.__version__,
-        "the version of two_level_mha": two_level_mha.__version__,
-        "the build of two_level_mha": library_hash(),
-        "the table of rates": str(_C.profiles()),
-        "the CPU capability": torch.backends.cpu.get_cpu_capability(),
-        "the variables TLM_*": str(sorted((k, v) for k, v in os.environ.items() if k.startswith("TLM_"))),
-    }
+    """Those without which ranks do not compute the same: all but what may differ, and how backends are tuned."""
+    tuned = ("NCCL_*", "GLOO_*", "TORCH_*")
+    return {name: fact for name, fact in facts_of_rank().items() if not may_differ(name) and not _matches(name, tuned)}
+
+
+def may_differ(fact: str) -> bool:
+    """Whether a job is right, if perhaps slower, on ranks that differ in this fact."""
+    return _matches(fact, MAY_DIFFER)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@functools.cache
+def _digest(library: Path) -> str:
+    with library.open("rb") as file:
+        state = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            state.update(piece)
+    return state.hexdigest()[:16]
