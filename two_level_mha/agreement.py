@@ -129,7 +129,7 @@ class ModelInputs:
             for name, x in named.items()
             if isinstance(x, Tensor) and not isinstance(x, DTensor) and x.device.type == "cpu"
         }
-        self.control.inputs = Inputs(described)
+        self.control.call, self.control.inputs = self.control.call + 1, Inputs(described)
 
 
 class NoteOfFailure:

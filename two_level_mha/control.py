@@ -7,6 +7,7 @@ verdict      the first sentence about a failure, written once; every rank's Rank
 
 import contextlib
 import datetime
+import gc
 import json
 import pickle
 import re
@@ -77,15 +78,18 @@ class State:
     exchange: str = ""
     backward: bool = False
     waiting: bool = False
+    call: int = 0  # of whole models
     doing: str = ""  # what it compares with the others, or the exception that left its model
 
     def text(self) -> str:
-        if self.doing:
-            return self.doing
+        return self.doing or self.place()
+
+    def place(self) -> str:
         if not self.layer:
             return "before its first exchange"
         direction = "backward" if self.backward else "forward"
-        return f"{'in' if self.waiting else 'past'} the {direction} {self.exchange} of {self.layer}"
+        where = f"{'in' if self.waiting else 'past'} the {direction} {self.exchange} of {self.layer}"
+        return f"{where}, call {self.call} of the model" if self.call else where
 
 
 def _tell_each_second(control: "weakref.ref[Control]", ended: threading.Event) -> None:
@@ -113,7 +117,7 @@ class Control:
         self.names: set[str] = set()  # of the groups of its meshes
         self.meshes: dict[tuple, DeviceMesh] = {}  # (device type, n, m) -> the one of init_mesh
         self.layers = 0  # that were made on it
-        self.inputs = Inputs({})  # of the model whose call is under way
+        self.call, self.inputs = 0, Inputs({})  # of the model whose call is under way
         self.failure_text: str | None = None
         self.doing = ""
         self._beat, self._ended, self._lock = 0, threading.Event(), threading.RLock()
@@ -235,9 +239,11 @@ class Control:
                 with contextlib.suppress(RuntimeError):
                     dist.destroy_process_group(group)
         self.group, self.meshes = None, {}
+        groups.clear()
+        gc.collect()  # a group's connections are closed with its last reference, which a cycle may hold
 
     def _state(self) -> State:
-        return State(self._beat, *_C.progress(), self.doing)
+        return State(self._beat, *_C.progress(), self.call, self.doing)
 
     def _tell(self) -> None:
         self.store.set(str(self.rank), json.dumps(vars(self._state())))
@@ -293,7 +299,7 @@ def same_in(control: Control, fields: dict[str, object], advice: str, what: str 
 
 
 def _place(state: State) -> tuple:
-    return state.layer, state.exchange, state.backward, state.doing
+    return state.layer, state.exchange, state.backward, state.call, state.doing
 
 
 def _are(ranks: list[int]) -> str:
@@ -305,8 +311,8 @@ def _seconds(timeout: datetime.timedelta | None) -> str:
 
 
 def _first(text: str) -> str:
-    """The sentence of an error without the C++ stack behind it."""
-    return text.strip().split("\n")[0][:200]
+    """The sentence of an error without the places in C++ around it."""
+    return re.sub(r"\[\S+:\d+\] ", "", text.strip().split("\n")[0])[:200]
 
 
 def _failure_of_group(group: str, error: str) -> RankFailure | None:
