@@ -67,7 +67,8 @@ void layer(Tensors& found, const Inputs& in) {
 void attention(Tensors& found, const Inputs& in) {
   for (at::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kDouble}) {
     tlm::Attend options;
-    options.causal = 3, options.softcap = 2.0, options.dropout_p = 0.3, options.seed = at::tensor({int64_t(3)});
+    options.causal = 3, options.softcap = 2.0, options.dropout_p = 0.3,
+    options.seed = at::tensor({int64_t(3)});
     const auto [out, logsumexp] =
         tlm::partial_attention(in.q.to(dtype), in.keys.to(dtype), in.v.to(dtype), options);
     add_gradients(found, out, {in.q, in.keys, in.v});
