@@ -70,13 +70,15 @@ asan: $(PINS_STAMP)
 	cd tests && PYTHONPATH=$(CURDIR)/build/asan/lib ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	  LD_PRELOAD="$(call RUNTIMES,asan ubsan stdc++)" $(PYTHON) -m pytest -p no:cacheprovider $(PYTEST_ARGS) $(ASAN_TESTS:%=ops/%)
 
+# Several runs, since each has but one chance to see two first calls meet.
 tsan: $(PINS_STAMP)
 	$(call SANITIZED_BUILD,thread,tsan)
 	torch=$$($(PYTHON) -c "import torch; print(torch.__path__[0])") && ops=$(CURDIR)/build/tsan/lib/two_level_mha && \
 	g++ -std=c++20 -O1 -g1 -fsanitize=thread tests/cpp/two_threads.cpp -o build/tsan/two_threads -I$$ops/include \
 	  -I$$torch/include -I$$torch/include/torch/csrc/api/include $$ops/_ops.abi3.so -L$$torch/lib -ltorch -ltorch_cpu -lc10 \
 	  -Wl,--allow-shlib-undefined,--disable-new-dtags,-rpath,$$ops,-rpath,$$torch/lib
-	TSAN_OPTIONS=suppressions=tests/cpp/tsan.supp:ignore_noninstrumented_modules=1 build/tsan/two_threads
+	for run in 1 2 3 4 5; do \
+	  TSAN_OPTIONS=suppressions=tests/cpp/tsan.supp:ignore_noninstrumented_modules=1 build/tsan/two_threads || exit 1; done
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
