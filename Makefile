@@ -26,7 +26,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc cmake -type f 2>/dev/null)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow smoke bench lint format build clean FORCE
+.PHONY: demo test test-slow smoke bench lint format build asan tsan clean FORCE
 
 demo: $(BUILD_STAMP)
 	$(PYTHON) examples/semantic_search.py --grid $(GRID) --query '$(subst ','\'',$(value QUERY))'
@@ -57,6 +57,28 @@ format: $(PINS_STAMP)
 	clang-format -i $(CXX_FILES)
 
 build: $(BUILD_STAMP)
+
+# The operators built with gcc's sanitizers, in folders of their own: build/asan, build/tsan. torch itself is as it is.
+# Of what "undefined" means only what costs little to compile.
+SANITIZED_BUILD = TLM_CUDA=0 TLM_SANITIZE=$(1) $(PYTHON) setup.py -q build --build-base build/$(2) --build-lib build/$(2)/lib
+ASAN_CHECKS := address,bounds,shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow
+ASAN_TESTS := test_hostile_arguments.py test_operator_arguments.py test_allocation_failures.py test_partial_attention.py
+RUNTIMES = $(foreach name,$(1),$(shell g++ -print-file-name=lib$(name).so))
+
+asan: $(PINS_STAMP)
+	$(call SANITIZED_BUILD,$(ASAN_CHECKS),asan)
+	cd tests && PYTHONPATH=$(CURDIR)/build/asan/lib ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	  LD_PRELOAD="$(call RUNTIMES,asan ubsan stdc++)" $(PYTHON) -m pytest -p no:cacheprovider $(PYTEST_ARGS) $(ASAN_TESTS:%=ops/%)
+
+# Several runs, since each has but one chance to see two first calls meet.
+tsan: $(PINS_STAMP)
+	$(call SANITIZED_BUILD,thread,tsan)
+	torch=$$($(PYTHON) -c "import torch; print(torch.__path__[0])") && ops=$(CURDIR)/build/tsan/lib/two_level_mha && \
+	g++ -std=c++20 -O1 -g1 -fsanitize=thread tests/cpp/two_threads.cpp -o build/tsan/two_threads -I$$ops/include \
+	  -I$$torch/include -I$$torch/include/torch/csrc/api/include $$ops/_ops.abi3.so -L$$torch/lib -ltorch -ltorch_cpu -lc10 \
+	  -Wl,--allow-shlib-undefined,--disable-new-dtags,-rpath,$$ops,-rpath,$$torch/lib
+	for run in 1 2 3 4 5; do \
+	  TSAN_OPTIONS=suppressions=tests/cpp/tsan.supp:ignore_noninstrumented_modules=1 build/tsan/two_threads || exit 1; done
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 Environment: TLM_CUDA=0 leaves the CUDA sources out, FORCE_CUDA=1 makes their absence an error,
 TORCH_CUDA_ARCH_LIST picks the GPU architectures of the sources that are not written for one of their own (own_arch),
+TLM_SANITIZE builds with gcc's sanitizers of these names, as in "address,bounds" (`make asan`, `make tsan`),
 MAX_JOBS limits the compilers run at once.
 """
 
@@ -92,7 +93,16 @@ def decide() -> dict[str, Decision]:
         for source in sources(cuda=True)[0]:
             if arch := own_arch(source):
                 decisions[Path(source).name] = Decision(arch, "by its name")
+    if sanitizers := os.environ.get("TLM_SANITIZE"):
+        decisions["sanitizers"] = Decision(sanitizers, "TLM_SANITIZE")
     return decisions
+
+
+def sanitizer_flags(decisions: dict[str, Decision]) -> list[str]:
+    """For the compiler and the linker. What is found ends the process."""
+    if "sanitizers" not in decisions:
+        return []
+    return [f"-fsanitize={decisions['sanitizers'].value}", "-fno-sanitize-recover=all"]
 
 
 def sources(cuda: bool) -> tuple[list[str], list[str]]:
@@ -108,7 +118,9 @@ def extensions(decisions: dict[str, Decision]) -> list:
     macros = [("TLM_WITH_CUDA", None)] if cuda else []
     archs = decisions["architectures"].value if cuda else ""
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    cxx = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", *openmp]
+    sanitize = sanitizer_flags(decisions)
+    debug = ["-O1", "-g1", "-fno-omit-frame-pointer", *sanitize] if sanitize else ["-O3", "-g0"]
+    cxx = [*debug, "-fno-math-errno", "-fno-trapping-math", *openmp]
     # torch switches the conversions of half types off; our kernels use them.
     nvcc = ["-O3", *(f"-U__CUDA_NO_{kind}_CONVERSIONS__" for kind in ("HALF", "BFLOAT16"))]
     ops, python = sources(cuda)
@@ -119,14 +131,15 @@ def extensions(decisions: dict[str, Decision]) -> list:
             define_macros=macros,
             extra_compile_args={"cxx": cxx, "nvcc": nvcc} if cuda else {"cxx": cxx},
             # The soname lets a C++ program link to a library whose name does not begin with "lib".
-            extra_link_args=[*openmp, "-Wl,-soname,_ops.abi3.so"] if openmp else [],
+            extra_link_args=[*sanitize, *openmp, *(["-Wl,-soname,_ops.abi3.so"] if openmp else [])],
             py_limited_api=True,
         ),
         CppExtension(
             f"{PACKAGE}._C",
             python,
             define_macros=[*macros, ("TLM_ARCHS", f'"{archs}"')],
-            extra_compile_args={"cxx": ["-O2", "-g0"]},
+            extra_compile_args={"cxx": [*(sanitize or ["-O2"]), "-g0"]},
+            extra_link_args=sanitize,
         ),
     ]
 

@@ -9,14 +9,26 @@ namespace two_level_mha {
 
 namespace {
 
-PackParams make_params(const at::Tensor& buffer, at::TensorList tensors, at::IntArrayRef dims, int64_t parts,
+// PackParams is one struct for both ways and has no const: an input that is a copy on write must stay one.
+using DataOf = void* (*)(const at::Tensor&);
+
+void* read_only(const at::Tensor& x) {
+  return const_cast<void*>(x.const_data_ptr());
+}
+
+void* writable(const at::Tensor& x) {
+  return x.mutable_data_ptr();
+}
+
+PackParams make_params(const at::Tensor& buffer, DataOf buffer_data, at::TensorList tensors,
+                       DataOf tensor_data, at::IntArrayRef dims, int64_t parts,
                        const std::vector<Piece>& pieces, bool zigzag) {
   TORCH_CHECK(tensors.size() <= kMaxPacked, "at most ", kMaxPacked, " tensors in one exchange, got ",
               tensors.size());
-  PackParams p{(char*)buffer.data_ptr(), parts, buffer.size(1), (int32_t)tensors.size(), {}};
+  PackParams p{(char*)buffer_data(buffer), parts, buffer.size(1), (int32_t)tensors.size(), {}};
   for (size_t i = 0; i < tensors.size(); i++) {
     const at::Tensor& x = tensors[i];
-    p.tensors[i] = make_packed(x.data_ptr(), x.sizes().data(), x.strides().data(), (int)x.dim(), dims[i],
+    p.tensors[i] = make_packed(tensor_data(x), x.sizes().data(), x.strides().data(), (int)x.dim(), dims[i],
                                parts, zigzag, pieces[i].offset);
   }
   return p;
@@ -44,7 +56,7 @@ at::Tensor pack_cuda(at::TensorList tensors, at::IntArrayRef dims, int64_t parts
   for (const at::Tensor& x : tensors) sizes.push_back(x.sizes().vec());
   auto pieces = make_pieces(sizes, dims, parts, zigzag);
   at::Tensor buffer = at::empty({parts, part_elements(pieces)}, tensors[0].options());
-  PackParams params = make_params(buffer, tensors, dims, parts, pieces, zigzag);
+  PackParams params = make_params(buffer, writable, tensors, read_only, dims, parts, pieces, zigzag);
   int64_t unit = make_units(params, buffer.element_size());
   launch_on(buffer, [&](int processors, cudaStream_t stream) {
     return launch_pack(params, unit, processors, stream);
@@ -58,7 +70,7 @@ std::vector<at::Tensor> unpack_cuda(const at::Tensor& buffer, const std::vector<
   auto pieces = make_pieces(sizes, dims, parts, zigzag);
   std::vector<at::Tensor> out;
   for (const auto& size : sizes) out.push_back(at::empty(size, from.options()));
-  PackParams params = make_params(from, out, dims, parts, pieces, zigzag);
+  PackParams params = make_params(from, read_only, out, writable, dims, parts, pieces, zigzag);
   int64_t unit = make_units(params, from.element_size());
   bool sums = false;
   for (int64_t dim : dims) sums = sums || dim < 0;

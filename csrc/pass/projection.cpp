@@ -28,6 +28,10 @@ void check_weight(const char* name, const Tensor& weight, const char* shape, int
                     " with at least one head, got ", weight.sym_sizes());
 }
 
+void check_bias(const char* name, const std::optional<Tensor>& bias) {
+  TORCH_CHECK_VALUE(!bias || bias->dim() == 2, name, " must be (heads, E), got ", bias->sym_sizes());
+}
+
 // Dims `dim` and the next as one. Weights are views of what is stored: one call in place of flatten's three.
 Tensor merged(const Tensor& x, int64_t dim) {
   auto sizes = x.sym_sizes().vec();
@@ -52,6 +56,9 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection(const Tensor& query, const Ten
   check_weight("q_weight", w.q, "(heads, E, D)", 0);
   check_weight("k_weight", w.k, "(heads, E, D)", 0);
   check_weight("v_weight", w.v, "(heads, E, D)", 0);
+  check_bias("q_bias", w.q_bias);
+  check_bias("k_bias", w.k_bias);
+  check_bias("v_bias", w.v_bias);
   const bool same = query.is_same(key) && key.is_same(value);
   const bool alike =
       w.q_bias.has_value() == w.k_bias.has_value() && w.q_bias.has_value() == w.v_bias.has_value();

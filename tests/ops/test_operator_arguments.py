@@ -21,6 +21,17 @@ def test_some_biases(names, tokens):
         torch.testing.assert_close(y, expected if b is None else expected + b[:, None], rtol=1e-10, atol=1e-10)
 
 
+def test_biases_are_of_heads():
+    """Localises: sizes of a bias read beyond their end."""
+    x, weights = torch.randn(1, 3, 6), [torch.randn(heads, 4, 6) for heads in (4, 2, 2)]
+    biases = [torch.randn(heads, 4) for heads in (4, 2, 2)]
+    for i, name in enumerate(("q_bias", "k_bias", "v_bias")):
+        for wrong in (torch.tensor(0.0), torch.randn(4), torch.randn(2, 4, 1)):
+            given = [*biases[:i], wrong, *biases[i + 1 :]]
+            with pytest.raises(ValueError, match=rf"{name} must be \(heads, E\), got"):
+                ops.qkv_projection(x, x, x, *weights, *given)
+
+
 def test_float64_bias_of_float32_scores():
     """Localises: the dtype of the chunked path's scores, which a wider mask must not change."""
     q, k, v = (torch.randn(1, 2, length, 8) for length in (5, 7, 7))

@@ -1,13 +1,12 @@
 // What the CPU kernels multiply with: oneDNN's brgemm on rows and panels (panels.h).
 #pragma once
 
-#include <ATen/native/CPUBlas.h>
-#include <c10/util/BFloat16.h>
+#include <c10/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
+#include "brgemm.h"
 #include "level.h"
 #include "panels.h"
 
@@ -19,8 +18,7 @@ void gemm(int64_t M, int64_t N, int64_t K, const C* A, const C* B, float* out, b
   const int64_t columns = panel<C>();
   for (int64_t column = 0; column < N; column += columns) {
     const int64_t width = std::min(columns, N - column);
-    at::native::cpublas::brgemm(M, width, K, K, width, N, add, A, B + column * K, out + column,
-                                std::is_same_v<C, c10::BFloat16>);
+    brgemm(M, width, K, K, width, N, add, A, B + column * K, out + column);
   }
 }
 
@@ -29,8 +27,7 @@ inline void gemm_rows(int64_t M, int64_t N, int64_t K, const float* A, int64_t l
                       int64_t ld_b, float* out, bool add) {
   const int64_t columns = panel<float>();
   for (int64_t column = 0; column < N; column += columns)
-    at::native::cpublas::brgemm(M, std::min(columns, N - column), K, ld_a, ld_b, N, add, A, B + column,
-                                out + column, false);
+    brgemm(M, std::min(columns, N - column), K, ld_a, ld_b, N, add, A, B + column, out + column);
 }
 
 // Calls run(T, C): T is the element type of the tensors, C what the gemms read. The CPU multiplies float16 as

@@ -19,13 +19,17 @@ constexpr float kLog2e = 1.44269504f;
 
 // 2^t for t <= 127, relative error 3e-7; 0 below 2^-127. NaN stays NaN.
 TLM_HOST_DEVICE float exp2_fast(float t) {
+  // Adding it rounds to an integer, which is then in the lowest bits; what is above leaves by the shift.
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23
   const float clamped = t < -127.f ? -127.f : t;
-  const float whole = __builtin_rintf(clamped), x = clamped - whole;
+  const float shifted = clamped + kRound, x = clamped - (shifted - kRound);
   const float series =
       1.f + x * (0.69314718f +
                  x * (0.24022651f +
                       x * (0.055504109f + x * (0.0096181291f + x * (0.0013333558f + x * 0.00015403530f)))));
-  const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits + 127) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof(power));
   return series * power;

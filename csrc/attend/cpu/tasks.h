@@ -7,6 +7,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <mutex>
+#include <shared_mutex>
+
+#include "brgemm.h"
 
 namespace two_level_mha {
 
@@ -14,13 +18,20 @@ namespace two_level_mha {
 // by the next free thread; every thread makes one Scratch.
 template <class Scratch, class Make, class Work>
 void for_each_task(int64_t tasks, const Make& make, const Work& work) {
+  struct Release {
+    ~Release() { at::native::cpublas::brgemm_release(); }
+  };
+  const auto take = [&] {
+    const std::shared_lock beside(kernel_memory());
+    return make();
+  };
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
     int64_t task = next++;
     if (task >= tasks) return;
-    Scratch scratch = make();
+    const Release at_end;  // of an exception too
+    Scratch scratch = take();
     for (; task < tasks; task = next++) work(scratch, task);
-    at::native::cpublas::brgemm_release();
   });
 }
 
