@@ -22,7 +22,7 @@ VARIABLES = (
 # Facts that cost time at most, or that hosts have reasons to differ in.
 MAY_DIFFER = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "threads", "*_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_DEBUG*"),
-    *("TORCH_HOME", "TORCH_EXTENSIONS_DIR", "TORCH_LOGS*", "TORCH_SHOW_*", "TORCH_CPP_LOG_LEVEL"),
+    *("TLM_CUDA", "TORCH_HOME", "TORCH_EXTENSIONS_DIR", "TORCH_LOGS*", "TORCH_SHOW_*", "TORCH_CPP_LOG_LEVEL"),
 )
 
 
