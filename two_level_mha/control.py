@@ -7,7 +7,6 @@ verdict      the first sentence about a failure, written once; every rank's Rank
 
 import contextlib
 import datetime
-import gc
 import json
 import pickle
 import re
@@ -115,6 +114,7 @@ class Control:
     def __init__(self, ranks: tuple[int, ...], timeout: datetime.timedelta | None, number: int) -> None:
         self.ranks, self.rank, self.timeout, self.number = ranks, dist.get_rank(), timeout, number
         self.names: set[str] = set()  # of the groups of its meshes
+        self._roots: list[weakref.ref[DeviceMesh]] = []  # of those meshes
         self.meshes: dict[tuple, DeviceMesh] = {}  # (device type, n, m) -> the one of init_mesh
         self.layers = 0  # that were made on it
         self.call, self.inputs = 0, Inputs({})  # of the model whose call is under way
@@ -136,6 +136,13 @@ class Control:
 
     def __reduce__(self):  # copies of a layer share it; a process of another job has none
         return _known, (self.ranks,)
+
+    def adopt(self, mesh: DeviceMesh, groups: list[dist.ProcessGroup]) -> None:
+        """A mesh of these ranks, and its groups."""
+        root = mesh._get_root_mesh()
+        if all(known() is not root for known in self._roots):
+            self._roots.append(weakref.ref(root))
+        self.names.update(group.group_name for group in groups)
 
     def gather(self, value: object, what: str) -> list:
         """Every rank's value, in the order of ranks; a collective. what: for the others, should this one wait long."""
@@ -192,14 +199,11 @@ class Control:
         if self.failure_text is None:
             here = self._state()
             try:
-                self.failure_text = (
-                    f"{self._verdict(error, here)} (rank {self.rank} was {here.text()}: {_first(error)})"
-                )
+                verdict = self._verdict(error, here)
             except RuntimeError as lost:  # the store's errors
-                self.failure_text = (
-                    f"the job's store does not answer, so rank {self.ranks[0]} or the launcher that keeps it is gone "
-                    f"(rank {self.rank} was {here.text()}: {_first(error)}; {_first(str(lost))})"
-                )
+                keeper = f"rank {self.ranks[0]}, or the launcher that keeps it, is gone"
+                verdict = f"the job's store does not answer, so {keeper}: {_first(str(lost))}"
+            self.failure_text = f"{verdict} (rank {self.rank} was {here.text()}: {_first(error)})"
             self.close()
         return RankFailure(self.failure_text)
 
@@ -223,12 +227,16 @@ class Control:
         """This rank will not come to the next exchange: the others are told why, and nobody waits for it."""
         if self.closed:
             return
-        self.failure_text = (
-            f"rank {self.rank} raised {type(error).__name__}: {_first(str(error))}, {self._state().text()}"
-        )
-        with contextlib.suppress(RuntimeError):
-            self.store.compare_set("verdict", "", self.failure_text)
+        what = f"{type(error).__name__}: {_first(str(error))}"
+        self.failure_text = f"rank {self.rank} raised {what}, {self._state().place()}"
+        self.leave_word(self.failure_text)
         self.close()
+
+    def leave_word(self, verdict: str) -> None:
+        """What the others say, whose next exchange fails because this rank has closed its groups."""
+        if not self.alone:
+            with contextlib.suppress(RuntimeError):
+                self.store.compare_set("verdict", "", verdict)
 
     def close(self) -> None:
         """Frees the groups and ends the thread."""
@@ -238,9 +246,11 @@ class Control:
             if group is not dist.group.WORLD:
                 with contextlib.suppress(RuntimeError):
                     dist.destroy_process_group(group)
+        for root in self._roots:  # a group's connections are closed with its last reference
+            kept = getattr(root(), "_pg_registry", {})
+            for name in self.names & kept.keys():
+                del kept[name]
         self.group, self.meshes = None, {}
-        groups.clear()
-        gc.collect()  # a group's connections are closed with its last reference, which a cycle may hold
 
     def _state(self) -> State:
         return State(self._beat, *_C.progress(), self.call, self.doing)
@@ -311,8 +321,8 @@ def _seconds(timeout: datetime.timedelta | None) -> str:
 
 
 def _first(text: str) -> str:
-    """The sentence of an error without the places in C++ around it."""
-    return re.sub(r"\[\S+:\d+\] ", "", text.strip().split("\n")[0])[:200]
+    """The first sentence of an error, without the places in C++."""
+    return re.sub(r"\[\S+:\d+\] ", "", text.strip().split("\n")[0]).split(". ")[0][:200]
 
 
 def _failure_of_group(group: str, error: str) -> RankFailure | None:

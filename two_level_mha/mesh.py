@@ -110,7 +110,7 @@ def init_mesh(
     key = (device_type, *shape)
     if key not in control.meshes:
         control.meshes[key] = _new_mesh(*key)
-        control.names.update(group.group_name for group in _groups(control.meshes[key]))
+        control.adopt(control.meshes[key], _groups(control.meshes[key]))
     mesh = control.meshes[key]
     if limit is not None:
         control.set_timeout(limit)
@@ -127,8 +127,9 @@ def close(mesh: DeviceMesh) -> None:
     """
     _check_mesh(mesh)
     control = controls().get(tuple(sorted(mesh.mesh.flatten().tolist())))
-    if control is not None:
-        control.names.update(group.group_name for group in _groups(mesh))
+    if control is not None and not control.closed:
+        control.adopt(mesh, _groups(mesh))
+        control.leave_word(f"rank {control.rank} has closed the mesh")
         control.close()
 
 
@@ -217,7 +218,7 @@ def place_on(mesh: DeviceMesh | None) -> Place:
 def control_on(mesh: DeviceMesh) -> Control:
     """The control of a mesh's ranks; the first call is a collective of theirs."""
     control = control_of(tuple(sorted(mesh.mesh.flatten().tolist())))
-    control.names.update(group.group_name for group in _groups(mesh))
+    control.adopt(mesh, _groups(mesh))
     return control
 
 

@@ -158,7 +158,9 @@ def no_memory(job: Job) -> None:
 
 def other_tokens(job: Job) -> None:
     job.fault()
-    job.model.register_forward_pre_hook(lambda _, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True, prepend=True)
+    job.model.register_forward_pre_hook(
+        lambda _, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True, prepend=True
+    )
 
 
 def no_grad(job: Job) -> None:
