@@ -7,6 +7,7 @@
     what decides the sizes of messages          a call in which it changes                      Calls.begin
     layer, number of the call, inputs, mask,    every call on the CPU that is not compiled,     Calls.number and
     options, writes to own blocks               in an exchange that it makes anyway             csrc/comm/seal.h
+                                                (neither of the two with debug=False)
     inputs of the whole model                   every call of it, with those of its layers      ModelInputs
 
 Digests are compared, not the tensors: in one all_gather_object over a group of its own (control.py), but for what
@@ -168,6 +169,11 @@ def compares(grid_size: int, debug: bool | None, compared: bool) -> bool:
         return False
     debug = os.environ.get("TLM_DEBUG") == "1" if debug is None else debug
     return debug or not compared
+
+
+def seals(debug: bool | None) -> bool:
+    """Whether calls carry what the ranks compare: not with debug=False, nor, if debug is None, with TLM_DEBUG=0."""
+    return os.environ.get("TLM_DEBUG") != "0" if debug is None else debug
 
 
 def check_call(

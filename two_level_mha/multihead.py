@@ -42,7 +42,8 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         width d / m).
     combine: "reduce" (each rank keeps 1 / P of out_weight, partial outputs are summed) or "concat" (hierarchical
         all-gather, out_weight replicated).
-    debug: compare inputs and arguments over the grid at every call instead of the first only; None reads TLM_DEBUG.
+    debug: True compares inputs, arguments and modes over the grid at every call, in a collective; False at the first
+        call alone; None, unless TLM_DEBUG is 1 or 0, at the first, and at every other what rides in its exchanges.
     reduce_dtype: dtype of the sum over the grid, None (the output's) or torch.float32.
     profile: the rates by which "auto" chooses: a Profile, the name of one, a JSON file, or None, that of the mesh's
         type of device. The same on every rank.

@@ -1,8 +1,8 @@
 """One rank of a job breaks: every other one ends within the limit, and says who, where and why. Level T.
 
 A failure is in who hears of a fault (control.py, guard.py), in a group that the limit does not reach or that is not
-closed (mesh.py), or in an exchange whose error nobody turns into a RankFailure (csrc/comm/progress.cpp). ranks.py is the
-program that breaks a rank; its cases run in one process, one after the other.
+closed (mesh.py), or in an exchange whose error nobody turns into a RankFailure (csrc/comm/progress.cpp). ranks.py is
+the program that breaks a rank; its cases run in one process, one after the other.
 """
 
 import json
