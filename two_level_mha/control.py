@@ -298,10 +298,11 @@ def same_in(control: Control, fields: dict[str, object], advice: str, what: str 
         if isinstance(value, Exception):
             raise value
     for rank, other in enumerate(everyone):
-        for name in everyone[0] | other:
-            value, mine = other.get(name), everyone[0].get(name)
+        for value in other.values():
             if isinstance(value, Exception):
                 raise GridError(f"rank {rank} of the grid: {value}")
+        for name in everyone[0] | other:
+            value, mine = other.get(name), everyone[0].get(name)
             if value != mine:
                 raise GridError(
                     f"{name} differs between ranks of the grid: {mine} on rank 0, {value} on rank {rank}; {advice}"

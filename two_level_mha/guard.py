@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.errors import GridError, RankFailure
-from two_level_mha.mesh import control_on, place_on
+from two_level_mha.mesh import place_on
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -33,7 +33,7 @@ def guard(mesh: DeviceMesh, *, end_with_parent: bool = False) -> Iterator[None]:
     if place.control is None:
         yield
         return
-    control = control_on(mesh)
+    control = place.control
     try:
         yield
     except (RankFailure, GridError):

@@ -126,7 +126,7 @@ def close(mesh: DeviceMesh) -> None:
     GridError for what is no mesh.
     """
     _check_mesh(mesh)
-    control = controls().get(tuple(sorted(mesh.mesh.flatten().tolist())))
+    control = controls().get(_ranks(mesh))
     if control is not None and not control.closed:
         control.adopt(mesh, _groups(mesh))
         control.leave_word(f"rank {control.rank} has closed the mesh")
@@ -170,6 +170,10 @@ def _new_mesh(device_type: str, n: int, m: int) -> DeviceMesh:
     return mesh
 
 
+def _ranks(mesh: DeviceMesh) -> tuple[int, ...]:
+    return tuple(sorted(mesh.mesh.flatten().tolist()))
+
+
 def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
     """Those of the slice axis, the head axis and the grid."""
     return [mesh.get_group("slice"), mesh.get_group("head"), grid_group(mesh)]
@@ -198,12 +202,19 @@ def place_on(mesh: DeviceMesh | None) -> Place:
     the whole grid, which takes every rank of the world: those outside the mesh must call too, and get the error after
     it. Later calls, and any for a mesh of one row or one column, are for the mesh's ranks alone.
     Raises GridError if the mesh is not one of "head" and "slice", or does not hold this rank, or if its ranks do not
-    ascend along both axes: torch.distributed orders the ranks of a group, and would exchange blocks of other places.
+    ascend along both axes: torch.distributed orders the ranks of a group, and would exchange blocks of other places;
+    and for a mesh that was closed, RankFailure if by a failure.
     """
     if mesh is None:
         return Place()
     _check_mesh(mesh)
-    whole = grid_group(mesh)
+    try:
+        grid_group(mesh)
+    except RuntimeError:  # torch knows the group no more
+        control = controls().get(_ranks(mesh))
+        if control is not None:
+            control.check_open()
+        raise GridError("mesh was closed: make another by two_level_mha.init_mesh") from None
     if mesh.size() == 1:
         return Place()
     if any((mesh.mesh.diff(dim=dim) < 0).any() for dim in (0, 1)):
@@ -211,13 +222,13 @@ def place_on(mesh: DeviceMesh | None) -> Place:
             f"the ranks of mesh must ascend along head and along slice, got {mesh.mesh.tolist()}: torch.distributed "
             "orders the ranks of a group; order the mesh, and start the processes in the order of its ranks"
         )
-    groups = tuple(group.group_name for group in (mesh.get_group("slice"), mesh.get_group("head"), whole))
-    return Place(Grid(*mesh.shape), *mesh.get_coordinate(), groups, control_on(mesh))
+    names = tuple(group.group_name for group in _groups(mesh))
+    return Place(Grid(*mesh.shape), *mesh.get_coordinate(), names, control_on(mesh))
 
 
 def control_on(mesh: DeviceMesh) -> Control:
     """The control of a mesh's ranks; the first call is a collective of theirs."""
-    control = control_of(tuple(sorted(mesh.mesh.flatten().tolist())))
+    control = control_of(_ranks(mesh))
     control.adopt(mesh, _groups(mesh))
     return control
 

@@ -115,7 +115,7 @@ def test_autocast(pool, kind):
             assert mine <= 2 * theirs, (kind, where, name, mine, theirs)
 
 
-def widened_between(dtype: torch.dtype) -> list[float]:
+def widened_between(dtype: torch.dtype, need_weights: bool) -> list[float]:
     """A layer whose `between` gives q and k back in another dtype, against the same layer without a mesh."""
     layers = {grid: Own(grid).attention for grid in (None, GRID)}
     errors = []
@@ -126,17 +126,19 @@ def widened_between(dtype: torch.dtype) -> list[float]:
         for layer in layers.values():
             leaf = x_BLD.clone().requires_grad_()
             with torch.autocast("cpu", torch.bfloat16):
-                y = layer.attend(
-                    leaf, leaf, leaf, causal=0, between=lambda q, k, v, aside: (q.to(dtype), k.to(dtype), v)
-                )
-            y[0].float().square().sum().backward()
-            ys.append((y[0].detach().double(), leaf.grad.double()))
+                y, weights = layer.attend(
+                    leaf, leaf, leaf, causal=0, need_weights=need_weights,
+                    between=lambda q, k, v, aside: (q.to(dtype), k.to(dtype), v),
+                )  # fmt: skip
+            y.float().square().sum().backward()
+            ys.append((y.detach().double(), leaf.grad.double(), *([weights.detach().double()] if need_weights else [])))
         errors += [error(mine, unsplit) for unsplit, mine in zip(*ys, strict=True)]
     return errors
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_between_may_widen(pool, dtype):
-    """R. Localises: a layout read off what the model made of q and k."""
-    for errors in pool.run(widened_between, 2, dtype):
+def test_between_may_widen(pool, dtype, need_weights):
+    """R. Localises: a layout read off what the model made of q and k; weights that want q, k and v of one dtype."""
+    for errors in pool.run(widened_between, 2, dtype, need_weights):
         assert max(errors) <= 2e-2
