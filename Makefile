@@ -26,7 +26,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc cmake -type f 2>/dev/null)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow smoke bench lint format build asan tsan clean FORCE
+.PHONY: demo test test-slow smoke soak bench lint format build asan tsan clean FORCE
 
 demo: $(BUILD_STAMP)
 	$(PYTHON) examples/semantic_search.py --grid $(GRID) --query '$(subst ','\'',$(value QUERY))'
@@ -36,6 +36,11 @@ test: $(BUILD_STAMP)
 
 test-slow: $(BUILD_STAMP)
 	$(PYTHON) -m pytest -m slow $(PYTEST_ARGS) tests
+
+soak: $(BUILD_STAMP)
+	$(PYTHON) tests/faults/soak.py
+	$(PYTHON) tests/faults/saves.py --kills 100
+	$(PYTHON) tests/faults/ranks.py --ranks 8
 
 smoke: $(BUILD_STAMP)
 	$(PYTHON) -m pytest -m smoke $(PYTEST_ARGS) tests
