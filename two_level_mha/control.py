@@ -329,7 +329,7 @@ def _first(text: str) -> str:
 def _failure_of_group(group: str, error: str) -> RankFailure | None:
     """What C++ raises in place of an exchange's error."""
     for control in list(controls().values()):
-        if group in control.names:
+        if group in control.names and (control.failure_text is not None or not control.closed):
             return control.failure(error)
     return None
 
