@@ -52,7 +52,7 @@ def constants(
 ) -> str:
     """The constants of a call as the operators take them: the layer's numbers, how it runs, groups, its name."""
     how = (SCHEME_NUMBERS[scheme], int(causal), element_size, int(zero_key), int(batch_first))
-    return "\n".join((" ".join(map(str, (*layer, *how))), *groups, name))
+    return "\n".join((" ".join(map(str, (*layer, *how))), *groups, *([name] if name else ())))
 
 
 def size_numbers(*, batch: int, length: int, keys: int, position: int = 0, first_key: int = 0) -> list[int]:

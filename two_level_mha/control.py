@@ -198,13 +198,15 @@ class Control:
         """What to raise for an exchange that failed; the groups are freed, so that nobody waits for this rank."""
         if self.failure_text is None:
             here = self._state()
+            self._free()  # first, so that all ranks hear of it at once
             try:
                 verdict = self._verdict(error, here)
+                self._wait_for_readers()
             except RuntimeError as lost:  # the store's errors
                 keeper = f"rank {self.ranks[0]}, or the launcher that keeps it, is gone"
                 verdict = f"the job's store does not answer, so {keeper}: {_first(str(lost))}"
             self.failure_text = f"{verdict} (rank {self.rank} was {here.text()}: {_first(error)})"
-            self.close()
+            self._ended.set()
         return RankFailure(self.failure_text)
 
     def tell_of(self, error: BaseException) -> None:
@@ -241,6 +243,9 @@ class Control:
     def close(self) -> None:
         """Frees the groups and ends the thread."""
         self._ended.set()
+        self._free()
+
+    def _free(self) -> None:
         groups = [group for group in dist.distributed_c10d._world.pg_map if group.group_name in self.names]
         for group in groups:
             if group is not dist.group.WORLD:
@@ -272,6 +277,14 @@ class Control:
             still = [rank for rank in self.ranks if rank != self.rank and now[rank].beat == before[rank].beat]
             self.store.compare_set("verdict", "", self._judged(error, here, now, still))
         return self.store.get("verdict").decode()
+
+    def _wait_for_readers(self) -> None:
+        """Rank 0 may keep the store: it stays until the others, but for one, have read the verdict."""
+        read = self.store.add("readers", 1)
+        deadline = time.monotonic() + 2 * BEAT
+        while self.rank == 0 and read < len(self.ranks) - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            read = self.store.add("readers", 0)
 
     def _judged(self, error: str, here: State, now: dict[int, State], still: list[int]) -> str:
         if still:
@@ -322,14 +335,15 @@ def _seconds(timeout: datetime.timedelta | None) -> str:
 
 
 def _first(text: str) -> str:
-    """The first sentence of an error, without the places in C++."""
-    return re.sub(r"\[\S+:\d+\] ", "", text.strip().split("\n")[0]).split(". ")[0][:200]
+    """The first line of an error, without places in C++ and without Gloo's advice."""
+    line = re.sub(r"\[[^\]]*:\d+\] ", "", text.strip().split("\n")[0])
+    return line.split(". This is typically")[0][:200]
 
 
 def _failure_of_group(group: str, error: str) -> RankFailure | None:
     """What C++ raises in place of an exchange's error."""
     for control in list(controls().values()):
-        if group in control.names:
+        if group in control.names and (control.failure_text is not None or not control.closed):
             return control.failure(error)
     return None
 

@@ -75,13 +75,13 @@ struct Sizes {
   c10::SymInt position = 0;           // of the first query among all tokens; keys of a cache lie before it
   c10::SymInt first_key = 0;  // position of the first key that is seen, and of the mask's first column
   // A hash of what the ranks compare in this call (comm/seal.h), 0 if they do not. For `enter` of what the
-  // caller knows, the number of the call; for `leave` the one that `enter` gave.
-  c10::SymInt seal = 0;
+  // caller knows, the number of the call; for `leave` the one that `enter` gave. Behind the list, if not 0.
+  int64_t seal = 0;
 };
 
 inline constexpr Field<Sizes, c10::SymInt> kSizes[] = {
     {"batch", &Sizes::batch},       {"length", &Sizes::length},       {"keys", &Sizes::keys},
-    {"position", &Sizes::position}, {"first_key", &Sizes::first_key}, {"seal", &Sizes::seal},
+    {"position", &Sizes::position}, {"first_key", &Sizes::first_key},
 };
 
 struct Context {

@@ -15,14 +15,13 @@ struct Field {
   I Numbers::*member;
 };
 
-// Raises ValueError unless there is a number for every field; the last ones, `optional` of them, may be left out.
+// Raises ValueError unless there is a number for every field.
 template <class Numbers, class I, size_t kCount>
-Numbers parse(const char* name, const Field<Numbers, I> (&fields)[kCount], c10::ArrayRef<I> list,
-              size_t optional = 0) {
-  TORCH_CHECK_VALUE(list.size() <= kCount && list.size() + optional >= kCount, name, " must be a list of ",
-                    kCount - optional, " numbers, got ", list.size());
+Numbers parse(const char* name, const Field<Numbers, I> (&fields)[kCount], c10::ArrayRef<I> list) {
+  TORCH_CHECK_VALUE(list.size() == kCount, name, " must be a list of ", kCount, " numbers, got ",
+                    list.size());
   Numbers numbers;
-  for (size_t i = 0; i < list.size(); ++i) numbers.*fields[i].member = list[i];
+  for (size_t i = 0; i < kCount; ++i) numbers.*fields[i].member = list[i];
   return numbers;
 }
 
