@@ -281,7 +281,7 @@ class Control:
     def _wait_for_readers(self) -> None:
         """Rank 0 may keep the store: it stays until the others, but for one, have read the verdict."""
         read = self.store.add("readers", 1)
-        deadline = time.monotonic() + 2 * BEAT
+        deadline = time.monotonic() + 4 * BEAT
         while self.rank == 0 and read < len(self.ranks) - 1 and time.monotonic() < deadline:
             time.sleep(0.05)
             read = self.store.add("readers", 0)
