@@ -197,15 +197,15 @@ def sent(grid) -> list[int]:
     """Collectives of a call, and gathers of its agreements: of a second call, and of one with another length."""
     mesh = tlm.init_mesh("cpu", grid)
     layer, x = layer_on(mesh, scheme="slices"), torch.randn(2, 8, 32).double()
-    counts, gather = [], layer.place.control.gather
-    layer.place.control.gather = lambda *given: counts.append(1) or gather(*given)
+    counts, gather = [], layer.place.control._all_gather
+    layer.place.control._all_gather = lambda *given: counts.append(1) or gather(*given)
     found = []
     for length in (8, 8, 5, 5):
         counts.clear()
         with record_collectives() as record:
             layer(x[:, :length], x[:, :length], x[:, :length], need_weights=False)
         found.append((sum(record.counts().values()), len(counts)))
-    del layer.place.control.gather
+    del layer.place.control._all_gather
     return found
 
 
@@ -213,6 +213,27 @@ def test_agreement_sends_nothing_of_its_own(pool):
     """E. Localises: a collective for a call whose sizes are those of the last one."""
     for found in pool.run(sent, 4, (2, 2)):
         assert found == [(2, 1), (2, 0), (2, 1), (2, 0)]
+
+
+def gathers_of_a_model() -> list[int]:
+    """Gathers of each call of a model of several layers: two of one length, then two of another."""
+    model = tlm.parallelize(make("llama"), tlm.init_mesh("cpu", (2, 2))).eval()
+    control = next(m for m in model.modules() if getattr(m, "calls", None)).place.control
+    counts, gather, found = [], control._all_gather, []
+    control._all_gather = lambda *given: counts.append(1) or gather(*given)
+    with torch.no_grad():
+        for length in (6, 6, 5, 5):
+            counts.clear()
+            model(torch.arange(2 * length).reshape(2, length), use_cache=False)
+            found.append(len(counts))
+    del control._all_gather
+    return found
+
+
+def test_one_layer_compares_for_all(pool):
+    """E. Localises: an agreement a layer, where one of the model is enough."""
+    for first, again, shorter, once_more in pool.run(gathers_of_a_model, 4):
+        assert first > 0 and [again, shorter, once_more] == [0, 1, 0]
 
 
 def two_threads() -> str:
