@@ -10,9 +10,9 @@
                                                 (neither of the two with debug=False)
     inputs of the whole model                   every call of it, with those of its layers      ModelInputs
 
-Digests are compared, not the tensors: in one all_gather_object over a group of its own (control.py), but for what
-rides in an exchange. What a layer exchanges goes through the operators; the other collectives that Python issues are
-one number of a GradScaler (training.py), and full_tensor of DTensors (blocks.py).
+Digests are compared, not the tensors: over a group of its own (control.py), but for what rides in an exchange. What a
+layer exchanges goes through the operators; the other collectives that Python issues are one number of a GradScaler
+(training.py), and full_tensor of DTensors (blocks.py).
 """
 
 import hashlib

@@ -1,7 +1,6 @@
 """The facts of a rank: what a job needs alike on all of its ranks, as texts that can be compared and printed."""
 
 import functools
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,6 +11,7 @@ import torch
 
 import two_level_mha
 from two_level_mha import _C, _load
+from two_level_mha.manifest import file_hashes
 
 # Environment variables that change what a rank computes, sends or waits for.
 VARIABLES = (
@@ -78,8 +78,4 @@ def _version(package: str) -> str:
 
 @functools.cache
 def _digest(library: Path) -> str:
-    with library.open("rb") as file:
-        state = hashlib.sha256()
-        while piece := file.read(1 << 20):
-            state.update(piece)
-    return state.hexdigest()[:16]
+    return file_hashes(library)["sha256"][:16]

@@ -4,10 +4,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 
 from two_level_mha.check.context import FAIL, OK, Context, Finding, ranks_text
+from two_level_mha.control import set_timeout
 from two_level_mha.mesh import AXES, grid_group
 
 # A group gives up after the check has: NCCL ends the process then, and the report must come first.
@@ -30,7 +30,7 @@ def make_groups(context: Context) -> dict[str, float]:
     context.mesh = init_device_mesh(context.device.type, (n, m), mesh_dim_names=AXES)
     found = {}
     for axis, group in axis_groups(context).items():
-        set_timeout(timeout, group)
+        set_timeout(group, timeout)
         ones, size = torch.ones(1, device=context.device), dist.get_world_size(group)
         dist.all_reduce(ones, group=group)
         if ones.item() != size:
@@ -44,12 +44,6 @@ def axis_groups(context: Context) -> dict[str, dist.ProcessGroup]:
     """Axis -> this rank's group."""
     mesh = context.mesh
     return {"slice": mesh.get_group("slice"), "head": mesh.get_group("head"), "grid": grid_group(mesh)}
-
-
-def set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
-    """torch.distributed.set_timeout, under the name that the running torch has for it."""
-    found = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
-    found(timeout, group)
 
 
 def judge_groups(context: Context, answers: list[dict[str, float]]) -> list[Finding]:
