@@ -4,6 +4,7 @@
 #include <c10/util/hash.h>
 
 #include <mutex>
+#include <tuple>
 #include <unordered_set>
 
 #include "code_memory.h"
@@ -18,13 +19,12 @@ namespace {
 struct Shape {
   int64_t M, N, K, ld_a, ld_b, ld_c;
   bool add, pairs;
-  bool operator==(const Shape&) const = default;
+  auto all() const { return std::tie(M, N, K, ld_a, ld_b, ld_c, add, pairs); }
+  bool operator==(const Shape& other) const { return all() == other.all(); }
 };
 
 struct Hash {
-  size_t operator()(const Shape& s) const {
-    return c10::get_hash(s.M, s.N, s.K, s.ld_a, s.ld_b, s.ld_c, s.add, s.pairs);
-  }
+  size_t operator()(const Shape& s) const { return c10::hash<decltype(s.all())>()(s.all()); }
 };
 
 template <class T>
