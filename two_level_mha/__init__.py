@@ -12,7 +12,7 @@ from two_level_mha.decoder import Rotary, TwoLevelAttention  # noqa: E402
 from two_level_mha.errors import GridError, IntegrityError, RankFailure  # noqa: E402
 from two_level_mha.guard import guard  # noqa: E402
 from two_level_mha.loading import load_pretrained  # noqa: E402
-from two_level_mha.mesh import Grid, close, init_mesh  # noqa: E402
+from two_level_mha.mesh import Grid, close, init_mesh, reopen  # noqa: E402
 from two_level_mha.multihead import TwoLevelMultiheadAttention  # noqa: E402
 from two_level_mha.planner import plan  # noqa: E402
 from two_level_mha.profile import Profile  # noqa: E402
@@ -44,6 +44,7 @@ __all__ = [
     "param_groups",
     "plan",
     "register_adapter",
+    "reopen",
     "report",
     "save",
     "shard_embed_dim",

@@ -58,7 +58,7 @@ class Calls:
     def __init__(self, control: Control, kind: str) -> None:
         control.layers += 1
         self.control, self.name = control, f"{kind} {control.layers}"
-        self.count = 0
+        self.count, self._number = 0, control.number
         self._sizes: dict[str, object] | None = None
         self._written: int | None = None
 
@@ -70,6 +70,8 @@ class Calls:
         """
         self.control.enter_call()
         self.control.doing = ""
+        if self._number != self.control.number:  # the mesh was reopened: ranks may have counted apart
+            self.count, self._sizes, self._number = 0, {}, self.control.number
         self.count += 1
         turn, call = self.control.turn, self.control.call
         # one layer of a model has compared for the others, which must follow it
@@ -89,7 +91,7 @@ class Calls:
     def _compare(self, sizes: dict[str, object], compared: bool) -> None:
         if not compared and self._sizes is not None:
             fields = {"layer": self.name, "number of the call": self.count, **sizes}
-            changed = [f"{k} {v} (was {self._sizes[k]})" for k, v in sizes.items() if v != self._sizes[k]]
+            changed = [f"{k} {v} (was {self._sizes.get(k)})" for k, v in sizes.items() if v != self._sizes.get(k)]
             what = f"comparing its call {self.count} of {self.name}, of other sizes: {', '.join(changed)}"
             same_in(self.control, fields, "every rank of a grid must make the same calls", what)
             self.control.turn = (self.control.call, self._sizes, sizes)

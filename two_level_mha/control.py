@@ -10,12 +10,11 @@ import datetime
 import hashlib
 import json
 import pickle
-import re
 import threading
 import time
 import weakref
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -24,11 +23,10 @@ from torch.distributed.distributed_c10d import _get_default_store, default_pg_ti
 
 from two_level_mha import _C
 from two_level_mha.errors import GridError, RankFailure
+from two_level_mha.failures import State, are, first_line, is_of_an_exchange, judged
 
 BEAT = 1.0  # seconds between two states
 STORE_TIMEOUT = datetime.timedelta(seconds=5)  # of one question to the store, once something has failed
-_OF_AN_EXCHANGE = re.compile("gloo|nccl|Timed out|timed out|closed by peer|reset by peer", re.IGNORECASE)
-_CLOSED = re.compile("closed by peer|reset by peer|Broken pipe|refused", re.IGNORECASE)
 
 # They live as long as the process group that their ranks are numbered in.
 _controls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -68,30 +66,6 @@ def set_timeout(group: dist.ProcessGroup, timeout: datetime.timedelta) -> None:
     (public or dist.distributed_c10d._set_pg_timeout)(timeout, group)
 
 
-@dataclass
-class State:
-    """Where a rank is. beat counts the seconds, so that one that stands still shows."""
-
-    beat: int = 0
-    exchanges: int = 0
-    layer: str = ""
-    exchange: str = ""
-    backward: bool = False
-    waiting: bool = False
-    call: int = 0  # of whole models
-    doing: str = ""  # what it compares with the others, or the exception that left its model
-
-    def text(self) -> str:
-        return self.doing or self.place()
-
-    def place(self) -> str:
-        if not self.layer:
-            return "before its first exchange"
-        direction = "backward" if self.backward else "forward"
-        where = f"{'in' if self.waiting else 'past'} the {direction} {self.exchange} of {self.layer}"
-        return f"{where}, call {self.call} of the model" if self.call else where
-
-
 def _tell_each_second(control: "weakref.ref[Control]", ended: threading.Event) -> None:
     while not ended.wait(BEAT) and (living := control()) is not None:
         try:
@@ -99,6 +73,16 @@ def _tell_each_second(control: "weakref.ref[Control]", ended: threading.Event) -
         except RuntimeError:  # the store is gone: what fails next says so
             return
         del living
+
+
+@dataclass
+class _Freed:
+    """A group that was freed: what it takes to make it again, and the meshes that knew it."""
+
+    name: str
+    ranks: list[int]
+    backend: str
+    roots: list["weakref.ref[DeviceMesh]"] = field(default_factory=list)
 
 
 class Inputs:
@@ -114,7 +98,9 @@ class Control:
 
     def __init__(self, ranks: tuple[int, ...], timeout: datetime.timedelta | None, number: int) -> None:
         self.ranks, self.rank, self.timeout, self.number = ranks, dist.get_rank(), timeout, number
-        self.names: set[str] = set()  # of the groups of its meshes
+        self.names: dict[str, None] = {}  # of the groups of its meshes, in the order that all ranks have
+        self._freed: list[_Freed] = []
+        self._job_group = ""  # the name of `job_group`
         self._roots: list[weakref.ref[DeviceMesh]] = []  # of those meshes
         self.meshes: dict[tuple, DeviceMesh] = {}  # (device type, n, m) -> the one of init_mesh
         self.layers = 0  # that were made on it
@@ -124,27 +110,89 @@ class Control:
         self.doing = ""
         self._beat, self._ended, self._lock = 0, threading.Event(), threading.RLock()
         self.alone = dist.get_backend() == "fake"
-        if self.alone:
-            return
-        store = dist.PrefixStore(f"two_level_mha/{ranks}/{number}", _get_default_store())
-        self.store = store.clone() if hasattr(store, "clone") else store
-        # not by new_group, which all ranks of the job would have to call
-        self.group = dist.ProcessGroupGloo(store, ranks.index(self.rank), len(ranks), timeout or default_pg_timeout)
-        self._tell()
-        self.gather(None, "")  # every rank's state is there to be read
-        states = (weakref.ref(self), self._ended)
-        threading.Thread(target=_tell_each_second, args=states, name="two_level_mha states", daemon=True).start()
-        _C.set_failure_handler(_failure_of_group)
+        if not self.alone:
+            self._connect()
+            _C.set_failure_handler(_failure_of_group)
+
+    def holds(self, mesh: DeviceMesh) -> bool:
+        return any(known() is mesh._get_root_mesh() for known in self._roots)
 
     def __reduce__(self):  # copies of a layer share it; a process of another job has none
         return _known, (self.ranks,)
 
+    def _connect(self) -> None:
+        """Meets the other ranks: each has its state in the store, and a connection with each."""
+        store = dist.PrefixStore(f"two_level_mha/{self.ranks}/{self.number}", _get_default_store())
+        self.store = store.clone() if hasattr(store, "clone") else store
+        self._tell()
+        limit = self.timeout or default_pg_timeout
+        try:
+            self.store.wait([str(rank) for rank in self.ranks], limit)
+            # not by new_group, which all ranks of the job would have to call
+            self.group = dist.ProcessGroupGloo(store, self.ranks.index(self.rank), len(self.ranks), limit)
+        except RuntimeError as error:
+            missed = [rank for rank in self.ranks if not self.store.check([str(rank)])]
+            who = f"{are(missed)} not there" if missed else f"no connection, {first_line(str(error))}"
+            raise RankFailure(f"rank {self.rank} waited {limit.total_seconds():g} s to make the mesh: {who}") from error
+        states = (weakref.ref(self), self._ended)
+        threading.Thread(target=_tell_each_second, args=states, name="two_level_mha states", daemon=True).start()
+
+    def reopen(self) -> None:
+        """Makes the groups that a failure has freed again, under their names; a collective of the ranks."""
+        known = controls()
+        if (self.closed and self.failure_text is None) or (
+            known[self.ranks] is not self and not known[self.ranks].closed
+        ):
+            raise GridError("the mesh was closed, or made anew since it failed: use the one of init_mesh")
+        if self.alone:
+            return
+        if not self.closed:
+            self.leave_word(f"rank {self.rank} has left to reopen the mesh")
+            self.close()
+        failed, self.failure_text = self.failure_text, None
+        self.number, known[self.ranks] = known[self.ranks].number + 1, self
+        self.call, self.inputs, self.turn, self.doing = 0, Inputs({}), None, ""
+        self._ended = threading.Event()
+        try:
+            self._connect()
+            while self._freed:
+                self._make_again(self._freed[0])
+                del self._freed[0]
+        except BaseException:
+            self.close()
+            self.failure_text = failed or "it was not reopened"
+            raise
+
+    def _make_again(self, freed: "_Freed") -> None:
+        # new_group would choose another name, and layers, DTensors and compiled graphs have this one
+        store = dist.PrefixStore(f"reopened/{self.number}", _get_default_store())
+        group, _ = dist.distributed_c10d._new_process_group_helper(
+            len(freed.ranks), freed.ranks.index(self.rank), freed.ranks, freed.backend, store, freed.name,
+            timeout=self.timeout or default_pg_timeout,
+        )  # fmt: skip
+        dist.distributed_c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(freed.ranks)}
+        for root in freed.roots:
+            if (mesh := root()) is not None:
+                mesh._pg_registry[freed.name] = group
+
+    def job_group(self) -> dist.ProcessGroup:
+        """A group for torch's own collectives of all ranks of the job, freed with the others.
+
+        The first call is a collective of them.
+        """
+        if not self._job_group:
+            try:
+                self._job_group = dist.new_group(backend="gloo", timeout=self.timeout).group_name
+            except RuntimeError as error:
+                raise self.failure(str(error)) from error
+            self.names[self._job_group] = None
+        return dist.distributed_c10d._resolve_process_group(self._job_group)
+
     def adopt(self, mesh: DeviceMesh, groups: list[dist.ProcessGroup]) -> None:
         """A mesh of these ranks, and its groups."""
-        root = mesh._get_root_mesh()
-        if all(known() is not root for known in self._roots):
-            self._roots.append(weakref.ref(root))
-        self.names.update(group.group_name for group in groups)
+        if not self.holds(mesh):
+            self._roots.append(weakref.ref(mesh._get_root_mesh()))
+        self.names |= {group.group_name: None for group in groups}
 
     def gather(self, value: object, what: str) -> list:
         """Every rank's value, in the order of ranks; a collective. what: for the others, should this one wait long.
@@ -195,7 +243,7 @@ class Control:
     def check_open(self) -> None:
         """Raises RankFailure once an exchange of the mesh has failed, GridError after `close`."""
         if self.failure_text is not None:
-            raise RankFailure(f"the mesh was closed after a failure, make another by init_mesh: {self.failure_text}")
+            raise RankFailure(f"the mesh was closed after a failure, reopen it on every rank: {self.failure_text}")
         if self.closed:
             raise GridError("the mesh of this layer was closed: make another by init_mesh, and the layer on it")
 
@@ -214,8 +262,8 @@ class Control:
                 self._wait_for_readers()
             except RuntimeError as lost:  # the store's errors
                 keeper = f"rank {self.ranks[0]}, or the launcher that keeps it, is gone"
-                verdict = f"the job's store does not answer, so {keeper}: {_first(str(lost))}"
-            self.failure_text = f"{verdict} (rank {self.rank} was {here.text()}: {_first(error)})"
+                verdict = f"the job's store does not answer, so {keeper}: {first_line(str(lost))}"
+            self.failure_text = f"{verdict} (rank {self.rank} was {here.text()}: {first_line(error)})"
             self._ended.set()
         return RankFailure(self.failure_text)
 
@@ -223,23 +271,20 @@ class Control:
         """Lets the others know of an exception on this rank; one of an exchange gets a note that says who is missed."""
         if isinstance(error, (RankFailure, GridError)) or self.closed:
             return
-        if self.is_of_an_exchange(error):
+        if is_of_an_exchange(error):
             failure = self.failure(str(error))
             if hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(str(failure))
             return
-        self.doing = f"after {type(error).__name__}: {_first(str(error))}"
+        self.doing = f"after {type(error).__name__}: {first_line(str(error))}"
         with contextlib.suppress(RuntimeError):  # of the store: the error itself is what counts
             self._tell()
-
-    def is_of_an_exchange(self, error: BaseException) -> bool:
-        return isinstance(error, RuntimeError) and _OF_AN_EXCHANGE.search(str(error)) is not None
 
     def leave(self, error: BaseException) -> None:
         """This rank will not come to the next exchange: the others are told why, and nobody waits for it."""
         if self.closed:
             return
-        what = f"{type(error).__name__}: {_first(str(error))}"
+        what = f"{type(error).__name__}: {first_line(str(error))}"
         self.failure_text = f"rank {self.rank} raised {what}, {self._state().place()}"
         self.leave_word(self.failure_text)
         self.close()
@@ -256,16 +301,19 @@ class Control:
         self._free()
 
     def _free(self) -> None:
-        groups = [group for group in dist.distributed_c10d._world.pg_map if group.group_name in self.names]
-        for group in groups:
-            if group is not dist.group.WORLD:
-                with contextlib.suppress(RuntimeError):
-                    dist.destroy_process_group(group)
-        for root in self._roots:  # a group's connections are closed with its last reference
-            kept = getattr(root(), "_pg_registry", {})
-            for name in self.names & kept.keys():
-                del kept[name]
-        self.group, self.meshes = None, {}
+        groups = {group.group_name: group for group in dist.distributed_c10d._world.pg_map}
+        for name in [name for name in self.names if name in groups]:
+            group = groups[name]
+            if group is dist.group.WORLD:
+                continue
+            freed = _Freed(name, dist.get_process_group_ranks(group), dist.get_backend_config(group))
+            self._freed.append(freed)
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group(group)
+            for root in self._roots:  # a group's connections are closed with its last reference
+                if getattr(root(), "_pg_registry", {}).pop(name, None) is not None:
+                    freed.roots.append(root)
+        self.group = None
 
     def _state(self) -> State:
         return State(self._beat, *_C.progress(), self.call, self.doing)
@@ -285,7 +333,7 @@ class Control:
             time.sleep(2.5 * BEAT)
             now = self._read()
             still = [rank for rank in self.ranks if rank != self.rank and now[rank].beat == before[rank].beat]
-            self.store.compare_set("verdict", "", self._judged(error, here, now, still))
+            self.store.compare_set("verdict", "", judged(error, self.rank, here, now, still, self.timeout))
         return self.store.get("verdict").decode()
 
     def _wait_for_readers(self) -> None:
@@ -295,19 +343,6 @@ class Control:
         while self.rank == 0 and read < len(self.ranks) - 1 and time.monotonic() < deadline:
             time.sleep(0.05)
             read = self.store.add("readers", 0)
-
-    def _judged(self, error: str, here: State, now: dict[int, State], still: list[int]) -> str:
-        if still:
-            gone = "gone" if _CLOSED.search(error) else f"without an answer for {_seconds(self.timeout)}"
-            return f"{_are(still)} {gone}; last seen {now[still[0]].text()}"
-        apart = {rank: state for rank, state in now.items() if rank != self.rank and _place(state) != _place(here)}
-        if not apart:
-            return f"an exchange failed on rank {self.rank}, {here.text()}"
-        texts: dict[str, list[int]] = {}
-        for rank, state in apart.items():
-            texts.setdefault(state.text(), []).append(rank)
-        others = "; ".join(f"{_are(ranks)} {text}" for text, ranks in texts.items())
-        return f"{others}, while rank {self.rank} is {here.text()}"
 
 
 def same_in(control: Control, fields: dict[str, object], advice: str, what: str = "") -> None:
@@ -332,40 +367,9 @@ def same_in(control: Control, fields: dict[str, object], advice: str, what: str 
                 )
 
 
-def _place(state: State) -> tuple:
-    return state.layer, state.exchange, state.backward, state.call, state.doing
-
-
-def _are(ranks: list[int]) -> str:
-    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
-
-
-def _seconds(timeout: datetime.timedelta | None) -> str:
-    return "the limit" if timeout is None else f"{timeout.total_seconds():g} s"
-
-
-def _first(text: str) -> str:
-    """The first line of an error, without places in C++ and without Gloo's advice."""
-    line = re.sub(r"\[[^\]]*:\d+\] ", "", text.strip().split("\n")[0])
-    return line.split(". This is typically")[0][:200]
-
-
 def _failure_of_group(group: str, error: str) -> RankFailure | None:
     """What C++ raises in place of an exchange's error."""
     for control in list(controls().values()):
         if group in control.names and (control.failure_text is not None or not control.closed):
             return control.failure(error)
     return None
-
-
-def checked_timeout(timeout: object) -> datetime.timedelta | None:
-    """Seconds or a timedelta, or None, as a timedelta. Raises GridError for what is no time or not positive."""
-    if timeout is None:
-        return None
-    try:
-        found = timeout if isinstance(timeout, datetime.timedelta) else datetime.timedelta(seconds=timeout)
-    except (TypeError, OverflowError, ValueError):
-        found = None
-    if found is None or isinstance(timeout, bool) or found <= datetime.timedelta(0):
-        raise GridError(f"timeout must be a positive number of seconds, a timedelta or None, got {timeout!r}")
-    return found

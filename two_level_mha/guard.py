@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.errors import GridError, RankFailure
+from two_level_mha.failures import is_of_an_exchange
 from two_level_mha.mesh import place_on
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -39,7 +40,7 @@ def guard(mesh: DeviceMesh, *, end_with_parent: bool = False) -> Iterator[None]:
     except (RankFailure, GridError):
         raise
     except Exception as error:
-        if control.is_of_an_exchange(error):
+        if is_of_an_exchange(error):
             raise control.failure(str(error)) from error
         control.leave(error)
         raise

@@ -5,11 +5,12 @@ import os
 from dataclasses import dataclass, field
 from numbers import Integral
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from two_level_mha import _C
-from two_level_mha.control import Control, checked_timeout, control_of, controls, default_timeout, same_in, set_timeout
+from two_level_mha.control import Control, control_of, controls, default_timeout, same_in, set_timeout
 from two_level_mha.errors import GridError
 from two_level_mha.facts import facts_alike
 from two_level_mha.profile import Profile, resolve_profile
@@ -100,7 +101,7 @@ def init_mesh(
         raise GridError("init_mesh needs an initialised process group: call torch.distributed.init_process_group first")
     limit = refusal = shape = None
     try:
-        limit = checked_timeout(timeout)
+        limit = _checked_timeout(timeout)
         shape = _shape(device_type, grid, num_heads, num_kv_heads, head_dim, profile)
     except GridError as error:
         refusal = error
@@ -133,6 +134,32 @@ def close(mesh: DeviceMesh) -> None:
         control.close()
 
 
+def reopen(mesh: DeviceMesh) -> None:
+    """Opens a mesh again after a RankFailure that every rank survived; layers, parameters and optimizers go on with it.
+
+    Every rank of the mesh calls it, the one that failed too; each waits for the others as long as an exchange. The
+    random generators, of the CPU and of the mesh's device, are set to those of its first rank. What the failed step has
+    left is the caller's: gradients to be cleared, caches of a generation that broke off; and a rank that had finished
+    its step has weights that the others have not, which the next call reports as a GridError: load the last checkpoint.
+    Raises RankFailure if a rank does not come; GridError for what is no mesh, and for one that `close` has freed or
+    that was made anew.
+    """
+    _check_mesh(mesh)
+    control = controls().get(_ranks(mesh))
+    if mesh.size() == 1:
+        return
+    if control is None or not control.holds(mesh):
+        raise GridError("the mesh was made anew since it failed: use the one of init_mesh")
+    control.reopen()
+    generators = [torch.default_generator]
+    if mesh.device_type not in ("cpu", "meta"):
+        module = torch.get_device_module(mesh.device_type)
+        generators.append(module.default_generators[module.current_device()])
+    first = control.gather([generator.get_state() for generator in generators], "reopening the mesh")[0]
+    for generator, state in zip(generators, first, strict=True):
+        generator.set_state(state)
+
+
 def _shape(device_type: str, grid, num_heads, num_kv_heads, head_dim, profile) -> tuple[int, int]:
     """What init_mesh's arguments come to. Raises GridError."""
     ranks = dist.get_world_size()
@@ -155,6 +182,19 @@ def _shape(device_type: str, grid, num_heads, num_kv_heads, head_dim, profile) -
             f"grid {n} x {m} needs {n * m} ranks, but the world size is {ranks}; grids of {ranks} ranks: {pairs}"
         )
     return int(n), int(m)
+
+
+def _checked_timeout(timeout: object) -> datetime.timedelta | None:
+    """Seconds or a timedelta, or None, as a timedelta. Raises GridError for what is no time or not positive."""
+    if timeout is None:
+        return None
+    try:
+        found = timeout if isinstance(timeout, datetime.timedelta) else datetime.timedelta(seconds=timeout)
+    except (TypeError, OverflowError, ValueError):
+        found = None
+    if found is None or isinstance(timeout, bool) or found <= datetime.timedelta(0):
+        raise GridError(f"timeout must be a positive number of seconds, a timedelta or None, got {timeout!r}")
+    return found
 
 
 def _new_mesh(device_type: str, n: int, m: int) -> DeviceMesh:

@@ -22,7 +22,9 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.optim import Optimizer
 
+from two_level_mha.control import Control, control_of
 from two_level_mha.errors import GridError
+from two_level_mha.failures import is_of_an_exchange
 from two_level_mha.manifest import check_file, describe_file, new_folder, publish, read_manifest, some, step_name, sync
 from two_level_mha.training_state import Restored, State, as_list, bytes_of, merged, state_to_save
 
@@ -71,6 +73,7 @@ def save(
         return alike | state.description()
 
     everyone = _together(gather, alike=("directory", "step", "extra"))
+    group = _group()  # not before a vote: every rank is there
     run, step, extra = Path(directory), everyone[0]["step"], json.loads(everyone[0]["extra"])
     whole = merged(everyone)
 
@@ -86,7 +89,7 @@ def save(
         def write() -> dict[str, dict]:
             writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
             with _quiet():
-                dcp.save(state.tensors, storage_writer=writer, no_dist=not _distributed())
+                dcp.save(state.tensors, storage_writer=writer, process_group=group, no_dist=group is None)
             mine = sorted(folder.glob(f"shard-{rank + 1:05d}-*"))  # numbered by the writer, from 1
             for file in mine:
                 sync(file)  # torch 2.11 syncs before the last buffer is written
@@ -130,6 +133,7 @@ def load(directory: str | Path, model: nn.Module, optimizer: Optimizers = None, 
 
     everyone = _together(find, alike=("directory", "step", "the manifest"))
     _check_names(path, manifest, everyone)
+    group = _group()
 
     def verify() -> None:
         for name in sorted(manifest["files"])[rank::ranks]:
@@ -139,7 +143,7 @@ def load(directory: str | Path, model: nn.Module, optimizer: Optimizers = None, 
         try:
             reader = HuggingFaceStorageReader(path=str(path))
             with _quiet():
-                dcp.load(restored.tensors, storage_reader=reader, no_dist=not _distributed())
+                dcp.load(restored.tensors, storage_reader=reader, process_group=group, no_dist=group is None)
             restored.finish()
         except (Exception, CheckpointException) as error:
             raise GridError(
@@ -168,6 +172,14 @@ def _place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
 
 
+def _control() -> Control:
+    return control_of(tuple(range(dist.get_world_size())))
+
+
+def _group() -> dist.ProcessGroup | None:
+    return _control().job_group() if _distributed() else None
+
+
 def _together(work: Callable[[], Any], alike: tuple[str, ...] = ()) -> list[Any]:
     """What `work` returns on each rank; where it raises on one, or its entries called `alike` differ, every rank raises
     the same GridError.
@@ -176,11 +188,11 @@ def _together(work: Callable[[], Any], alike: tuple[str, ...] = ()) -> list[Any]
     try:
         result = work()
     except (Exception, CheckpointException) as error:  # whatever it is, the others would wait for this rank
+        if _distributed() and is_of_an_exchange(error):
+            raise _control().failure(str(error)) from error
         failure = error
-    everyone = [(None if failure is None else _text(failure), result)]
-    if _distributed():
-        mine, everyone = everyone[0], [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
+    mine = (None if failure is None else _text(failure), result)
+    everyone = _control().gather(mine, "in save or load") if _distributed() else [mine]
     texts = [text for text, _ in everyone]
     if failed := [rank for rank, text in enumerate(texts) if text is not None]:
         text = texts[failed[0]]

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 import two_level_mha as tlm
 
@@ -157,6 +158,33 @@ def no_memory(job: Job) -> None:
     job.in_layer(1, allocate)
 
 
+def once(hooked: nn.Module, what: Callable) -> None:
+    """Runs `what` before the next forward pass of a module, and not again."""
+
+    def hook(*_) -> None:
+        handle.remove()
+        what()
+
+    handle = hooked.register_forward_pre_hook(hook)
+
+
+def no_memory_once(job: Job) -> None:
+    def allocate():
+        job.fault()
+        torch.rand(3)  # draws that the others do not make
+        torch.empty(1 << 50, dtype=torch.uint8)
+
+    once(job.layer(1), allocate)
+
+
+def fail_in_backward(job: Job) -> None:
+    def hook(module, args, output):
+        handle.remove()
+        output[0].register_hook(lambda grad: fail(job))
+
+    handle = job.layer(0).register_forward_hook(hook)
+
+
 def other_tokens(job: Job) -> None:
     job.fault()
     job.model.register_forward_pre_hook(
@@ -197,6 +225,22 @@ def train(job: Job, case: Callable) -> None:
                 continue
 
 
+def train_on(job: Job, case: Callable) -> None:
+    """Every rank lives: they open the mesh again and leave the step out."""
+    failures = []
+    for number in range(STEPS):
+        try:
+            with tlm.guard(job.mesh):
+                if number == WHEN and job.odd:
+                    case(job)
+                job.step(number)
+        except Exception as error:
+            failures.append(error)
+            tlm.reopen(job.mesh)
+            job.optimizer.zero_grad()
+    raise failures[0]
+
+
 def generate(job: Job, case: Callable) -> None:
     with tlm.guard(job.mesh):
         job.model.eval()
@@ -229,6 +273,19 @@ def collective(job: Job, case: Callable) -> None:
         case(job)
 
 
+def together(job: Job, case: Callable) -> None:
+    """The same, and the odd one dies in the middle of it."""
+    with tlm.guard(job.mesh):
+        job.step(0)
+        case(job)
+
+
+def kill_in_save(job: Job) -> None:
+    if job.odd:
+        HuggingFaceStorageWriter.write_data = lambda *_: job.kill()
+    kill_save(job)
+
+
 def kill_save(job: Job) -> None:
     tlm.save(job.directory, job.model, job.optimizer, step=1)
 
@@ -255,6 +312,8 @@ def grid(job: Job) -> None:
 CASES: dict[str, tuple[Callable, Callable]] = {case.__name__: (train, case) for case in TRAINING}
 CASES |= {case.__name__: (generate, case) for case in (kill_generate, fewer_tokens)}
 CASES |= {case.__name__: (collective, case) for case in (kill_save, kill_state_dict, kill_load)}
+CASES |= {case.__name__: (train_on, case) for case in (no_memory_once, fail_in_backward)}
+CASES["kill_in_save"] = (together, kill_in_save)
 CASES["other_grid"] = (other_grid, grid)
 
 
