@@ -85,17 +85,26 @@ Tensors enter_op(const Tensor& query, const Tensor& key, const Tensor& value, co
   Tensors all{entered.q, entered.k, entered.v};
   for (const Tensors* more : {&entered.q_rows, &entered.k_rows, &entered.shared})
     all.insert(all.end(), more->begin(), more->end());
-  if (entered.seal) all.push_back(at::scalar_tensor(*entered.seal, at::kLong));
+  if (entered.seal) all.push_back(*entered.seal);
   return all;
+}
+
+// The context of a `leave` whose `enter` gave this seal.
+Context sealed_context(const std::string& constants, c10::SymIntArrayRef sizes,
+                       const std::optional<Tensor>& seal) {
+  Context context = context_of(constants, sizes);
+  if (seal && context.grid.size() > 1) context.seal = Seal{*seal, context.groups.grid};
+  return context;
 }
 
 Tensor leave_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_weight,
                 const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
                 std::optional<double> scale, std::optional<c10::SymInt> causal,
                 std::optional<c10::SymInt> window, double softcap, double dropout_p,
-                const std::optional<Tensor>& seed, std::string constants, c10::SymIntArrayRef sizes) {
+                const std::optional<Tensor>& seed, std::string constants, c10::SymIntArrayRef sizes,
+                const std::optional<Tensor>& seal) {
   return leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed}, {out_weight, out_bias},
-               context_of(constants, sizes));
+               sealed_context(constants, sizes, seal));
 }
 
 std::tuple<Tensor, Tensor> leave_with_weights_op(
@@ -103,9 +112,9 @@ std::tuple<Tensor, Tensor> leave_with_weights_op(
     const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
     std::optional<double> scale, std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
     double softcap, double dropout_p, const std::optional<Tensor>& seed, std::string constants,
-    c10::SymIntArrayRef sizes, bool average) {
+    c10::SymIntArrayRef sizes, bool average, const std::optional<Tensor>& seal) {
   return leave_with_weights(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
-                            {out_weight, out_bias}, context_of(constants, sizes), average);
+                            {out_weight, out_bias}, sealed_context(constants, sizes, seal), average);
 }
 
 std::tuple<Tensor, Tensors, std::vector<c10::SymInt>> leave_with_cache_op(
@@ -113,10 +122,11 @@ std::tuple<Tensor, Tensors, std::vector<c10::SymInt>> leave_with_cache_op(
     const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
     std::optional<double> scale, std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
     double softcap, double dropout_p, const std::optional<Tensor>& seed, std::string constants,
-    c10::SymIntArrayRef sizes, at::TensorList memory, c10::SymIntArrayRef cache) {
+    c10::SymIntArrayRef sizes, at::TensorList memory, c10::SymIntArrayRef cache,
+    const std::optional<Tensor>& seal) {
   CacheLayer layer{parse("cache", kCacheFields, cache), memory.vec()};
   Tensor y = leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
-                   {out_weight, out_bias}, context_of(constants, sizes), &layer);
+                   {out_weight, out_bias}, sealed_context(constants, sizes, seal), &layer);
   return {y, layer.memory, list_of(kCacheFields, layer.numbers)};
 }
 
@@ -256,11 +266,18 @@ TORCH_LIBRARY(two_level_mha, library) {
       ") -> Tensor",
       hierarchical_all_gather_op);
 
+  // What the ranks of a grid compare in a call: csrc/comm/seal.h. The hash of what a rank was given, an int64
+  // on the CPU; its digits as they ride in an exchange; a copy of y, if the sums of all ranks' digits are of
+  // equal ones: compiled calls have no other way to depend on it.
+  library.def("seal(Tensor[] xs, SymInt[] numbers, str text, Tensor? before=None) -> Tensor");
+  library.def("seal_digits(Tensor seal, ScalarType dtype, int group_size) -> Tensor");
+  library.def("opened(Tensor y, Tensor sums, Tensor seal, int group_size, str group, str layer) -> Tensor");
+
   // First half of the pass: project, move. constants and sizes are what csrc/pass/context.h
   // makes its Context of. rows: tensors (B or 1, 1, L, ..) that go with tokens, such as rotary
   // angles. shared: parameters that every rank uses for its own rows and heads. -> q, k, v, the
   // rows of this rank's q, those of its k, and the shared ones, whose gradients are summed. If the
-  // sizes have a seal, then last the one for `leave`, a number on the CPU.
+  // sizes have a number to compare, then last the seal for `leave`, a number on the CPU.
   library.def(
       "enter("
       "Tensor query, "
@@ -298,7 +315,8 @@ TORCH_LIBRARY(two_level_mha, library) {
       "float dropout_p, "
       "Tensor? seed, "
       "str constants, "
-      "SymInt[] sizes"
+      "SymInt[] sizes, "
+      "Tensor? seal=None"
       ") -> Tensor",
       leave_op);
 
@@ -319,7 +337,8 @@ TORCH_LIBRARY(two_level_mha, library) {
       "Tensor? seed, "
       "str constants, "
       "SymInt[] sizes, "
-      "bool average=True"
+      "bool average=True, "
+      "Tensor? seal=None"
       ") -> (Tensor y, Tensor weights)",
       leave_with_weights_op);
 
@@ -342,7 +361,8 @@ TORCH_LIBRARY(two_level_mha, library) {
       "str constants, "
       "SymInt[] sizes, "
       "Tensor[] memory, "
-      "SymInt[] cache"
+      "SymInt[] cache, "
+      "Tensor? seal=None"
       ") -> (Tensor y, Tensor[] memory, SymInt[] cache)",
       leave_with_cache_op);
 

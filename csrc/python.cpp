@@ -90,6 +90,17 @@ void set_python_failure_handler(py::function handler) {
   });
 }
 
+// handler(text) -> the exception to raise.
+void set_python_difference_handler(py::function handler) {
+  auto* kept = new py::function(std::move(handler));
+  set_difference_handler([kept](const std::string& text) {
+    py::gil_scoped_acquire gil;
+    const py::object raised = (*kept)(text);
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(raised.ptr())), raised.ptr());
+    throw py::error_already_set();
+  });
+}
+
 template <class I>
 py::list rows_of(const Traffic<I>& traffic) {
   constexpr const char* kAxes[] = {"slice", "head", "grid"};
@@ -185,6 +196,8 @@ PYBIND11_MODULE(_C, m) {
         "Where this process is: (exchanges begun, layer, exchange, backward, whether it waits).");
   m.def("set_failure_handler", &set_python_failure_handler,
         "handler(group name, error text), called when an exchange fails: the exception to raise, or None.");
+  m.def("set_difference_handler", &set_python_difference_handler,
+        "handler(text), called where ranks differ in a compiled call: the exception to raise.");
   m.def("grid_problem", &grid_problem,
         "Empty if the grid fits, else the rule that broke and the grids that would do.");
   m.def("has_grid", &has_grid, "Whether a number of ranks has a valid grid.");

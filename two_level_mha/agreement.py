@@ -5,7 +5,7 @@
     source parameters, random generator         from_torch, parallelize                         check_same_weights
     inputs, settings, replicated parameters     the first call of a module, all with debug      check_call
     what decides the sizes of messages          a call in which it changes                      Calls.begin
-    layer, number of the call, inputs, mask,    every call on the CPU that is not compiled,     Calls.number and
+    layer, number of the call, inputs, mask,    every call on the CPU (compiled: no number),    Calls.number and
     options, writes to own blocks               in an exchange that it makes anyway             csrc/comm/seal.h
                                                 (neither of the two with debug=False)
     inputs of the whole model                   every call of it, with those of its layers      ModelInputs

@@ -113,6 +113,7 @@ class Control:
         if not self.alone:
             self._connect()
             _C.set_failure_handler(_failure_of_group)
+            _C.set_difference_handler(_difference)
 
     def holds(self, mesh: DeviceMesh) -> bool:
         return any(known() is mesh._get_root_mesh() for known in self._roots)
@@ -365,6 +366,11 @@ def same_in(control: Control, fields: dict[str, object], advice: str, what: str 
                 raise GridError(
                     f"{name} differs between ranks of the grid: {mine} on rank 0, {value} on rank {rank}; {advice}"
                 )
+
+
+def _difference(text: str) -> GridError:
+    """What C++ raises where ranks differ in a compiled call; others find the name of what differs (agreement.py)."""
+    return GridError(f"{text}; without torch.compile the error names it")
 
 
 def _failure_of_group(group: str, error: str) -> RankFailure | None:

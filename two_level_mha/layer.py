@@ -189,7 +189,7 @@ class GridAttention(nn.Module):
             entered = sizes if not number else [*sizes, number]
             q, k, v, *aside = _ops.enter(query, key, value, *weights, rows, shared, text, entered)
             if number:
-                seal = aside.pop().item()
+                seal = aside.pop()
             if between is not None:
                 at = 0 if rows is None else len(rows)
                 q, k, v = between(q, k, v, Aside(aside[:at], aside[at : 2 * at], aside[2 * at :]))
@@ -201,14 +201,14 @@ class GridAttention(nn.Module):
             # softcap no default of 0.0: torch.compile(dynamic=True) makes a float argument symbolic, and compiles twice
             arguments = (
                 q, k, v, out_weight, out_bias, attn_mask, scale, causal, window, 0.0 if softcap is None else softcap,
-                dropout_p, seed, text, sizes if seal is None else [*sizes, seal],
+                dropout_p, seed, text, sizes,
             )  # fmt: skip
             if need_weights:
-                return _ops.leave_with_weights(*arguments, average_attn_weights)
+                return _ops.leave_with_weights(*arguments, average_attn_weights, seal)
             if cache is None:
-                return _ops.leave(*arguments), None
+                return _ops.leave(*arguments, seal), None
             cache.check_new(k)
-            y, *kept = _ops.leave_with_cache(*arguments, cache.memory, cache.numbers())
+            y, *kept = _ops.leave_with_cache(*arguments, cache.memory, cache.numbers(), seal)
             cache.keep(*kept)
             return y, None
         except torch.distributed.DistError as error:
@@ -220,13 +220,15 @@ class GridAttention(nn.Module):
             tensors |= {f"what goes with tokens, {i}": x for i, x in enumerate(rows or ())}
             self.calls.explain(self._blocks(), options | {"position": call.position}, tensors)
         finally:
-            if number is not None:
+            if number is not None and not torch.compiler.is_compiling():
                 self.calls.end()
 
     def _begin(self, how: tuple, sizes: list[int], need_weights: bool, average: bool, query: Tensor) -> int | None:
         """Begins a call that the ranks compare: what its exchanges carry, 0 where they do not. None: no such call."""
-        if self.calls is None or torch.compiler.is_compiling() or not seals(self.debug):
+        if self.calls is None or not seals(self.debug):
             return None
+        if torch.compiler.is_compiling():  # a graph has no number that counts: it compares the rest
+            return int(query.is_cpu)
         batch, length, keys, *_ = sizes
         what = {"scheme, causal, bytes of an element, zero key, batch first": how, "batch": batch, "length": length}
         what |= {"keys": keys, "attention weights": (need_weights, need_weights and average), "dtype": query.dtype}

@@ -1,6 +1,7 @@
 #include "exchange.h"
 
 #include <ATen/ATen.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -53,7 +54,9 @@ const char* name_of(Collective kind) {
   }
 }
 
-Tensor in_group(const Group& group, const char* kind, const std::function<Tensor()>& exchange) {
+Tensor in_group(const Tensor& x, const Group& group, const char* kind,
+                const std::function<Tensor()>& exchange) {
+  if (at::isTensorSubclassLike(x)) return exchange();  // traced: nothing is sent
   Tensor result;
   in_exchange(group, kind, [&] { result = exchange(); });
   return result;
@@ -67,7 +70,7 @@ Tensor issue(Collective kind, const Tensor& buffer, const Group& group) {
     if (kind == Collective::all_gather) sizes[0] = group.size;
     return x.expand_symint(sizes).clone();
   }
-  return in_group(group, name_of(kind), [&] {
+  return in_group(x, group, name_of(kind), [&] {
     if (kind == Collective::all_gather)
       return call("_c10d_functional::all_gather_into_tensor", {x, group.size, group.name});
     if (kind == Collective::reduce_scatter && !x.is_cpu())
@@ -78,8 +81,8 @@ Tensor issue(Collective kind, const Tensor& buffer, const Group& group) {
 }
 
 Tensor finish(Collective kind, const Tensor& started, const Group& group) {
-  Tensor x =
-      empty(started) ? started.clone() : in_group(group, name_of(kind), [&] { return wait_tensor(started); });
+  Tensor x = empty(started) ? started.clone()
+                            : in_group(started, group, name_of(kind), [&] { return wait_tensor(started); });
   const bool summed_here = x.is_cpu() || empty(x);
   return kind == Collective::reduce_scatter && summed_here ? x.sum(0, /*keepdim=*/true) : x;
 }
@@ -155,7 +158,7 @@ void once_differentiable(const Tensor& gradient) {
 
 Tensor exchange_rows(const Tensor& x, const std::vector<int64_t>& sent, const std::vector<int64_t>& received,
                      const Group& group) {
-  return in_group(group, "all_to_all", [&] {
+  return in_group(x, group, "all_to_all", [&] {
     return wait_tensor(
         call("_c10d_functional::all_to_all_single", {x.contiguous(), received, sent, group.name}));
   });
@@ -164,15 +167,16 @@ Tensor exchange_rows(const Tensor& x, const std::vector<int64_t>& sent, const st
 Tensor sum_in_group(const Tensor& x, const Group& group) {
   if (group.size == 1 || empty(x)) return x;
   once_differentiable(x);
-  return in_group(group, "all_reduce", [&] {
+  return in_group(x, group, "all_reduce", [&] {
     return wait_tensor(
         call("_c10d_functional::all_reduce", {x.contiguous(), std::string("sum"), group.name}));
   });
 }
 
 Tensor sum_in_group_(const Tensor& x, const Group& group) {
+  if (at::isTensorSubclassLike(x)) return sum_in_group(x, group);  // graphs have no such form
   if (group.size == 1 || empty(x)) return x;
-  return in_group(group, "all_reduce", [&] {
+  return in_group(x, group, "all_reduce", [&] {
     return wait_tensor(call("_c10d_functional::all_reduce_", {x, std::string("sum"), group.name}));
   });
 }

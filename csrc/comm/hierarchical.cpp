@@ -7,7 +7,6 @@
 #include <algorithm>
 
 #include "exchange.h"
-#include "seal.h"
 
 namespace two_level_mha {
 
@@ -19,9 +18,10 @@ namespace {
 struct Stages : torch::CustomClassHolder {
   std::vector<GatherStage> stages;
   bool reversed, replicated;
-  std::optional<int64_t> seal;
+  std::optional<Seal> seal;
 
-  Stages(const std::vector<GatherStage>& stages, bool reversed, bool replicated, std::optional<int64_t> seal)
+  Stages(const std::vector<GatherStage>& stages, bool reversed, bool replicated,
+         const std::optional<Seal>& seal)
       : stages(stages), reversed(reversed), replicated(replicated), seal(seal) {}
 
   int64_t ranks() const {
@@ -50,11 +50,12 @@ Tensor gather_stage(const Tensor& x, const Group& group) {
 // The same with a seal's digits behind x, which become the sums of the group.
 Tensor gather_stage_sealed(const Tensor& x, Tensor& digits, const Group& group) {
   if (group.size == 1) return x.unsqueeze(0);
-  auto sizes = x.sizes().vec();
+  auto sizes = x.sym_sizes().vec();
   sizes.insert(sizes.begin(), group.size);
-  Tensor all = run(Collective::all_gather, with_seal(x, digits).unsqueeze(0), group);
-  digits = all.slice(1, x.numel()).sum(0, false, digits.scalar_type());
-  return all.narrow(1, 0, x.numel()).reshape(sizes);
+  const auto elements = x.sym_numel();
+  Tensor all = run(Collective::all_gather, with_digits(x, digits).unsqueeze(0), group);
+  digits = all.narrow_symint(1, elements, digits.size(0)).sum(0, false, digits.scalar_type());
+  return all.narrow_symint(1, 0, elements).reshape_symint(sizes);
 }
 
 Tensor scatter_stage(const Tensor& parts, const Group& group) {
@@ -92,11 +93,10 @@ struct HierarchicalAllGather : torch::autograd::Function<HierarchicalAllGather> 
     at::AutoDispatchBelowADInplaceOrView guard;
     Tensor parts = x.contiguous();
     if (call->seal) {
-      const int64_t ranks = call->ranks();
-      Tensor digits = seal_digits(*call->seal, x, ranks);
+      Tensor digits = digits_of(*call->seal, x);
       for (int64_t stage : call->order())
         parts = gather_stage_sealed(parts, digits, call->stages[stage].group);
-      check_seal(digits, ranks);
+      parts = opened(parts, digits, *call->seal);
     } else {
       for (int64_t stage : call->order()) parts = gather_stage(parts, call->stages[stage].group);
     }
@@ -137,7 +137,7 @@ struct HierarchicalAllGather : torch::autograd::Function<HierarchicalAllGather> 
 }  // namespace
 
 Tensor hierarchical_all_gather(const Tensor& x, const std::vector<GatherStage>& stages, bool reversed,
-                               bool replicated, std::optional<int64_t> seal) {
+                               bool replicated, const std::optional<Seal>& seal) {
   auto call = c10::make_intrusive<Stages>(stages, reversed, replicated, seal);
   return call->ranks() == 1 ? x : HierarchicalAllGather::apply(x, call);
 }

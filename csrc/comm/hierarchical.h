@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "group.h"
+#include "seal.h"
 
 namespace two_level_mha {
 
@@ -23,6 +24,6 @@ struct GatherStage {
 // uses the result alike, so the adjoint is its own block; otherwise a reduce-scatter.
 // seal: what the ranks compare by it (seal.h).
 Tensor hierarchical_all_gather(const Tensor& x, const std::vector<GatherStage>& stages, bool reversed,
-                               bool replicated, std::optional<int64_t> seal = std::nullopt);
+                               bool replicated, const std::optional<Seal>& seal = std::nullopt);
 
 }  // namespace two_level_mha

@@ -10,7 +10,6 @@
 #include "../plan/traffic.h"
 #include "exchange.h"
 #include "requires_grad.h"
-#include "seal.h"
 
 namespace two_level_mha {
 
@@ -47,14 +46,15 @@ Tensor sum_in_place(const Tensor& x, const SumGroups& groups) {
 
 struct ReduceReplicated : torch::autograd::Function<ReduceReplicated> {
   static Tensor forward(AutogradContext*, const Tensor& x, const SumGroups& groups,
-                        std::optional<at::ScalarType> reduce_dtype, std::optional<int64_t> seal) {
+                        std::optional<at::ScalarType> reduce_dtype, const std::optional<Seal>& seal) {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (!seal) return sum_over(x, groups, reduce_dtype);
     Tensor mine = reduce_dtype ? x.to(*reduce_dtype) : x;
-    const int64_t ranks = groups.all.size;
-    Tensor sums = sum_in_place(with_seal(mine, seal_digits(*seal, mine, ranks)), groups);
-    check_seal(sums.slice(0, x.numel()), ranks);
-    return sums.narrow(0, 0, x.numel()).view(x.sizes()).to(x.scalar_type());
+    const Tensor digits = digits_of(*seal, mine);
+    const auto elements = x.sym_numel();
+    Tensor sums = sum_in_place(with_digits(mine, digits), groups);
+    Tensor y = sums.narrow_symint(0, 0, elements).view_symint(x.sym_sizes());
+    return opened(y, sums.narrow_symint(0, elements, digits.size(0)), *seal).to(x.scalar_type());
   }
   static variable_list backward(AutogradContext*, variable_list grads) {
     once_differentiable(grads[0]);
@@ -106,7 +106,7 @@ Tensor sum_over(const Tensor& x, const SumGroups& groups, std::optional<at::Scal
 }
 
 Tensor reduce_replicated(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype,
-                         std::optional<int64_t> seal) {
+                         const std::optional<Seal>& seal) {
   return groups.all.size == 1 ? x : ReduceReplicated::apply(x, groups, reduce_dtype, seal);
 }
 

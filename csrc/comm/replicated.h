@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "group.h"
+#include "seal.h"
 
 namespace two_level_mha {
 
@@ -21,7 +22,7 @@ Tensor sum_over(const Tensor& x, const SumGroups& groups, std::optional<at::Scal
 // Forward: the sum. Backward: identity, since y and so its gradient are the same on every rank. seal: what the
 // ranks compare by it (seal.h).
 Tensor reduce_replicated(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype,
-                         std::optional<int64_t> seal = std::nullopt);
+                         const std::optional<Seal>& seal = std::nullopt);
 
 // Forward: identity, the tensors are the same on every rank. Backward: the sum, in one exchange for all.
 std::vector<Tensor> enter_replicated(const std::vector<Tensor>& xs, const SumGroups& groups,

@@ -2,15 +2,19 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <vector>
+#include <map>
 
 #include "../base/arithmetic.h"
 #include "../plan/traffic.h"
+#include "exchange.h"
 
 namespace two_level_mha {
 
@@ -43,68 +47,183 @@ uint64_t sum_of_words(const char* bytes, int64_t count) {
   return state;
 }
 
-}  // namespace
-
-void Hash::add(double x) {
-  uint64_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  mix(bits);
-}
-
-void Hash::add(const std::string& text) {
-  mix(text.size());
-  mix(sum_of_words(text.data(), text.size()));
-}
-
-void Hash::add(const Tensor& x) {
-  add(x.scalar_type());
-  add(x.requires_grad());
-  Tensor once = x.detach();
-  for (int64_t dim = 0; dim < x.dim(); ++dim) {
-    add(x.size(dim));
-    if (x.stride(dim) == 0 && x.size(dim) > 1) once = once.narrow(dim, 0, 1);
+class Hash {
+ public:
+  void mix(uint64_t x) {
+    state_ = (state_ ^ x) * 0x9e3779b97f4a7c15;
+    state_ ^= state_ >> 32;
   }
-  once = once.contiguous();
-  const auto* bytes = static_cast<const char*>(once.const_data_ptr());
-  const int64_t count = once.nbytes(), tasks = ceil_div(count, kBytesATask);
-  std::vector<uint64_t> sums(tasks);
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t at = task * kBytesATask;
-      sums[task] = sum_of_words(bytes + at, std::min(kBytesATask, count - at));
+
+  void mix(const Tensor& x) {
+    Tensor once = x.detach();
+    for (int64_t dim = 0; dim < x.dim(); ++dim) {
+      mix(x.size(dim));
+      if (x.stride(dim) == 0 && x.size(dim) > 1) once = once.narrow(dim, 0, 1);
     }
-  });
-  for (uint64_t sum : sums) mix(sum);
-}
-
-Tensor seal_digits(int64_t seal, const Tensor& x, int64_t ranks) {
-  const SealCode code = seal_code(x.element_size(), ranks);
-  Tensor digits = at::empty({code.elements()}, at::kDouble);
-  double* to = digits.mutable_data_ptr<double>();
-  for (int64_t i = 0; i < code.digits(); ++i) {
-    const auto digit = double((seal >> (i * code.bits)) & ((int64_t(1) << code.bits) - 1));
-    to[2 * i] = digit;
-    to[2 * i + 1] = code.complement ? 1 - digit : digit * digit;
+    once = once.contiguous();
+    const auto* bytes = static_cast<const char*>(once.const_data_ptr());
+    const int64_t count = once.nbytes(), tasks = ceil_div(count, kBytesATask);
+    std::vector<uint64_t> sums(tasks);
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t at = task * kBytesATask;
+        sums[task] = sum_of_words(bytes + at, std::min(kBytesATask, count - at));
+      }
+    });
+    for (uint64_t sum : sums) mix(sum);
   }
-  return digits.to(x.scalar_type());
-}
 
-void check_seal(const Tensor& sums, int64_t ranks) {
+  int64_t value() const { return int64_t(state_ & 0x7fffffffffffffff); }
+
+ private:
+  uint64_t state_ = 0;
+};
+
+bool alike(const Tensor& sums, int64_t ranks) {
   const SealCode code = seal_code(sums.element_size(), ranks);
+  TORCH_CHECK_VALUE(sums.numel() == code.elements(), "sums must have ", code.elements(), " elements, got ",
+                    sums.numel());
   const Tensor exact = sums.to(at::kDouble).contiguous();
   const double* sum = exact.const_data_ptr<double>();
-  bool alike = true;
   for (int64_t i = 0; i < code.digits(); ++i) {
     const double first = sum[2 * i], second = sum[2 * i + 1];
     // Cauchy and Schwarz: equal only where all digits are
-    alike &= code.complement ? first == 0 || second == 0 : double(ranks) * second == first * first;
+    if (code.complement ? first != 0 && second != 0 : double(ranks) * second != first * first) return false;
   }
-  TORCH_CHECK_WITH(DistError, alike,
-                   "the ranks of the grid are not in the same call of one layer with the same inputs");
+  return true;
 }
 
-Tensor with_seal(const Tensor& x, const Tensor& digits) {
+// Empty, or which ranks had something else than most. A collective verdict, since all have these sums.
+std::string difference(const Tensor& sums, const Seal& seal) {
+  if (alike(sums, seal.grid.size)) return "";
+  const Tensor all = run(Collective::all_gather, seal.hash.reshape({1, 1}), seal.grid);
+  const int64_t* hashes = all.const_data_ptr<int64_t>();
+  std::map<int64_t, int64_t> counts;
+  for (int64_t rank = 0; rank < seal.grid.size; ++rank) ++counts[hashes[rank]];
+  int64_t usual = hashes[0];
+  for (const auto& [hash, count] : counts)
+    if (count > counts[usual]) usual = hash;
+  std::string odd;
+  for (int64_t rank = 0; rank < seal.grid.size; ++rank)
+    if (hashes[rank] != usual) odd += (odd.empty() ? "" : ", ") + std::to_string(rank);
+  return "ranks of the grid differ in a call of " + (seal.grid.layer.empty() ? "a layer" : seal.grid.layer) +
+         ": rank " + odd +
+         " has not the inputs, mask, options, layer or number of the call that the others have";
+}
+
+std::function<void(const std::string&)>& difference_handler() {
+  static auto* handler =
+      new std::function<void(const std::string&)>;  // never destroyed, as threads may outlive it
+  return *handler;
+}
+
+Tensor hash_cpu(at::TensorList xs, at::IntArrayRef numbers, std::string text,
+                const std::optional<Tensor>& before) {
+  Hash hash;
+  if (before) hash.mix(uint64_t(before->item<int64_t>()));
+  for (int64_t number : numbers) hash.mix(uint64_t(number));
+  hash.mix(sum_of_words(text.data(), text.size()));
+  for (const Tensor& x : xs) hash.mix(x);
+  return at::scalar_tensor(hash.value(), at::kLong);
+}
+
+Tensor hash_meta(at::TensorList xs, c10::SymIntArrayRef, std::string, const std::optional<Tensor>& before) {
+  const at::Device device = before ? before->device() : xs.empty() ? at::Device(at::kMeta) : xs[0].device();
+  return at::empty({}, at::TensorOptions(at::kLong).device(device));
+}
+
+Tensor digits_cpu(const Tensor& hash, at::ScalarType dtype, int64_t ranks) {
+  const SealCode code = seal_code(int64_t(c10::elementSize(dtype)), ranks);
+  const auto bits = hash.item<int64_t>();
+  Tensor digits = at::empty({code.elements()}, at::kDouble);
+  double* to = digits.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < code.digits(); ++i) {
+    const auto digit = double((bits >> (i * code.bits)) & ((int64_t(1) << code.bits) - 1));
+    to[2 * i] = digit;
+    to[2 * i + 1] = code.complement ? 1 - digit : digit * digit;
+  }
+  return digits.to(dtype);
+}
+
+Tensor digits_meta(const Tensor& hash, at::ScalarType dtype, int64_t ranks) {
+  return at::empty({seal_code(int64_t(c10::elementSize(dtype)), ranks).elements()},
+                   hash.options().dtype(dtype));
+}
+
+// A copy, since a graph has no other way to say that y is what was checked.
+Tensor opened_cpu(const Tensor& y, const Tensor& sums, const Tensor& hash, int64_t ranks, std::string group,
+                  std::string layer) {
+  const std::string text = difference(sums, {hash, {group, ranks, 0, layer, "grid"}});
+  if (!text.empty() && difference_handler()) difference_handler()(text);
+  TORCH_CHECK_WITH(DistError, text.empty(), text);
+  return y.clone();
+}
+
+Tensor opened_meta(const Tensor& y, const Tensor&, const Tensor&, int64_t, std::string, std::string) {
+  return at::empty_like(y);
+}
+
+}  // namespace
+
+void Facts::add(double x) {
+  int64_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  add(bits);
+}
+
+void Facts::add(const Tensor& x) {
+  add(x.scalar_type());
+  add(x.requires_grad());
+  add(x.dim());
+  tensors_.push_back(x);
+}
+
+Tensor Facts::hash(const std::optional<Tensor>& before) const {
+  static auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("two_level_mha::seal", "")
+          .typed<Tensor(at::TensorList, c10::SymIntArrayRef, std::string, const std::optional<Tensor>&)>();
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(tensors_, numbers_, text_, before);
+}
+
+Tensor digits_of(const Seal& seal, const Tensor& x) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("two_level_mha::seal_digits", "")
+                       .typed<Tensor(const Tensor&, at::ScalarType, int64_t)>();
+  return op.call(seal.hash, x.scalar_type(), seal.grid.size);
+}
+
+Tensor with_digits(const Tensor& x, const Tensor& digits) {
   return at::cat({x.reshape(-1), digits});
+}
+
+Tensor opened(const Tensor& y, const Tensor& sums, const Seal& seal) {
+  static auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("two_level_mha::opened", "")
+          .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, std::string, std::string)>();
+  if (at::isTensorSubclassLike(y))  // of a graph that is traced
+    return op.call(y, sums, seal.hash, seal.grid.size, seal.grid.name, seal.grid.layer);
+  const std::string text = difference(sums, seal);
+  TORCH_CHECK_WITH(DistError, text.empty(), text);
+  return y;
+}
+
+void set_difference_handler(std::function<void(const std::string&)> handler) {
+  difference_handler() = std::move(handler);
+}
+
+TORCH_LIBRARY_IMPL(two_level_mha, CPU, library) {
+  library.impl("seal", hash_cpu);
+  library.impl("seal_digits", digits_cpu);
+  library.impl("opened", opened_cpu);
+}
+
+TORCH_LIBRARY_IMPL(two_level_mha, Meta, library) {
+  library.impl("seal", hash_meta);
+  library.impl("seal_digits", digits_meta);
+  library.impl("opened", opened_meta);
 }
 
 }  // namespace two_level_mha

@@ -4,27 +4,29 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <type_traits>
+#include <vector>
+
+#include "group.h"
 
 namespace two_level_mha {
 
 using at::Tensor;
 
-// A hash of numbers and of tensors' contents, in order.
-class Hash {
+// What is hashed: numbers, a name, and tensors on the CPU with their contents, in order.
+class Facts {
  public:
-  explicit Hash(uint64_t start) : state_(start) {}
-
   template <class Number>
   std::enable_if_t<std::is_integral_v<Number> || std::is_enum_v<Number>, void> add(Number x) {
-    mix(uint64_t(x));
+    numbers_.emplace_back(int64_t(x));
   }
+  void add(const c10::SymInt& x) { numbers_.push_back(x); }
   void add(double x);
-  void add(const std::string& text);
-  // Shape, dtype, requires_grad and every bit of a CPU tensor; dims of stride 0 are read once.
+  void add(const std::string& text) { text_ += text; }
+  // Shape, dtype, requires_grad and every bit; dims of stride 0 are read once.
   void add(const Tensor& x);
   template <class T>
   void add(const std::optional<T>& x) {
@@ -32,25 +34,31 @@ class Hash {
     if (x) add(*x);
   }
 
-  int64_t value() const { return int64_t(state_ & 0x7fffffffffffffff); }
+  // The hash, an int64 on the CPU; before: one that it goes on from.
+  Tensor hash(const std::optional<Tensor>& before = std::nullopt) const;
 
  private:
-  void mix(uint64_t x) {
-    state_ = (state_ ^ x) * 0x9e3779b97f4a7c15;
-    state_ ^= state_ >> 32;
-  }
-
-  uint64_t state_;
+  std::vector<c10::SymInt> numbers_;
+  std::vector<Tensor> tensors_;
+  std::string text_;
 };
 
-// A rank's digits in the dtype of x: plan/traffic.h has the code.
-Tensor seal_digits(int64_t seal, const Tensor& x, int64_t ranks);
+// A call's hash, and the ranks that compare it.
+struct Seal {
+  Tensor hash;
+  Group grid;
+};
 
-// Raises torch.distributed's DistError unless all ranks had the same digits: a collective verdict, since all have
-// these sums.
-void check_seal(const Tensor& sums, int64_t ranks);
+// This rank's digits in the dtype of x: plan/traffic.h has the code.
+Tensor digits_of(const Seal& seal, const Tensor& x);
 
 // x as one dim with the digits behind it.
-Tensor with_seal(const Tensor& x, const Tensor& digits);
+Tensor with_digits(const Tensor& x, const Tensor& digits);
+
+// y, if the sums of all ranks' digits say that they had the same. Else every rank raises torch.distributed's
+// DistError, which names those that differ; in a compiled call what the handler of `set_difference_handler` throws.
+Tensor opened(const Tensor& y, const Tensor& sums, const Seal& seal);
+
+void set_difference_handler(std::function<void(const std::string& text)> handler);
 
 }  // namespace two_level_mha

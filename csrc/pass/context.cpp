@@ -66,7 +66,7 @@ Context context_of(const std::string& text, c10::SymIntArrayRef sizes) {
   }
   const bool sealed = sizes.size() == std::size(kSizes) + 1 && constant(sizes.back()) != 0;
   Sizes call = parse("sizes", kSizes, sizes.slice(0, sizes.size() - size_t(sealed)));
-  if (sealed) call.seal = constant(sizes.back());
+  if (sealed) call.number = constant(sizes.back());
   return context_of(constants, names, call);
 }
 
@@ -99,7 +99,7 @@ Context context_of(const Constants& constants, const std::vector<std::string>& n
                     {names[2], context.grid.size(), context.grid.rank(c.head_group, c.slice), layer, "grid"}};
   if (c.reduce_dtype >= 0) context.reduce_dtype = at::ScalarType(c.reduce_dtype);
   context.layer = layer;
-  if (sizes.seal != 0 && context.grid.size() > 1) context.seal = sizes.seal;
+  if (context.grid.size() > 1) context.number = sizes.number;
   context.first_key = sizes.first_key;
   context.zero_key = c.zero_key != 0;
   context.batch_first = c.batch_first != 0;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../comm/group.h"
+#include "../comm/seal.h"
 #include "../plan/price.h"
 #include "numbers.h"
 
@@ -74,9 +75,9 @@ struct Sizes {
   c10::SymInt keys = 1;               // tokens of the key input
   c10::SymInt position = 0;           // of the first query among all tokens; keys of a cache lie before it
   c10::SymInt first_key = 0;  // position of the first key that is seen, and of the mask's first column
-  // A hash of what the ranks compare in this call (comm/seal.h), 0 if they do not. For `enter` of what the
-  // caller knows, the number of the call; for `leave` the one that `enter` gave. Behind the list, if not 0.
-  int64_t seal = 0;
+  // For `enter`, behind the list: a number that the ranks compare, with all that is alike in the call (comm/seal.h); 0
+  // if they do not.
+  int64_t number = 0;
 };
 
 inline constexpr Field<Sizes, c10::SymInt> kSizes[] = {
@@ -94,8 +95,9 @@ struct Context {
   bool zero_key = false;
   bool batch_first = true;
   std::optional<at::ScalarType> reduce_dtype;
-  std::string layer;            // its name, for messages
-  std::optional<int64_t> seal;  // as Sizes has it
+  std::string layer;         // its name, for messages
+  int64_t number = 0;        // as Sizes has it; 0 on one rank
+  std::optional<Seal> seal;  // for `leave`, of what the ranks compare
 
   // Rows are sharded as chunks j and 2 m - 1 - j of 2 m.
   bool zigzag() const { return zigzag_rows(row, sizes.causal); }

@@ -3,7 +3,6 @@
 
 #include "../comm/gather.h"
 #include "../comm/replicated.h"
-#include "../comm/seal.h"
 #include "gathered_weights.h"
 #include "move.h"
 #include "pass.h"
@@ -64,16 +63,17 @@ std::tuple<Tensor, Tensor, Tensor> project_and_move(Inputs inputs, const QkvWeig
 }
 
 // What must be alike on every rank of the call, as far as it goes in here.
-int64_t seal_of(const Inputs& inputs, const std::vector<Tensor>& rows, const std::vector<Tensor>& shared,
-                const Context& context) {
-  Hash hash(*context.seal);
-  hash.add(context.layer);
-  hash.add(context.row.scheme);
-  hash.add(at::GradMode::is_enabled());
-  for (size_t which : inputs.at) hash.add(which);
+Tensor seal_of(const Inputs& inputs, const std::vector<Tensor>& rows, const std::vector<Tensor>& shared,
+               const Context& context) {
+  Facts facts;
+  facts.add(context.number);
+  facts.add(context.layer);
+  facts.add(context.row.scheme);
+  facts.add(at::GradMode::is_enabled());
+  for (size_t which : inputs.at) facts.add(which);
   for (const auto* tensors : {&inputs.distinct, &rows, &shared})
-    for (const Tensor& x : *tensors) hash.add(x);
-  return hash.value();
+    for (const Tensor& x : *tensors) facts.add(x);
+  return facts.hash();
 }
 
 void shard_token_rows(const std::vector<Tensor>& xs, const Context& context, Entered& entered) {
@@ -94,7 +94,7 @@ Entered enter(const Tensor& query, const Tensor& key, const Tensor& value, const
   const Inputs inputs(query, key, value);
   const auto project = context.shards_x() ? project_tokens : project_and_move;
   Entered entered;
-  if (context.seal) entered.seal = seal_of(inputs, rows, shared, context);
+  if (context.number != 0) entered.seal = seal_of(inputs, rows, shared, context);
   std::tie(entered.q, entered.k, entered.v) = project(inputs, weights, extra, context);
   shard_token_rows(rows, context, entered);
   entered.shared = enter_replicated(shared, over_grid(context.groups), context.reduce_dtype);

@@ -3,7 +3,6 @@
 #include "../attend/with_weights.h"
 #include "../comm/hierarchical.h"
 #include "../comm/replicated.h"
-#include "../comm/seal.h"
 #include "attention_weights.h"
 #include "gathered_weights.h"
 #include "local.h"
@@ -48,19 +47,18 @@ Tensor combine(Tensor o, const OutWeights& out, const Context& context) {
 // The context with all that must be alike on every rank in its seal.
 Context sealed(Context context, const Attend& attend, const OutWeights& out) {
   if (!context.seal) return context;
-  Hash hash(*context.seal);
-  hash.add(attend.mask);
-  hash.add(attend.scale);
-  hash.add(attend.softcap);
-  hash.add(attend.dropout_p);
-  hash.add(attend.seed);
-  for (const auto* number : {&attend.causal, &attend.window})
-    hash.add(*number ? std::optional<int64_t>(constant(**number)) : std::nullopt);
+  Facts facts;
+  facts.add(attend.mask);
+  facts.add(attend.scale);
+  facts.add(attend.softcap);
+  facts.add(attend.dropout_p);
+  facts.add(attend.seed);
+  for (const auto* number : {&attend.causal, &attend.window}) facts.add(*number);
   for (const auto* number :
        {&context.sizes.B, &context.sizes.L, &context.sizes.S, &context.sizes.position, &context.first_key})
-    hash.add(constant(*number));
-  hash.add(out.bias);
-  context.seal = hash.value();
+    facts.add(*number);
+  facts.add(out.bias);
+  context.seal->hash = facts.hash(context.seal->hash);
   return context;
 }
 

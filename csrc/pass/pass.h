@@ -20,7 +20,7 @@ struct Entered {
   Tensor q, k, v;
   std::vector<Tensor> q_rows, k_rows;
   std::vector<Tensor> shared;
-  std::optional<int64_t> seal;  // the call's, for `leave`, if the ranks compare it
+  std::optional<Tensor> seal;  // the call's hash, for `leave`, if the ranks compare it
 };
 
 // Inputs (B, L or S, D) replicated over the grid, (L or S, B, D) if not batch_first ->

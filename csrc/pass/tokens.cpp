@@ -8,7 +8,6 @@
 #include "../comm/pack.h"
 #include "../comm/replicated.h"
 #include "../comm/requires_grad.h"
-#include "../comm/seal.h"
 
 namespace two_level_mha {
 
@@ -39,11 +38,10 @@ Tensor my_tokens(const Tensor& x, const Context& context) {
 
 // This rank's parts (.., rows, ..) of several tensors -> the whole ones of `sizes`. seal: what the ranks compare.
 std::vector<Tensor> gather_tokens(const std::vector<Tensor>& parts, std::vector<c10::SymInt> sizes,
-                                  const Context& context, std::optional<int64_t> seal = std::nullopt) {
+                                  const Context& context, const std::optional<Seal>& seal = std::nullopt) {
   std::vector<Tensor> flat;
   for (const Tensor& part : parts) flat.push_back(part.reshape(-1));
-  const int64_t ranks = context.grid.size();
-  if (seal) flat.push_back(seal_digits(*seal, parts[0], ranks));
+  if (seal) flat.push_back(digits_of(*seal, parts[0]));
   Tensor mine =
       sum_over(flat.size() == 1 ? flat[0] : at::cat(flat), {context.groups.head, {}}, context.reduce_dtype);
   Tensor buffer = run(Collective::all_gather, mine.unsqueeze(0), context.groups.slice);
@@ -52,7 +50,7 @@ std::vector<Tensor> gather_tokens(const std::vector<Tensor>& parts, std::vector<
   sizes.insert(sizes.end(), {1, 1, 1, flat.back().size(0)});
   dims.push_back(-1);  // summed over the ranks
   auto whole = unpack(buffer, sizes, dims, context.sizes.m, context.zigzag());
-  check_seal(whole.back(), ranks);
+  whole[0] = opened(whole[0], whole.back(), *seal);
   whole.pop_back();
   return whole;
 }

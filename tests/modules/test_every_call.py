@@ -100,6 +100,40 @@ def test_what_differs_in_a_later_call_is_named(pool, grid, form):
             assert again, text
 
 
+COMPARED_COMPILED = (one_element, swapped, mask_element, replicated_bias, flipped_bias)
+
+
+def compiled_differences(form, backend) -> list[tuple[str, bool]]:
+    torch._dynamo.reset()
+    found = []
+    mesh = tlm.init_mesh("cpu", (2, 2))
+    layer = layer_on(mesh, **form)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for change in COMPARED_COMPILED:
+        x, mask = torch.randn(4, 8, 32, dtype=torch.float64), torch.zeros(8, 8).double()
+        assert isinstance(called(compiled, x, mask), torch.Tensor)
+        if dist.get_rank() == ODD:
+            change(layer, x, mask)
+        error = called(compiled, x, mask)
+        if dist.get_rank() != ODD:
+            change(layer, x, mask)
+        found.append((repr(error), isinstance(called(compiled, x, mask), torch.Tensor)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "form, backend",
+    [pytest.param(form, "inductor", marks=pytest.mark.slow) for form in FORMS]
+    + [(FORMS[0], "aot_eager"), (FORMS[-1], "aot_eager")],
+)
+def test_what_differs_in_a_compiled_call_is_noticed(pool, form, backend):
+    """E. Localises: a hash that is made when the graph is traced, a check that a compiler removes, a handler."""
+    for found in pool.run(compiled_differences, 4, form, backend, timeout=300):
+        for text, again in found:
+            assert text.startswith("GridError") and f"rank {ODD} has not" in text and "MultiheadAttention" in text, text
+            assert again, text
+
+
 def shapes(layer, x, mask):
     return layer, x[:, :4], mask[:4, :4]
 
