@@ -71,10 +71,10 @@ std::string resolve(const std::string& scheme, const Call& call, const Rates::Nu
   return scheme_row(resolve_scheme(scheme_from_name(scheme), call, Rates::from_numbers(profile))).name;
 }
 
-// (exchanges begun, layer, exchange, backward, waiting)
-std::tuple<int64_t, std::string, std::string, bool, bool> progress_tuple() {
+// (layer, exchange, backward, waiting)
+std::tuple<std::string, std::string, bool, bool> progress_tuple() {
   const Progress now = progress();
-  return {now.exchanges, now.layer, now.exchange, now.backward, now.waiting};
+  return {now.layer, now.exchange, now.backward, now.waiting};
 }
 
 // handler(group name, error text) -> the exception to raise in place of the error, or None. The handler lives on
@@ -192,8 +192,7 @@ std::map<std::string, int64_t> scheme_numbers() {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "What was compiled in: torch (version), cuda (yes or no), archs (GPU architectures), compiler.");
-  m.def("progress", &progress_tuple,
-        "Where this process is: (exchanges begun, layer, exchange, backward, whether it waits).");
+  m.def("progress", &progress_tuple, "Where this process is: (layer, exchange, backward, whether it waits).");
   m.def("set_failure_handler", &set_python_failure_handler,
         "handler(group name, error text), called when an exchange fails: the exception to raise, or None.");
   m.def("set_difference_handler", &set_python_difference_handler,

@@ -13,7 +13,6 @@ class State:
     """Where a rank is. beat counts the seconds, so that one that stands still shows."""
 
     beat: int = 0
-    exchanges: int = 0
     layer: str = ""
     exchange: str = ""
     backward: bool = False

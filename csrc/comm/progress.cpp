@@ -25,7 +25,6 @@ void begin(const Group& group, const char* kind) {
   const bool backward = torch::autograd::get_current_graph_task_id() != -1;
   std::lock_guard<std::mutex> lock(shared().mutex);
   Progress& now = shared().progress;
-  ++now.exchanges;
   now.layer = group.layer;
   now.exchange = std::string(kind) + " over the " + group.axis;
   now.backward = backward;

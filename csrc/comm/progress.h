@@ -9,8 +9,8 @@
 namespace two_level_mha {
 
 struct Progress {
-  int64_t exchanges = 0;  // that were begun
-  std::string layer;      // of the last one, and what it was: "all_to_all over the slice axis"
+  std::string
+      layer;  // of the last exchange that was begun, and what it was: "all_to_all over the slice axis"
   std::string exchange;
   bool backward = false;
   bool waiting = false;  // it has not come back

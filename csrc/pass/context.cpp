@@ -98,7 +98,6 @@ Context context_of(const Constants& constants, const std::vector<std::string>& n
                     {names[1], c.head_groups, c.head_group, layer, "head axis"},
                     {names[2], context.grid.size(), context.grid.rank(c.head_group, c.slice), layer, "grid"}};
   if (c.reduce_dtype >= 0) context.reduce_dtype = at::ScalarType(c.reduce_dtype);
-  context.layer = layer;
   if (context.grid.size() > 1) context.number = sizes.number;
   context.first_key = sizes.first_key;
   context.zero_key = c.zero_key != 0;

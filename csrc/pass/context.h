@@ -95,7 +95,6 @@ struct Context {
   bool zero_key = false;
   bool batch_first = true;
   std::optional<at::ScalarType> reduce_dtype;
-  std::string layer;         // its name, for messages
   int64_t number = 0;        // as Sizes has it; 0 on one rank
   std::optional<Seal> seal;  // for `leave`, of what the ranks compare
 

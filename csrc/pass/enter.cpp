@@ -67,7 +67,7 @@ Tensor seal_of(const Inputs& inputs, const std::vector<Tensor>& rows, const std:
                const Context& context) {
   Facts facts;
   facts.add(context.number);
-  facts.add(context.layer);
+  facts.add(context.groups.grid.layer);
   facts.add(context.row.scheme);
   facts.add(at::GradMode::is_enabled());
   for (size_t which : inputs.at) facts.add(which);
