@@ -132,7 +132,9 @@ def main() -> int:
     device = "cuda" if torch.cuda.device_count() >= ranks else "cpu"
     if device == "cuda":
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=torch.device("cuda", local))
+    else:
+        dist.init_process_group("gloo")
     try:
         return 0 if run(args, device) else 1
     except tlm.GridError as error:

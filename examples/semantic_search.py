@@ -146,9 +146,14 @@ def join_group(device_type: str) -> torch.device:
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    backend = "nccl" if device_type == "cuda" else "gloo"
-    group_store = dist.PrefixStore("search/group", store)
-    dist.init_process_group(backend, store=group_store, rank=rank, world_size=world, timeout=timedelta(minutes=10))
+    dist.init_process_group(
+        "nccl" if device_type == "cuda" else "gloo",
+        store=dist.PrefixStore("search/group", store),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(minutes=10),
+        device_id=device if device_type == "cuda" else None,
+    )
     return device
 
 

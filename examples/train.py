@@ -166,9 +166,10 @@ def main() -> int:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
     else:
         torch.set_num_threads(1)
-    dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("gloo")
     try:
         return run(args, device)
     finally:

@@ -257,7 +257,7 @@ def _agreeing(one: Found, options: dict) -> dict[str, object]:
     for variant in one.adapter.variants:
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of GPUs too
                 for gain, tolerance in TRIALS:
                     _probe(one, options | variant, gain, tolerance)
             return variant
@@ -280,7 +280,7 @@ def _probe(one: Found, options: dict, gain: float, tolerance: float) -> None:
         raise GridError(f"{where} is not supported: {error}") from None
     calls = []  # twice the same: a cache in them is written to
     for _ in range(2):
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         calls.append(one.adapter.inputs(original, torch.float64))
     for (args, kwargs), (our_args, our_kwargs) in zip(*calls, strict=True):
         try:

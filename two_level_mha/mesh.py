@@ -94,13 +94,15 @@ def init_mesh(
     process group. Then every rank raises RankFailure, which says who is missed and where, and the mesh is closed.
     A collective of all ranks. Meshes of one shape are one, with the last timeout that was given; `close` frees it.
     Raises GridError, on every rank, if the process group is not initialised, if grid is no pair of positive integers,
-    if the world size is not n * m, if no grid fits, for a timeout that is not positive, and if the ranks differ in
-    these arguments, in versions or builds of torch and of this package, in CPU capability, or in a variable TLM_*.
+    if the world size is not n * m, if no grid fits, for a timeout that is not positive, for "cuda" where Gloo serves it
+    or the current device is not LOCAL_RANK's, and if the ranks differ in these arguments, in versions or builds of
+    torch and of this package, in CPU capability, or in a variable TLM_*.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise GridError("init_mesh needs an initialised process group: call torch.distributed.init_process_group first")
     limit = refusal = shape = None
     try:
+        _check_device(device_type)
         limit = _checked_timeout(timeout)
         shape = _shape(device_type, grid, num_heads, num_kv_heads, head_dim, profile)
     except GridError as error:
@@ -158,6 +160,25 @@ def reopen(mesh: DeviceMesh) -> None:
     first = control.gather([generator.get_state() for generator in generators], "reopening the mesh")[0]
     for generator, state in zip(generators, first, strict=True):
         generator.set_state(state)
+
+
+def _check_device(device_type: str) -> None:
+    """Raises GridError where CUDA tensors of a mesh would go wrong."""
+    if device_type != "cuda":
+        return
+    backends = dict(part.split(":") for part in str(dist.get_backend_config()).split(",") if ":" in part)
+    if backends.get("cuda") == "gloo":
+        # its all_gather of CUDA tensors is a segmentation fault: pytorch #152645
+        raise GridError(
+            'init_mesh("cuda") needs NCCL for CUDA tensors, and the process group has Gloo: call '
+            'init_process_group("nccl"), or with "cpu:gloo,cuda:nccl"'
+        )
+    local = os.environ.get("LOCAL_RANK", "")
+    if local.isdigit() and int(local) < torch.cuda.device_count() and torch.cuda.current_device() != int(local):
+        raise GridError(
+            f"the current device is cuda:{torch.cuda.current_device()}, and LOCAL_RANK is {local}: call "
+            'torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) before init_mesh'
+        )
 
 
 def _shape(device_type: str, grid, num_heads, num_kv_heads, head_dim, profile) -> tuple[int, int]:

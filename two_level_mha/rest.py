@@ -121,7 +121,7 @@ def _probe(module: nn.Module, paths: tuple[str, str], share: int) -> str | tuple
     Why the numbers would not be the module's, or the paths of the modules that would see a part of the columns.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.enable_grad():  # no grad: torch's fast path
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of GPUs too
         try:
             (original,) = random_copy([module])
             first, second = (original.get_submodule(path) for path in paths)

@@ -1,6 +1,8 @@
 """Meshes: what init_mesh and Grid refuse, and meshes made elsewhere: on some of the ranks, or part of a bigger one."""
 
+import os
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +32,25 @@ def test_what_is_no_grid(pool):
     assert all(texts == found[0] for texts in found)
     for text, (_, pattern) in zip(found[0], GRIDS.values(), strict=True):
         assert re.search(pattern, text), text
+
+
+def cuda_meshes() -> list[str]:
+    texts = [text_of(tlm.init_mesh, "cuda", (1, 2))]
+    with (
+        mock.patch.dict(os.environ, {"LOCAL_RANK": str(dist.get_rank())}),
+        mock.patch.object(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl"),
+        mock.patch.object(torch.cuda, "device_count", lambda: 2),
+        mock.patch.object(torch.cuda, "current_device", lambda: 0),
+    ):
+        texts.append(text_of(tlm.init_mesh, "cuda", (1, 2)))
+    return texts
+
+
+def test_cuda_tensors_need_their_backend_and_device(pool):
+    """Localises: CUDA tensors that reach Gloo, which dies of them; ranks that all compute on the first GPU."""
+    for backend, device in pool.run(cuda_meshes, 2):
+        assert 'init_mesh("cuda") needs NCCL for CUDA tensors, and the process group has Gloo' in backend
+        assert "the current device is cuda:0, and LOCAL_RANK is 1: call torch.cuda.set_device" in device
 
 
 def test_sizes_of_a_grid_are_integers():

@@ -5,6 +5,7 @@ A failure here with the tests of the pass green is in what is recognised, copied
 
 import copy
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -267,14 +268,20 @@ def test_weights_are_compared_once(pool):
     assert pool.run(digests, 4, model) == [len(list(model.parameters()))] * 4
 
 
-def test_random_state_is_left_alone():
-    """E. Localises: the trial before a replacement, which draws inputs and weights of its own."""
+def random_state_after(grid) -> tuple[bool, int]:
+    """Whether the CPU's generator is where it was, and how often those of GPUs were seeded."""
     torch.manual_seed(5)
     expected = torch.rand(3)
-    model = make("BertModel")
+    model, mesh = make("BertModel"), grid and tlm.init_mesh("cpu", grid)
     torch.manual_seed(5)
-    tlm.parallelize(model, None)
-    assert torch.equal(torch.rand(3), expected)
+    with mock.patch.object(torch.cuda, "manual_seed_all") as seeded:
+        tlm.parallelize(model, mesh)
+    return torch.equal(torch.rand(3), expected), seeded.call_count
+
+
+def test_random_state_is_left_alone(pool):
+    """E. Localises: the trials before a replacement, of attention and of MLPs, which draw inputs and weights."""
+    assert [random_state_after(None), *pool.run(random_state_after, 2, (1, 2))] == [(True, 0)] * 3
 
 
 @pytest.mark.parametrize("kind", ["BertModel", "ViTModel"])

@@ -43,10 +43,11 @@ struct Call : Corner {
   int64_t d_v() const { return v.size(3); }
 };
 
-// 16-byte aligned base and strides, as all three kernels want them.
+// 16-byte aligned base and strides, as all three kernels want them; a dim that is expanded has none.
 Tensor aligned(const Tensor& x) {
   bool fits = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 && x.stride(3) == 1;
-  for (int64_t dim = 0; dim < 3; dim++) fits = fits && x.stride(dim) * x.element_size() % 16 == 0;
+  for (int64_t dim = 0; dim < 3; dim++)
+    fits = fits && x.stride(dim) * x.element_size() % 16 == 0 && (x.stride(dim) != 0 || x.size(dim) <= 1);
   return fits ? x : x.clone(at::MemoryFormat::Contiguous);
 }
 
