@@ -121,9 +121,12 @@ class Control:
     def __reduce__(self):  # copies of a layer share it; a process of another job has none
         return _known, (self.ranks,)
 
+    def _keys(self) -> dist.Store:
+        return dist.PrefixStore(f"two_level_mha/{self.ranks}/{self.number}", _get_default_store())
+
     def _connect(self) -> None:
         """Meets the other ranks: each has its state in the store, and a connection with each."""
-        store = dist.PrefixStore(f"two_level_mha/{self.ranks}/{self.number}", _get_default_store())
+        store = self._keys()
         self.store = store.clone() if hasattr(store, "clone") else store
         self._tell()
         limit = self.timeout or default_pg_timeout
@@ -156,9 +159,10 @@ class Control:
         self._ended = threading.Event()
         try:
             self._connect()
-            while self._freed:
-                self._make_again(self._freed[0])
-                del self._freed[0]
+            order = list(self.names)
+            for freed in sorted(self._freed, key=lambda freed: order.index(freed.name)):
+                self._make_again(freed)
+                self._freed.remove(freed)
         except BaseException:
             self.close()
             self.failure_text = failed or "it was not reopened"
@@ -166,9 +170,8 @@ class Control:
 
     def _make_again(self, freed: "_Freed") -> None:
         # new_group would choose another name, and layers, DTensors and compiled graphs have this one
-        store = dist.PrefixStore(f"reopened/{self.number}", _get_default_store())
         group, _ = dist.distributed_c10d._new_process_group_helper(
-            len(freed.ranks), freed.ranks.index(self.rank), freed.ranks, freed.backend, store, freed.name,
+            len(freed.ranks), freed.ranks.index(self.rank), freed.ranks, freed.backend, self._keys(), freed.name,
             timeout=self.timeout or default_pg_timeout,
         )  # fmt: skip
         dist.distributed_c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(freed.ranks)}

@@ -1,6 +1,7 @@
 """`guard` in one process and in two: what it lets through, and that ranks end with their parent."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness.calls import text_of
+from harness.pool import Pool
 
 import two_level_mha as tlm
 
@@ -82,8 +85,6 @@ def guarded(error: Exception) -> list[str]:
 @pytest.mark.parametrize("error", [KeyError("labels"), MemoryError("no more"), RuntimeError("of the user's")])
 def test_what_leaves_a_guarded_block(error):
     """Localises: an exception of one rank that the others wait for, or that is replaced where it was raised."""
-    from harness.pool import Pool
-
     ranks = Pool()
     try:
         start = time.monotonic()
@@ -96,5 +97,82 @@ def test_what_leaves_a_guarded_block(error):
             else:
                 assert first.startswith(f"RankFailure: rank 2 raised {name}: {error}"), first
             assert "closed after a failure" in second and f"rank 2 raised {name}" in second, second
+    finally:
+        ranks.close()
+
+
+def fail(mesh, layer, x) -> str:
+    """Rank 2 leaves, the others hear of it."""
+    try:
+        with tlm.guard(mesh):
+            if torch.distributed.get_rank() == 2:
+                torch.rand(5)
+                raise MemoryError("no more")
+            layer(x, x, x)
+    except Exception as error:
+        return type(error).__name__
+    return ""
+
+
+def reopened() -> list[tuple]:
+    mesh = tlm.init_mesh("cpu", (2, 2), timeout=60)
+    layer = tlm.TwoLevelMultiheadAttention(16, 4, mesh=mesh)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.ones(2, 3, 16)
+    found = []
+    for _ in range(2):
+        before = [layer(x, x, x)[0], compiled(x, x, x, need_weights=False)[0], layer.q_weight.full_tensor()]
+        failed = fail(mesh, layer, x)
+        tlm.reopen(mesh)
+        after = [layer(x, x, x)[0], compiled(x, x, x, need_weights=False)[0], layer.q_weight.full_tensor()]
+        after[0].sum().backward()
+        equal = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        found.append((failed, equal, torch.rand(3).tolist(), tlm.init_mesh("cpu", (2, 2)) is mesh))
+    return found
+
+
+def not_reopened() -> list[str]:
+    texts = []
+    mesh = tlm.init_mesh("cpu", (2, 2), timeout=3)
+    layer, x = tlm.TwoLevelMultiheadAttention(16, 4, mesh=mesh), torch.ones(2, 3, 16)
+    fail(mesh, layer, x)
+    other = tlm.init_mesh("cpu", (2, 2), timeout=3)
+    texts.append(text_of(tlm.reopen, mesh))
+    tlm.close(other)
+    texts.append(text_of(tlm.reopen, other))
+    last = tlm.init_mesh("cpu", (2, 2), timeout=3)
+    fail(last, tlm.TwoLevelMultiheadAttention(16, 4, mesh=last), x)
+    if torch.distributed.get_rank() != 2:
+        try:
+            tlm.reopen(last)
+        except tlm.RankFailure as error:
+            texts.append(str(error))
+    return texts
+
+
+def test_a_mesh_is_reopened():
+    """Localises: groups, their names or their order after a failure, counts and generators that ranks have apart."""
+    ranks = Pool()
+    try:
+        found = ranks.run(reopened, 4, timeout=200)
+        for rank, tries in enumerate(found):
+            for failed, equal, _, same in tries:
+                assert failed == ("MemoryError" if rank == 2 else "RankFailure") and equal and same
+            assert [drawn for _, _, drawn, _ in tries] == [drawn for _, _, drawn, _ in found[0]]
+    finally:
+        ranks.close()
+
+
+def test_what_cannot_be_reopened():
+    """Localises: ranks that wait for one that does not come, and a mesh that has groups of its own no more."""
+    ranks = Pool()
+    try:
+        found = ranks.run(not_reopened, 4, timeout=100)
+        for rank, texts in enumerate(found):
+            anew, closed, *missed = texts
+            assert "was made anew" in anew and "was closed" in closed, texts
+            assert len(missed) == (rank != 2), texts
+            for text in missed:
+                assert re.search(r"rank \d waited 3 s to make the mesh: rank 2 is not there", text), text
     finally:
         ranks.close()
