@@ -143,8 +143,9 @@ def reopen(mesh: DeviceMesh) -> None:
     random generators, of the CPU and of the mesh's device, are set to those of its first rank. What the failed step has
     left is the caller's: gradients to be cleared, caches of a generation that broke off; and a rank that had finished
     its step has weights that the others have not, which the next call reports as a GridError: load the last checkpoint.
-    Raises RankFailure if a rank does not come, after which only a new job helps; GridError for what is no mesh, and for one that `close` has freed or
-    that was made anew.
+
+    Raises RankFailure if a rank does not come, after which only a new job helps; GridError for what is no mesh, and for
+    one that `close` has freed or that was made anew.
     """
     _check_mesh(mesh)
     control = controls().get(_ranks(mesh))
