@@ -8,10 +8,8 @@ verdict      the first sentence about a failure, written once; every rank's Rank
 import contextlib
 import datetime
 import hashlib
-import json
 import pickle
 import threading
-import time
 import weakref
 import zlib
 from dataclasses import dataclass, field
@@ -23,10 +21,7 @@ from torch.distributed.distributed_c10d import _get_default_store, default_pg_ti
 
 from two_level_mha import _C
 from two_level_mha.errors import GridError, RankFailure
-from two_level_mha.failures import State, are, first_line, is_of_an_exchange, judged
-
-BEAT = 1.0  # seconds between two states
-STORE_TIMEOUT = datetime.timedelta(seconds=5)  # of one question to the store, once something has failed
+from two_level_mha.failures import BEAT, Board, State, are, first_line, is_of_an_exchange
 
 # They live as long as the process group that their ranks are numbered in.
 _controls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -108,7 +103,7 @@ class Control:
         self.turn: tuple | None = None  # (call of the model, sizes before, sizes since) that the ranks agreed on
         self.failure_text: str | None = None
         self.doing = ""
-        self._beat, self._ended, self._lock = 0, threading.Event(), threading.RLock()
+        self._ended, self._lock = threading.Event(), threading.RLock()
         self.alone = dist.get_backend() == "fake"
         if not self.alone:
             self._connect()
@@ -126,18 +121,18 @@ class Control:
 
     def _connect(self) -> None:
         """Meets the other ranks: each has its state in the store, and a connection with each."""
-        store = self._keys()
-        self.store = store.clone() if hasattr(store, "clone") else store
+        self.board = Board(self._keys(), self.ranks, self.rank)
         self._tell()
         limit = self.timeout or default_pg_timeout
+        missed = self.board.wait(limit)
         try:
-            self.store.wait([str(rank) for rank in self.ranks], limit)
+            if missed:
+                raise RuntimeError(f"{are(missed)} not there")
             # not by new_group, which all ranks of the job would have to call
-            self.group = dist.ProcessGroupGloo(store, self.ranks.index(self.rank), len(self.ranks), limit)
+            self.group = dist.ProcessGroupGloo(self._keys(), self.ranks.index(self.rank), len(self.ranks), limit)
         except RuntimeError as error:
-            missed = [rank for rank in self.ranks if not self.store.check([str(rank)])]
-            who = f"{are(missed)} not there" if missed else f"no connection, {first_line(str(error))}"
-            raise RankFailure(f"rank {self.rank} waited {limit.total_seconds():g} s to make the mesh: {who}") from error
+            why = f"rank {self.rank} waited {limit.total_seconds():g} s to make the mesh: {first_line(str(error))}"
+            raise RankFailure(why) from error
         states = (weakref.ref(self), self._ended)
         threading.Thread(target=_tell_each_second, args=states, name="two_level_mha states", daemon=True).start()
 
@@ -261,12 +256,7 @@ class Control:
         if self.failure_text is None:
             here = self._state()
             self._free()  # first, so that all ranks hear of it at once
-            try:
-                verdict = self._verdict(error, here)
-                self._wait_for_readers()
-            except RuntimeError as lost:  # the store's errors
-                keeper = f"rank {self.ranks[0]}, or the launcher that keeps it, is gone"
-                verdict = f"the job's store does not answer, so {keeper}: {first_line(str(lost))}"
+            verdict = self.board.verdict(error, here, self.timeout)
             self.failure_text = f"{verdict} (rank {self.rank} was {here.text()}: {first_line(error)})"
             self._ended.set()
         return RankFailure(self.failure_text)
@@ -281,8 +271,7 @@ class Control:
                 error.add_note(str(failure))
             return
         self.doing = f"after {type(error).__name__}: {first_line(str(error))}"
-        with contextlib.suppress(RuntimeError):  # of the store: the error itself is what counts
-            self._tell()
+        self.board.tell_now(self._state())
 
     def leave(self, error: BaseException) -> None:
         """This rank will not come to the next exchange: the others are told why, and nobody waits for it."""
@@ -296,8 +285,7 @@ class Control:
     def leave_word(self, verdict: str) -> None:
         """What the others say, whose next exchange fails because this rank has closed its groups."""
         if not self.alone:
-            with contextlib.suppress(RuntimeError):
-                self.store.compare_set("verdict", "", verdict)
+            self.board.leave_word(verdict)
 
     def close(self) -> None:
         """Frees the groups and ends the thread."""
@@ -320,33 +308,10 @@ class Control:
         self.group = None
 
     def _state(self) -> State:
-        return State(self._beat, *_C.progress(), self.call, self.doing)
+        return State(*_C.progress(), self.call, self.doing)
 
     def _tell(self) -> None:
-        self.store.set(str(self.rank), json.dumps(vars(self._state())))
-        self._beat += 1
-
-    def _read(self) -> dict[int, State]:
-        return {rank: State(**json.loads(self.store.get(str(rank)))) for rank in self.ranks}
-
-    def _verdict(self, error: str, here: State) -> str:
-        self.store.set_timeout(STORE_TIMEOUT)
-        if not self.store.check(["verdict"]):
-            self._tell()
-            before = self._read()
-            time.sleep(2.5 * BEAT)
-            now = self._read()
-            still = [rank for rank in self.ranks if rank != self.rank and now[rank].beat == before[rank].beat]
-            self.store.compare_set("verdict", "", judged(error, self.rank, here, now, still, self.timeout))
-        return self.store.get("verdict").decode()
-
-    def _wait_for_readers(self) -> None:
-        """Rank 0 may keep the store: it stays until the others, but for one, have read the verdict."""
-        read = self.store.add("readers", 1)
-        deadline = time.monotonic() + 4 * BEAT
-        while self.rank == 0 and read < len(self.ranks) - 1 and time.monotonic() < deadline:
-            time.sleep(0.05)
-            read = self.store.add("readers", 0)
+        self.board.tell(self._state())
 
 
 def same_in(control: Control, fields: dict[str, object], advice: str, what: str = "") -> None:

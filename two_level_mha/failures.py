@@ -1,8 +1,26 @@
-"""What ranks tell each other about where they are, and the sentence that is made of it once an exchange has failed."""
+"""What ranks tell each other about where they are, and the sentence that is made of it once an exchange has failed.
 
+State    where a rank is; a thread of every rank writes it to the job's store each second
+verdict  the first sentence about a failure, written once; every rank's RankFailure begins with it
+"""
+
+import contextlib
 import datetime
+import json
 import re
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch.distributed as dist
+
+BEAT = 1.0  # seconds between two states
+JUDGED = 2.5  # seconds in which a rank that lives has told a new state
+LINGER, PATIENCE = (
+    4.5,
+    4.8,
+)  # seconds after a failure in which all is said, so that no rank is there 5 s after the limit
 
 _OF_AN_EXCHANGE = re.compile("gloo|nccl|Timed out|timed out|closed by peer|reset by peer", re.IGNORECASE)
 _CLOSED = re.compile("closed by peer|reset by peer|Broken pipe|refused", re.IGNORECASE)
@@ -10,15 +28,15 @@ _CLOSED = re.compile("closed by peer|reset by peer|Broken pipe|refused", re.IGNO
 
 @dataclass
 class State:
-    """Where a rank is. beat counts the seconds, so that one that stands still shows."""
+    """Where a rank is."""
 
-    beat: int = 0
     layer: str = ""
     exchange: str = ""
     backward: bool = False
     waiting: bool = False
     call: int = 0  # of whole models
     doing: str = ""  # what it compares with the others, or the exception that left its model
+    beat: int = 0  # counts the seconds, so that a rank that stands still shows
 
     def text(self) -> str:
         return self.doing or self.place()
@@ -35,7 +53,87 @@ def is_of_an_exchange(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _OF_AN_EXCHANGE.search(str(error)) is not None
 
 
-def judged(
+class Board:
+    """The ranks' states and the verdict on a failure, in a store that they share."""
+
+    def __init__(self, store: dist.Store, ranks: tuple[int, ...], rank: int) -> None:
+        self._store = store.clone() if hasattr(store, "clone") else store  # the thread has a connection of its own
+        self._ranks, self._rank, self._beat = ranks, rank, 0
+
+    def tell(self, state: State) -> None:
+        state.beat, self._beat = self._beat, self._beat + 1
+        self._store.set(str(self._rank), json.dumps(vars(state)))
+
+    def tell_now(self, state: State) -> None:
+        """By a process that may end before the thread's next turn; without an answer it goes on."""
+        with contextlib.suppress(RuntimeError):
+            _answered(lambda: self.tell(state))
+
+    def wait(self, limit: datetime.timedelta) -> list[int]:
+        """Waits until every rank has told a state; those that have not within the limit."""
+        with contextlib.suppress(RuntimeError):
+            self._store.wait([str(rank) for rank in self._ranks], limit)
+        return [rank for rank in self._ranks if not self._store.check([str(rank)])]
+
+    def leave_word(self, text: str) -> None:
+        """The verdict of a rank that leaves and will not read another's."""
+        with contextlib.suppress(RuntimeError):  # of the store: it is for the others
+            _answered(lambda: self._propose(text, [self._rank]))
+
+    def verdict(self, error: str, here: State, limit: datetime.timedelta | None) -> str:
+        """The sentence about an exchange that failed on this rank, alike on all that ask."""
+        try:
+            return _answered(lambda: self._verdict(error, here, limit))
+        except RuntimeError as lost:
+            keeper = f"rank {self._ranks[0]}, or the launcher that keeps it, is gone or stands still"
+            return f"the job's store does not answer, so {keeper}: {first_line(str(lost))}"
+
+    def _verdict(self, error: str, here: State, limit: datetime.timedelta | None) -> str:
+        start = time.monotonic()
+        self._store.set_timeout(datetime.timedelta(seconds=PATIENCE))
+        if not self._store.check(["verdict"]):
+            self.tell(here)
+            before = self._read()
+            time.sleep(JUDGED)
+            now = self._read()
+            still = [rank for rank in self._ranks if rank != self._rank and now[rank].beat == before[rank].beat]
+            self._propose(_judged(error, self._rank, here, now, still, limit), still)
+        text, absent = json.loads(self._store.get("verdict"))
+        self._store.set(f"read {self._rank}", "")
+        readers = [f"read {rank}" for rank in self._ranks if rank not in absent]
+        # rank 0 may keep the store: it stays until the others have read
+        while self._rank == 0 and not self._store.check(readers) and time.monotonic() < start + LINGER:
+            time.sleep(0.05)
+        return text
+
+    def _propose(self, text: str, absent: list[int]) -> None:
+        self._store.compare_set("verdict", "", json.dumps([text, absent]))
+
+    def _read(self) -> dict[int, State]:
+        return {rank: State(**json.loads(self._store.get(str(rank)))) for rank in self._ranks}
+
+
+def _answered(question: Callable[[], object]) -> object:
+    """The answer to a question to the store. One whose keeper stands still answers never, whatever its time-out is."""
+    answers: list[object] = []
+
+    def ask() -> None:
+        try:
+            answers.append(question())
+        except RuntimeError as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=ask, name="two_level_mha question", daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    if not answers:
+        raise RuntimeError(f"nothing for {PATIENCE:g} s")
+    if isinstance(answers[0], RuntimeError):
+        raise answers[0]
+    return answers[0]
+
+
+def _judged(
     error: str, rank: int, here: State, now: dict[int, State], still: list[int], limit: datetime.timedelta | None
 ) -> str:
     """The sentence about an exchange that failed on `rank`. now: every rank's state; still: whose beat stands still."""

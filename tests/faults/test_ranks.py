@@ -53,8 +53,8 @@ REOPENED = ("no_memory_once", "fail_in_backward")  # by every rank, which leaves
 FAST = ("kill_forward", "kill_backward", "stop_forward", "swap_layers", "no_memory_once", "kill_save", "other_grid")
 
 
-def run(ranks: int, cases: list[str]) -> dict[str, dict]:
-    command = [sys.executable, str(PROGRAM), "--ranks", str(ranks), *cases]
+def run(ranks: int, cases: list[str], odd: int = ODD) -> dict[str, dict]:
+    command = [sys.executable, str(PROGRAM), "--ranks", str(ranks), "--odd", str(odd), *cases]
     done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return {found["case"]: found for found in map(json.loads, done.stdout.splitlines())}
@@ -99,3 +99,14 @@ def test_every_rank_ends_after_every_fault(ranks):
     assert list(found) == cases
     for one in found.values():
         check(one)
+
+
+@pytest.mark.slow
+def test_every_rank_ends_without_the_store():
+    """Localises: rank 0, which keeps the store here, is gone or stands still: questions to it that never end."""
+    for name, found in run(4, ["kill_forward", "stop_forward", "kill_save"], odd=0).items():
+        assert set(found["alive"]) <= ({0} if name == "stop_forward" else set()), found
+        for result in found["results"][1:]:
+            assert result["raised"] == "RankFailure" and result["seconds"] <= LIMIT + 5, (name, result)
+            assert "store does not answer, so rank 0, or the launcher that keeps it, is gone" in result["text"], result
+            assert re.search(rf"rank \d was (in|past) .*{LAYER}|in save or load", result["text"]), result
