@@ -100,11 +100,16 @@ class Board:
             self._propose(_judged(error, self._rank, here, now, still, limit), still)
         text, absent = json.loads(self._store.get("verdict"))
         self._store.set(f"read {self._rank}", "")
-        readers = [f"read {rank}" for rank in self._ranks if rank not in absent]
-        # rank 0 may keep the store: it stays until the others have read
-        while self._rank == 0 and not self._store.check(readers) and time.monotonic() < start + LINGER:
+        # rank 0 may keep the store: it stays until the others have read, of whom one may have gone another way
+        deadline = start + LINGER
+        while self._rank == 0 and (late := self._late(absent)) and time.monotonic() < deadline:
+            if len(late) == 1:
+                deadline = min(deadline, time.monotonic() + 0.5)
             time.sleep(0.05)
         return text
+
+    def _late(self, absent: list[int]) -> list[int]:
+        return [rank for rank in self._ranks if rank not in absent and not self._store.check([f"read {rank}"])]
 
     def _propose(self, text: str, absent: list[int]) -> None:
         self._store.compare_set("verdict", "", json.dumps([text, absent]))
