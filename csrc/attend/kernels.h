@@ -134,9 +134,10 @@ constexpr uint32_t kOfCuda = kHalves | kOtherWidth | kGroups | kOneRange | kCaus
 
 constexpr Kernel kKernels[] = {
     {"aten_cudnn", sm(90, 109), kOfCuda, reasons::cudnn, reasons::none},
-    {"aten_flash", sm(80), kOfCuda | kOffset | kBackward, reasons::flash, reasons::none},
-    {"aten_efficient", sm(50), kOfCuda | kFloat32 | kOffset | kMasks | kBackward | kGradLogsumexp,
-     reasons::efficient, reasons::none},
+    {"aten_flash", sm(80), kOfCuda | kOffset | kKeyStride | kBackward, reasons::flash, reasons::none},
+    {"aten_efficient", sm(50),
+     kOfCuda | kFloat32 | kOffset | kKeyStride | kMasks | kBackward | kGradLogsumexp, reasons::efficient,
+     reasons::none},
     {"cpu_decode", cpu_from(CpuLevel::avx2), kOfCpu & ~(kDropout | kBackward | kGradLogsumexp),
      reasons::no_width, reasons::many_rows},
     // Masks may leave a row without keys, or with none but finite biases: ATen's answers those otherwise.

@@ -262,6 +262,58 @@ Backward in_halves(const Tensor& grad_out, const Tensor& grad_logsumexp, const T
   return {cat_rows(dq, dq_below), dk + dk_below, dv + dv_below, Tensor()};
 }
 
+// --- keys that stand m = key_stride apart: rows r, r + m, .. of the call are a plain one, whose row t sees the
+// keys up to t + floor((r + causal) / m). causal is not negative here.
+
+AttentionParams of_every(const AttentionParams& p, int64_t r) {
+  AttentionParams part = p;
+  part.key_stride = 1;
+  part.causal = (r + *p.causal) / p.key_stride;
+  if (p.mask.defined() && p.mask.size(2) > 1) part.mask = p.mask.slice(2, r, std::nullopt, p.key_stride);
+  return part;
+}
+
+int64_t parts_of(const AttentionParams& p, int64_t L, int64_t S) {
+  return p.key_stride == 1 || p.keys_of_all(L, S) ? 1 : std::min(p.key_stride, L);
+}
+
+template <auto kForward>
+Forward in_strides(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
+  const int64_t L = q.size(2), parts = parts_of(params, L, k.size(2));
+  if (parts == 1) return in_halves<kForward>(q, k, v, params);
+  Tensor out = empty_rows(q, q.size(0), q.size(1), L, v.size(3));
+  Tensor logsumexp = at::empty({q.size(0), q.size(1), L}, q.options().dtype(at::kFloat));
+  for (int64_t r = 0; r < parts; ++r) {
+    auto every = [&](const Tensor& x) { return x.slice(2, r, std::nullopt, params.key_stride); };
+    const auto [part, sums] = in_halves<kForward>(every(q), k, v, of_every(params, r));
+    every(out).copy_(part);
+    every(logsumexp).copy_(sums);
+  }
+  return {out, logsumexp};
+}
+
+template <auto kBackward>
+Backward in_strides(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q, const Tensor& k,
+                    const Tensor& v, const Tensor& out, const Tensor& logsumexp,
+                    const AttentionParams& params) {
+  const int64_t L = q.size(2), parts = parts_of(params, L, k.size(2));
+  if (parts == 1) return in_halves<kBackward>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
+  Tensor dq = empty_rows(q, q.size(0), q.size(1), L, q.size(3)), dk, dv;
+  for (int64_t r = 0; r < parts; ++r) {
+    auto every = [&](const Tensor& x) {
+      return x.defined() ? x.slice(2, r, std::nullopt, params.key_stride) : x;
+    };
+    const auto [part, part_dk, part_dv, _] =
+        in_halves<kBackward>(every(grad_out), every(grad_logsumexp), every(q), k, v, every(out),
+                             every(logsumexp), of_every(params, r));
+    every(dq).copy_(part);
+    // halves would lose bits in every sum
+    dk = r == 0 ? part_dk.to(at::kFloat) : dk.add_(part_dk);
+    dv = r == 0 ? part_dv.to(at::kFloat) : dv.add_(part_dv);
+  }
+  return {dq, as_rows(dk.to(k.scalar_type())), as_rows(dv.to(v.scalar_type())), Tensor()};
+}
+
 }  // namespace
 
 Forward cudnn_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
@@ -269,23 +321,23 @@ Forward cudnn_forward(const Tensor& q, const Tensor& k, const Tensor& v, const A
 }
 
 Forward flash_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
-  return in_halves<flash>(q, k, v, params);
+  return in_strides<flash>(q, k, v, params);
 }
 
 Backward flash_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
                         const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
                         const AttentionParams& params) {
-  return in_halves<flash_gradients>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
+  return in_strides<flash_gradients>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
 }
 
 Forward efficient_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
-  return in_halves<efficient>(q, k, v, params);
+  return in_strides<efficient>(q, k, v, params);
 }
 
 Backward efficient_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
                             const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
                             const AttentionParams& params) {
-  return in_halves<efficient_gradients>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
+  return in_strides<efficient_gradients>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
 }
 
 }  // namespace two_level_mha

@@ -1,5 +1,5 @@
 // Attention on CUDA through the kernels that ATen carries, one after the other; see contract.h for the
-// contract and ../kernels.h for what each serves. Compiled only, not run.
+// contract and ../kernels.h for what each serves. Emulated only: tests answer in the place of those kernels.
 #pragma once
 
 #include "../contract.h"
