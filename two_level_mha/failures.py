@@ -23,7 +23,7 @@ LINGER, PATIENCE = (
 )  # seconds after a failure in which all is said, so that no rank is there 5 s after the limit
 
 _OF_AN_EXCHANGE = re.compile("gloo|nccl|Timed out|timed out|closed by peer|reset by peer", re.IGNORECASE)
-_CLOSED = re.compile("closed by peer|reset by peer|Broken pipe|refused", re.IGNORECASE)
+_OUTLASTED = re.compile("timed out|timeout", re.IGNORECASE)
 
 
 @dataclass
@@ -93,23 +93,21 @@ class Board:
         self._store.set_timeout(datetime.timedelta(seconds=PATIENCE))
         if not self._store.check(["verdict"]):
             self.tell(here)
+            if _OUTLASTED.search(error):
+                self._store.set("outlasted", "")  # others' connections are closed because of that
             before = self._read()
             time.sleep(JUDGED)
             now = self._read()
             still = [rank for rank in self._ranks if rank != self._rank and now[rank].beat == before[rank].beat]
-            self._propose(_judged(error, self._rank, here, now, still, limit), still)
+            closed = not self._store.check(["outlasted"])
+            self._propose(_judged(closed, self._rank, here, now, still, limit), still)
         text, absent = json.loads(self._store.get("verdict"))
         self._store.set(f"read {self._rank}", "")
-        # rank 0 may keep the store: it stays until the others have read, of whom one may have gone another way
-        deadline = start + LINGER
-        while self._rank == 0 and (late := self._late(absent)) and time.monotonic() < deadline:
-            if len(late) == 1:
-                deadline = min(deadline, time.monotonic() + 0.5)
+        readers = [f"read {rank}" for rank in self._ranks if rank not in absent]
+        # rank 0 may keep the store: it stays until the others have read
+        while self._rank == 0 and not self._store.check(readers) and time.monotonic() < start + LINGER:
             time.sleep(0.05)
         return text
-
-    def _late(self, absent: list[int]) -> list[int]:
-        return [rank for rank in self._ranks if rank not in absent and not self._store.check([f"read {rank}"])]
 
     def _propose(self, text: str, absent: list[int]) -> None:
         self._store.compare_set("verdict", "", json.dumps([text, absent]))
@@ -139,11 +137,11 @@ def _answered(question: Callable[[], object]) -> object:
 
 
 def _judged(
-    error: str, rank: int, here: State, now: dict[int, State], still: list[int], limit: datetime.timedelta | None
+    closed: bool, rank: int, here: State, now: dict[int, State], still: list[int], limit: datetime.timedelta | None
 ) -> str:
     """The sentence about an exchange that failed on `rank`. now: every rank's state; still: whose beat stands still."""
     if still:
-        gone = "gone" if _CLOSED.search(error) else f"without an answer for {seconds(limit)}"
+        gone = "gone" if closed else f"without an answer for {seconds(limit)}"
         return f"{are(still)} {gone}; last seen {now[still[0]].text()}"
     apart = {other: state for other, state in now.items() if other != rank and _place(state) != _place(here)}
     if not apart:

@@ -249,10 +249,9 @@ def generate(job: Job, case: Callable) -> None:
             if case is kill_generate:
                 calls = []
                 job.in_layer(1, lambda: calls.append(1) or (job.kill() if len(calls) == 6 else None))
-            else:
-                job.fault()
         job.model.generate(torch.arange(6).reshape(1, 6) + 1, max_new_tokens=tokens, do_sample=False)
         if tokens == 8:
+            job.fault()
             time.sleep(2 * DEADLINE)
 
 
