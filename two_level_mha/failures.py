@@ -17,10 +17,8 @@ import torch.distributed as dist
 
 BEAT = 1.0  # seconds between two states
 JUDGED = 2.5  # seconds in which a rank that lives has told a new state
-LINGER, PATIENCE = (
-    4.5,
-    4.8,
-)  # seconds after a failure in which all is said, so that no rank is there 5 s after the limit
+# Seconds after a failure in which all is said, so that no rank is there 5 s after the limit.
+LINGER, PATIENCE = 3.8, 4.6
 
 _OF_AN_EXCHANGE = re.compile("gloo|nccl|Timed out|timed out|closed by peer|reset by peer", re.IGNORECASE)
 _OUTLASTED = re.compile("timed out|timeout", re.IGNORECASE)
