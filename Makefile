@@ -40,7 +40,7 @@ test-slow: $(BUILD_STAMP)
 soak: $(BUILD_STAMP)
 	$(PYTHON) tests/faults/soak.py
 	$(PYTHON) tests/faults/saves.py --kills 100
-	$(PYTHON) tests/faults/ranks.py --ranks 8
+	cd tests && $(PYTHON) -m faults.test_ranks
 
 smoke: $(BUILD_STAMP)
 	$(PYTHON) -m pytest -m smoke $(PYTEST_ARGS) tests

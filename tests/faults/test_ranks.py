@@ -55,7 +55,7 @@ FAST = ("kill_forward", "kill_backward", "stop_forward", "swap_layers", "no_memo
 
 def run(ranks: int, cases: list[str], odd: int = ODD) -> dict[str, dict]:
     command = [sys.executable, str(PROGRAM), "--ranks", str(ranks), "--odd", str(odd), *cases]
-    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
     return {found["case"]: found for found in map(json.loads, done.stdout.splitlines())}
 
@@ -116,3 +116,9 @@ def test_every_rank_ends_without_the_store():
             assert result["raised"] == "RankFailure" and result["seconds"] <= LIMIT + 5, (name, result)
             assert "store does not answer, so rank 0, or the launcher that keeps it, is gone" in result["text"], result
             assert re.search(rf"rank \d was (in|past) .*{LAYER}|in save or load", result["text"]), result
+
+
+if __name__ == "__main__":  # of make soak
+    for one in run(8, list(EXPECTED)).values():
+        check(one)
+        print(f"{one['case']}: every rank ended and said why")
