@@ -13,6 +13,7 @@
 #include <map>
 
 #include "../base/arithmetic.h"
+#include "../plan/grid.h"
 #include "../plan/traffic.h"
 #include "exchange.h"
 
@@ -79,8 +80,23 @@ class Hash {
   uint64_t state_ = 0;
 };
 
+SealCode code_of(at::ScalarType dtype, int64_t ranks) {
+  TORCH_CHECK_VALUE(
+      dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+      "digits must be float64, float32, bfloat16 or float16, got ", dtype);
+  TORCH_CHECK_VALUE(ranks >= 1 && ranks <= kMaxRanks, "group_size must be positive, at most ", kMaxRanks,
+                    ", got ", ranks);
+  return seal_code(int64_t(c10::elementSize(dtype)), ranks);
+}
+
+int64_t number_of(const Tensor& seal) {
+  TORCH_CHECK_VALUE(seal.numel() == 1 && seal.scalar_type() == at::kLong && seal.is_cpu(),
+                    "seal must be an int64 tensor of one element on the CPU");
+  return seal.item<int64_t>();
+}
+
 bool alike(const Tensor& sums, int64_t ranks) {
-  const SealCode code = seal_code(sums.element_size(), ranks);
+  const SealCode code = code_of(sums.scalar_type(), ranks);
   TORCH_CHECK_VALUE(sums.numel() == code.elements(), "sums must have ", code.elements(), " elements, got ",
                     sums.numel());
   const Tensor exact = sums.to(at::kDouble).contiguous();
@@ -120,10 +136,13 @@ std::function<void(const std::string&)>& difference_handler() {
 Tensor hash_cpu(at::TensorList xs, at::IntArrayRef numbers, std::string text,
                 const std::optional<Tensor>& before) {
   Hash hash;
-  if (before) hash.mix(uint64_t(before->item<int64_t>()));
+  if (before) hash.mix(uint64_t(number_of(*before)));
   for (int64_t number : numbers) hash.mix(uint64_t(number));
   hash.mix(sum_of_words(text.data(), text.size()));
-  for (const Tensor& x : xs) hash.mix(x);
+  for (const Tensor& x : xs) {
+    TORCH_CHECK_VALUE(x.is_cpu() && x.layout() == at::kStrided, "xs must be strided tensors on the CPU");
+    hash.mix(x);
+  }
   return at::scalar_tensor(hash.value(), at::kLong);
 }
 
@@ -133,8 +152,8 @@ Tensor hash_meta(at::TensorList xs, c10::SymIntArrayRef, std::string, const std:
 }
 
 Tensor digits_cpu(const Tensor& hash, at::ScalarType dtype, int64_t ranks) {
-  const SealCode code = seal_code(int64_t(c10::elementSize(dtype)), ranks);
-  const auto bits = hash.item<int64_t>();
+  const SealCode code = code_of(dtype, ranks);
+  const int64_t bits = number_of(hash);
   Tensor digits = at::empty({code.elements()}, at::kDouble);
   double* to = digits.mutable_data_ptr<double>();
   for (int64_t i = 0; i < code.digits(); ++i) {
@@ -146,13 +165,13 @@ Tensor digits_cpu(const Tensor& hash, at::ScalarType dtype, int64_t ranks) {
 }
 
 Tensor digits_meta(const Tensor& hash, at::ScalarType dtype, int64_t ranks) {
-  return at::empty({seal_code(int64_t(c10::elementSize(dtype)), ranks).elements()},
-                   hash.options().dtype(dtype));
+  return at::empty({code_of(dtype, ranks).elements()}, hash.options().dtype(dtype));
 }
 
 // A copy, since a graph has no other way to say that y is what was checked.
 Tensor opened_cpu(const Tensor& y, const Tensor& sums, const Tensor& hash, int64_t ranks, std::string group,
                   std::string layer) {
+  number_of(hash);
   const std::string text = difference(sums, {hash, {group, ranks, 0, layer, "grid"}});
   if (!text.empty() && difference_handler()) difference_handler()(text);
   TORCH_CHECK_WITH(DistError, text.empty(), text);

@@ -55,6 +55,7 @@ def right_calls() -> dict[str, dict]:
     back = {"grad_out": out, "grad_logsumexp": logsumexp, "out": out, "logsumexp": logsumexp, "mask_grad": True}
     x, buffer = torch.randn(4, 6), ops.pack([q, k], [2, -1], 2)
     group = {"group_size": 2, "group": "no group"}
+    seal = torch.tensor(5)
     memory = [torch.randn(B, K, 8, d), torch.randn(B, K, 8, d)]
     return {
         "qkv_projection": projection,
@@ -68,6 +69,11 @@ def right_calls() -> dict[str, dict]:
         "reduce_scatter": {"x": x, "dim": 0, **group},
         "all_to_all": {"x": x, "split_dim": 0, "cat_dim": 1, **group},
         "all_reduce": {"x": x, **group},
+        "seal": {"xs": [x, q], "numbers": [1, 2], "text": "layer", "before": seal},
+        "seal_digits": {"seal": seal, "dtype": torch.float32, "group_size": 2},
+        "opened": {
+            "y": x, "sums": 2 * ops.seal_digits(seal, torch.float32, 2), "seal": seal, **group, "layer": "layer",
+        },
         "replicated": {"xs": [x, x[0]], **group, "reduce_dtype": torch.float32},
         "hierarchical_all_gather": {
             "x": x, "head_dim": 0, "slice_dim": 1, "grid": [1, 1, 0, 0], "slice_group": "", "head_group": "",

@@ -71,6 +71,12 @@ def packed() -> torch.Tensor:
     return ops.pack([random(*size) for size in SIZES], DIMS, 3, True).detach().requires_grad_()
 
 
+def sealed() -> tuple:
+    """What four ranks with one seal have summed."""
+    seal = torch.tensor(5)
+    return torch.randn(B, L), 4 * ops.seal_digits(seal, torch.float32, 4), seal, 4, "", "layer"
+
+
 # Of operators that are told a grid or a group: alone, where they send nothing.
 CASES = {
     "qkv_projection": lambda: (
@@ -91,6 +97,9 @@ CASES = {
     "all_to_all": lambda: ((random(B, L), 0, 1, 1, ""), {}),
     "all_reduce": lambda: ((random(B, L), 1, ""), {}),
     "hierarchical_all_gather": lambda: ((random(B, 2, L, 3), 1, 3, [1, 1, 0, 0], "", ""), {}),
+    "seal": lambda: (([random(B, L), random(D)], [1, 2], "layer", torch.tensor(5)), {}),
+    "seal_digits": lambda: ((torch.tensor(5), torch.float32, 4), {}),
+    "opened": lambda: (sealed(), {}),
     "enter": lambda: (enter(1, 1, "slices"), {}),
     "leave": lambda: (leave(1, 1, "slices"), {}),
     "leave_with_weights": lambda: (leave(1, 1, "slices"), {"average": False}),
