@@ -1,8 +1,7 @@
-"""What the ranks of a grid tell each other beside the exchanges of tensors: agreements, who is where, who has failed.
+"""What the ranks of a grid tell each other beside the exchanges of tensors: agreements, and that one has failed.
 
-Control      one for the ranks of a mesh: a Gloo group of its own, and keys in the job's store
-state        what a thread of every rank writes to the store each second: layer, exchange, direction
-verdict      the first sentence about a failure, written once; every rank's RankFailure begins with it
+A Control is there once for the ranks of a mesh: a Gloo group of its own, the groups of their meshes, and a Board in the
+job's store (failures.py), to which a thread tells each second where this rank is.
 """
 
 import contextlib
