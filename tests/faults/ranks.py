@@ -32,6 +32,7 @@ import two_level_mha as tlm
 LIMIT = 5.0  # seconds: timeout= of the mesh
 DEADLINE = LIMIT + 5.0
 STEPS, WHEN = 5, 2  # steps of a job, and the one with the fault
+TOLD = 1.5  # seconds until the others know which exchange a rank was in: all tell it each second
 PATIENCE = 60.0  # seconds for a job to reach its fault on a busy machine
 GRIDS = {4: (2, 2), 8: (2, 4)}
 
@@ -267,6 +268,7 @@ def collective(job: Job, case: Callable) -> None:
     """Something that every rank calls; the odd one dies instead."""
     with tlm.guard(job.mesh):
         job.step(0)
+        time.sleep(TOLD)
         if job.odd:
             job.kill()
         case(job)
@@ -276,6 +278,7 @@ def together(job: Job, case: Callable) -> None:
     """The same, and the odd one dies in the middle of it."""
     with tlm.guard(job.mesh):
         job.step(0)
+        time.sleep(TOLD)
         case(job)
 
 
