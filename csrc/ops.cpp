@@ -72,13 +72,21 @@ Tensor hierarchical_all_gather_op(const Tensor& x, int64_t head_dim, int64_t sli
 
 using Tensors = std::vector<Tensor>;
 
+// seal: what the ranks compare, as far as it is known.
+Context sealed_context(const std::string& constants, c10::SymIntArrayRef sizes,
+                       const std::optional<Tensor>& seal, const std::optional<Tensor>& verdict) {
+  Context context = context_of(constants, sizes);
+  if (seal && context.grid.size() > 1) context.seal = Seal{*seal, context.groups.grid, verdict};
+  return context;
+}
+
 Tensors enter_op(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& q_weight,
                  const Tensor& k_weight, const Tensor& v_weight, const std::optional<Tensor>& q_bias,
                  const std::optional<Tensor>& k_bias, const std::optional<Tensor>& v_bias,
                  const std::optional<Tensor>& bias_k, const std::optional<Tensor>& bias_v,
                  std::optional<Tensors> rows, std::optional<Tensors> shared, std::string constants,
-                 c10::SymIntArrayRef sizes) {
-  const Context context = context_of(constants, sizes);
+                 c10::SymIntArrayRef sizes, const std::optional<Tensor>& before) {
+  const Context context = sealed_context(constants, sizes, before, std::nullopt);
   const Entered entered = enter(query, key, value, {q_weight, k_weight, v_weight, q_bias, k_bias, v_bias},
                                 {bias_k, bias_v, context.zero_key}, rows.value_or(Tensors()),
                                 shared.value_or(Tensors()), context);
@@ -89,22 +97,14 @@ Tensors enter_op(const Tensor& query, const Tensor& key, const Tensor& value, co
   return all;
 }
 
-// The context of a `leave` whose `enter` gave this seal.
-Context sealed_context(const std::string& constants, c10::SymIntArrayRef sizes,
-                       const std::optional<Tensor>& seal) {
-  Context context = context_of(constants, sizes);
-  if (seal && context.grid.size() > 1) context.seal = Seal{*seal, context.groups.grid};
-  return context;
-}
-
 Tensor leave_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_weight,
                 const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
                 std::optional<double> scale, std::optional<c10::SymInt> causal,
                 std::optional<c10::SymInt> window, double softcap, double dropout_p,
                 const std::optional<Tensor>& seed, std::string constants, c10::SymIntArrayRef sizes,
-                const std::optional<Tensor>& seal) {
+                const std::optional<Tensor>& seal, const std::optional<Tensor>& verdict) {
   return leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed}, {out_weight, out_bias},
-               sealed_context(constants, sizes, seal));
+               sealed_context(constants, sizes, seal, verdict));
 }
 
 std::tuple<Tensor, Tensor> leave_with_weights_op(
@@ -112,9 +112,10 @@ std::tuple<Tensor, Tensor> leave_with_weights_op(
     const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
     std::optional<double> scale, std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
     double softcap, double dropout_p, const std::optional<Tensor>& seed, std::string constants,
-    c10::SymIntArrayRef sizes, bool average, const std::optional<Tensor>& seal) {
+    c10::SymIntArrayRef sizes, bool average, const std::optional<Tensor>& seal,
+    const std::optional<Tensor>& verdict) {
   return leave_with_weights(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
-                            {out_weight, out_bias}, sealed_context(constants, sizes, seal), average);
+                            {out_weight, out_bias}, sealed_context(constants, sizes, seal, verdict), average);
 }
 
 std::tuple<Tensor, Tensors, std::vector<c10::SymInt>> leave_with_cache_op(
@@ -123,10 +124,10 @@ std::tuple<Tensor, Tensors, std::vector<c10::SymInt>> leave_with_cache_op(
     std::optional<double> scale, std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
     double softcap, double dropout_p, const std::optional<Tensor>& seed, std::string constants,
     c10::SymIntArrayRef sizes, at::TensorList memory, c10::SymIntArrayRef cache,
-    const std::optional<Tensor>& seal) {
+    const std::optional<Tensor>& seal, const std::optional<Tensor>& verdict) {
   CacheLayer layer{parse("cache", kCacheFields, cache), memory.vec()};
   Tensor y = leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
-                   {out_weight, out_bias}, sealed_context(constants, sizes, seal), &layer);
+                   {out_weight, out_bias}, sealed_context(constants, sizes, seal, verdict), &layer);
   return {y, layer.memory, list_of(kCacheFields, layer.numbers)};
 }
 
@@ -266,18 +267,19 @@ TORCH_LIBRARY(two_level_mha, library) {
       ") -> Tensor",
       hierarchical_all_gather_op);
 
-  // What the ranks of a grid compare in a call: csrc/comm/seal.h. The hash of what a rank was given, an int64
-  // on the CPU; its digits as they ride in an exchange; a copy of y, if the sums of all ranks' digits are of
-  // equal ones: compiled calls have no other way to depend on it.
+  // What the ranks of a grid compare in a call: csrc/comm/seal.h. The hash of what a rank was given, an int64;
+  // its digits as they ride in an exchange; a copy of y, if the sums of all ranks' digits are of equal ones:
+  // compiled calls have no other way to depend on it; what the sums say, for a host that looks later.
   library.def("seal(Tensor[] xs, SymInt[] numbers, str text, Tensor? before=None) -> Tensor");
   library.def("seal_digits(Tensor seal, ScalarType dtype, int group_size) -> Tensor");
+  library.def("seal_verdict(Tensor sums, Tensor seal, int group_size, Tensor(a!) verdict) -> ()");
   library.def("opened(Tensor y, Tensor sums, Tensor seal, int group_size, str group, str layer) -> Tensor");
 
   // First half of the pass: project, move. constants and sizes are what csrc/pass/context.h
   // makes its Context of. rows: tensors (B or 1, 1, L, ..) that go with tokens, such as rotary
   // angles. shared: parameters that every rank uses for its own rows and heads. -> q, k, v, the
   // rows of this rank's q, those of its k, and the shared ones, whose gradients are summed. If the
-  // sizes have a number to compare, then last the seal for `leave`, a number on the CPU.
+  // sizes have a number to compare, then last the seal for `leave`, which goes on from `before`.
   library.def(
       "enter("
       "Tensor query, "
@@ -294,12 +296,13 @@ TORCH_LIBRARY(two_level_mha, library) {
       "Tensor[]? rows, "
       "Tensor[]? shared, "
       "str constants, "
-      "SymInt[] sizes"
+      "SymInt[] sizes, "
+      "Tensor? before=None"
       ") -> Tensor[]",
       enter_op);
 
   // Second half: attend, move back, combine. k and v as `enter` gave them,
-  // or those of a cache in the same layout; causal counts positions.
+  // or those of a cache in the same layout; causal counts positions. verdict: not waited for, csrc/comm/seal.h.
   library.def(
       "leave("
       "Tensor q, "
@@ -316,7 +319,8 @@ TORCH_LIBRARY(two_level_mha, library) {
       "Tensor? seed, "
       "str constants, "
       "SymInt[] sizes, "
-      "Tensor? seal=None"
+      "Tensor? seal=None, "
+      "Tensor(a!)? verdict=None"
       ") -> Tensor",
       leave_op);
 
@@ -338,7 +342,8 @@ TORCH_LIBRARY(two_level_mha, library) {
       "str constants, "
       "SymInt[] sizes, "
       "bool average=True, "
-      "Tensor? seal=None"
+      "Tensor? seal=None, "
+      "Tensor(a!)? verdict=None"
       ") -> (Tensor y, Tensor weights)",
       leave_with_weights_op);
 
@@ -362,7 +367,8 @@ TORCH_LIBRARY(two_level_mha, library) {
       "SymInt[] sizes, "
       "Tensor[] memory, "
       "SymInt[] cache, "
-      "Tensor? seal=None"
+      "Tensor? seal=None, "
+      "Tensor(a!)? verdict=None"
       ") -> (Tensor y, Tensor[] memory, SymInt[] cache)",
       leave_with_cache_op);
 

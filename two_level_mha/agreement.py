@@ -5,9 +5,10 @@
     source parameters, random generator         from_torch, parallelize                         check_same_weights
     inputs, settings, replicated parameters     the first call of a module, all with debug      check_call
     what decides the sizes of messages          a call in which it changes                      Calls.begin
-    layer, number of the call, inputs, mask,    every call on the CPU (compiled: no number),    Calls.number and
-    options, writes to own blocks               in an exchange that it makes anyway             csrc/comm/seal.h
-                                                (neither of the two with debug=False)
+    layer, number of the call, inputs, mask,    every call, in an exchange that it makes        Calls.number and
+    options, writes to own blocks               anyway; on a GPU looked at two calls later      csrc/comm/seal.h,
+                                                (compiled: no number, and on a GPU not;         deferred.py
+                                                neither of the two with debug=False)
     inputs of the whole model                   every call of it, with those of its layers      ModelInputs
 
 Digests are compared, not the tensors: over a group of its own (control.py), but for what rides in an exchange. What a
@@ -73,20 +74,29 @@ class Calls:
         if self._number != self.control.number:  # the mesh was reopened: ranks may have counted apart
             self.count, self._sizes, self._number = 0, {}, self.control.number
         self.count += 1
+        try:
+            self.control.deferred.look(self.name)
+            self._begin(sizes, compared)
+        except BaseException:
+            self.control.leave_call()
+            raise
+
+    def _begin(self, sizes: dict[str, object], compared: bool) -> None:
         turn, call = self.control.turn, self.control.call
         # one layer of a model has compared for the others, which must follow it
         turned = turn is not None and call > 0 and turn[:2] == (call, self._sizes)
         if turned and sizes == turn[2]:
             self._sizes = sizes
         elif turned or sizes != self._sizes:
-            try:
-                self._compare(sizes, compared)
-            except BaseException:
-                self.end()
-                raise
+            self._compare(sizes, compared)
 
-    def end(self) -> None:
+    def end(self, device: torch.device) -> None:
+        self.control.deferred.sent(device)
         self.control.leave_call()
+
+    def verdict(self, device: torch.device) -> Tensor | None:
+        """Where the call's exchange writes whether ranks differ; None: the call raises."""
+        return self.control.deferred.expect(self.name, self.count, device)
 
     def _compare(self, sizes: dict[str, object], compared: bool) -> None:
         if not compared and self._sizes is not None:
@@ -133,12 +143,14 @@ class ModelInputs:
         if torch.compiler.is_compiling():
             return
         named = {str(i): x for i, x in enumerate(args)} | kwargs
+        tensors = {name: x for name, x in named.items() if isinstance(x, Tensor) and not isinstance(x, DTensor)}
         described = {
-            f"input {name} of the model": f"{tuple(x.shape)} {digest([x])}"
-            for name, x in named.items()
-            if isinstance(x, Tensor) and not isinstance(x, DTensor) and x.device.type == "cpu"
+            f"input {name} of the model": f"{tuple(x.shape)} {digest([x]) if x.is_cpu else ''}"
+            for name, x in tensors.items()
         }
-        self.control.call, self.control.inputs = self.control.call + 1, Inputs(described)
+        elsewhere = [x for x in tensors.values() if x.is_cuda]
+        seal = torch.ops.two_level_mha.seal(elsewhere, [], "") if elsewhere else None
+        self.control.call, self.control.inputs = self.control.call + 1, Inputs(described, seal)
 
 
 class NoteOfFailure:

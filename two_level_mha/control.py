@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store, default_pg_timeout
 
 from two_level_mha import _C
+from two_level_mha.deferred import Deferred
 from two_level_mha.errors import GridError, RankFailure
 from two_level_mha.failures import BEAT, Board, State, are, first_line, is_of_an_exchange
 
@@ -80,10 +81,13 @@ class _Freed:
 
 
 class Inputs:
-    """What a model was given, name -> shape and digest, and a number that is the same on ranks that were given it."""
+    """What a model was given, name -> shape and digest, and a number that is the same on ranks that were given it.
 
-    def __init__(self, described: dict[str, str]) -> None:
-        self.described = described
+    seal: the hash of what was on a GPU, or None.
+    """
+
+    def __init__(self, described: dict[str, str], seal: torch.Tensor | None = None) -> None:
+        self.described, self.seal = described, seal
         self.hash = zlib.crc32(repr(described).encode())
 
 
@@ -98,6 +102,7 @@ class Control:
         self._roots: list[weakref.ref[DeviceMesh]] = []  # of those meshes
         self.meshes: dict[tuple, DeviceMesh] = {}  # (device type, n, m) -> the one of init_mesh
         self.layers = 0  # that were made on it
+        self.deferred = Deferred(ranks, self.gather)
         self.call, self.inputs = 0, Inputs({})  # of the model whose call is under way
         self.turn: tuple | None = None  # (call of the model, sizes before, sizes since) that the ranks agreed on
         self.failure_text: str | None = None
@@ -150,6 +155,7 @@ class Control:
         failed, self.failure_text = self.failure_text, None
         self.number, known[self.ranks] = known[self.ranks].number + 1, self
         self.call, self.inputs, self.turn, self.doing = 0, Inputs({}), None, ""
+        self.deferred.forget()
         self._ended = threading.Event()
         try:
             self._connect()

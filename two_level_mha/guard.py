@@ -37,6 +37,7 @@ def guard(mesh: DeviceMesh, *, end_with_parent: bool = False) -> Iterator[None]:
     control = place.control
     try:
         yield
+        control.deferred.look()
     except (RankFailure, GridError):
         raise
     except Exception as error:

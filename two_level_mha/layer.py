@@ -184,10 +184,12 @@ class GridAttention(nn.Module):
         )
         text = self._constants(*how)
         number = self._begin(how, sizes, need_weights, average_attn_weights, query)
-        seed = seal = None
+        seed = seal = verdict = before = None
+        if number and not torch.compiler.is_compiling():
+            verdict, before = self.calls.verdict(query.device), self.calls.control.inputs.seal
         try:
             entered = sizes if not number else [*sizes, number]
-            q, k, v, *aside = _ops.enter(query, key, value, *weights, rows, shared, text, entered)
+            q, k, v, *aside = _ops.enter(query, key, value, *weights, rows, shared, text, entered, before)
             if number:
                 seal = aside.pop()
             if between is not None:
@@ -204,11 +206,11 @@ class GridAttention(nn.Module):
                 dropout_p, seed, text, sizes,
             )  # fmt: skip
             if need_weights:
-                return _ops.leave_with_weights(*arguments, average_attn_weights, seal)
+                return _ops.leave_with_weights(*arguments, average_attn_weights, seal, verdict)
             if cache is None:
-                return _ops.leave(*arguments, seal), None
+                return _ops.leave(*arguments, seal, verdict), None
             cache.check_new(k)
-            y, *kept = _ops.leave_with_cache(*arguments, cache.memory, cache.numbers(), seal)
+            y, *kept = _ops.leave_with_cache(*arguments, cache.memory, cache.numbers(), seal, verdict)
             cache.keep(*kept)
             return y, None
         except torch.distributed.DistError as error:
@@ -221,7 +223,7 @@ class GridAttention(nn.Module):
             self.calls.explain(self._blocks(), options | {"position": call.position}, tensors)
         finally:
             if number is not None and not torch.compiler.is_compiling():
-                self.calls.end()
+                self.calls.end(query.device)
 
     def _begin(self, how: tuple, sizes: list[int], need_weights: bool, average: bool, query: Tensor) -> int | None:
         """Begins a call that the ranks compare: what its exchanges carry, 0 where they do not. None: no such call."""
@@ -232,9 +234,11 @@ class GridAttention(nn.Module):
         batch, length, keys, *_ = sizes
         what = {"scheme, causal, bytes of an element, zero key, batch first": how, "batch": batch, "length": length}
         what |= {"keys": keys, "attention weights": (need_weights, need_weights and average), "dtype": query.dtype}
+        captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
+        what |= {"grad mode": torch.is_grad_enabled(), "in the capture of a CUDA graph": captured}
         compared, self._just_compared = self._just_compared, False
-        self.calls.begin(what | {"grad mode": torch.is_grad_enabled()}, compared)
-        return self.calls.number(self._blocks()) if query.is_cpu else 0
+        self.calls.begin(what, compared)
+        return 0 if captured else self.calls.number(self._blocks())
 
     def _blocks(self) -> list[Tensor | None]:
         """The parameters that no other rank holds alike."""

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.optim import Optimizer
 
-from two_level_mha.control import Control, control_of
+from two_level_mha.control import Control, control_of, controls
 from two_level_mha.errors import GridError
 from two_level_mha.failures import is_of_an_exchange
 from two_level_mha.manifest import check_file, describe_file, new_folder, publish, read_manifest, some, step_name, sync
@@ -64,6 +64,8 @@ def save(
 
     def gather() -> dict[str, object]:
         nonlocal state
+        for control in controls().values():
+            control.deferred.look()
         alike = {
             "directory": str(_checked_path(directory)),
             "step": _checked_step(step),

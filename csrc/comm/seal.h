@@ -10,13 +10,14 @@
 #include <type_traits>
 #include <vector>
 
+#include "../plan/traffic.h"
 #include "group.h"
 
 namespace two_level_mha {
 
 using at::Tensor;
 
-// What is hashed: numbers, a name, and tensors on the CPU with their contents, in order.
+// What is hashed: numbers, a name, and tensors of one device with their contents, in order.
 class Facts {
  public:
   template <class Number>
@@ -34,7 +35,7 @@ class Facts {
     if (x) add(*x);
   }
 
-  // The hash, an int64 on the CPU; before: one that it goes on from.
+  // The hash, an int64 where the tensors are; before: one that it goes on from.
   Tensor hash(const std::optional<Tensor>& before = std::nullopt) const;
 
  private:
@@ -47,6 +48,9 @@ class Facts {
 struct Seal {
   Tensor hash;
   Group grid;
+  // int64, 2 elements, which the host can read: set, the call does not wait for what the sums say. verdict[0] becomes
+  // 1 where ranks differ, verdict[1] this rank's hash.
+  std::optional<Tensor> verdict = std::nullopt;
 };
 
 // This rank's digits in the dtype of x: plan/traffic.h has the code.
@@ -57,7 +61,16 @@ Tensor with_digits(const Tensor& x, const Tensor& digits);
 
 // y, if the sums of all ranks' digits say that they had the same. Else every rank raises torch.distributed's
 // DistError, which names those that differ; in a compiled call what the handler of `set_difference_handler` throws.
+// With a verdict nothing is raised here.
 Tensor opened(const Tensor& y, const Tensor& sums, const Seal& seal);
+
+// For implementations: the code of digits of a dtype, and the hash of all that is no tensor. Raise ValueError for what
+// has none.
+SealCode code_of(at::ScalarType dtype, int64_t ranks);
+uint64_t hash_of(at::IntArrayRef numbers, const std::string& text);
+// x, each dim of stride 0 cut to one element, contiguous: what of it is hashed.
+Tensor once(const Tensor& x);
+void check_verdict(const Tensor& sums, const Tensor& hash, const Tensor& verdict, int64_t ranks);
 
 void set_difference_handler(std::function<void(const std::string& text)> handler);
 

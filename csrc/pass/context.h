@@ -96,7 +96,7 @@ struct Context {
   bool batch_first = true;
   std::optional<at::ScalarType> reduce_dtype;
   int64_t number = 0;        // as Sizes has it; 0 on one rank
-  std::optional<Seal> seal;  // for `leave`, of what the ranks compare
+  std::optional<Seal> seal;  // of what the ranks compare, as far as it is known
 
   // Rows are sharded as chunks j and 2 m - 1 - j of 2 m.
   bool zigzag() const { return zigzag_rows(row, sizes.causal); }

@@ -73,7 +73,7 @@ Tensor seal_of(const Inputs& inputs, const std::vector<Tensor>& rows, const std:
   for (size_t which : inputs.at) facts.add(which);
   for (const auto* tensors : {&inputs.distinct, &rows, &shared})
     for (const Tensor& x : *tensors) facts.add(x);
-  return facts.hash();
+  return context.seal ? facts.hash(context.seal->hash) : facts.hash();
 }
 
 void shard_token_rows(const std::vector<Tensor>& xs, const Context& context, Entered& entered) {

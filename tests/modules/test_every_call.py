@@ -100,6 +100,70 @@ def test_what_differs_in_a_later_call_is_named(pool, grid, form):
             assert again, text
 
 
+def deferred_differences(grid, form) -> list[list]:
+    """As on a GPU, where a call does not wait for what its exchange says: what the calls after a difference raised."""
+    found = []
+    mesh = tlm.init_mesh("cpu", grid)
+    for change in SAME_SIZES:
+        layer, x, mask = layer_on(mesh, **form), torch.randn(4, 8, 32, dtype=torch.float64), torch.zeros(8, 8).double()
+        layer.calls.control.deferred.devices = ("cpu",)
+        for _ in range(3):
+            assert isinstance(called(layer, x, mask), torch.Tensor)
+        if dist.get_rank() == ODD:
+            change(layer, x, mask)
+        found.append([repr(called(layer, x, mask)) for _ in range(3)])
+        layer.calls.control.deferred.forget()  # the calls that followed differ too
+    mesh_control = layer.calls.control
+    try:
+        with tlm.guard(mesh):
+            layer, x, mask = layer_on(mesh, **form), torch.randn(4, 8, 32, dtype=torch.float64) + 1, None
+            for turn in range(2):
+                layer(x + (turn and dist.get_rank() == ODD), x, x)
+    except tlm.GridError as error:
+        found.append([repr(error)])
+    mesh_control.deferred.devices = ("cuda",)
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form.values()))
+@pytest.mark.parametrize("grid", GRIDS[:1])
+def test_what_differs_is_noticed_where_no_call_waits(pool, grid, form):
+    """E. Localises: a verdict that is looked at late, or not at the end of a guarded block. Emulated: on the CPU."""
+    for *found, (at_the_end,) in pool.run(deferred_differences, 4, grid, form):
+        assert len(found) == len(SAME_SIZES)
+        for first, second, third in found:
+            assert first.startswith("tensor") and second.startswith("tensor"), (first, second)
+            assert third.startswith("GridError") and f"rank {ODD} had not" in third and "in call 4 of" in third, third
+        assert f"rank {ODD} had not" in at_the_end and "in call 2 of" in at_the_end
+
+
+def deferred_in_a_model(what) -> str:
+    """One rank has another prompt; or the hash of inputs on a GPU, which is a tensor there, differs."""
+    model = tlm.parallelize(make("llama"), tlm.init_mesh("cpu", (2, 2))).eval()
+    control, odd = model.model.layers[0].self_attn.calls.control, dist.get_rank() == ODD
+    ids = torch.arange(12).reshape(2, 6) + 3
+    control.deferred.devices = ("cpu",)
+    model.generate(ids, max_new_tokens=3, do_sample=False)
+    ids += odd and what == "prompt"
+    if what == "seal":
+        model.register_forward_pre_hook(lambda *_: setattr(control.inputs, "seal", torch.tensor(int(odd))))
+    try:
+        with torch.no_grad():
+            model.generate(ids, max_new_tokens=3, do_sample=False)
+    except tlm.GridError as error:
+        return str(error)
+    finally:
+        control.deferred.forget()
+        control.deferred.devices = ("cuda",)
+
+
+@pytest.mark.parametrize("what", ["prompt", "seal"])
+def test_what_differs_in_generation_is_noticed_where_no_call_waits(pool, what):
+    """E. Localises: a verdict of a cached call, a hash that enter does not go on from. Emulated: on the CPU."""
+    for text in pool.run(deferred_in_a_model, 4, what):
+        assert f"rank {ODD} had not" in text and "in call 4 of" in text, text
+
+
 COMPARED_COMPILED = (one_element, swapped, mask_element, replicated_bias, flipped_bias)
 
 

@@ -71,6 +71,10 @@ def right_calls() -> dict[str, dict]:
         "all_reduce": {"x": x, **group},
         "seal": {"xs": [x, q], "numbers": [1, 2], "text": "layer", "before": seal},
         "seal_digits": {"seal": seal, "dtype": torch.float32, "group_size": 2},
+        "seal_verdict": {
+            "sums": 2 * ops.seal_digits(seal, torch.float32, 2), "seal": seal, "group_size": 2,
+            "verdict": torch.zeros(2, dtype=torch.int64),
+        },
         "opened": {
             "y": x, "sums": 2 * ops.seal_digits(seal, torch.float32, 2), "seal": seal, **group, "layer": "layer",
         },

@@ -99,6 +99,7 @@ CASES = {
     "hierarchical_all_gather": lambda: ((random(B, 2, L, 3), 1, 3, [1, 1, 0, 0], "", ""), {}),
     "seal": lambda: (([random(B, L), random(D)], [1, 2], "layer", torch.tensor(5)), {}),
     "seal_digits": lambda: ((torch.tensor(5), torch.float32, 4), {}),
+    "seal_verdict": lambda: ((*sealed()[1:4], torch.zeros(2, dtype=torch.int64)), {}),
     "opened": lambda: (sealed(), {}),
     "enter": lambda: (enter(1, 1, "slices"), {}),
     "leave": lambda: (leave(1, 1, "slices"), {}),

@@ -1,4 +1,4 @@
-"""What threads of the attention's CUDA kernels do, and how ATen's take a causal call, run on the host without torch."""
+"""What threads of the CUDA kernels do, and how ATen's take a causal call, run on the host without torch."""
 
 import shutil
 import subprocess
@@ -30,3 +30,8 @@ def test_units_of_the_merge_and_dropout_kernels(tmp_path):
 def test_corners(tmp_path):
     """E. Localises: keys that a row of a causal call loses or gains on its way to ATen's CUDA kernels."""
     assert "4320 causal calls right" in output_of("corner_test", tmp_path)
+
+
+def test_units_of_what_ranks_compare(tmp_path):
+    """E. Localises: a byte that a call's hash does not see, its digits, or a verdict on their sums, on CUDA."""
+    assert "3000 hashes and 12000 verdicts right" in output_of("seal_units_test", tmp_path)
