@@ -3,11 +3,13 @@
 #include <torch/extension.h>
 #include <torch/version.h>
 
+#include <array>
 #include <map>
 #include <string>
 
 #include "attend/kernels_python.h"
 #include "comm/progress.h"
+#include "comm/seal.h"
 #include "pass/cache.h"
 #include "pass/context.h"
 #include "plan/options.h"
@@ -90,15 +92,25 @@ void set_python_failure_handler(py::function handler) {
   });
 }
 
-// handler(text) -> the exception to raise.
-void set_python_difference_handler(py::function handler) {
-  auto* kept = new py::function(std::move(handler));
-  set_difference_handler([kept](const std::string& text) {
+// differ(text) -> the exception to raise; expect(group, layer, device) -> a tensor or None; sent(group, device).
+void set_python_seal_handlers(py::function differ, py::function expect, py::function sent) {
+  auto* kept = new std::array<py::function, 3>{std::move(differ), std::move(expect), std::move(sent)};
+  SealHandlers handlers;
+  handlers.differ = [kept](const std::string& text) {
     py::gil_scoped_acquire gil;
-    const py::object raised = (*kept)(text);
+    const py::object raised = (*kept)[0](text);
     PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(raised.ptr())), raised.ptr());
     throw py::error_already_set();
-  });
+  };
+  handlers.expect = [kept](const std::string& group, const std::string& layer, at::Device device) {
+    py::gil_scoped_acquire gil;
+    return (*kept)[1](group, layer, device).cast<std::optional<at::Tensor>>();
+  };
+  handlers.sent = [kept](const std::string& group, at::Device device) {
+    py::gil_scoped_acquire gil;
+    (*kept)[2](group, device);
+  };
+  set_seal_handlers(std::move(handlers));
 }
 
 template <class I>
@@ -195,8 +207,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("progress", &progress_tuple, "Where this process is: (layer, exchange, backward, whether it waits).");
   m.def("set_failure_handler", &set_python_failure_handler,
         "handler(group name, error text), called when an exchange fails: the exception to raise, or None.");
-  m.def("set_difference_handler", &set_python_difference_handler,
-        "handler(text), called where ranks differ in a compiled call: the exception to raise.");
+  m.def("set_seal_handlers", &set_python_seal_handlers,
+        "What compiled calls ask for where ranks compare them: differ(text), the exception to raise; "
+        "expect(group name, "
+        "layer, device), where the verdict goes, or None, where the call is to wait; sent(group name, "
+        "device), after it.");
   m.def("grid_problem", &grid_problem,
         "Empty if the grid fits, else the rule that broke and the grids that would do.");
   m.def("has_grid", &has_grid, "Whether a number of ranks has a valid grid.");

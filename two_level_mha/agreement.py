@@ -7,8 +7,8 @@
     what decides the sizes of messages          a call in which it changes                      Calls.begin
     layer, number of the call, inputs, mask,    every call, in an exchange that it makes        Calls.number and
     options, writes to own blocks               anyway; on a GPU looked at two calls later      csrc/comm/seal.h,
-                                                (compiled: no number, and on a GPU not;         deferred.py
-                                                neither of the two with debug=False)
+                                                (compiled: no number; neither of the two with   deferred.py
+                                                debug=False)
     inputs of the whole model                   every call of it, with those of its layers      ModelInputs
 
 Digests are compared, not the tensors: over a group of its own (control.py), but for what rides in an exchange. What a
@@ -96,7 +96,7 @@ class Calls:
 
     def verdict(self, device: torch.device) -> Tensor | None:
         """Where the call's exchange writes whether ranks differ; None: the call raises."""
-        return self.control.deferred.expect(self.name, self.count, device)
+        return self.control.deferred.expect(self.name, f"call {self.count}", device)
 
     def _compare(self, sizes: dict[str, object], compared: bool) -> None:
         if not compared and self._sizes is not None:

@@ -112,7 +112,7 @@ class Control:
         if not self.alone:
             self._connect()
             _C.set_failure_handler(_failure_of_group)
-            _C.set_difference_handler(_difference)
+            _C.set_seal_handlers(_difference, _expect, _sent)
 
     def holds(self, mesh: DeviceMesh) -> bool:
         return any(known() is mesh._get_root_mesh() for known in self._roots)
@@ -344,6 +344,21 @@ def same_in(control: Control, fields: dict[str, object], advice: str, what: str 
 def _difference(text: str) -> GridError:
     """What C++ raises where ranks differ in a compiled call; others find the name of what differs (agreement.py)."""
     return GridError(f"{text}; without torch.compile the error names it")
+
+
+def _expect(group: str, layer: str, device: torch.device) -> torch.Tensor | None:
+    """Where the exchange of a compiled call writes what it found. Raises GridError if an earlier one differed."""
+    for control in controls().values():
+        if group in control.names:
+            control.deferred.look(layer)
+            return control.deferred.expect(layer, "a compiled call", device)
+    return None
+
+
+def _sent(group: str, device: torch.device) -> None:
+    for control in controls().values():
+        if group in control.names:
+            control.deferred.sent(device)
 
 
 def _failure_of_group(group: str, error: str) -> RankFailure | None:

@@ -22,7 +22,7 @@ class Verdict:
     """Of one call: `said` is (whether ranks differ, this rank's hash), and holds once `event` has happened."""
 
     layer: str
-    call: int
+    call: str
     said: Tensor
     event: "torch.cuda.Event | None" = None
 
@@ -36,9 +36,12 @@ class Deferred:
         self._open: deque[Verdict] = deque()
         self._calls: Counter[str] = Counter()  # of a layer among the open ones
 
-    def expect(self, layer: str, call: int, device: torch.device) -> Tensor | None:
-        """Where the exchange of this call writes what it found; None: the call itself raises."""
-        if device.type not in self.devices:
+    def expect(self, layer: str, call: str, device: torch.device) -> Tensor | None:
+        """Where the exchange of this call writes what it found; None: the call itself raises.
+
+        None also while a CUDA graph is captured: when it runs nobody looks.
+        """
+        if device.type not in self.devices or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None
         said = torch.zeros(2, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self._open.append(Verdict(layer, call, said))
@@ -70,7 +73,7 @@ class Deferred:
         self._calls.clear()
 
     def _raise(self, verdict: Verdict, mine: int) -> None:
-        where = f"call {verdict.call} of {verdict.layer}"
+        where = f"{verdict.call} of {verdict.layer}"
         hashes = self._gather(mine, f"comparing {where}, in which ranks differed")
         usual = max(hashes, key=hashes.count)
         odd = [str(rank) for rank, found in zip(self._ranks, hashes, strict=True) if found != usual]

@@ -60,9 +60,18 @@ Tensor digits_of(const Seal& seal, const Tensor& x);
 Tensor with_digits(const Tensor& x, const Tensor& digits);
 
 // y, if the sums of all ranks' digits say that they had the same. Else every rank raises torch.distributed's
-// DistError, which names those that differ; in a compiled call what the handler of `set_difference_handler` throws.
-// With a verdict nothing is raised here.
+// DistError, which names those that differ. With a verdict nothing is raised here.
 Tensor opened(const Tensor& y, const Tensor& sums, const Seal& seal);
+
+// What compiled calls ask for, which have no Python around them. The group is the grid's.
+struct SealHandlers {
+  std::function<void(const std::string& text)> differ;  // throws
+  // The verdict of a call of this layer, or nothing, where the call is to wait.
+  std::function<std::optional<Tensor>(const std::string& group, const std::string& layer, at::Device)> expect;
+  std::function<void(const std::string& group, at::Device)> sent;  // after it
+};
+
+void set_seal_handlers(SealHandlers handlers);
 
 // For implementations: the code of digits of a dtype, and the hash of all that is no tensor. Raise ValueError for what
 // has none.
@@ -71,7 +80,5 @@ uint64_t hash_of(at::IntArrayRef numbers, const std::string& text);
 // x, each dim of stride 0 cut to one element, contiguous: what of it is hashed.
 Tensor once(const Tensor& x);
 void check_verdict(const Tensor& sums, const Tensor& hash, const Tensor& verdict, int64_t ranks);
-
-void set_difference_handler(std::function<void(const std::string& text)> handler);
 
 }  // namespace two_level_mha

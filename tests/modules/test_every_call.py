@@ -154,7 +154,7 @@ def deferred_in_a_model(what) -> str:
         return str(error)
     finally:
         control.deferred.forget()
-        control.deferred.devices = ("cuda",)
+        control.deferred.devices, control.inputs.seal = ("cuda",), None
 
 
 @pytest.mark.parametrize("what", ["prompt", "seal"])
@@ -196,6 +196,29 @@ def test_what_differs_in_a_compiled_call_is_noticed(pool, form, backend):
         for text, again in found:
             assert text.startswith("GridError") and f"rank {ODD} has not" in text and "MultiheadAttention" in text, text
             assert again, text
+
+
+def deferred_compiled_differences(form, backend) -> list[str]:
+    torch._dynamo.reset()
+    layer = layer_on(tlm.init_mesh("cpu", (2, 2)), **form)
+    deferred, compiled = layer.calls.control.deferred, torch.compile(layer, fullgraph=True, backend=backend)
+    x, mask = torch.randn(4, 8, 32, dtype=torch.float64), torch.zeros(8, 8).double()
+    called(compiled, x, mask)
+    deferred.devices = ("cpu",)
+    found = [called(compiled, x, mask) for _ in range(2)]
+    x[1, 2, 3] += 1e-9 * (dist.get_rank() == ODD)
+    found += [called(compiled, x, mask) for _ in range(3)]
+    deferred.forget()
+    deferred.devices = ("cuda",)
+    return [repr(one) for one in found]
+
+
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[-1]], ids=lambda form: "-".join(form.values()))
+def test_what_differs_in_a_compiled_call_is_noticed_where_no_call_waits(pool, form):
+    """E. Localises: the verdict that the operator of a compiled call asks for, or who looks at it. On the CPU."""
+    for *found, last in pool.run(deferred_compiled_differences, 4, form, "aot_eager", timeout=300):
+        assert all(text.startswith("tensor") for text in found), found
+        assert last.startswith("GridError") and f"rank {ODD} had not" in last and "a compiled call of" in last, last
 
 
 def shapes(layer, x, mask):
