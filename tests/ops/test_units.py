@@ -27,6 +27,11 @@ def test_units_of_the_merge_and_dropout_kernels(tmp_path):
     assert "12000 merges and 3000 dropout masks right" in output_of("attend_units_test", tmp_path)
 
 
+def test_units_of_the_pack_kernels(tmp_path):
+    """E. Localises: their index arithmetic, strides, unit widths, and sums that round more than once."""
+    assert "20000 cases right" in output_of("pack_units_test", tmp_path)
+
+
 def test_corners(tmp_path):
     """E. Localises: keys that a row of a causal call loses or gains on its way to ATen's CUDA kernels."""
     assert "4320 causal calls right" in output_of("corner_test", tmp_path)

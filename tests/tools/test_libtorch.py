@@ -60,11 +60,3 @@ def decoded() -> list[int]:
             found.append(tokens.item())
     assert len(set(found)) > 4, found  # not one token again and again
     return found
-
-
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-def test_units_of_the_pack_kernels(tmp_path):
-    """What a thread of the CUDA pack kernels does, run on the host. Localises their index arithmetic."""
-    program = str(tmp_path / "pack_units")
-    run("c++", "-std=c++17", "-O1", str(ROOT / "tests" / "cpp" / "pack_units_test.cpp"), "-o", program)
-    assert "20000 cases right" in run(program)
