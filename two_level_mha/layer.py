@@ -227,7 +227,7 @@ class GridAttention(nn.Module):
 
     def _begin(self, how: tuple, sizes: list[int], need_weights: bool, average: bool, query: Tensor) -> int | None:
         """Begins a call that the ranks compare: what its exchanges carry, 0 where they do not. None: no such call."""
-        if self.calls is None or not seals(self.debug):
+        if self.calls is None or self.calls.control.alone or not seals(self.debug):
             return None
         if torch.compiler.is_compiling():  # a graph has no number that counts: it compares the rest
             return 1

@@ -6,6 +6,8 @@ go on afterwards: a mesh that was closed is made again.
 """
 
 import re
+import subprocess
+import sys
 import threading
 import time
 
@@ -334,6 +336,26 @@ def test_agreement_sends_nothing_of_its_own(pool):
     """E. Localises: a collective for a call whose sizes are those of the last one."""
     for found in pool.run(sent, 4, (2, 2)):
         assert found == [(2, 1), (2, 0), (2, 1), (2, 0)]
+
+
+ONE_OF_SIXTEEN = """
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+import two_level_mha as tlm
+dist.init_process_group("fake", rank=5, world_size=16, store=FakeStore())
+layer = tlm.TwoLevelMultiheadAttention(64, 4, batch_first=True, mesh=tlm.init_mesh("cpu", (4, 4)))
+x = torch.randn(2, 8, 64, requires_grad=True)
+for call in (layer, layer, torch.compile(layer, backend="aot_eager")):
+    call(x, x, x, need_weights=False)[0].sum().backward()
+print(x.grad.shape)
+"""
+
+
+def test_one_rank_of_a_fake_group():
+    """Localises: ranks that compare what a fake group, which sends nothing, says of them."""
+    done = subprocess.run([sys.executable, "-c", ONE_OF_SIXTEEN], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "[2, 8, 64]" in done.stdout, done.stderr[-2000:]
 
 
 def gathers_of_a_model() -> list[int]:
