@@ -221,6 +221,19 @@ class Control:
         self.doing = ""
         return [pickle.loads(x) for x in everyone]
 
+    def from_first(self, x: torch.Tensor, what: str) -> torch.Tensor:
+        """The first rank's x, in place, on the CPU; all have its shape. A collective; what: as in `gather`."""
+        if self.alone:
+            return x
+        self.check_open()
+        self.doing = what
+        try:
+            self.group.broadcast(x, root=0).wait()
+        except RuntimeError as error:
+            raise self.failure(str(error)) from error
+        self.doing = ""
+        return x
+
     def _all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         found = [torch.empty_like(x, device="cpu") for _ in self.ranks]
         self.group.allgather([found], [x]).wait()

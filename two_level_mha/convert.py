@@ -14,8 +14,8 @@ from two_level_mha.adapters import Adapter, adapters_with
 from two_level_mha.agreement import ModelInputs, NoteOfFailure, check_same_weights, same_on_all_ranks
 from two_level_mha.cache_layer import CACHE_LAYOUTS
 from two_level_mha.errors import GridError
-from two_level_mha.families import FAMILIES
-from two_level_mha.integrations.private import pretrained_models
+from two_level_mha.families import FAMILIES, later
+from two_level_mha.integrations.private import pretrained_models, private_method
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
 from two_level_mha.layer import GridAttention, check_options, stores_whole_heads
 from two_level_mha.mesh import Grid, control_on, place_on
@@ -86,18 +86,21 @@ def parallelize(
     when an attention is found that is not supported, when the grid does not fit one, or when the ranks' arguments or
     weights differ. What was split is told by two_level_mha.report(model), which the grid's first rank also logs (logger
     "two_level_mha", level INFO). Attributes, forward and backward hooks, and the training mode of the originals are
-    kept, and load_state_dict takes the original model's state dict.
+    kept, and load_state_dict takes the original model's state dict. A transformers model that generates becomes one of
+    a subclass, of the same name, whose generate() takes the token that the grid's first rank drew on every rank.
     """
     options = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache, "reduce_dtype": reduce_dtype}
     grid = place_on(mesh).grid
-    found, others, refusal, rates = [], Rest(), None, None
+    found, generating, others, refusal, rates = [], [], Rest(), None, None
     try:
         check_options(scheme, combine)
         options["profile"] = resolve_profile(profile, "cpu" if mesh is None else mesh.device_type)
         rates = options["profile"].numbers
         if cache not in CACHE_LAYOUTS:
             raise GridError(f"cache must be one of {', '.join(CACHE_LAYOUTS)}, got {cache!r}")
-        pretrained_models(model)  # refuses a transformers that is too old
+        generating = [part for part in pretrained_models(model).values() if part.can_generate()]
+        for part in generating:
+            private_method(part, "_get_stopping_criteria")  # or it is refused
         found = _find(model)
         _check_grid(found, grid, scheme)
         _probe_all(found, options)
@@ -122,7 +125,8 @@ def parallelize(
         control = control_on(mesh)
         model.register_forward_pre_hook(ModelInputs(control), with_kwargs=True)
         model.register_forward_hook(NoteOfFailure(control), always_call=True)
-    if grid.size > 1:
+        for part in generating:
+            later("generate", "generate_together")(part, mesh)
         split_rest(others, mesh)
     report = keep_report(model, len(found), others)
     if mesh is None or not any(mesh.get_coordinate()):

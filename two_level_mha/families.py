@@ -37,7 +37,7 @@ def _is_gpt2(module: nn.Module, parent: nn.Module | None) -> bool:
     )  # fmt: skip
 
 
-def _later(module: str, name: str) -> Callable:
+def later(module: str, name: str) -> Callable:
     """A function of integrations.`module`, which imports transformers: imported when it is called."""
 
     def call(*args, **options):
@@ -80,8 +80,8 @@ FAMILIES = (
         "Llama",
         _is_decoder,
         {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
-        _later("decoder", "decoder_like"),
-        _later("decoder", "decoder_inputs"),
+        later("decoder", "decoder_like"),
+        later("decoder", "decoder_inputs"),
         ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias"),
         cached=True,
         variants=({}, {"rotates": False}),
@@ -97,11 +97,11 @@ FAMILIES = (
         "GPT-2",
         _is_gpt2,
         {"qkv": "c_attn", "o": "c_proj"},
-        _later("gpt2", "gpt2_like"),
-        _later("gpt2", "gpt2_inputs"),
+        later("gpt2", "gpt2_like"),
+        later("gpt2", "gpt2_inputs"),
         cached=True,
-        sizes=_later("gpt2", "heads_of"),
+        sizes=later("gpt2", "heads_of"),
         linear="Conv1D",
-        problem=_later("gpt2", "problem"),
+        problem=later("gpt2", "problem"),
     ),
 )

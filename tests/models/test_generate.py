@@ -1,8 +1,10 @@
 """Unmodified model.generate() of split decoders on real Gloo ranks: the tokens of the stock model."""
 
+import copy
+
 import pytest
 import torch
-from harness.calls import mesh, text_of
+from harness.calls import mesh
 from harness.decoders import MODELS, pair, prompt
 
 import two_level_mha as tlm
@@ -133,18 +135,71 @@ def test_every_mode_on_every_grid(pool, grid, layout):
     assert pool.run(modes_off, ranks, names, grid, list(MODES), layout, timeout=580) == [[]] * ranks
 
 
-def sampled(grid):
-    """The error where every rank draws other tokens and inputs are compared at each call."""
-    _, ours = pair("llama", grid, debug=True)
-    ids, _ = prompt()
-    torch.manual_seed(torch.distributed.get_rank())
-    return text_of(ours.generate, ids, max_new_tokens=6, do_sample=True, pad_token_id=0)
+def apart(grid, cache="position", eos=None, seconds=(None,) * 4, noise=0.0, **options):
+    """Tokens of ranks that are seeded apart, compared at each call, and what rank 0's seed gives the unsplit model.
+
+    eos: a token that ends a row, or None; seconds: max_time of each rank; noise: of the logits of all but rank 0.
+    """
+    stock, ours = pair("llama", grid, debug=True, cache=cache)
+    ids, keep = prompt()
+    rank = torch.distributed.get_rank()
+    draws = {"do_sample": True, "max_new_tokens": 12, **options}
+    if eos is not None:
+        draws["eos_token_id"] = eos
+
+    def blur(model, args, output):
+        if noise and rank:  # or the draw itself would change what comes next
+            output.logits.add_(noise * torch.randn_like(output.logits))
+
+    hook = ours.register_forward_hook(blur)
+    got = tokens(ours, ids, keep, seed=rank, max_time=seconds[rank], **draws)
+    hook.remove()
+    return got, tokens(stock, ids, keep, seed=0, **draws)
 
 
-def test_ranks_that_sample_differently(pool):
-    """Localises: debug in a decoder; without it tokens differ in silence, or a rank ends alone."""
-    for text in pool.run(sampled, 4, (2, 2)):
-        assert "content of hidden_states differs between ranks of the grid" in text, text
+def noisy(grid):
+    """Greedy tokens where logits differ between ranks."""
+    return apart(grid, noise=1.0, do_sample=False)
+
+
+@pytest.mark.parametrize("cache", ["position", "batch"])
+@pytest.mark.parametrize("stops", ["length", "eos"])
+def test_ranks_that_are_seeded_apart(pool, stops, cache):
+    """E. Localises: rank 0's token, which all take (integrations/generate.py); else tokens part, and are refused."""
+    eos = None
+    if stops == "eos":  # one that rank 0 draws midway
+        eos = pool.run(apart, 4, (2, 2))[0][1][0, 11 + 5].item()
+    for got, wanted in pool.run(apart, 4, (2, 2), cache, eos):
+        assert torch.equal(got, wanted)
+
+
+def test_ranks_whose_logits_differ(pool):
+    """E. Localises: the same where nothing is drawn, but kernels after a sum differ, as they may between GPUs."""
+    for got, wanted in pool.run(noisy, 4, (2, 2)):
+        assert torch.equal(got, wanted)
+
+
+def test_the_first_rank_says_when_to_stop(pool):
+    """E. Localises: whose clock ends generate(max_time=): a rank that ended alone would leave the others waiting."""
+    for got, wanted in pool.run(apart, 4, (2, 2), "position", None, (None, 0.0, None, 0.0)):
+        assert torch.equal(got, wanted)
+
+
+def kept(grid):
+    """Of a split model and its copy: class, whether it is the original's, module; whether both draw the same tokens."""
+    stock, ours = pair("llama", grid)
+    ids, keep = prompt()
+    copies = [ours, copy.deepcopy(ours)]
+    seen = [(type(one).__name__, isinstance(one, type(stock)), type(one).__module__) for one in copies]
+    drawn = [tokens(one, ids, keep, seed=torch.distributed.get_rank(), do_sample=True) for one in copies]
+    return seen, torch.equal(*drawn)
+
+
+def test_class_of_a_model_that_generates(pool):
+    """Localises: the subclass that generate() is changed by: its name, which configs keep, and copies of a model."""
+    for seen, equal in pool.run(kept, 4, (2, 2)):
+        assert seen == [("LlamaForCausalLM", True, "transformers.models.llama.modeling_llama")] * 2
+        assert equal
 
 
 def refusals(grid):
