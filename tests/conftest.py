@@ -1,8 +1,24 @@
-"""Fixtures: `pool`, real Gloo ranks that live as long as the session (harness/pool.py); and every test draws alike."""
+"""Fixtures: `pool`, real ranks that live as long as the session (harness/pool.py); every test draws alike; the device
+that all of them run on (harness/device.py).
+"""
 
 import pytest
 import torch
 from harness import Pool
+from harness.device import DEVICE, problem, use_device
+
+
+def pytest_configure(config):
+    if text := problem():
+        raise pytest.UsageError(text)
+    use_device()
+
+
+def pytest_collection_modifyitems(items):
+    """Leaves out what can only be told of the CPU, where the suite runs on another device."""
+    for item in items if DEVICE != "cpu" else ():
+        if mark := item.get_closest_marker("cpu_only"):
+            item.add_marker(pytest.mark.skip(reason=f"of the CPU alone: {mark.args[0]}"))
 
 
 @pytest.fixture(autouse=True)
@@ -14,5 +30,13 @@ def seeded():
 @pytest.fixture(scope="session")
 def pool():
     ranks = Pool()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def staged_pool():
+    """Ranks whose tensors go through the host, as those that share a GPU (harness/staged.py)."""
+    ranks = Pool(alive=1, backend="staged")
     yield ranks
     ranks.close()

@@ -14,7 +14,8 @@ namespace two_level_mha {
 
 using at::Tensor;
 
-// y = sum of x over the ranks, in reduce_dtype if given, the same bits on every rank. Over two axes: a
+// y = sum of x over the ranks, in reduce_dtype if given, the same bits on every rank: those of the sum. What each
+// rank makes of it alone has them only where all run the same kernels (docs/training.md). Over two axes: a
 // reduce-scatter along the first, an all-reduce along the second, an all-gather along the first, or one flat
 // all-reduce: plan/traffic.h says which.
 Tensor sum_over(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype);

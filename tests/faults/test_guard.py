@@ -15,6 +15,8 @@ from harness.pool import Pool
 
 import two_level_mha as tlm
 
+pytestmark = pytest.mark.cpu_only("its programs run on Gloo")
+
 PARENT = """
 import os, sys, subprocess, time
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])

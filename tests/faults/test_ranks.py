@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from harness.pool import ENVIRONMENT
 
+pytestmark = pytest.mark.cpu_only("its programs run on Gloo")
+
 PROGRAM = Path(__file__).with_name("ranks.py")
 ODD, LIMIT = 2, 5.0  # as in ranks.py
 GONE = rf"rank {ODD} is gone"

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from harness.pool import ENVIRONMENT
 
+pytestmark = pytest.mark.cpu_only("its programs run on Gloo")
+
 PROGRAM = Path(__file__).with_name("restarts.py")
 
 

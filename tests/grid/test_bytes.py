@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from harness.device import DEVICE
 from harness.layer import ENTER_WEIGHTS, Case, block, decided, grid_arguments, leaves, make, place, random, run
 
 import two_level_mha as tlm
@@ -258,7 +259,7 @@ WIDTHS = {"kdim": 6, "vdim": 14}
 
 def with_weights(n, m, cases):
     """What a module that returns attention weights sends; kdim and vdim differ from D."""
-    found, mesh = [], tlm.init_mesh("cpu", (n, m))
+    found, mesh = [], tlm.init_mesh(DEVICE, (n, m))
     for case, average in cases:
         layer = tlm.TwoLevelMultiheadAttention(
             case.embed_dim, case.heads, batch_first=True, dtype=case.dtype, mesh=mesh, scheme=case.scheme, **WIDTHS

@@ -13,6 +13,8 @@ import two_level_mha as tlm
 from two_level_mha import mesh as mesh_module
 from two_level_mha.mesh import AXES, grid_group, place_on
 
+pytestmark = pytest.mark.cpu_only("time-outs of Gloo, and calls that only the CPU compares")
+
 ODD = 2
 
 

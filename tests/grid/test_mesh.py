@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness.calls import text_of
+from harness.device import DEVICE
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import two_level_mha as tlm
@@ -23,7 +24,7 @@ GRIDS = {
 
 
 def refused_grids() -> list[str]:
-    return [text_of(tlm.init_mesh, "cpu", grid) for grid, _ in GRIDS.values()]
+    return [text_of(tlm.init_mesh, DEVICE, grid) for grid, _ in GRIDS.values()]
 
 
 def test_what_is_no_grid(pool):
@@ -46,6 +47,7 @@ def cuda_meshes() -> list[str]:
     return texts
 
 
+@pytest.mark.cpu_only("it plants the backends and devices of a machine with GPUs")
 def test_cuda_tensors_need_their_backend_and_device(pool):
     """Localises: CUDA tensors that reach Gloo, which dies of them; ranks that all compute on the first GPU."""
     for backend, device in pool.run(cuda_meshes, 2):
@@ -62,7 +64,7 @@ def test_sizes_of_a_grid_are_integers():
 
 def on_a_part(ranks: list[list[int]]) -> tuple[Place | str, list[int], float]:
     """The place or the error, the ranks of the grid's group, and a layer's difference from one process."""
-    mesh = DeviceMesh("cpu", torch.tensor(ranks), mesh_dim_names=AXES)
+    mesh = DeviceMesh(DEVICE, torch.tensor(ranks), mesh_dim_names=AXES)
     if mesh.get_coordinate() is None:
         texts = [text_of(call, mesh) for call in (place_on, grid_group)]
         assert texts[0] == texts[1]
@@ -97,7 +99,7 @@ def test_a_mesh_of_some_ranks(pool, world, ranks):
 
 
 def permuted() -> list[str]:
-    meshes = [DeviceMesh("cpu", torch.tensor(ranks), mesh_dim_names=AXES) for ranks in PERMUTED]
+    meshes = [DeviceMesh(DEVICE, torch.tensor(ranks), mesh_dim_names=AXES) for ranks in PERMUTED]
     return [text_of(place_on, mesh) for mesh in meshes]
 
 
@@ -115,7 +117,7 @@ def groups_of_lines() -> list[float]:
     """Differences from one process of a model split by the first two ranks alone, on a row and on a column."""
     differences = []
     for shape in ((1, 2), (2, 1)):
-        mesh = DeviceMesh("cpu", torch.tensor([0, 1]).view(shape), mesh_dim_names=AXES)
+        mesh = DeviceMesh(DEVICE, torch.tensor([0, 1]).view(shape), mesh_dim_names=AXES)
         if dist.get_rank() < 2:
             place_on(mesh)
             torch.manual_seed(0)
@@ -140,9 +142,9 @@ def test_only_a_grid_of_both_axes_makes_a_group(pool):
 def with_another_grid_axis() -> list[str]:
     texts = []
     for names in (("grid", "head", "slice"), ("data", "head", "slice")):
-        mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=names)
+        mesh = init_device_mesh(DEVICE, (1, 2, 2), mesh_dim_names=names)
         texts.append(text_of(place_on, mesh["head", "slice"]))
-    mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("data", "head", "slice"))
+    mesh = init_device_mesh(DEVICE, (1, 2, 2), mesh_dim_names=("data", "head", "slice"))
     mesh["data", "head"]._flatten("grid")
     return [*texts, text_of(place_on, mesh["head", "slice"])]
 

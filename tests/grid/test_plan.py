@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness.device import DEVICE
 
 import two_level_mha as tlm
 from two_level_mha import _C
@@ -110,7 +111,7 @@ def test_auto_is_the_planners_choice(device_type):
 
 def run_auto(n, m, cases):
     """Bytes and collectives that a module with scheme="auto" sends in eval and in training, and those planned."""
-    mesh, found = tlm.init_mesh("cpu", (n, m)), []
+    mesh, found = tlm.init_mesh(DEVICE, (n, m)), []
     for embed_dim, batch, seq in cases:
         layer = tlm.TwoLevelMultiheadAttention(embed_dim, 4, bias=False, batch_first=True, mesh=mesh)
         x = torch.randn(batch, seq, embed_dim, requires_grad=True)
@@ -118,7 +119,7 @@ def run_auto(n, m, cases):
             with record_collectives() as record:
                 layer(x, x, x, need_weights=False)[0].sum().backward()
         sizes = {"embed_dim": embed_dim, "num_heads": 4, "devices": n * m, "batch": batch, "seq": seq}
-        plan = tlm.plan(**sizes, causal=False, dtype=torch.float32, device_type="cpu")
+        plan = tlm.plan(**sizes, causal=False, dtype=torch.float32, device_type=DEVICE)
         option = next(option for option in plan.options if option.grid == (n, m) and option.auto)
         kept = sum(p.numel() * 4 for p in map(lambda p: p.to_local(), layer.parameters()))
         seen = (record.sent(backward=False), record.sent(backward=True), len(record.calls), kept)
@@ -140,7 +141,7 @@ def test_the_pass_runs_what_the_planner_says(pool):
 
 def kept(n, m, cases):
     """Bytes of what autograd keeps of one forward pass, parameters apart, and those planned."""
-    mesh, found = tlm.init_mesh("cpu", (n, m)), []
+    mesh, found = tlm.init_mesh(DEVICE, (n, m)), []
     for scheme, combine, batch in cases:
         layer = tlm.TwoLevelMultiheadAttention(
             32, 8, bias=False, batch_first=True, mesh=mesh, scheme=scheme, combine=combine
@@ -158,7 +159,7 @@ def kept(n, m, cases):
         for parameter in layer.parameters():
             storages.pop(parameter.to_local().untyped_storage().data_ptr(), None)
         sizes = {"embed_dim": 32, "num_heads": 8, "devices": n * m, "batch": batch, "seq": 8}
-        plan = tlm.plan(**sizes, causal=False, dtype=torch.float32, combine=combine, device_type="cpu")
+        plan = tlm.plan(**sizes, causal=False, dtype=torch.float32, combine=combine, device_type=DEVICE)
         found.append((sum(storages.values()), options(plan, (n, m))[scheme].activation_bytes))
     return found
 
@@ -295,11 +296,11 @@ def test_candidates_are_the_valid_grids():
 
 
 def chosen_mesh(num_heads, num_kv_heads, head_dim):
-    return tuple(tlm.init_mesh("cpu", num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim).shape)
+    return tuple(tlm.init_mesh(DEVICE, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim).shape)
 
 
 def test_init_mesh_takes_the_first_candidate(pool):
     """Localises: init_mesh without a grid."""
     for heads in ((14, 2, 64), (4, None, 16), (12, 12, 8)):
-        first = tlm.Grid.candidates(4, *heads, device_type="cpu")[0]
+        first = tlm.Grid.candidates(4, *heads, device_type=DEVICE)[0]
         assert set(pool.run(chosen_mesh, 4, *heads)) == {(first.head_groups, first.slices)}

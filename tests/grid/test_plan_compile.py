@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from harness.device import DEVICE
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import two_level_mha as tlm
@@ -11,14 +12,14 @@ LENGTHS = (5, 12, 33, 64, 100, 256, 1024)
 
 
 def chosen(length):
-    plan = tlm.plan(**SIZES, devices=4, seq=length, causal=False, dtype=torch.float32, device_type="cpu")
+    plan = tlm.plan(**SIZES, devices=4, seq=length, causal=False, dtype=torch.float32, device_type=DEVICE)
     return next(option.scheme for option in plan.options if option.grid == (2, 2) and option.auto)
 
 
 def compiled_over_lengths():
     """Graphs, and the largest difference from eager, for a module with scheme="auto"."""
     torch._dynamo.reset()
-    mesh = tlm.init_mesh("cpu", (2, 2))
+    mesh = tlm.init_mesh(DEVICE, (2, 2))
     layer = tlm.TwoLevelMultiheadAttention(64, 4, batch_first=True, mesh=mesh).eval()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)

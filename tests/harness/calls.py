@@ -14,6 +14,8 @@ from two_level_mha.blocks import full_tensor
 from two_level_mha.multihead import stock_names
 from two_level_mha.stock import from_stock
 
+from .device import DEVICE
+
 EMBED, HEADS = 16, 4
 FLOAT64 = {"dtype": torch.float64}
 GRIDS = [None, (2, 2), (1, 4), (4, 2)]
@@ -39,7 +41,7 @@ class Call:
 @lru_cache
 def mesh(grid: tuple[int, int] | None):
     """One mesh per grid for the life of a rank."""
-    return None if grid is None else tlm.init_mesh("cpu", grid)
+    return None if grid is None else tlm.init_mesh(DEVICE, grid)
 
 
 def on_ranks(pool, function, grid: tuple[int, int] | None, *args) -> list:

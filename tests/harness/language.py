@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 import two_level_mha as tlm
 from two_level_mha.blocks import full_tensor
 
+from .device import DEVICE
+
 EMBED, BYTES = 12, 11
 ATTENTION = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 8, "bias": True, "qk_norm": 1e-3, "rope": tlm.Rotary(100.0)}
 
@@ -39,7 +41,8 @@ class Model(nn.Module):
 
 
 def tokens(batch: int = 4, length: int = 7, seed: int = 0) -> Tensor:
-    return torch.randint(BYTES, (batch, length + 1), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(BYTES, (batch, length + 1), device="cpu", generator=generator).to(DEVICE)
 
 
 def backward(model: nn.Module, ids_BL: Tensor, scale: Tensor | float = 1.0, seed: int = 0) -> float:

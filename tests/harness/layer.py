@@ -17,6 +17,8 @@ from two_level_mha.context import constants, layer_numbers, size_numbers
 from two_level_mha.mesh import Grid, Place
 from two_level_mha.profile import Profile
 
+from .device import DEVICE
+
 # the weights that `enter` takes, in its order
 ENTER_WEIGHTS = ("q_weight", "k_weight", "v_weight", "q_bias", "k_bias", "v_bias", "bias_k", "bias_v")
 
@@ -59,7 +61,7 @@ def place(n: int, m: int) -> Place:
     """This rank on an (n, m) grid over the whole world."""
     if n * m == 1:
         return Place()
-    mesh = init_device_mesh("cpu", (n, m), mesh_dim_names=("head", "slice"))
+    mesh = init_device_mesh(DEVICE, (n, m), mesh_dim_names=("head", "slice"))
     groups = (mesh.get_group("slice"), mesh.get_group("head"), dist.group.WORLD)
     return Place(Grid(n, m), *mesh.get_coordinate(), tuple(group.group_name for group in groups))
 
@@ -73,7 +75,7 @@ def decided(case: Case, at: Place, *, scheme: str | None = None, position: int =
     """constants and sizes of the operators; scheme: the layout of a cache that holds `position` tokens."""
     layer = layer_numbers(
         at,
-        Profile.for_device("cpu").numbers,
+        Profile.for_device(DEVICE).numbers,
         num_heads=case.heads,
         num_kv_heads=case.kv_heads,
         head_dim=case.head_dim,

@@ -21,16 +21,22 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from .device import BACKEND, DEVICE
+
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
     "GLOO_SOCKET_IFNAME": "lo",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
+ONE_GPU = {  # or none; the launcher, which forks, must not start CUDA when it asks whether there is one
+    "CUDA_VISIBLE_DEVICES": "" if DEVICE == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # a DeviceMesh would take LOCAL_RANK for a GPU
 START_TIMEOUT = 120.0  # seconds, for imports or for a rendezvous on a busy machine
 GRACE = 0.3  # seconds in which other ranks may report the same failure
 LOG_TAIL = 4000  # characters
@@ -64,10 +70,13 @@ class Ranks:
 
 
 class Pool:
-    """`run` calls a function on every rank of a Gloo group; `close` leaves no process behind."""
+    """`run` calls a function on every rank of a group; `close` leaves no process behind.
 
-    def __init__(self, alive: int = 2):
-        self.alive = alive
+    alive: world sizes at a time; backend: "gloo", or "staged" through the host (staged.py).
+    """
+
+    def __init__(self, alive: int = 2, backend: str = BACKEND):
+        self.alive, self.backend = alive, backend
         self.ranks: OrderedDict[int, Ranks] = OrderedDict()
         self.launcher: subprocess.Popen | None = None
         self.started = 0
@@ -196,7 +205,10 @@ class Pool:
         self.launcher = subprocess.Popen(
             [sys.executable, str(program), str(theirs.fileno()), json.dumps(sys.path)],
             pass_fds=[theirs.fileno()],
-            env={**os.environ, **ENVIRONMENT},
+            env={name: value for name, value in os.environ.items() if name not in LAUNCHED}
+            | ENVIRONMENT
+            | ONE_GPU
+            | {"TLM_TEST_BACKEND": self.backend},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=(Path(self.directory.name) / "launcher.log").open("w"),

@@ -25,9 +25,14 @@ def serve(rank: int, world_size: int, directory: str, channel: int) -> None:
     import torch
     import torch.distributed as dist
 
+    from harness.device import use_device
+    from harness.staged import register
+
     torch.set_num_threads(1)
+    use_device()
+    register()
     dist.init_process_group(
-        "gloo",
+        os.environ["TLM_TEST_BACKEND"],
         init_method=f"file://{directory}/store",
         rank=rank,
         world_size=world_size,

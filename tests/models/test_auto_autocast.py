@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from harness.calls import mesh
+from harness.device import DEVICE
 from torch import nn
 
 import two_level_mha as tlm
@@ -66,7 +67,7 @@ def results(kind: str, model: nn.Module, B: int, L: int, dtype: torch.dtype | No
     torch.manual_seed(1)
     shape = (B, 1, 2 * (L // 10), 20) if kind == "ViT" else (B, L, D)
     leaf = torch.randn(shape, dtype=next(model.parameters()).dtype).requires_grad_()
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+    with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
         if kind in ("own", "mha"):
             y = model(leaf)
         elif kind == "ViT":
@@ -97,7 +98,7 @@ def off(kind: str) -> list[tuple]:
 def chosen(B: int, L: int, element_size: int, causal: bool) -> str:
     call = _C.Call(B=B, L=L, S=L, H=HEADS, K=HEADS, d=HEAD_DIM, m=GRID[1])
     call.D, call.element_size, call.causal = D, element_size, causal
-    return _C.resolve_scheme("auto", call, Profile.named("cpu").numbers)
+    return _C.resolve_scheme("auto", call, Profile.for_device(DEVICE).numbers)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -125,7 +126,7 @@ def widened_between(dtype: torch.dtype, need_weights: bool) -> list[float]:
         ys = []
         for layer in layers.values():
             leaf = x_BLD.clone().requires_grad_()
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE, torch.bfloat16):
                 y, weights = layer.attend(
                     leaf, leaf, leaf, causal=0, need_weights=need_weights,
                     between=lambda q, k, v, aside: (q.to(dtype), k.to(dtype), v),

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from harness.device import DEVICE
 from harness.encoders import MODELS, TIGHT, check, errors, first, inputs, make, make_torch, torch_inputs
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -24,7 +25,7 @@ GRIDS = ((2, 2), (1, 4), (4, 1))
 def on_grids(kind: str, grids, options: list[dict], sizes: dict) -> dict[str, float]:
     found = {}
     for grid in grids:
-        mesh = tlm.init_mesh("cpu", grid)
+        mesh = tlm.init_mesh(DEVICE, grid)
         for option in options:
             result = errors(make(kind, **sizes).train(), (), inputs(kind), mesh, **option)
             found |= {f"{grid} {option} {name}": error for name, error in result.items()}
@@ -40,7 +41,7 @@ def test_transformers(pool, kind):
 
 def without_a_mask(kind: str) -> dict[str, float]:
     x = {name: x for name, x in inputs(kind).items() if name != "attention_mask"}
-    return errors(make(kind), (), x, tlm.init_mesh("cpu", (2, 2)))
+    return errors(make(kind), (), x, tlm.init_mesh(DEVICE, (2, 2)))
 
 
 @pytest.mark.parametrize("kind", ["BertModel", "ViTModel"])
@@ -64,7 +65,7 @@ def test_schemes(pool):
 
 def attention_weights(kind: str, implementation: str) -> tuple:
     model = make(kind, implementation).eval()
-    split = tlm.parallelize(copy.deepcopy(model), tlm.init_mesh("cpu", (2, 2)))
+    split = tlm.parallelize(copy.deepcopy(model), tlm.init_mesh(DEVICE, (2, 2)))
     with torch.no_grad():
         expected, got = (one(**inputs(kind), output_attentions=True) for one in (model, split))
     by_config = None
@@ -94,7 +95,7 @@ def test_output_attentions_of_sdpa(pool):
 
 
 def torch_models(mesh_shape: tuple[int, int]) -> dict[str, float]:
-    mesh = tlm.init_mesh("cpu", mesh_shape)
+    mesh = tlm.init_mesh(DEVICE, mesh_shape)
     found = {}
     for norm_first, batch_first in ((False, True), (True, False)):
         args, masks = torch_inputs(batch_first)
@@ -133,7 +134,7 @@ def shared_layers() -> tuple:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 24, 0.0, batch_first=True).double()
     x = torch.randn(2, 5, 16, dtype=torch.float64)
-    mesh = tlm.init_mesh("cpu", (2, 2))
+    mesh = tlm.init_mesh(DEVICE, (2, 2))
     split = tlm.parallelize(Shared(copy.deepcopy(layer)), mesh)
     bare = nn.ModuleList([copy.deepcopy(layer.self_attn)] * 2)
     tlm.parallelize(bare, mesh)
@@ -148,7 +149,7 @@ def test_shared_layers(pool):
 
 
 def on_meta() -> tuple:
-    mesh = tlm.init_mesh("cpu", (2, 2))
+    mesh = tlm.init_mesh(DEVICE, (2, 2))
     shapes = []
     for build in (lambda: make("BertModel"), make_torch):
         with torch.device("meta"):
@@ -178,7 +179,7 @@ def test_meta(pool):
 
 
 def load_stock() -> dict[str, float]:
-    mesh = tlm.init_mesh("cpu", (2, 2))
+    mesh = tlm.init_mesh(DEVICE, (2, 2))
     found = {}
     models = {kind: (lambda kind=kind: make(kind)) for kind in MODELS} | {"torch": make_torch}
     for name, build in models.items():
@@ -258,7 +259,7 @@ def digests(model: nn.Module) -> int:
     with pytest.MonkeyPatch.context() as patch:
         digest = tlm.agreement.digest
         patch.setattr(tlm.agreement, "digest", lambda tensors: read.extend(tensors) or digest(tensors))
-        tlm.parallelize(model, tlm.init_mesh("cpu", (2, 2)))
+        tlm.parallelize(model, tlm.init_mesh(DEVICE, (2, 2)))
     return len(read)
 
 
@@ -272,7 +273,7 @@ def random_state_after(grid) -> tuple[bool, int]:
     """Whether the CPU's generator is where it was, and how often those of GPUs were seeded."""
     torch.manual_seed(5)
     expected = torch.rand(3)
-    model, mesh = make("BertModel"), grid and tlm.init_mesh("cpu", grid)
+    model, mesh = make("BertModel"), grid and tlm.init_mesh(DEVICE, grid)
     torch.manual_seed(5)
     with mock.patch.object(torch.cuda, "manual_seed_all") as seeded:
         tlm.parallelize(model, mesh)

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from harness import RankFailure
+from harness.device import DEVICE
 from harness.encoders import make, make_torch
 from torch import nn
 from transformers import (
@@ -299,7 +300,7 @@ def refused(case: str, grid: tuple[int, int]) -> tuple[str, bool, bool]:
         for p in model.parameters():
             nn.init.constant_(p, 0.5)
     before = state(model)
-    mesh = tlm.init_mesh("cpu", grid)
+    mesh = tlm.init_mesh(DEVICE, grid)
     try:
         tlm.parallelize(model, mesh, **options)
     except (tlm.GridError, TypeError) as error:
@@ -342,5 +343,5 @@ def test_a_mesh_of_other_axes(pool):
 
 
 def on_other_axes() -> None:
-    mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = torch.distributed.init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("dp", "tp"))
     tlm.parallelize(make("BertModel"), mesh)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from harness.decoders import full_gradients
+from harness.device import DEVICE
 from torch import nn
 from transformers import GPT2Config
 
@@ -57,7 +58,7 @@ def run(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def compare(grid: tuple[int, int], model_options: dict, options: dict) -> dict[str, float]:
     stock = make(**model_options)
-    ours = tlm.parallelize(copy.deepcopy(stock), tlm.init_mesh("cpu", grid), **options)
+    ours = tlm.parallelize(copy.deepcopy(stock), tlm.init_mesh(DEVICE, grid), **options)
     state = tlm.full_state_dict(ours)
     assert not state or all(torch.equal(state[name], x) for name, x in stock.state_dict().items())
     expected, got = run(stock), run(ours)
@@ -120,7 +121,7 @@ def test_adapters_are_refused():
 def train_with_cache(grid: tuple[int, int] | None) -> float:
     """A loss in training, attention dropout and transformers' own cache on, as models have it by default."""
     model = make(attn_pdrop=0.3)
-    mesh = None if grid is None else tlm.init_mesh("cpu", grid)
+    mesh = None if grid is None else tlm.init_mesh(DEVICE, grid)
     model = tlm.parallelize(model, mesh, rest=False).train()
     ids, _ = prompt()
     torch.manual_seed(4)

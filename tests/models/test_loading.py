@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from harness import decoders, encoders
+from harness.device import DEVICE
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -40,8 +41,8 @@ def make_meta(kind: str, changes: dict, dtype: torch.dtype) -> nn.Module:
 def mesh_of(grid: tuple[int, ...]):
     """A grid of all ranks, or, of three axes, one of several."""
     if len(grid) == 2:
-        return tlm.init_mesh("cpu", grid)
-    return init_device_mesh("cpu", grid, mesh_dim_names=("data", "head", "slice"))["head", "slice"]
+        return tlm.init_mesh(DEVICE, grid)
+    return init_device_mesh(DEVICE, grid, mesh_dim_names=("data", "head", "slice"))["head", "slice"]
 
 
 def local(x: torch.Tensor) -> torch.Tensor:
@@ -131,7 +132,7 @@ def test_load_and_save(pool, case, tmp_path):
 
 
 def save(kind: str, changes: dict, out: str) -> None:
-    model = tlm.parallelize(decoders.make(kind, **changes), tlm.init_mesh("cpu", (2, 2)))
+    model = tlm.parallelize(decoders.make(kind, **changes), tlm.init_mesh(DEVICE, (2, 2)))
     model.save_pretrained(out, state_dict=tlm.full_state_dict(model))
 
 
@@ -152,7 +153,7 @@ def low_precision(directory: str) -> list[str]:
     wrong = []
     for dtype in (torch.bfloat16, torch.float32):
         stock = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=dtype).state_dict()
-        model = tlm.parallelize(decoders.make_meta("llama", dtype), tlm.init_mesh("cpu", (2, 2)))
+        model = tlm.parallelize(decoders.make_meta("llama", dtype), tlm.init_mesh(DEVICE, (2, 2)))
         full = tlm.full_state_dict(tlm.load_pretrained(model, directory))
         wrong += [f"{dtype} {name}" for name, x in full.items() if x.dtype != dtype or not torch.equal(x, stock[name])]
     return wrong

@@ -3,6 +3,8 @@
 import loading as benchmark
 import pytest
 
+pytestmark = pytest.mark.cpu_only("it measures the host's memory")
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", benchmark.CASES, ids=[case.name for case in benchmark.CASES])

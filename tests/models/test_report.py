@@ -8,6 +8,7 @@ import logging
 import pickle
 
 import pytest
+from harness.device import DEVICE
 from harness.encoders import make, make_torch
 
 import two_level_mha as tlm
@@ -32,7 +33,7 @@ def told(level: int) -> tuple[str, list[tuple[str, str]], str]:
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            model = tlm.parallelize(make("BertModel"), tlm.init_mesh("cpu", (2, 2)))
+            model = tlm.parallelize(make("BertModel"), tlm.init_mesh(DEVICE, (2, 2)))
     finally:
         logger.removeHandler(lines)
         logger.setLevel(before)

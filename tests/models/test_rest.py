@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from harness.device import DEVICE
 from harness.encoders import check, errors, inputs, make
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -17,10 +18,10 @@ from two_level_mha.rest import find_rest
 
 def local_shapes(rest: bool, width: int) -> tuple:
     model = make("BertModel", intermediate_size=width)
-    tlm.parallelize(model, tlm.init_mesh("cpu", (2, 2)), rest=rest)
+    tlm.parallelize(model, tlm.init_mesh(DEVICE, (2, 2)), rest=rest)
     linear = model.encoder.layer[1].intermediate.dense.weight
     held = sum((p._local_tensor if isinstance(p, DTensor) else p).numel() for p in model.parameters())
-    error = errors(make("BertModel", intermediate_size=width), (), inputs("BertModel"), tlm.init_mesh("cpu", (2, 2)))
+    error = errors(make("BertModel", intermediate_size=width), (), inputs("BertModel"), tlm.init_mesh(DEVICE, (2, 2)))
     shape = (linear._local_tensor if isinstance(linear, DTensor) else linear).shape
     return tuple(shape), held, tlm.report(model), error
 
@@ -229,7 +230,7 @@ def unusual_mlps() -> tuple[list[bool], str, dict[str, float]]:
     layers[1].linear2.weight = layers[2].linear2.weight
     layers[3].__class__ = Other
     model = nn.Sequential(*layers)
-    mesh, x_BLD = tlm.init_mesh("cpu", (2, 2)), torch.randn(2, 5, 16, dtype=torch.float64)
+    mesh, x_BLD = tlm.init_mesh(DEVICE, (2, 2)), torch.randn(2, 5, 16, dtype=torch.float64)
     split = tlm.parallelize(copy.deepcopy(model), mesh)
     is_split = [isinstance(layer.linear1.weight, DTensor) for layer in split]
     return is_split, str(tlm.report(split)), errors(model, (x_BLD,), {}, mesh)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from harness.decoders import full_gradients, make
+from harness.device import DEVICE
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -45,7 +46,7 @@ def split(kind: str, grid: tuple[int, int], changes: dict) -> tuple[dict[str, fl
     expected = run(make(kind, **changes))
     model = make(kind, **changes)
     rest = find_rest(model, 4, attentions(model))
-    split_rest(rest, tlm.init_mesh("cpu", grid))
+    split_rest(rest, tlm.init_mesh(DEVICE, grid))
     local = {name: p._local_tensor for name, p in model.named_parameters() if isinstance(p, DTensor)}
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in local.values())
     got = run(model)
@@ -193,7 +194,7 @@ def test_versions(monkeypatch):
 def end_to_end(kind: str, grid: tuple[int, int]) -> tuple[dict[str, float], str]:
     """parallelize with everything split: what differs from stock, and the report."""
     expected = run(make(kind, exact=True))
-    model = tlm.parallelize(make(kind, exact=True), tlm.init_mesh("cpu", grid))
+    model = tlm.parallelize(make(kind, exact=True), tlm.init_mesh(DEVICE, grid))
     got = run(model)
     errors = differences(got, expected)
     limit = 1e-6 if kind in ("mixtral", "qwen3 moe") else 1e-10  # routers in float32, of inputs that are not bit-equal

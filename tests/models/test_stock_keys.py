@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from harness.device import DEVICE
 from harness.encoders import MODELS, make, make_torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -28,7 +29,7 @@ def same(state: dict, expected: dict) -> None:
 def round_trip(kind: str, grid: tuple[int, int] | None, scheme: str, directory: str) -> bool:
     """On rank 0, whether something came out and was right; elsewhere whether it was empty."""
     stock = BUILD[kind]()
-    mesh = None if grid is None else tlm.init_mesh("cpu", grid)
+    mesh = None if grid is None else tlm.init_mesh(DEVICE, grid)
     model = tlm.parallelize(copy.deepcopy(stock), mesh, scheme=scheme)
     if grid is not None:
         split = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from harness.calls import mesh, text_of
+from harness.device import DEVICE
 
 import two_level_mha as tlm
 
@@ -37,7 +38,7 @@ CALLS = {
     "another width": ({"x_BLD": torch.zeros(2, 5, 16)}, "x must have shape (B, L, 32), got (2, 5, 16)"),
     "unbatched": ({"x_BLD": torch.zeros(5, 32)}, "x must have shape (B, L, 32), got (5, 32)"),
     "another dtype": ({"x_BLD": X.double()}, "x has dtype torch.float64, but the module's weights are torch.float32"),
-    "another device": ({"x_BLD": X.to("meta")}, "x is on meta, but the module is on cpu"),
+    "another device": ({"x_BLD": X.to("meta")}, f"x is on meta, but the module is on {DEVICE}"),
     "nested": (
         {"x_BLD": torch.nested.nested_tensor([X[0], X[1, :3]], layout=torch.jagged)}, "x is a nested tensor"
     ),
@@ -144,7 +145,7 @@ def test_grids_that_do_not_fit(pool):
 def test_autocast_takes_other_dtypes():
     """Localises: the check of dtypes, which autocast makes void."""
     layer = tlm.TwoLevelAttention(32, 8, 4, qk_norm=1e-6, rope=tlm.Rotary())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert layer(X.bfloat16()).dtype == torch.bfloat16
 
 

@@ -5,6 +5,7 @@ before anything is sent; and ranks that disagree.
 import pytest
 import torch
 from harness.calls import EMBED, HEADS, mesh, text_of
+from harness.device import DEVICE
 from torch import nn
 from torch.nn.utils import prune
 
@@ -109,7 +110,7 @@ def test_nested(layout):
 def test_autocast_takes_other_dtypes():
     """Localises: the check of dtypes, which autocast makes void."""
     layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y, _ = layer(*[x(L, B, EMBED, dtype=torch.bfloat16)] * 3)
     assert y.dtype == torch.bfloat16
 
@@ -158,20 +159,20 @@ def test_from_torch_takes_only_stock():
 def test_no_process_group():
     """Localises: init_mesh without a process group: it must not start one by itself."""
     with pytest.raises(ValueError, match="needs an initialised process group.*init_process_group"):
-        tlm.init_mesh("cpu", (2, 2))
+        tlm.init_mesh(DEVICE, (2, 2))
     assert not torch.distributed.is_initialized()
 
 
 def wrong_grids() -> list[str]:
     layer = tlm.TwoLevelMultiheadAttention
     return [
-        text_of(tlm.init_mesh, "cpu", (3, 2)),
-        text_of(tlm.init_mesh, "cpu", (0, 4)),
+        text_of(tlm.init_mesh, DEVICE, (3, 2)),
+        text_of(tlm.init_mesh, DEVICE, (0, 4)),
         text_of(layer, 18, 3, mesh=mesh((2, 2))),
         text_of(layer, 15, 3, mesh=mesh((1, 4))),
         text_of(layer, 12, 6, mesh=mesh((1, 4))),
-        text_of(tlm.init_mesh, "cpu", num_heads=3, head_dim=5),
-        text_of(layer, 16, 4, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (4,))),
+        text_of(tlm.init_mesh, DEVICE, num_heads=3, head_dim=5),
+        text_of(layer, 16, 4, mesh=torch.distributed.device_mesh.init_device_mesh(DEVICE, (4,))),
     ]
 
 
@@ -304,7 +305,7 @@ def differing_state(case: str, grid) -> str:
         layer.out_weight.to_local().data.add_(float(mine))
     if case == "random generator":
         torch.manual_seed(int(mine))
-    with torch.autocast("cpu", torch.bfloat16, enabled=mine and case == "autocast"):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=mine and case == "autocast"):
         return str(error_of(layer, {"query": query, "key": key, "value": key}))
 
 
@@ -323,7 +324,8 @@ def test_ranks_that_differ_in_state(pool, case):
 
 def second_derivative(grid, need_weights: bool) -> str:
     layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, dtype=F64, mesh=mesh(grid))
-    query = torch.randn(L, B, EMBED, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    torch.manual_seed(0)
+    query = torch.randn(L, B, EMBED, dtype=F64, requires_grad=True)
     y = layer(query, query, query, need_weights=need_weights)[0]
     try:
         (first,) = torch.autograd.grad(y.sin().sum(), query, create_graph=True)

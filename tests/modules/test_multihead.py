@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from harness.calls import EMBED, FLOAT64, GRIDS, HEADS, Call, everything, make_inputs, mesh, off, on_ranks, stock_layer
+from harness.device import DEVICE
 from torch.utils.checkpoint import checkpoint
 
 import two_level_mha as tlm
@@ -230,7 +231,7 @@ def rounding(grid, dtype, need_weights, autocast) -> list[tuple[str, float, floa
     exact = everything(stock_layer(exact_call), exact_call)
     stock = stock_layer(call)
     ours = tlm.TwoLevelMultiheadAttention.from_torch(stock, mesh(grid))
-    with torch.autocast("cpu", dtype, enabled=autocast):
+    with torch.autocast(DEVICE, dtype, enabled=autocast):
         found = [everything(layer, call) for layer in (ours, stock)]
     errors = []
     for name, x in exact.items():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from harness.calls import EMBED, FLOAT64, GRIDS, HEADS, Call, everything, mesh, on_ranks, stock_layer
+from harness.device import DEVICE
 from torch import nn
 
 import two_level_mha as tlm
@@ -140,7 +141,7 @@ def on_meta(grid) -> None:
         layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, mesh=mesh(grid), **FLOAT64)
     assert all(p.is_meta for p in layer.parameters())
     stock = stock_layer(Call())
-    layer.to_empty(device="cpu").load_state_dict(stock.state_dict())
+    layer.to_empty(device=DEVICE).load_state_dict(stock.state_dict())
     x = torch.randn(5, 3, EMBED, **FLOAT64)
     torch.testing.assert_close(layer(x, x, x)[0], stock(x, x, x)[0], rtol=0, atol=1e-10)
     explicit = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, mesh=mesh(grid), device="meta")

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from harness.calls import mesh, text_of
+from harness.device import DEVICE
 from torch import nn
 
 import two_level_mha as tlm
@@ -39,7 +40,8 @@ def collectives(profile, kind: str) -> dict[str, int]:
 @pytest.mark.parametrize("kind", ["mha", "own", "parallelize"])
 def test_auto_chooses_by_it(pool, kind):
     """E. Localises: an argument that does not reach the operators, or the device's profile whatever is said."""
-    free, dear, plain, named = (pool.run(collectives, 4, profile, kind) for profile in (FREE, DEAR, None, "cpu"))
+    default = Profile.for_device(DEVICE).name
+    free, dear, plain, named = (pool.run(collectives, 4, profile, kind) for profile in (FREE, DEAR, None, default))
     assert free != dear and plain == named
     assert all(one == found[0] for found in (free, dear, plain) for one in found)
 

@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
+pytestmark = pytest.mark.cpu_only("its allocator fails for the host's memory")
+
 SOURCE = Path(__file__).resolve().parents[1] / "cpp" / "failing_allocator.cpp"
 THREADS = 2
 

@@ -24,7 +24,10 @@ SERVED = {"aten_cudnn": 9, "aten_flash": 39, "aten_efficient": 208}  # of the ca
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 attend = torch.ops.two_level_mha.partial_attention
 
-pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.cpu_only("its stand-ins are of the CPU"),
+    pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from harness.attention_op import attend, qkv
+from harness.attention_op import attend, qkv, relative
+from harness.device import DEVICE, of_device
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -22,7 +23,7 @@ def test_inside_is_as_outside(kind, trained):
     inputs = [q, k, v, mask] if trained else [q, k, v]
 
     def gradients(inside: bool) -> tuple[torch.Tensor, ...]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             out = attend(q, k, v, mask)[0]
             loss = out.float().square().sum()
             if inside:
@@ -30,4 +31,8 @@ def test_inside_is_as_outside(kind, trained):
         return torch.autograd.grad(loss, inputs)
 
     for inside, outside in zip(gradients(True), gradients(False), strict=True):
-        assert outside.isfinite().all() and torch.equal(inside, outside)
+        assert outside.isfinite().all()
+        if of_device("the same bits in backward"):
+            assert torch.equal(inside, outside)
+        else:
+            assert relative(inside, outside) <= of_device("fp32 by another way")

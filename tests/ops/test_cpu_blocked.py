@@ -6,6 +6,8 @@ import pytest
 import torch
 from harness.attention_op import TOLERANCE, attend, qkv, relative
 
+pytestmark = pytest.mark.cpu_only("a kernel of the CPU")
+
 # (B, H, K, L, S, D, Dv): block borders, odd widths, groups, fewer heads than threads, one of everything
 SIZES = {
     "tails": (1, 2, 2, 300, 513, 64, 64),

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from harness.attention_op import NEG_INF, TOLERANCE, attend, by_reference, qkv, relative
 
+pytestmark = pytest.mark.cpu_only("a kernel of the CPU")
+
 # (B, H, K, L, S, D, Dv): several stretches and a tail, odd widths, one row and many, less than a chunk
 SIZES = {
     "stretches, one row": (1, 2, 2, 1, 2500, 32, 32),

@@ -10,6 +10,8 @@ import torch
 
 import two_level_mha as tlm
 
+pytestmark = pytest.mark.cpu_only("instructions of the CPU")
+
 HELD = {
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     "portable": {"ATEN_CPU_CAPABILITY": "default"},

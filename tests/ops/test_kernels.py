@@ -178,6 +178,7 @@ def test_what_serves_is_what_the_function_says(feature, dtype):
         assert all(torch.equal(x, y) for x, y in zip(free, forced, strict=True))
 
 
+@pytest.mark.cpu_only("it names kernels of the CPU")
 def test_a_kernel_without_a_backward():
     """Localises: whom autograd asks after a forward that was asked for by name."""
     call = Call()
@@ -191,6 +192,7 @@ def test_a_kernel_without_a_backward():
     assert all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=False))
 
 
+@pytest.mark.cpu_only("it names kernels of the CPU")
 def test_a_gradient_of_the_mask():
     """Localises: the one kernel that has it, which autograd's backward must not leave to the one asked for."""
     (q, k, v), mask = Call().inputs(), torch.randn(37, 53, requires_grad=True)
@@ -201,6 +203,7 @@ def test_a_gradient_of_the_mask():
         torch.autograd.grad(out.sum(), mask)
 
 
+@pytest.mark.cpu_only("it names kernels of the CPU")
 def test_forced_under_compile():
     """E. Localises: a kernel's name in a traced graph, and arguments whose names inductor cannot pass on."""
     q, k, v = Call().inputs()
@@ -222,6 +225,7 @@ def test_an_unknown_name(device):
         attend(q, q, q, kernel_name="fastest")
 
 
+@pytest.mark.cpu_only("it names kernels of the CPU")
 def test_what_a_refusal_says():
     """Localises: asked against supported, the call's sizes and what would serve it."""
     q, k, v = Call(dtype="bfloat16").inputs()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from harness.device import DEVICE
 
 import two_level_mha  # noqa: F401  registers the ops
 
@@ -12,13 +13,13 @@ merge = torch.ops.two_level_mha.merge_partials
 
 def parts(dtype=torch.float64, size=(3, 2, 4, 5, 7)):
     """Outputs and logsumexps of three parts; part 1 sees nothing for head 2, no part for row 3 of (1, 1)."""
-    generator = torch.Generator().manual_seed(0)
-    outs = torch.randn(size, dtype=torch.float64, generator=generator)
-    lses = torch.randn(size[:-1], dtype=torch.float64, generator=generator) * 5
+    generator = torch.Generator("cpu").manual_seed(0)
+    outs = torch.randn(size, dtype=torch.float64, device="cpu", generator=generator)
+    lses = torch.randn(size[:-1], dtype=torch.float64, device="cpu", generator=generator) * 5
     lses[1, 0, 2] = -math.inf
     lses[:, 1, 1, 3] = -math.inf
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return outs.to(dtype), lses.to(wide)
+    return outs.to(DEVICE, dtype), lses.to(DEVICE, wide)
 
 
 def reference(outs, lses):
@@ -64,9 +65,10 @@ def test_part_that_saw_nothing_may_hold_anything():
 
 def test_merge_gradients():
     """Localises the backward formula."""
-    generator = torch.Generator().manual_seed(0)
-    outs = torch.randn(3, 1, 2, 3, 4, dtype=torch.float64, generator=generator, requires_grad=True)
-    lses = torch.randn(3, 1, 2, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    generator = torch.Generator("cpu").manual_seed(0)
+    outs = torch.randn(3, 1, 2, 3, 4, dtype=torch.float64, device="cpu", generator=generator)
+    lses = torch.randn(3, 1, 2, 3, dtype=torch.float64, device="cpu", generator=generator)
+    outs, lses = (x.to(DEVICE).requires_grad_() for x in (outs, lses))
     assert torch.autograd.gradcheck(lambda o, s: merge(o, s), (outs, lses))
 
 

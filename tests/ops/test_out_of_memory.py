@@ -14,6 +14,8 @@ import sys
 import pytest
 import torch
 
+pytestmark = pytest.mark.cpu_only("its limits are of the host's memory")
+
 MB = 1 << 20
 WRITE_NO_CODE = (65, 1)  # prctl: PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from harness.device import DEVICE
 from torch.autograd import gradcheck
 
 import two_level_mha as tlm
@@ -72,7 +73,7 @@ def test_norm_against_the_reference(dtype, autocast):
     """T in float64, R in bf16 (one rounding). Localises: the formula, eps, the dtype of the sum and of the result."""
     torch.manual_seed(0)
     x, weight = torch.randn(2, 3, 5, 8).to(dtype), torch.randn(8)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         y = ops.head_norm(x, weight, 0.1)
     assert y.dtype == dtype
     expected = reference.rms_norm(x.double(), weight.to(dtype).double(), 0.1)

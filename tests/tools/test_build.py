@@ -15,6 +15,8 @@ import torch.utils.cpp_extension
 
 from two_level_mha import _load
 
+pytestmark = pytest.mark.cpu_only("it builds for the CPU")
+
 ROOT = Path(__file__).resolve().parents[2]
 NO_TOOLKIT = "no CUDA toolkit found (set CUDA_HOME, or put nvcc on the PATH)"
 

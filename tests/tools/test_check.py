@@ -24,6 +24,8 @@ from two_level_mha.check.links import disjoint, neighbours, slow_pairs
 from two_level_mha.check.ranks import judge_order
 from two_level_mha.facts import facts_of_rank, may_differ
 
+pytestmark = pytest.mark.cpu_only("its programs run on Gloo")
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "tests" / "harness" / "check_rank.py"
 PLANTED = (

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from harness.device import DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "generate.py"
@@ -26,7 +27,7 @@ def example(words):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        equal = module.run(module.parse_args(words), "cpu")
+        equal = module.run(module.parse_args(words), DEVICE)
     return equal, out.getvalue() if dist.get_rank() == 0 else ""
 
 

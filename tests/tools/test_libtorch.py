@@ -10,6 +10,8 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 import two_level_mha as tlm
 
+pytestmark = pytest.mark.cpu_only("its programs run on the CPU")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness.device import DEVICE
 
 import two_level_mha as tlm
 from two_level_mha import _C
@@ -141,7 +142,7 @@ def test_the_order_of_grids_follows_the_profile():
 
 
 def chosen_mesh(profile: tlm.Profile) -> tuple[int, ...]:
-    return tuple(tlm.init_mesh("cpu", num_heads=8, num_kv_heads=4, head_dim=64, profile=profile).shape)
+    return tuple(tlm.init_mesh(DEVICE, num_heads=8, num_kv_heads=4, head_dim=64, profile=profile).shape)
 
 
 def test_init_mesh_takes_a_profile(pool):

@@ -4,6 +4,7 @@ backward, in one process and on four ranks. Run on the oldest supported torch to
 
 import pytest
 import torch
+from harness.device import DEVICE
 
 import two_level_mha as tlm
 
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.smoke
 
 def compare(grid: tuple[int, int] | None) -> tuple[float, float]:
     """Largest difference of the output and of the input's gradient from stock, in float64."""
-    mesh = tlm.init_mesh("cpu", grid) if grid else None
+    mesh = tlm.init_mesh(DEVICE, grid) if grid else None
     torch.manual_seed(0)
     stock = torch.nn.MultiheadAttention(16, 4, batch_first=True, dtype=torch.float64)
     ours = tlm.TwoLevelMultiheadAttention.from_torch(stock, mesh)

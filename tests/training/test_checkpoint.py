@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from harness.calls import EMBED, HEADS, Call, mesh, on_ranks, stock_layer
+from harness.device import DEVICE
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -156,7 +157,7 @@ def test_tied_attentions(pool):
 
 def stages() -> int:
     """Tensors that this rank gets of its stage of a pipeline of two."""
-    whole = torch.distributed.init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("pp", "head", "slice"))
+    whole = torch.distributed.init_device_mesh(DEVICE, (2, 1, 2), mesh_dim_names=("pp", "head", "slice"))
     layer = tlm.TwoLevelMultiheadAttention(EMBED, HEADS, mesh=whole["head", "slice"])
     return len(tlm.full_state_dict(layer))
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness.calls import mesh, on_ranks
+from harness.device import DEVICE
 from harness.language import BYTES, Model, tokens
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -120,7 +121,7 @@ def test_other_grids(pool, tmp_path, kind):
 
 def sharded(directory: Path, seed: int, save: bool) -> list[float]:
     """fully_shard around a grid; with a head of 11 rows and norms of 12 its shards are of different sizes."""
-    whole = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("dp", "head", "slice"))
+    whole = init_device_mesh(DEVICE, (2, 1, 2), mesh_dim_names=("dp", "head", "slice"))
     model = Model(whole["head", "slice"])
     with torch.no_grad():
         for p in model.parameters():

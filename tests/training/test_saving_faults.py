@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor
 import two_level_mha as tlm
 from two_level_mha import manifest as files
 
+pytestmark = pytest.mark.cpu_only("its programs run on Gloo")
+
 KILLER = Path(__file__).parents[1] / "faults" / "saves.py"
 
 

@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from harness.device import DEVICE
 from harness.encoders import check, inputs, make, stock_grads
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -20,7 +21,7 @@ OPTIMIZERS = ({}, {"foreach": True}, {"fused": True})
 def pair(grid: tuple[int, int] = (2, 2), **options) -> tuple[nn.Module, nn.Module]:
     """A model and its parallelized copy; the copy has DTensors of two meshes and plain parameters."""
     model = make("BertModel")
-    return model, tlm.parallelize(copy.deepcopy(model), tlm.init_mesh("cpu", grid), **options)
+    return model, tlm.parallelize(copy.deepcopy(model), tlm.init_mesh(DEVICE, grid), **options)
 
 
 def backward(model: nn.Module, seed: int = 2) -> None:
@@ -68,7 +69,7 @@ def steps(grid: tuple[int, int], optimizer: dict, max_norm: float) -> dict[str, 
     for p, before in zip(model.parameters(), moved, strict=True):
         assert p.grad is None or (p - before).abs().max() > 1e-4
     reloaded = make("BertModel")
-    tlm.parallelize(reloaded, tlm.init_mesh("cpu", grid))
+    tlm.parallelize(reloaded, tlm.init_mesh(DEVICE, grid))
     reloaded.load_state_dict(model.state_dict())  # the trained stock model, split: the same layout as ours
     for (name, p), q in zip(split.named_parameters(), reloaded.parameters(), strict=True):
         found[name] = (full_tensor(p) - full_tensor(q)).abs().max().item()

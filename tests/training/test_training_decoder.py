@@ -6,6 +6,7 @@ A failure here with test_decoder.py green is in training.py, or in how torch's u
 import pytest
 import torch
 from harness.calls import mesh
+from harness.device import DEVICE
 from harness.language import Model, backward, difference, gradients, local_bytes, tokens, weights
 from torch.distributed.tensor import DTensor
 
@@ -76,7 +77,7 @@ def low_precision(grid, dtype: torch.dtype) -> list[float]:
     for place in (grid, None):
         model = Model(mesh(place), dtype=torch.float32)
         model.load_state_dict({name: x.float() for name, x in exact.state_dict().items()})
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(DEVICE, dtype):
             backward(model, ids, scale=1024.0)
         got = torch.cat([g.flatten() for g in gradients(model).values()]) / 1024.0
         assert all(p.grad.dtype == torch.float32 for p in model.parameters())
@@ -97,7 +98,7 @@ def test_autocast(pool, dtype):
 def scaled(grid, poisoned: str | None, together: bool, optimizer: dict) -> dict[str, object]:
     """One step; `poisoned` gets an inf, a DTensor on rank 3 only. What moved on this rank, the scale, the distance."""
     whole, split = Model(), Model(mesh(grid))
-    scalers = [torch.amp.GradScaler("cpu", init_scale=8.0) for _ in range(2)]
+    scalers = [torch.amp.GradScaler(DEVICE, init_scale=8.0) for _ in range(2)]
     optimizers = [
         [torch.optim.AdamW([group], lr=0.01, **optimizer) for group in tlm.param_groups(model)]
         for model in (whole, split)
@@ -152,7 +153,7 @@ def replicated_first(ours: bool) -> float:
         p.grad = torch.ones_like(p)
     if torch.distributed.get_rank() == 3:
         layer.q_weight.grad._local_tensor.fill_(torch.inf)
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler(DEVICE)
     scaler.scale(torch.ones(()))
     if ours:
         tlm.unscale_(scaler, [optimizer])

@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from harness.decoders import full_gradients, make, prompt
+from harness.device import DEVICE
 from harness.language import Model, backward, difference, gradients, tokens, weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -35,7 +36,7 @@ def held(model: Model) -> dict[str, float]:
 
 
 def trained(options: dict) -> tuple[dict[str, float], dict[str, float]]:
-    mesh = init_device_mesh("cpu", (DP, 2, 2), mesh_dim_names=("dp", "head", "slice"))
+    mesh = init_device_mesh(DEVICE, (DP, 2, 2), mesh_dim_names=("dp", "head", "slice"))
     whole, split = Model(**options), sharded(mesh, **options)
     arguments = {"lr": 0.01, "weight_decay": 0.1}
     optimizers = [torch.optim.AdamW(tlm.param_groups(model), **arguments) for model in (whole, split)]
@@ -68,7 +69,7 @@ def test_which_dim(pool):
 
 def dims() -> bool:
     expected = {name: Shard(2) for name in ("q_weight", "k_weight", "v_weight")} | {"out_weight": Shard(0)}
-    mesh = tlm.init_mesh("cpu", (2, 2))
+    mesh = tlm.init_mesh(DEVICE, (2, 2))
     for scheme in ("slices", "heads"):
         layer = tlm.TwoLevelAttention(12, 8, 4, 8, bias=True, qk_norm=1e-6, mesh=mesh, scheme=scheme)
         for name, p in layer.named_parameters():
@@ -79,7 +80,7 @@ def dims() -> bool:
 
 def mixed_precision() -> tuple[float, float]:
     """Relative errors of bf16 gradients from float64, split and unsplit under one policy: the largest."""
-    mesh = init_device_mesh("cpu", (DP, 2, 2), mesh_dim_names=("dp", "head", "slice"))
+    mesh = init_device_mesh(DEVICE, (DP, 2, 2), mesh_dim_names=("dp", "head", "slice"))
     policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
     exact, split, whole = Model(), Model(mesh["head", "slice"]).float(), Model().float()
     for model in (split, whole):
@@ -106,7 +107,7 @@ def test_mixed_precision(pool):
 
 def with_the_rest() -> dict[str, float]:
     """What differs by more than rounding from the unsplit Llama on the whole batch: logits and gradients."""
-    mesh = init_device_mesh("cpu", (DP, 2, 2), mesh_dim_names=("dp", "head", "slice"))
+    mesh = init_device_mesh(DEVICE, (DP, 2, 2), mesh_dim_names=("dp", "head", "slice"))
     stock = make("llama", exact=True)
     split = tlm.parallelize(copy.deepcopy(stock), mesh["head", "slice"])
     for part in (*split.model.layers, split):

@@ -12,12 +12,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from harness.calls import mesh, text_of
 from harness.decoders import make
+from harness.device import DEVICE
 from harness.language import BYTES, tokens
 from harness.watched import GRID, Net, alike, backward, error_of, flip, train, trained
 from torch import nn
 
 import two_level_mha as tlm
 from two_level_mha.held import Checksums, held_by, local_of
+
+pytestmark = pytest.mark.cpu_only("bits are flipped by address, in the host's memory")
 
 
 def quiet(every: int, optimizer: dict) -> str:
@@ -325,7 +328,7 @@ def test_a_grad_scaler_may_find_infinities(fused):
     """Localises: scaled gradients, whose infinities skip the step as they should."""
     model = Net(None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**127)
     before = model.head.weight.detach().clone()
     with tlm.verify(model, optimizer, every=1):
         for step in range(3):

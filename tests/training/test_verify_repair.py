@@ -6,6 +6,7 @@ A failure here with test_verify.py green is in what is copied from whom (verify.
 import pytest
 import torch
 import torch.distributed as dist
+from harness.device import DEVICE
 from harness.language import Model
 from harness.watched import alike, error_of, flip, train, trained
 from torch.distributed.device_mesh import init_device_mesh
@@ -13,6 +14,8 @@ from torch.distributed.fsdp import fully_shard
 
 import two_level_mha as tlm
 from two_level_mha.held import held_by, local_of
+
+pytestmark = pytest.mark.cpu_only("bits are flipped by address, in the host's memory")
 
 
 def mended(hit: str) -> tuple[list[str], str, bool]:
@@ -77,7 +80,7 @@ def test_repair_refuses(pool, hit, expected):
 
 def replicas(hit: str) -> tuple[str, list[str], bool]:
     """Data parallelism of two replicas around a grid of two ranks: blocks exist twice then."""
-    whole = init_device_mesh("cpu", (2, 1, 1, 2), mesh_dim_names=("replicate", "shard", "head", "slice"))
+    whole = init_device_mesh(DEVICE, (2, 1, 1, 2), mesh_dim_names=("replicate", "shard", "head", "slice"))
     model = Model(whole["head", "slice"], dtype=torch.float32)
     for part in (*model.attentions, model):
         fully_shard(part, mesh=whole["replicate", "shard"], shard_placement_fn=tlm.shard_embed_dim)
