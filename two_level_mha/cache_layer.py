@@ -171,7 +171,7 @@ class CacheLayer:
         """Every sequence `repeats` times, one after the other. Raises GridError unless that is at least once."""
         if not isinstance(repeats, int) or repeats < 1:
             raise GridError(f"repeats must be a positive integer, got {repeats!r}: to forget the sequences, reset()")
-        self.select(torch.arange(self.batch).repeat_interleave(repeats))
+        self.select(torch.arange(self.batch, device="cpu").repeat_interleave(repeats))
 
     def _check_index(self, index: Tensor) -> None:
         expected = "index must be a 1-D integer tensor"

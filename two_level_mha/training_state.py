@@ -269,7 +269,7 @@ class Restored:
         dtype = getattr(torch, entry["dtype"])
         if p is not None and _like_parameter(key, entry["shape"], p):
             return torch.empty_like(p.detach(), dtype=dtype)
-        return torch.empty(entry["shape"], dtype=dtype)
+        return torch.empty(entry["shape"], dtype=dtype, device="cpu")
 
     def finish(self) -> None:
         """Gives the optimizers and the random generators what `tensors` hold now."""
