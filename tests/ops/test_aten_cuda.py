@@ -4,10 +4,12 @@ A failure here is in how a call is cut, padded, aligned or folded for one of tho
 read. What the kernels themselves do is not run: emulated only.
 """
 
+import dataclasses
 import itertools
 import math
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from two_level_mha import _C
 
 SOURCE = Path(__file__).resolve().parents[1] / "cpp" / "cuda_kernels.cpp"
 GPU = _C.Machine(cuda=True, arch=90, cudnn=91501)
-SERVED = {"aten_cudnn": 9, "aten_flash": 39, "aten_efficient": 208}  # of the calls below
+SERVED = {"aten_cudnn": 9, "aten_flash": 39, "aten_efficient": 260}  # of the calls below
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 attend = torch.ops.two_level_mha.partial_attention
 
@@ -30,20 +32,45 @@ pytestmark = [
 ]
 
 
+@dataclasses.dataclass
+class Kernels:
+    """The functions of cuda.cpp, and what they called: names of ATen's operators and the shapes they were given."""
+
+    forward: Callable
+    backward: Callable
+    calls: list[tuple[str, list[torch.Size]]]
+
+
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    """The functions of cuda.cpp as operators, over stand-ins that are gone afterwards."""
-    library = tmp_path_factory.mktemp("cuda_kernels") / "cuda_kernels.so"
+def library(tmp_path_factory):
+    """cuda.cpp over stand-ins that are gone afterwards."""
+    path = tmp_path_factory.mktemp("cuda_kernels") / "cuda_kernels.so"
     package = Path(two_level_mha.__file__).parent
     headers = [f"-I{path}" for path in (*include_paths(), package / "include")]
-    command = ["c++", "-std=c++20", "-O0", "-fPIC", "-shared", *headers, str(SOURCE), "-o", str(library)]
+    command = ["c++", "-std=c++20", "-O0", "-fPIC", "-shared", *headers, str(SOURCE), "-o", str(path)]
     subprocess.run([*command, str(package / "_ops.abi3.so")], check=True, timeout=300)
-    torch.ops.load_library(library)
+    torch.ops.load_library(path)
+    calls = []
+
+    def recorded(name: str, function: Callable) -> Callable:
+        def call(*given, **options):
+            calls.append((name, [x.shape for x in given if isinstance(x, torch.Tensor)]))
+            return function(*given, **options)
+
+        return call
+
     stand_ins = torch.library.Library("aten", "IMPL", "CPU")
     for name, function in KERNELS.items():
-        stand_ins.impl(name, function)
-    yield torch.ops.two_level_mha_cuda_kernels
+        stand_ins.impl(name, recorded(name, function))
+    ops = torch.ops.two_level_mha_cuda_kernels
+    yield Kernels(ops.forward, ops.backward, calls)
     stand_ins._destroy()
+
+
+@pytest.fixture
+def kernels(library):
+    library.calls.clear()
+    return library
 
 
 # L, S, causal, window, key_stride
@@ -69,11 +96,19 @@ SHAPES = [
     (torch.bfloat16, 6, 1, 100, 36),
     (torch.float32, 4, 2, 20, 7),
 ]
-MASKS = ["", "bool", "additive", "bool row"]
+LAYOUTS = ["contiguous", "transposed", "cut", "expanded"]
+# What a call's mask is: bool or additive, and whether it differs from row to row.
+MASKS = {
+    "": ("", False),
+    "bool": ("bool", True),
+    "additive": ("additive", True),
+    "padding": ("bool", False),
+    "bias of keys": ("additive", False),
+}
 
 
 def inputs(shape, L: int, S: int, layout: str) -> list[torch.Tensor]:
-    """layout: contiguous, transposed (B, L, H, D), cut from wider ones, or of one sequence for all."""
+    """layout: of LAYOUTS: contiguous, memory (B, L, H, D), cut from wider ones, or of one sequence for all."""
     dtype, H, K, d_qk, d_v = shape
     found = []
     for heads, length, width in ((H, L, d_qk), (K, S, d_qk), (K, S, d_v)):
@@ -91,21 +126,28 @@ def inputs(shape, L: int, S: int, layout: str) -> list[torch.Tensor]:
 def mask_of(kind: str, dtype: torch.dtype, L: int, S: int) -> torch.Tensor | None:
     if not kind:
         return None
-    mask = torch.rand(2, 1, 1 if kind == "bool row" else L, S) > 0.4
-    if kind == "bool":
-        mask[0, 0, L // 2] = False  # a row without a key
-    return torch.randn(2, 1, L, S).to(dtype) if kind == "additive" else mask
+    form, by_row = MASKS[kind]
+    keep = torch.rand(2, 1, L if by_row else 1, S) > 0.4
+    keep[0, 0, keep.size(2) // 2] = False  # a row without a key; without rows, a sequence without one
+    if form == "bool":
+        return keep
+    return torch.randn(keep.shape).to(dtype).masked_fill(keep.logical_not(), -math.inf)
 
 
-def serves(name: str, shape, visible, kind: str, **grads: bool) -> bool:
+def request_of(shape, visible, kind: str, **grads: bool):
     dtype, H, K, d_qk, d_v = shape
     L, S, causal, window, key_stride = visible
+    form, by_row = MASKS[kind]
     request = _C.Request(
-        dtype=str(dtype).removeprefix("torch."), mask=kind.removesuffix(" row"), mask_rows=kind in ("bool", "additive"),
-        causal=causal, window=window, key_stride=key_stride, **grads,
+        dtype=str(dtype).removeprefix("torch."), mask=form, mask_rows=by_row and L > 1, causal=causal, window=window,
+        key_stride=key_stride, **grads,
     )  # fmt: skip
     request.B, request.H, request.K, request.L, request.S, request.d_qk, request.d_v = 2, H, K, L, S, d_qk, d_v
-    return name not in _C.refusals(request, GPU)
+    return request
+
+
+def serves(name: str, *call, **grads: bool) -> bool:
+    return name not in _C.refusals(request_of(*call, **grads), GPU)
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: object) -> None:
@@ -116,25 +158,25 @@ def close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: o
     assert got[finite].isfinite().all() and error <= TOLERANCE[dtype], (what, error.item())
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "cut", "expanded"])
 @pytest.mark.parametrize("name", SERVED)
-def test_a_kernel_gives_what_the_contract_says(kernels, name, layout):
+def test_a_kernel_gives_what_the_contract_says(kernels, name):
     """Localises: corner, padding, alignment, groups or empty rows on the way to a kernel, or how its answer is read."""
-    served = 0
+    served, layouts = 0, itertools.cycle(LAYOUTS)
     for shape, visible, kind in itertools.product(SHAPES, VISIBLE, MASKS):
         if not serves(name, shape, visible, kind):
             continue
         (dtype, *_), (L, S, causal, window, key_stride) = shape, visible
+        layout = next(layouts)
         q, k, v = inputs(shape, L, S, layout)
         mask, scale = mask_of(kind, dtype, L, S), 1 / math.sqrt(q.size(3))
         leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
-        bias = mask.double() if kind == "additive" else mask
+        bias = mask.double() if mask is not None and mask.is_floating_point() else mask
         expected, expected_logsumexp = attend(
             *leaves, bias, scale=scale, causal=causal, window=window, key_stride=key_stride, kernel_name="chunked"
         )
         how = (mask, scale, causal, window, key_stride)
         out, logsumexp = kernels.forward(name, q, k, v, *how)
-        what = (name, shape, visible, kind)
+        what = (name, shape, visible, kind, layout)
         close(out, expected.detach(), dtype, (*what, "out"))
         close(logsumexp, expected_logsumexp.detach(), dtype, (*what, "logsumexp"))
         served += 1
@@ -149,3 +191,15 @@ def test_a_kernel_gives_what_the_contract_says(kernels, name, layout):
             for label, got, wanted in zip(("dq", "dk", "dv"), found, grads, strict=True):
                 close(got, wanted, dtype, (*what, label, more))
     assert served == SERVED[name]
+
+
+@pytest.mark.parametrize("kind", ["", "padding", "bias of keys"])
+def test_groups_share_their_keys(kernels, kind):
+    """Localises: keys and values copied to every head of a group where one mask, or none, holds for all its rows."""
+    shape, visible = (torch.bfloat16, 6, 2, 64, 64), (1, 53, None, None, 1)
+    q, k, v = inputs(shape, 1, 53, "contiguous")
+    how = (mask_of(kind, q.dtype, 1, 53), 0.125, *visible[2:])
+    out, logsumexp = kernels.forward("aten_efficient", q, k, v, *how)
+    kernels.backward("aten_efficient", out, None, q, k, v, out, logsumexp, *how)
+    forward, backward = (shapes for _, shapes in kernels.calls)
+    assert forward[1] == forward[2] == backward[2] == backward[3] == (2, 53, 2, 64)

@@ -103,15 +103,17 @@ Backward flash_gradients(const Call& call, const Tensor& grad_out, const Tensor&
   return as_gradients(call, dq, dk, dv);
 }
 
-// --- memory-efficient: any width, a mask, float32. Wants one KV head per query head: without a mask the
-// heads of a group become rows of one head; with one, keys and values are repeated.
+// --- memory-efficient: any width, a mask, float32. Wants one KV head per query head: the heads of a group
+// become rows of one head, where all its rows see the same; else keys and values are repeated.
 
 int64_t alignment(const Call& call) {
   return 16 / call.q.element_size();
 }
 
 bool folds(const Call& call) {
-  return call.H != call.K && !call.causal && !call.params.mask.defined();
+  const Tensor& mask = call.params.mask;
+  const bool same = !mask.defined() || (mask.size(1) == 1 && mask.size(2) == 1);
+  return call.H != call.K && !call.causal && same;
 }
 
 // (B, H, L, D) -> (B, rows, heads, D), contiguous in D.
@@ -141,9 +143,10 @@ Tensor bias_of(const Call& call) {
   return bias.copy_(mask);
 }
 
-std::optional<Tensor> for_kernel(const Call& call, const Tensor& bias) {
+// For q as query_rows has it.
+std::optional<Tensor> for_kernel(const Call& call, const Tensor& bias, const Tensor& q) {
   if (!bias.defined()) return std::nullopt;
-  return bias.expand({call.B, call.H, call.L, call.keys});
+  return bias.expand({call.B, q.size(2), q.size(1), call.keys});
 }
 
 // (B, H, L), true for rows whose scores are all -inf to the kernel, since its logsumexp does not tell. It
@@ -167,7 +170,7 @@ Forward efficient(const Call& call) {
   int64_t d_qk = round_up(call.d_qk(), alignment(call)), d_v = round_up(call.d_v(), alignment(call));
   Tensor q = query_rows(call, call.q, d_qk), bias = bias_of(call);
   auto result = at::_efficient_attention_forward(
-      q, key_rows(call, call.k, d_qk), key_rows(call, call.v, d_v), for_kernel(call, bias), std::nullopt,
+      q, key_rows(call, call.k, d_qk), key_rows(call, call.v, d_v), for_kernel(call, bias, q), std::nullopt,
       std::nullopt, std::nullopt, std::nullopt, 0.0, mask_type(call), true, call.params.scale);
   Tensor out = std::get<0>(result).transpose(1, 2).reshape({call.B, call.H, call.L, d_v});
   Tensor logsumexp =
@@ -207,7 +210,7 @@ Backward efficient_gradients(const Call& call, const Tensor& grad_out, const Ten
       .copy_(at::where(at::isneginf(logsumexp), kInfinity, logsumexp).reshape({call.B, heads, rows}));
   Tensor random = at::empty({}, call.q.options().dtype(at::kLong));  // not read without dropout
   auto result = at::_efficient_attention_backward(
-      query_rows(call, grad_wide, d_v).contiguous(), q, k, v, for_kernel(call, bias_of(call)),
+      query_rows(call, grad_wide, d_v).contiguous(), q, k, v, for_kernel(call, bias_of(call), q),
       query_rows(call, out_wide, d_v).contiguous(), std::nullopt, std::nullopt, rows, call.keys, lse, 0.0,
       random, random, mask_type(call), false, call.params.scale);
   Tensor dq = std::get<0>(result).transpose(1, 2).reshape({call.B, call.H, call.L, d_qk});
