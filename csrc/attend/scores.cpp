@@ -14,18 +14,37 @@ namespace {
 // Scores at a time, over all batches and heads.
 constexpr int64_t kBlockElements = 1 << 22, kBlockElementsCuda = 1 << 26;
 
+bool is_half(const Tensor& x) {
+  return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+}
+
 }  // namespace
 
-Scores::Scores(const Tensor& q_, const Tensor& k_, const AttentionParams& p)
-    : params(p), B(q_.size(0)), H(q_.size(1)), K(k_.size(1)), L(q_.size(2)), S(k_.size(2)) {
-  q = grouped(q_);
-  k = wide(k_).unsqueeze(2);
+Tensor times_keys(const Tensor& rows, const Tensor& keys) {
+  if (!is_half(keys)) return at::matmul(rows, keys);
+  const Tensor of_groups = rows.to(keys.scalar_type()).flatten(2, 3).flatten(0, 1);
+  const Tensor product = at::bmm(of_groups, keys.squeeze(2).flatten(0, 1), at::kFloat);
+  return product.view({rows.size(0), rows.size(1), rows.size(2), rows.size(3), keys.size(4)});
+}
+
+Tensor over_rows(const Tensor& a, const Tensor& b) {
+  if (!is_half(b)) return at::matmul(a.transpose(-1, -2), b).sum(2, true);
+  auto of_groups = [&](const Tensor& x) { return x.to(b.scalar_type()).flatten(2, 3).flatten(0, 1); };
+  const Tensor product = at::bmm(of_groups(a).transpose(1, 2), of_groups(b), at::kFloat);
+  return product.view({b.size(0), b.size(1), 1, a.size(4), b.size(4)});
+}
+
+Scores::Scores(const Tensor& q_, const Tensor& k_, const AttentionParams& p, Halves given)
+    : params(p), halves(given), B(q_.size(0)), H(q_.size(1)), K(k_.size(1)), L(q_.size(2)), S(k_.size(2)) {
+  q = grouped(operand(q_));
+  k = operand_of_keys(k_);
   const int64_t elements = q.is_cuda() ? kBlockElementsCuda : kBlockElements;
   block = std::clamp<int64_t>(elements / std::max<int64_t>(B * H * S, 1), 16, std::max<int64_t>(L, 16));
 }
 
-Tensor Scores::grouped(const Tensor& x) const {
-  return wide(x).unflatten(1, {K, H / K});
+Tensor Scores::operand_of_keys(const Tensor& x) const {
+  const Tensor keys = operand(x);
+  return (is_half(keys) ? keys.contiguous() : keys).unsqueeze(2);
 }
 
 ScoreBlock::ScoreBlock(const Scores& scores, int64_t first)
@@ -35,7 +54,7 @@ ScoreBlock::ScoreBlock(const Scores& scores, int64_t first)
 }
 
 std::pair<Tensor, Tensor> ScoreBlock::raw() const {
-  const Tensor s = at::matmul(q(), k().transpose(-1, -2)) * all.params.scale;
+  const Tensor s = times_keys(q(), k().transpose(-1, -2)) * all.params.scale;
   if (all.params.softcap == 0.0) return {s, Tensor()};
   const Tensor t = at::tanh(s / all.params.softcap);
   return {t * all.params.softcap, t};

@@ -8,19 +8,37 @@
 
 namespace two_level_mha {
 
+// How half precision goes into products, whose sums are float32 either way: widened to float32, or as it is, by
+// at::bmm with an out_dtype, which is for tensor cores: torch has it on CUDA alone.
+enum class Halves : bool { widened, as_they_are };
+
+// (B, K, G, rows, n) times (B, K, 1, n, m): (B, K, G, rows, m). Half keys take the rows of a group as rows of one
+// matrix, rounded to their dtype, and give float32.
+Tensor times_keys(const Tensor& rows, const Tensor& keys);
+
+// The sum over the rows of a group of a^T b, (B, K, G, rows, n) and (B, K, G, rows, m): (B, K, 1, n, m), likewise
+// where b is half.
+Tensor over_rows(const Tensor& a, const Tensor& b);
+
 // Everything of a call that does not depend on the block.
 struct Scores {
   const AttentionParams& params;
-  Tensor q, k;  // (B, K, G, L, D), (B, K, 1, S, D), wide
+  Halves halves;
+  Tensor q, k;  // (B, K, G, L, D), (B, K, 1, S, D)
   int64_t B, H, K, L, S;
   int64_t block;  // rows at a time
 
-  Scores(const Tensor& q, const Tensor& k, const AttentionParams& params);
+  Scores(const Tensor& q, const Tensor& k, const AttentionParams& params, Halves halves = Halves::widened);
 
-  // Half precision is computed in float32.
   static Tensor wide(const Tensor& x) { return x.scalar_type() == at::kDouble ? x : x.to(at::kFloat); }
+  // The dtype of scores and of all sums.
+  at::ScalarType sums() const { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+  // What products take of x.
+  Tensor operand(const Tensor& x) const { return halves == Halves::widened ? wide(x) : x; }
+  // (B, K, S, D) to (B, K, 1, S, D), whose B and K are one dim to times_keys.
+  Tensor operand_of_keys(const Tensor& x) const;
   // (B, H, ..) to (B, K, G, ..)
-  Tensor grouped(const Tensor& x) const;
+  Tensor grouped(const Tensor& x) const { return x.unflatten(1, {K, H / K}); }
 };
 
 // One block of rows against the keys it can see.
