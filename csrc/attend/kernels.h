@@ -63,18 +63,21 @@ inline const char* without_amx(const Request& r, const Machine& m) {
                                    : "is the fastest in bfloat16 only where the CPU has AMX";
 }
 
-// Calls with(part) for the call, or for both parts of one that is cut (corner.h): the first reason counts.
+// The first reason that with(piece, its corner) gives, of the pieces of a call (corner.h).
 template <class With>
-const char* of_parts(const Request& r, const With& with) {
-  const Cut cut(r.visible, r.L, r.S);
-  if (cut.after == 0) return with(r);
-  Request top = r, bottom = r;
-  top.L = cut.before;
-  bottom.L = cut.after;
-  bottom.visible.causal = std::nullopt;
-  const char* reason = with(top);
-  return reason ? reason : with(bottom);
+const char* of_pieces(const Request& r, const With& with) {
+  for (const Piece& piece : pieces_of(r.visible, r.L, r.S))
+    if (const char* reason = with(piece, Corner(piece.visible, piece.rows, r.S))) return reason;
+  return nullptr;
 }
+
+// Each piece is a call of its own kernel.
+inline const char* many_pieces(const Request& r) {
+  const bool many = !r.visible.keys_of_all(r.L, r.S) && std::min(r.visible.key_stride, r.L) > 1024;
+  return many ? "takes key_stride up to 1024" : nullptr;
+}
+
+constexpr const char* kPastTheEnd = "takes windows that end at the last key or before";
 
 // d_v = d_qk to flash and cuDNN: the narrower is padded.
 inline int64_t common_width(const Request& r) {
@@ -91,10 +94,12 @@ constexpr int64_t kSafeCudnn = 91501;
 inline const char* cudnn(const Request& r, const Machine& m) {
   if (!m.cudnn_enabled) return "is switched off: torch.backends.cuda.enable_cudnn_sdp";
   if (m.cudnn < kSafeCudnn) return "needs cuDNN 9.15.1 or newer";
-  if (common_width(r) > 128) return "takes widths up to 128";
-  const char* short_ones = of_parts(r, [](const Request& part) {
-    const bool one = part.L == 1 || Corner(part.visible, part.L, part.S).keys == 1;
-    return one ? "takes at least two rows and two keys" : nullptr;
+  if (r.backward && !m.cudnn_backward) return "has no backward here: csrc/attend/machine.cpp says why";
+  const int64_t d = common_width(r);
+  if (d > 256) return "takes widths up to 256";
+  if (d > 128 && m.arch != 90) return "takes widths above 128 on sm_90 only";
+  const char* short_ones = of_pieces(r, [](const Piece& piece, const Corner& corner) {
+    return piece.rows == 1 || corner.keys == 1 ? "takes at least two rows and two keys" : nullptr;
   });
   return short_ones ? short_ones : large_batch(r);
 }
@@ -106,20 +111,25 @@ inline const char* flash(const Request& r, const Machine& m) {
   const bool small = m.arch == 86 || m.arch == 89 || m.arch >= 120;
   if (d > 256) return "takes widths up to 256";
   if (small && d > 192 && d <= 224) return "has no backward for widths 193 to 224 on sm_86, sm_89 and sm_120";
-  return large_batch(r);
+  if (const char* many = many_pieces(r)) return many;
+  const char* reason =
+      of_pieces(r, [](const Piece&, const Corner& corner) { return corner.fits ? nullptr : kPastTheEnd; });
+  return reason ? reason : large_batch(r);
 }
 
 inline const char* efficient(const Request& r, const Machine& m) {
   if (!m.efficient_enabled) return "is switched off: torch.backends.cuda.enable_mem_efficient_sdp";
   if (r.dtype == Dtype::bfloat16 && m.arch < 80) return "needs sm_80 for bfloat16";
-  if (r.mask != MaskKind::none && r.mask_rows) {
-    const char* large = of_parts(r, [](const Request& part) {
-      const int64_t keys = ceil_div(Corner(part.visible, part.L, part.S).keys, 16) * 16;
-      return part.L * keys > std::numeric_limits<int32_t>::max() ? "indexes a mask by 32 bits" : nullptr;
-    });
-    if (large) return large;
-  }
-  return large_batch(r);
+  if (const char* many = many_pieces(r)) return many;
+  const char* reason = of_pieces(r, [&](const Piece& piece, const Corner& corner) -> const char* {
+    if (!corner.fits) return kPastTheEnd;
+    if (corner.window && r.backward && !m.offset_windows && corner.keys != piece.rows)
+      return "has no backward for windows over more keys than rows before torch 2.15";
+    const int64_t keys = ceil_div(corner.keys, 16) * 16;
+    const bool large = r.mask_rows && piece.rows * keys > std::numeric_limits<int32_t>::max();
+    return large ? "indexes a mask by 32 bits" : nullptr;
+  });
+  return reason ? reason : large_batch(r);
 }
 
 }  // namespace reasons
@@ -131,13 +141,13 @@ constexpr uint32_t kHalves = kBFloat16 | kFloat16;
 constexpr uint32_t kMasks = kBoolMask | kAdditiveMask;
 constexpr uint32_t kOfCpu = (kAllFeatures & ~(kFloat64 | kGradMask));
 constexpr uint32_t kOfCuda = kHalves | kOtherWidth | kGroups | kOneRange | kCausal;
+constexpr uint32_t kInPieces = kOffset | kBefore | kWindow | kKeyStride;
 
 constexpr Kernel kKernels[] = {
-    {"aten_cudnn", sm(90, 109), kOfCuda, reasons::cudnn, reasons::none},
-    {"aten_flash", sm(80), kOfCuda | kOffset | kKeyStride | kBackward, reasons::flash, reasons::none},
-    {"aten_efficient", sm(50),
-     kOfCuda | kFloat32 | kOffset | kKeyStride | kMasks | kBackward | kGradLogsumexp, reasons::efficient,
-     reasons::none},
+    {"aten_cudnn", sm(90, 109), kOfCuda | kBackward, reasons::cudnn, reasons::none},
+    {"aten_flash", sm(80), kOfCuda | kInPieces | kBackward, reasons::flash, reasons::none},
+    {"aten_efficient", sm(50), kOfCuda | kFloat32 | kInPieces | kMasks | kBackward | kGradLogsumexp,
+     reasons::efficient, reasons::none},
     {"cpu_decode", cpu_from(CpuLevel::avx2), kOfCpu & ~(kDropout | kBackward | kGradLogsumexp),
      reasons::no_width, reasons::many_rows},
     // Masks may leave a row without keys, or with none but finite biases: ATen's answers those otherwise.

@@ -68,14 +68,18 @@ inline void bind_kernels(pybind11::module_& m) {
       .def_readwrite("d_v", &Request::d_v);
 
   py::class_<Machine>(m, "Machine", "What a call runs on; cpu: a level, '' for that of this CPU.")
-      .def(py::init([=](bool cuda, const std::string& cpu, int arch, int64_t cudnn, bool cudnn_enabled,
-                        bool flash_enabled, bool efficient_enabled) {
-             const CpuLevel level = cpu.empty() ? cpu_level() : named<CpuLevel>(kCpuLevels, cpu, "cpu");
-             return Machine{cuda, level, arch, cudnn, cudnn_enabled, flash_enabled, efficient_enabled};
-           }),
-           py::kw_only(), "cuda"_a = false, "cpu"_a = "", "arch"_a = gpu.arch, "cudnn"_a = gpu.cudnn,
-           "cudnn_enabled"_a = gpu.cudnn_enabled, "flash_enabled"_a = gpu.flash_enabled,
-           "efficient_enabled"_a = gpu.efficient_enabled)
+      .def(
+          py::init([=](bool cuda, const std::string& cpu, int arch, int64_t cudnn, bool cudnn_enabled,
+                       bool flash_enabled, bool efficient_enabled, bool cudnn_backward, bool offset_windows) {
+            const CpuLevel level = cpu.empty() ? cpu_level() : named<CpuLevel>(kCpuLevels, cpu, "cpu");
+            return Machine{
+                cuda,           level,         arch, cudnn, cudnn_enabled, flash_enabled, efficient_enabled,
+                cudnn_backward, offset_windows};
+          }),
+          py::kw_only(), "cuda"_a = false, "cpu"_a = "", "arch"_a = gpu.arch, "cudnn"_a = gpu.cudnn,
+          "cudnn_enabled"_a = gpu.cudnn_enabled, "flash_enabled"_a = gpu.flash_enabled,
+          "efficient_enabled"_a = gpu.efficient_enabled, "cudnn_backward"_a = gpu.cudnn_backward,
+          "offset_windows"_a = gpu.offset_windows)
       .def_property_readonly("cpu", [](const Machine& m) { return kCpuLevels[int(m.cpu)]; })
       .def("__str__", &machine_name);
 

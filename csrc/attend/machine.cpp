@@ -1,6 +1,8 @@
 #include "machine.h"
 
 #include <ATen/Context.h>
+#include <c10/util/env.h>
+#include <torch/headeronly/version.h>
 
 #include "cpu/level.h"
 
@@ -19,6 +21,11 @@ Machine machine_of(const at::Tensor& x) {
   machine.cudnn_enabled = context.userEnabledCuDNNSDP();
   machine.flash_enabled = context.userEnabledFlashSDP();
   machine.efficient_enabled = context.userEnabledMemEfficientSDP();
+  // It is not deterministic, and in this experimental mode of torch its statistics lie in another order. No
+  // GPU has confirmed it: false here switches it off.
+  machine.cudnn_backward =
+      !context.deterministicAlgorithms() && c10::utils::check_env("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") != true;
+  machine.offset_windows = TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 15;
   return machine;
 }
 

@@ -27,7 +27,7 @@ struct Functions {
 };
 
 constexpr Functions kFunctions[] = {
-    {"aten_cudnn", cudnn_forward, nullptr},
+    {"aten_cudnn", cudnn_forward, cudnn_backward},
     {"aten_flash", flash_forward, flash_backward},
     {"aten_efficient", efficient_forward, efficient_backward},
     {"cpu_decode", decode_forward, nullptr},

@@ -36,6 +36,10 @@ struct Machine {
   int arch = 0;       // of the GPU, 90 for sm_90; 0: not known, since the CUDA sources were left out
   int64_t cudnn = 0;  // as 91501 for 9.15.1
   bool cudnn_enabled = true, flash_enabled = true, efficient_enabled = true;  // in torch.backends.cuda
+  bool cudnn_backward = true;  // whether cuDNN's own backward may serve; else flash's follows its forward
+  // Whether the memory-efficient backward hides the keys before a window where there are more keys than rows:
+  // since torch 2.15.
+  bool offset_windows = true;
 };
 
 // Everything that a call may ask for and that a kernel may lack. Bits; kFeatureNames has their names.
@@ -86,7 +90,7 @@ constexpr const char* kFeatureNames[] = {
 constexpr uint32_t kAllFeatures = (1 << std::size(kFeatureNames)) - 1;
 
 // The features that a call needs. A causal mask, window or key_stride that shows all rows the same keys needs
-// no more than kOneRange, and nothing if these are all keys.
+// no more than kOneRange, and nothing if these are all keys; nor does a window that hides no key.
 inline uint32_t needs(const Request& r) {
   constexpr uint32_t kDtypes[] = {kFloat64, kFloat32, kBFloat16, kFloat16};
   uint32_t bits = kDtypes[int(r.dtype)];
@@ -110,7 +114,7 @@ inline uint32_t needs(const Request& r) {
   need(true, kCausal);
   need(*visible.causal > 0, kOffset);
   need(*visible.causal < 0, kBefore);
-  need(visible.window.has_value(), kWindow);
+  need(visible.window && visible.keys_of(r.L - 1, r.S).begin > 0, kWindow);
   need(visible.key_stride != 1, kKeyStride);
   return bits;
 }

@@ -10,4 +10,9 @@ I ceil_div(I a, int64_t b) {
   return (a + (b - 1)) / b;
 }
 
+// Towards minus infinity; b > 0.
+constexpr int64_t floor_div(int64_t a, int64_t b) {
+  return a / b - (a % b < 0);
+}
+
 }  // namespace two_level_mha

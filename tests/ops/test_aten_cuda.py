@@ -1,7 +1,7 @@
-"""csrc/attend/aten/cuda.cpp on the CPU: ATen's CUDA kernels are answered by harness/stand_ins.py.
+"""csrc/attend/aten/cuda.cpp, and chunked.cpp as on CUDA, on the CPU: harness/stand_ins.py answers for CUDA's operators.
 
-A failure here is in how a call is cut, padded, aligned or folded for one of those kernels, or in how its answer is
-read. What the kernels themselves do is not run: emulated only.
+A failure here is in how a call is cut, padded, aligned or folded for one of those, or in how its answer is read. What
+they do themselves is not run: emulated only.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from two_level_mha import _C
 
 SOURCE = Path(__file__).resolve().parents[1] / "cpp" / "cuda_kernels.cpp"
 GPU = _C.Machine(cuda=True, arch=90, cudnn=91501)
-SERVED = {"aten_cudnn": 9, "aten_flash": 39, "aten_efficient": 260}  # of the calls below
+SERVED = {"aten_cudnn": 16, "aten_flash": 88, "aten_efficient": 660}  # of the calls below
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 attend = torch.ops.two_level_mha.partial_attention
 
@@ -88,6 +88,15 @@ VISIBLE = [
     (64, 16, 0, None, 4),
     (7, 11, 70, None, 8),
     (3, 40, 37, None, 2),
+    (37, 37, -5, None, 1),  # rows before the first key
+    (40, 13, -2, None, 3),  # a cache by position on another rank than the first
+    (37, 37, 0, 9, 1),
+    (20, 53, 33, 12, 1),
+    (20, 53, 7, 3, 1),  # keys before the first window and after the last
+    (30, 37, -4, 6, 1),
+    (37, 37, 0, 40, 1),  # hides nothing
+    (50, 30, 40, 20, 3),
+    (40, 13, -2, 2, 3),  # some rows see no key
 ]
 # dtype, H, K, d_qk, d_v
 SHAPES = [
@@ -95,6 +104,8 @@ SHAPES = [
     (torch.float16, 4, 2, 24, 40),
     (torch.bfloat16, 6, 1, 100, 36),
     (torch.float32, 4, 2, 20, 7),
+    (torch.float16, 2, 1, 200, 136),
+    (torch.bfloat16, 2, 1, 264, 40),
 ]
 LAYOUTS = ["contiguous", "transposed", "cut", "expanded"]
 # What a call's mask is: bool or additive, and whether it differs from row to row.
@@ -181,7 +192,7 @@ def test_a_kernel_gives_what_the_contract_says(kernels, name):
         close(logsumexp, expected_logsumexp.detach(), dtype, (*what, "logsumexp"))
         served += 1
         for more in (False, True):
-            if name == "aten_cudnn" or not serves(name, shape, visible, kind, backward=True, grad_logsumexp=more):
+            if not serves(name, shape, visible, kind, backward=True, grad_logsumexp=more):
                 continue
             grad_out = torch.randn_like(expected).to(dtype)
             grad_logsumexp = torch.randn_like(expected_logsumexp).float() if more else None
@@ -203,3 +214,41 @@ def test_groups_share_their_keys(kernels, kind):
     kernels.backward("aten_efficient", out, None, q, k, v, out, logsumexp, *how)
     forward, backward = (shapes for _, shapes in kernels.calls)
     assert forward[1] == forward[2] == backward[2] == backward[3] == (2, 53, 2, 64)
+
+
+CHUNKED = {
+    "dropout": {"dropout_p": 0.3},
+    "softcap": {"softcap": 1.5},
+    "softcap, window": {"softcap": 1.5, "causal": 16, "window": 9},
+    "dropout, causal": {"dropout_p": 0.3, "causal": 16},
+    "dropout, mask": {"dropout_p": 0.3, "kind": "additive"},
+    "softcap, no keys for some": {"softcap": 1.5, "causal": -3, "kind": "padding"},
+}
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CHUNKED)
+def test_chunked_multiplies_halves(kernels, case, dtype, heads):
+    """Localises: a product of chunked on CUDA, by values and gradients; keys that are widened or copied to heads."""
+    given = dict(CHUNKED[case])
+    (H, K), L, S, kind = heads, 37, 53, given.pop("kind", "")
+    q, k, v = inputs((dtype, H, K, 24, 40), L, S, "transposed")
+    mask, seed = mask_of(kind, dtype, L, S), torch.tensor([11])
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    bias = mask.double() if mask is not None and mask.is_floating_point() else mask
+    dropped = {"seed": seed} if "dropout_p" in given else {}
+    expected = attend(*leaves, bias, scale=0.2, **given, **dropped, kernel_name="chunked")
+    how = (mask, 0.2, given.get("causal"), given.get("window"), 1, given.get("softcap", 0.0),
+           given.get("dropout_p", 0.0), seed)  # fmt: skip
+    out, logsumexp = kernels.forward("chunked", q, k, v, *how)
+    close(out, expected[0].detach(), dtype, "out")
+    close(logsumexp, expected[1].detach(), dtype, "logsumexp")
+    given = [torch.randn_like(expected[0]).to(dtype), torch.randn_like(expected[1]).float()]
+    grads = torch.autograd.grad(expected, leaves, [x.double() for x in given])
+    found = kernels.backward("chunked", *given, q, k, v, out, logsumexp, *how)
+    for label, got, wanted in zip(("dq", "dk", "dv"), found, grads, strict=True):
+        close(got, wanted, dtype, label)
+        assert got.dtype is dtype
+    assert {name for name, _ in kernels.calls} == {"bmm.dtype"} and len(kernels.calls) == 7
+    assert all(shapes[1][0] == 2 * K for _, shapes in kernels.calls)

@@ -1,7 +1,10 @@
-// How a kernel takes a call whose causal mask ends in the bottom-right corner: row l of L sees all keys but
-// the last L - 1 - l. Ours is offset by causal and may be strided. No torch.
+// How a kernel takes a call whose causal mask or window ends in the bottom-right corner: row l of L sees no key
+// of the last L - 1 - l. Ours is offset by causal, may begin before the first key and may be strided. No torch.
 #pragma once
 
+#include <vector>
+
+#include "../../base/arithmetic.h"
 #include "../visible.h"
 
 namespace two_level_mha {
@@ -11,26 +14,46 @@ namespace two_level_mha {
 struct Corner {
   int64_t first_key, keys;
   bool causal, fits;
+  std::optional<int64_t> window;
 
   Corner(const Visible& v, int64_t L, int64_t S) {
-    const auto same = v.keys_of_all(L, S);
-    causal = !same;
-    first_key = same ? same->begin : 0;
+    causal = !v.keys_of_all(L, S);
+    first_key = v.keys_of(0, S).begin;
     keys = v.keys_of(L - 1, S).end - first_key;
-    fits = causal ? !v.window && v.key_stride == 1 && *v.causal >= 0 && *v.causal <= S - L : keys > 0;
+    if (causal) window = v.window;
+    fits = causal ? v.key_stride == 1 && *v.causal >= 0 && *v.causal <= S - L : keys > 0;
   }
 };
 
-// A call whose corner is in mid-matrix, cut there: the rows from `before` on see every key, so that they are
-// a call without a causal mask. after == 0: it is not cut.
-struct Cut {
-  int64_t before, after;  // rows
-
-  Cut(const Visible& v, int64_t L, int64_t S) : before(L) {
-    const bool plain = v.causal && !v.window && v.key_stride == 1 && *v.causal >= 0;
-    if (plain && *v.causal > S - L && *v.causal < S - 1) before = S - 1 - *v.causal;
-    after = L - before;
-  }
+// Rows first, first + step, .. of a call, which are a call of their own with key_stride 1.
+struct Piece {
+  int64_t first, rows, step;
+  Visible visible;
 };
+
+// The rows of a call that see any key, each in one piece. Keys that stand m = key_stride apart: rows r, r + m,
+// .. are a plain call, whose row t sees the keys up to t + floor((r + causal) / m). A corner in mid-matrix is
+// cut there, since the rows below it see every key.
+inline std::vector<Piece> pieces_of(const Visible& v, int64_t L, int64_t S) {
+  std::vector<Piece> found;
+  if (const auto all = v.keys_of_all(L, S)) {
+    if (!all->empty()) found.push_back({0, L, 1, v});
+    return found;
+  }
+  const int64_t m = v.key_stride;
+  for (int64_t r = 0; r < std::min(m, L); ++r) {
+    const int64_t rows = ceil_div(L - r, m), causal = floor_div(r + *v.causal, m);
+    std::optional<int64_t> window;
+    if (v.window) window = causal - floor_div(r + *v.causal - *v.window, m);
+    if (window && *window <= 0) continue;
+    if (window && *window >= causal + rows) window.reset();  // hides nothing
+    const int64_t seeing = std::clamp<int64_t>(-causal, 0, rows);
+    const bool cut = !window && causal > S - rows;
+    const int64_t all = cut ? std::max(S - 1 - causal, seeing) : rows;
+    if (all > seeing) found.push_back({r + m * seeing, all - seeing, m, {causal + seeing, window}});
+    if (rows > all) found.push_back({r + m * all, rows - all, m, {}});
+  }
+  return found;
+}
 
 }  // namespace two_level_mha

@@ -22,9 +22,9 @@ int64_t round_up(int64_t n, int64_t to) {
   return ceil_div(n, to) * to;
 }
 
-// The call as all three kernels take it (corner.h; flash: always, efficient: mask type 2).
+// A piece of a call as all three kernels take it (corner.h; flash: always, efficient: mask type 2).
 struct Call : Corner {
-  const AttentionParams& params;
+  const AttentionParams params;
   Tensor q, k, v;
   int64_t B, H, K, L, S;
 
@@ -74,11 +74,22 @@ int64_t common_width(const Call& call) {
   return round_up(std::max(call.d_qk(), call.d_v()), 8);
 }
 
+// What flash calls the left of a window: how many keys before its own a row sees; the right is none then.
+std::optional<int64_t> left_of(const Call& call) {
+  return call.window ? std::optional<int64_t>(*call.window - 1) : std::nullopt;
+}
+
+std::optional<int64_t> right_of(const Call& call) {
+  return call.window ? std::optional<int64_t>(0) : std::nullopt;
+}
+
 Forward flash(const Call& call) {
   int64_t d = common_width(call);
-  auto result = at::_scaled_dot_product_flash_attention(widen(call.q, d), widen(call.k, d), widen(call.v, d),
-                                                        0.0, call.causal, false, call.params.scale);
-  return {cut_rows(std::get<0>(result), call.d_v()), std::get<1>(result)};
+  auto rows = [&](const Tensor& x) { return widen(x, d).transpose(1, 2); };
+  auto result = at::_flash_attention_forward(rows(call.q), rows(call.k), rows(call.v), std::nullopt,
+                                             std::nullopt, call.L, call.keys, 0.0, call.causal, false,
+                                             call.params.scale, left_of(call), right_of(call));
+  return {cut_rows(std::get<0>(result).transpose(1, 2), call.d_v()), std::get<1>(result)};
 }
 
 Forward cudnn(const Call& call) {
@@ -90,17 +101,28 @@ Forward cudnn(const Call& call) {
           std::get<1>(result).reshape({call.B, call.H, call.L}).contiguous()};
 }
 
-// cuDNN's forward has this backward too: the contract is the same, and the shape in which cuDNN's own wants
-// its statistics back differs between versions of torch.
+// Takes its statistics as forward gives them, (B, H, L, 1), and wants them contiguous.
+Backward cudnn_gradients(const Call& call, const Tensor& grad_out, const Tensor&, const Tensor& out,
+                         const Tensor& logsumexp) {
+  int64_t d = common_width(call);
+  Tensor random = at::empty({}, call.q.options().dtype(at::kLong));  // not read without dropout
+  auto [dq, dk, dv] = at::_scaled_dot_product_cudnn_attention_backward(
+      widen(grad_out, d), widen(call.q, d), widen(call.k, d), widen(call.v, d), widen(out, d),
+      logsumexp.contiguous().unsqueeze(-1), random, random, Tensor(), Tensor(), Tensor(), call.L, call.keys,
+      0.0, call.causal, call.params.scale);
+  return as_gradients(call, dq, dk, dv);
+}
+
 Backward flash_gradients(const Call& call, const Tensor& grad_out, const Tensor&, const Tensor& out,
                          const Tensor& logsumexp) {
   int64_t d = common_width(call);
   Tensor random = at::empty({2}, call.q.options().dtype(at::kLong));  // not read without dropout
-  auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_backward(
-      widen(grad_out, d), widen(call.q, d), widen(call.k, d), widen(call.v, d), widen(out, d),
-      logsumexp.contiguous(), Tensor(), Tensor(), call.L, call.keys, 0.0, call.causal, random, random,
-      call.params.scale);
-  return as_gradients(call, dq, dk, dv);
+  auto rows = [&](const Tensor& x) { return widen(x, d).transpose(1, 2); };
+  auto [dq, dk, dv] = at::_flash_attention_backward(rows(grad_out), rows(call.q), rows(call.k), rows(call.v),
+                                                    rows(out), logsumexp.contiguous(), Tensor(), Tensor(),
+                                                    call.L, call.keys, 0.0, call.causal, random, random,
+                                                    call.params.scale, left_of(call), right_of(call));
+  return as_gradients(call, dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2));
 }
 
 // --- memory-efficient: any width, a mask, float32. Wants one KV head per query head: the heads of a group
@@ -154,12 +176,20 @@ std::optional<Tensor> for_kernel(const Call& call, const Tensor& bias, const Ten
 Tensor empty_rows_of(const Call& call, const Tensor& bias) {
   const bool overflows = call.q.scalar_type() != at::kHalf;
   Tensor visible = bias.le(overflows ? std::numeric_limits<float>::lowest() / 1.5 : -kInfinity).logical_not();
-  Tensor any = visible.any(-1);
-  if (call.causal) {
-    Tensor first = visible.to(at::kByte).argmax(-1);
-    any = any.logical_and(first <= last_positions(first, *call.params.causal, 0, call.L));
+  if (!call.causal) return visible.any(-1).logical_not().expand({call.B, call.H, call.L});
+  // How many of the keys up to any one can be seen: by a row, up to its last less those before its first.
+  Tensor counts = visible.cumsum(-1, at::kInt).expand({-1, -1, call.L, -1});
+  auto up_to = [&](const Tensor& key) {
+    auto sizes = counts.sizes().vec();
+    sizes[3] = 1;
+    return counts.gather(3, key.unsqueeze(1).expand(sizes)).squeeze(3);
+  };
+  Tensor last = last_positions(visible, call.keys - call.L, 0, call.L), seen = up_to(last);
+  if (call.window) {
+    Tensor before = last - *call.window;
+    seen = seen - at::where(before < 0, 0, up_to(before.clamp_min(0)));
   }
-  return any.logical_not().expand({call.B, call.H, call.L});
+  return seen.eq(0).expand({call.B, call.H, call.L});
 }
 
 int64_t mask_type(const Call& call) {
@@ -169,9 +199,10 @@ int64_t mask_type(const Call& call) {
 Forward efficient(const Call& call) {
   int64_t d_qk = round_up(call.d_qk(), alignment(call)), d_v = round_up(call.d_v(), alignment(call));
   Tensor q = query_rows(call, call.q, d_qk), bias = bias_of(call);
-  auto result = at::_efficient_attention_forward(
-      q, key_rows(call, call.k, d_qk), key_rows(call, call.v, d_v), for_kernel(call, bias, q), std::nullopt,
-      std::nullopt, std::nullopt, std::nullopt, 0.0, mask_type(call), true, call.params.scale);
+  auto result = at::_efficient_attention_forward(q, key_rows(call, call.k, d_qk), key_rows(call, call.v, d_v),
+                                                 for_kernel(call, bias, q), std::nullopt, std::nullopt,
+                                                 std::nullopt, std::nullopt, 0.0, mask_type(call), true,
+                                                 call.params.scale, std::nullopt, call.window);
   Tensor out = std::get<0>(result).transpose(1, 2).reshape({call.B, call.H, call.L, d_v});
   Tensor logsumexp =
       std::get<1>(result).narrow(2, 0, q.size(1)).reshape({call.B, call.H, call.L}).contiguous();
@@ -212,7 +243,7 @@ Backward efficient_gradients(const Call& call, const Tensor& grad_out, const Ten
   auto result = at::_efficient_attention_backward(
       query_rows(call, grad_wide, d_v).contiguous(), q, k, v, for_kernel(call, bias_of(call), q),
       query_rows(call, out_wide, d_v).contiguous(), std::nullopt, std::nullopt, rows, call.keys, lse, 0.0,
-      random, random, mask_type(call), false, call.params.scale);
+      random, random, mask_type(call), false, call.params.scale, std::nullopt, call.window);
   Tensor dq = std::get<0>(result).transpose(1, 2).reshape({call.B, call.H, call.L, d_qk});
   auto of_heads = [&](const Tensor& x) {
     Tensor heads_first = x.transpose(1, 2);
@@ -221,98 +252,54 @@ Backward efficient_gradients(const Call& call, const Tensor& grad_out, const Ten
   return as_gradients(call, dq, of_heads(std::get<1>(result)), of_heads(std::get<2>(result)));
 }
 
-// (B, H, L, D) in memory (B, L, H, D)
-Tensor cat_rows(const Tensor& a, const Tensor& b) {
-  return at::cat({a.transpose(1, 2), b.transpose(1, 2)}, 1).transpose(1, 2);
+// --- a call in pieces (corner.h)
+
+// The piece's rows of a tensor (.., .., L, ..), or an undefined one.
+Tensor rows_of(const Piece& piece, const Tensor& x) {
+  return x.defined() ? x.slice(2, piece.first, piece.first + piece.rows * piece.step, piece.step) : x;
 }
 
-// The two calls of one that is cut (corner.h).
-struct Halves : Cut {
-  AttentionParams top, bottom;
-
-  Halves(const AttentionParams& p, int64_t L, int64_t S) : Cut(p, L, S), top(p), bottom(p) {
-    if (after == 0) return;
-    bottom.causal = std::nullopt;
-    if (!p.mask.defined() || p.mask.size(2) == 1) return;
-    top.mask = above(p.mask);
-    bottom.mask = below(p.mask);
-  }
-  // The rows of a tensor (.., .., L, ..), or an undefined one.
-  Tensor above(const Tensor& x) const { return x.defined() ? x.narrow(2, 0, before) : x; }
-  Tensor below(const Tensor& x) const { return x.defined() ? x.narrow(2, before, after) : x; }
-};
-
-template <auto kForward>
-Forward in_halves(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
-  const Halves halves(params, q.size(2), k.size(2));
-  if (halves.after == 0) return kForward(Call(q, k, v, params));
-  const auto [out, logsumexp] = kForward(Call(halves.above(q), k, v, halves.top));
-  const auto [out_below, logsumexp_below] = kForward(Call(halves.below(q), k, v, halves.bottom));
-  return {cat_rows(out, out_below), at::cat({logsumexp, logsumexp_below}, 2)};
-}
-
-template <auto kBackward>
-Backward in_halves(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q, const Tensor& k,
-                   const Tensor& v, const Tensor& out, const Tensor& logsumexp,
-                   const AttentionParams& params) {
-  const Halves h(params, q.size(2), k.size(2));
-  if (h.after == 0) return kBackward(Call(q, k, v, params), grad_out, grad_logsumexp, out, logsumexp);
-  const auto [dq, dk, dv, _] = kBackward(Call(h.above(q), k, v, h.top), h.above(grad_out),
-                                         h.above(grad_logsumexp), h.above(out), h.above(logsumexp));
-  const auto [dq_below, dk_below, dv_below, _below] =
-      kBackward(Call(h.below(q), k, v, h.bottom), h.below(grad_out), h.below(grad_logsumexp), h.below(out),
-                h.below(logsumexp));
-  return {cat_rows(dq, dq_below), dk + dk_below, dv + dv_below, Tensor()};
-}
-
-// --- keys that stand m = key_stride apart: rows r, r + m, .. of the call are a plain one, whose row t sees the
-// keys up to t + floor((r + causal) / m). causal is not negative here.
-
-AttentionParams of_every(const AttentionParams& p, int64_t r) {
-  AttentionParams part = p;
-  part.key_stride = 1;
-  part.causal = (r + *p.causal) / p.key_stride;
-  if (p.mask.defined() && p.mask.size(2) > 1) part.mask = p.mask.slice(2, r, std::nullopt, p.key_stride);
-  return part;
-}
-
-int64_t parts_of(const AttentionParams& p, int64_t L, int64_t S) {
-  return p.key_stride == 1 || p.keys_of_all(L, S) ? 1 : std::min(p.key_stride, L);
+AttentionParams params_of(const Piece& piece, AttentionParams params) {
+  static_cast<Visible&>(params) = piece.visible;
+  if (params.mask.defined() && params.mask.size(2) > 1) params.mask = rows_of(piece, params.mask);
+  return params;
 }
 
 template <auto kForward>
-Forward in_strides(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
-  const int64_t L = q.size(2), parts = parts_of(params, L, k.size(2));
-  if (parts == 1) return in_halves<kForward>(q, k, v, params);
-  Tensor out = empty_rows(q, q.size(0), q.size(1), L, v.size(3));
-  Tensor logsumexp = at::empty({q.size(0), q.size(1), L}, q.options().dtype(at::kFloat));
-  for (int64_t r = 0; r < parts; ++r) {
-    auto every = [&](const Tensor& x) { return x.slice(2, r, std::nullopt, params.key_stride); };
-    const auto [part, sums] = in_halves<kForward>(every(q), k, v, of_every(params, r));
-    every(out).copy_(part);
-    every(logsumexp).copy_(sums);
+Forward in_pieces(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
+  const int64_t L = q.size(2);
+  const auto pieces = pieces_of(params, L, k.size(2));
+  if (pieces.size() == 1 && pieces[0].rows == L) return kForward(Call(q, k, v, params_of(pieces[0], params)));
+  Tensor out = empty_rows(q, q.size(0), q.size(1), L, v.size(3)).zero_();
+  Tensor logsumexp = at::full({q.size(0), q.size(1), L}, -kInfinity, q.options().dtype(at::kFloat));
+  for (const Piece& piece : pieces) {
+    const auto [part, sums] = kForward(Call(rows_of(piece, q), k, v, params_of(piece, params)));
+    rows_of(piece, out).copy_(part);
+    rows_of(piece, logsumexp).copy_(sums);
   }
   return {out, logsumexp};
 }
 
 template <auto kBackward>
-Backward in_strides(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q, const Tensor& k,
-                    const Tensor& v, const Tensor& out, const Tensor& logsumexp,
-                    const AttentionParams& params) {
-  const int64_t L = q.size(2), parts = parts_of(params, L, k.size(2));
-  if (parts == 1) return in_halves<kBackward>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
-  Tensor dq = empty_rows(q, q.size(0), q.size(1), L, q.size(3)), dk, dv;
-  for (int64_t r = 0; r < parts; ++r) {
-    auto every = [&](const Tensor& x) {
-      return x.defined() ? x.slice(2, r, std::nullopt, params.key_stride) : x;
-    };
-    const auto [part, part_dk, part_dv, _] =
-        in_halves<kBackward>(every(grad_out), every(grad_logsumexp), every(q), k, v, every(out),
-                             every(logsumexp), of_every(params, r));
-    every(dq).copy_(part);
-    // halves would lose bits in every sum
-    dk = r == 0 ? part_dk.to(at::kFloat) : dk.add_(part_dk);
-    dv = r == 0 ? part_dv.to(at::kFloat) : dv.add_(part_dv);
+Backward in_pieces(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q, const Tensor& k,
+                   const Tensor& v, const Tensor& out, const Tensor& logsumexp,
+                   const AttentionParams& params) {
+  const int64_t L = q.size(2);
+  const auto pieces = pieces_of(params, L, k.size(2));
+  if (pieces.size() == 1 && pieces[0].rows == L)
+    return kBackward(Call(q, k, v, params_of(pieces[0], params)), grad_out, grad_logsumexp, out, logsumexp);
+  Tensor dq = empty_rows(q, q.size(0), q.size(1), L, q.size(3)).zero_();
+  // halves would lose bits in every sum
+  Tensor dk = at::zeros(k.sizes(), k.options().dtype(at::kFloat));
+  Tensor dv = at::zeros(v.sizes(), dk.options());
+  for (const Piece& piece : pieces) {
+    auto rows = [&](const Tensor& x) { return rows_of(piece, x); };
+    const auto [part_dq, part_dk, part_dv, _] =
+        kBackward(Call(rows(q), k, v, params_of(piece, params)), rows(grad_out), rows(grad_logsumexp),
+                  rows(out), rows(logsumexp));
+    rows(dq).copy_(part_dq);
+    dk.add_(part_dk);
+    dv.add_(part_dv);
   }
   return {dq, as_rows(dk.to(k.scalar_type())), as_rows(dv.to(v.scalar_type())), Tensor()};
 }
@@ -320,27 +307,33 @@ Backward in_strides(const Tensor& grad_out, const Tensor& grad_logsumexp, const 
 }  // namespace
 
 Forward cudnn_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
-  return in_halves<cudnn>(q, k, v, params);
+  return in_pieces<cudnn>(q, k, v, params);
+}
+
+Backward cudnn_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
+                        const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
+                        const AttentionParams& params) {
+  return in_pieces<cudnn_gradients>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
 }
 
 Forward flash_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
-  return in_strides<flash>(q, k, v, params);
+  return in_pieces<flash>(q, k, v, params);
 }
 
 Backward flash_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
                         const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
                         const AttentionParams& params) {
-  return in_strides<flash_gradients>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
+  return in_pieces<flash_gradients>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
 }
 
 Forward efficient_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
-  return in_strides<efficient>(q, k, v, params);
+  return in_pieces<efficient>(q, k, v, params);
 }
 
 Backward efficient_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
                             const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
                             const AttentionParams& params) {
-  return in_strides<efficient_gradients>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
+  return in_pieces<efficient_gradients>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
 }
 
 }  // namespace two_level_mha

@@ -7,6 +7,9 @@
 namespace two_level_mha {
 
 Forward cudnn_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params);
+Backward cudnn_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
+                        const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
+                        const AttentionParams& params);
 
 Forward flash_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params);
 Backward flash_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
