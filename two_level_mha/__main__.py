@@ -12,6 +12,9 @@ from two_level_mha import _C, _load
 from two_level_mha.blocks import COMBINES
 from two_level_mha.check import add_check
 from two_level_mha.profile import DEVICE_TYPES
+from two_level_mha.served import table_of
+
+H100_CUDNN = 91900  # torch 2.11 comes with 9.19.0, and no rule asks for a newer one
 
 
 def registered_ops() -> dict[str, list[str]]:
@@ -41,6 +44,8 @@ def info(args: argparse.Namespace) -> None:
     print_table("build", {k: f"{value} ({why})" for k, (value, why) in _load.build_decisions().items()})
     print_table("operators", {name: ", ".join(keys) for name, keys in registered_ops().items()} or {"none": ""})
     print_table("attention kernels, the preferred ones first", usable_kernels())
+    h100 = _C.Machine(cuda=True, arch=90, cudnn=H100_CUDNN)
+    print_table("what serves which call on an H100, forward / backward (by rule; no GPU is asked)", table_of(h100))
     print_table("what they support", {row["name"]: ", ".join(row["supports"]) for row in _C.kernels()})
 
 
