@@ -94,7 +94,8 @@ constexpr int64_t kSafeCudnn = 91501;
 inline const char* cudnn(const Request& r, const Machine& m) {
   if (!m.cudnn_enabled) return "is switched off: torch.backends.cuda.enable_cudnn_sdp";
   if (m.cudnn < kSafeCudnn) return "needs cuDNN 9.15.1 or newer";
-  if (r.backward && !m.cudnn_backward) return "has no backward here: csrc/attend/machine.cpp says why";
+  if (r.backward && !m.cudnn_backward)
+    return "has no backward under torch.use_deterministic_algorithms or TORCH_CUDNN_SDPA_AVOID_RECOMPILE";
   const int64_t d = common_width(r);
   if (d > 256) return "takes widths up to 256";
   if (d > 128 && m.arch != 90) return "takes widths above 128 on sm_90 only";

@@ -44,7 +44,7 @@ Scores::Scores(const Tensor& q_, const Tensor& k_, const AttentionParams& p, Hal
 
 Tensor Scores::operand_of_keys(const Tensor& x) const {
   const Tensor keys = operand(x);
-  return (is_half(keys) ? keys.contiguous() : keys).unsqueeze(2);
+  return (is_half(keys) ? keys.flatten(0, 1).unflatten(0, {B, K}) : keys).unsqueeze(2);
 }
 
 ScoreBlock::ScoreBlock(const Scores& scores, int64_t first)

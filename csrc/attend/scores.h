@@ -35,7 +35,7 @@ struct Scores {
   at::ScalarType sums() const { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
   // What products take of x.
   Tensor operand(const Tensor& x) const { return halves == Halves::widened ? wide(x) : x; }
-  // (B, K, S, D) to (B, K, 1, S, D), whose B and K are one dim to times_keys.
+  // (B, K, S, D) to (B, K, 1, S, D), copied where B and K cannot be one dim to times_keys.
   Tensor operand_of_keys(const Tensor& x) const;
   // (B, H, ..) to (B, K, G, ..)
   Tensor grouped(const Tensor& x) const { return x.unflatten(1, {K, H / K}); }
