@@ -175,8 +175,9 @@ def efficient(
 def efficient_backward(
     grad_out_, query, key, value, bias, out, cu_q, cu_k, max_q, max_k, logsumexp, dropout_p, seed, offset,
     custom_mask_type, bias_requires_grad, *, scale=None, num_splits_key=None, window_size=None,
-    shared_storage_dqdkdv=False,
+    shared_storage_dqdkdv=False, offset_windows=True,
 ):  # fmt: skip
+    """Without offset_windows, as before torch 2.15: a window ends where it would with as many keys as rows."""
     check_efficient(query, key, value, bias)
     check_aligned(grad_out=grad_out_, out=out)
     L, S = query.size(1), key.size(1)
@@ -185,7 +186,10 @@ def efficient_backward(
     assert logsumexp[..., L:].isposinf().all(), "rows of the padding would add to the gradients"
     tensors = (grad_out_, query, key, value, out)
     grad_out, q, k, v, out = (x.transpose(1, 2) for x in tensors)
-    hidden = hidden_of_type(custom_mask_type, L, S, window_size)
+    of_window = window_size if offset_windows else None
+    hidden = hidden_of_type(custom_mask_type, L, S, of_window)
+    if window_size is not None and not offset_windows:
+        hidden = hidden | (torch.arange(S) <= torch.arange(L)[:, None] - window_size)
     found = gradients(grad_out, q, k, v, out, logsumexp[..., :L], scale, hidden, bias)
     return (*(x.to(q.dtype).transpose(1, 2).contiguous() for x in found), torch.empty(0))
 

@@ -5,6 +5,7 @@ they do themselves is not run: emulated only.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import shutil
@@ -252,3 +253,35 @@ def test_chunked_multiplies_halves(kernels, case, dtype, heads):
         assert got.dtype is dtype
     assert {name for name, _ in kernels.calls} == {"bmm.dtype"} and len(kernels.calls) == 7
     assert all(shapes[1][0] == 2 * K for _, shapes in kernels.calls)
+
+
+@pytest.fixture
+def older_kernels(kernels):
+    """The memory-efficient backward as before torch 2.15."""
+    older, name = torch.library.Library("aten", "IMPL", "CPU"), "_efficient_attention_backward"
+    older.impl(name, functools.partial(KERNELS[name], offset_windows=False), allow_override=True)
+    yield kernels
+    older._destroy()
+
+
+@pytest.mark.parametrize("kind", ["", "bool", "padding"])
+def test_windows_in_the_backward_of_older_torch(older_kernels, kind):
+    """Localises: a window whose gradients torch before 2.15 gets wrong, and which the rules let through."""
+    kernels, shape = older_kernels, (torch.float32, 4, 2, 20, 7)
+    machine = _C.Machine(cuda=True, arch=90, cudnn=91501, offset_windows=False)
+    right = {False: 0, True: 0}
+    for visible in (x for x in VISIBLE if x[3]):
+        L, S, *_ = visible
+        served = "aten_efficient" not in _C.refusals(request_of(shape, visible, kind, backward=True), machine)
+        q, k, v = inputs(shape, L, S, "contiguous")
+        how = (mask_of(kind, q.dtype, L, S), 0.2, *visible[2:])
+        out, logsumexp = kernels.forward("aten_efficient", q, k, v, *how)
+        given = dict(zip(("scale", "causal", "window", "key_stride"), how[1:], strict=True))
+        wanted = torch.ops.two_level_mha.partial_attention_backward(
+            out, None, q, k, v, out, logsumexp, False, how[0], **given, kernel_name="chunked"
+        )
+        found = kernels.backward("aten_efficient", out, None, q, k, v, out, logsumexp, *how)
+        same = all(torch.allclose(x, y, atol=1e-4) for x, y in zip(found, wanted[:3], strict=True))
+        assert same or not served, visible
+        right[served] += same
+    assert right[True] >= 4 and right[False] == 0, "the rules refuse just what is wrong"
