@@ -80,5 +80,5 @@ class Deferred:
         raise GridError(
             f"ranks of the grid differed in {where}: rank {', '.join(odd)} had not the inputs, mask, options or writes "
             "to the weights that the others had, so what was computed from it is wrong; with TLM_DEBUG=1 the call "
-            "itself stops and names what differs"
+            "itself stops and names what differs, with TLM_DEBUG=0 nothing is compared, if a last bit is all that does"
         )
