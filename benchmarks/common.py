@@ -1,7 +1,9 @@
-"""What every benchmark shares: interleaved timing and results on disk with the machine they came from."""
+"""What every benchmark shares: timing, on the CPU and on a GPU, and results on disk with the machine they came from."""
 
 import argparse
+import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -12,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from gpu.facts import gpu_facts
 
 from two_level_mha import _C
 
@@ -29,6 +32,85 @@ def interleaved_ms(functions: dict[str, Callable[[], object]], repeats: int) -> 
             if repeat:  # the first round warms up
                 times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(of_one) for name, of_one in times.items()}
+
+
+def device_ms(functions: dict[str, Callable[..., object]], inputs: list[tuple], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each function of one of `inputs`, by events of the GPU, or by a clock for CPU tensors.
+
+    The functions take turns, and so do the inputs: give enough of them (`past_the_cache`) that none is found in the L2
+    cache. Nothing waits for the GPU between calls: what is launched slower than it runs is timed by its launches.
+    """
+    if not any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs[0]):
+        turns = {name: _in_turns(function, inputs) for name, function in functions.items()}
+        return interleaved_ms(turns, repeats)
+    for function in functions.values():
+        for given in inputs[:2]:
+            function(*given)
+    torch.cuda.synchronize()
+    events = {name: [] for name in functions}
+    for repeat in range(repeats):
+        for at, (name, function) in enumerate(functions.items()):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function(*inputs[(repeat * len(functions) + at) % len(inputs)])
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in events.items()}
+
+
+def _in_turns(function: Callable[..., object], inputs: list[tuple]) -> Callable[[], object]:
+    turn = itertools.cycle(inputs)
+    return lambda: function(*next(turn))
+
+
+def graph_ms(function: Callable[..., object], inputs: list[tuple], repeats: int) -> float:
+    """Median milliseconds on the GPU of one call, of a CUDA graph with a call of each of `inputs`: no launch is waited
+    for.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for given in inputs[:2]:
+            function(*given)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for given in inputs:
+            function(*given)
+    ms = device_ms({"graph": lambda _: graph.replay()}, [(torch.empty(0, device="cuda"),)], repeats)["graph"]
+    return ms / len(inputs)
+
+
+def past_the_cache(make: Callable[[], tuple], device: torch.device | str, at_most: int = 16) -> list[tuple]:
+    """As many draws of a call's inputs as hold three times the L2 cache of the GPU; one on the CPU."""
+    found = [make()]
+    if torch.device(device).type == "cuda":
+        size = sum(x.numel() * x.element_size() for x in found[0] if isinstance(x, torch.Tensor))
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        found += [make() for _ in range(min(at_most, math.ceil(3 * cache / max(1, size))) - 1)]
+    return found
+
+
+# Dense FLOP/s of the data sheets of the SXM parts, by bytes of an element; 4: tensor cores at tf32.
+PEAKS = {"h100": {2: 989e12, 4: 495e12}, "h200": {2: 989e12, 4: 495e12}}
+
+
+def gpu_name() -> str:
+    """What results of this GPU are named by, as "h100"."""
+    name = torch.cuda.get_device_name().lower()
+    found = next((known for known in PEAKS if known in name), None)
+    if found is None:
+        raise SystemExit(f"no peak is known of {name!r}: add its data sheet's to PEAKS of benchmarks/common.py")
+    return found
+
+
+def tflops(flops: float, ms: float, dtype: torch.dtype, device: torch.device | str) -> float:
+    """TFLOP/s that were reached. Raises SystemExit for more than the GPU can: then nothing that was timed counts."""
+    reached = flops / ms * 1e3
+    if torch.device(device).type == "cuda" and not reached < PEAKS[gpu_name()][dtype.itemsize]:
+        raise SystemExit(f"{reached / 1e12:.0f} TFLOP/s in {dtype} is more than the GPU can: the run is void")
+    return reached / 1e12
 
 
 def peak_mib(function: Callable[[], object]) -> float:
@@ -53,28 +135,37 @@ def cpu_info() -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
-def machine() -> dict:
-    """CPU model and flags, the level that the CPU kernels use, torch, python, commit, threads."""
+def commit() -> str:
+    """Of the checkout; where that has no history, what TLM_COMMIT says, or "unknown"."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("TLM_COMMIT", "unknown")
+
+
+def machine(device: str = "cpu") -> dict:
+    """CPU model and flags, the level that the CPU kernels use, torch, python, commit, threads; for "cuda" the GPU."""
     info = cpu_info()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    of_gpu = {"gpu": gpu_facts() | {"archs": _C.build_info()["archs"]}} if device == "cuda" else {}
     return {
         "cpu": info.get("model name", platform.processor()),
         "flags": {flag: flag in info.get("flags", "").split() for flag in CPU_FLAGS},
         "level": _C.Machine().cpu,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": commit(),
         "threads": torch.get_num_threads(),
+        **of_gpu,
     }
 
 
-def write_results(name: str, rows: list[dict]) -> Path:
-    """Writes results/NAME.json: the machine, then one row for each case."""
-    path = ROOT / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+def write_results(name: str, rows: list[dict], device: str = "cpu", folder: Path | None = None) -> Path:
+    """Writes results/NAME.json, on a GPU NAME_h100.json or what it is: the machine, then one row for each case."""
+    folder = folder or ROOT / "results"
+    path = folder / (f"{name}_{gpu_name()}.json" if device == "cuda" else f"{name}.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
     return path
 
 

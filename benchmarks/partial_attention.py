@@ -1,6 +1,7 @@
 """The attention op on the CPU: against scaled_dot_product_attention, and what features and memory cost.
 
     python benchmarks/partial_attention.py [--case TEXT] [--repeats N] [--threads N]
+    python benchmarks/partial_attention.py --device cuda          on a GPU: gpu/attention.py
 
 A ratio with a floor is how many times faster ours is than the fastest of stock's calls: for d_v < d_qk also with V
 padded by zeros, for one token with grouped heads also with the group folded into rows. A ratio with a limit is what a
@@ -11,6 +12,7 @@ Letters: L queries, S keys, h query heads, k KV heads.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +20,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from common import interleaved_ms, peak_mib, run_cases, verdict
+from gpu import attention
+from gpu.driver import run_program
 
 from two_level_mha import _C
 
@@ -252,6 +256,8 @@ RUN = {Memory: run_memory, Case: run_against_stock, Cost: run_cost}
 
 
 def main() -> None:
+    if any(argument.startswith("--device") for argument in sys.argv):
+        return run_program("partial_attention", attention.__doc__, attention.cases)
     costs = [
         Cost(dtype, feature, backward, width)
         for width in (128, 64)
