@@ -402,6 +402,12 @@ TORCH_LIBRARY(two_level_mha, library) {
 
   // RMS norm of every head: x (B, H, L, d), weight (d,).
   library.def("head_norm(Tensor x, Tensor weight, float eps) -> Tensor", head_norm);
+
+  // Both, of q and k: csrc/head/norm_rotary.h.
+  library.def(
+      "norm_rotary(Tensor q, Tensor k, Tensor[] weights, float eps, Tensor[] q_angles, Tensor[] k_angles, "
+      "bool interleaved=False) -> (Tensor q, Tensor k)",
+      norm_rotary);
 }
 // clang-format on
 

@@ -8,6 +8,7 @@
 #include "comm/pack.h"
 #include "comm/replicated.h"
 #include "head/norm.h"
+#include "head/norm_rotary.h"
 #include "head/rotary.h"
 #include "pass/pass.h"
 #include "pass/projection.h"

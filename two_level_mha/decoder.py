@@ -159,12 +159,11 @@ class TwoLevelAttention(Drops, GridAttention):
             position_embeddings = self.rope.embeddings(call.position, length, self.head_dim, x_BLD.device)
 
         def between(q: Tensor, k: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
-            if norms:
-                q_weight, k_weight = aside.shared
-                q, k = _ops.head_norm(q, q_weight, self.qk_norm), _ops.head_norm(k, k_weight, self.qk_norm)
-            if position_embeddings is not None:
-                interleaved = self.rope is not None and self.rope.interleaved
-                q, k = (_ops.rotary(x, *angles, interleaved) for x, angles in ((q, aside.q_rows), (k, aside.k_rows)))
+            interleaved = self.rope is not None and self.rope.interleaved
+            if norms or aside.q_rows:
+                q, k = _ops.norm_rotary(
+                    q, k, aside.shared, self.qk_norm or 0.0, aside.q_rows, aside.k_rows, interleaved
+                )
             return q, k, v
 
         return self.attend(

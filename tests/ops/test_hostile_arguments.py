@@ -94,6 +94,10 @@ def right_calls() -> dict[str, dict]:
         },
         "rotary": {"x": q, "cos": torch.randn(1, 1, L, 4), "sin": torch.randn(1, 1, L, 4)},
         "head_norm": {"x": q, "weight": torch.randn(d), "eps": 1e-6},
+        "norm_rotary": {
+            "q": q, "k": k, "weights": [torch.randn(d), torch.randn(d)], "eps": 1e-6,
+            "q_angles": [torch.randn(1, 1, L, 4)] * 2, "k_angles": [torch.randn(1, 1, S, 4)] * 2, "interleaved": True,
+        },
     }  # fmt: skip
 
 

@@ -112,6 +112,18 @@ CASES = {
     ),
     "rotary": lambda: ((random(B, H, L, d), random(B, 1, L, 4), random(1, 1, L, 4), True), {}),
     "head_norm": lambda: ((random(B, H, L, d), random(d), 1e-6), {}),
+    "norm_rotary": lambda: (
+        (
+            random(B, H, L, d),
+            random(B, K, S, d),
+            [random(d), random(d)],
+            1e-6,
+            [random(B, 1, L, 4), random(B, 1, L, 4)],
+            [random(1, 1, S, 4), random(1, 1, S, 4)],
+            True,
+        ),
+        {},
+    ),
     "replicated": lambda: (([random(B, L), random(D)], 1, ""), {}),
 }
 

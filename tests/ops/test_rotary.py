@@ -98,3 +98,34 @@ def test_refused_widths(widths):
     cos, sin = (torch.zeros(1, 1, 5, width) for width in widths)
     with pytest.raises(ValueError, match="even width, at most head_dim 8"):
         ops.rotary(torch.zeros(1, 2, 5, 8), cos, sin)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("width", [0, 4, 8])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_norm_and_rotary_at_once(norms, width, interleaved):
+    """E. Localises: which of q and k has which weight and which angles, and the order of the two; gradients too."""
+    q, k = (torch.randn(2, heads, length, 8, dtype=torch.float64) for heads, length in ((4, 5), (2, 7)))
+    weights = [torch.randn(8, dtype=torch.float64) for _ in range(2 * norms)]
+    q_angles, k_angles = ([*angles(2, length, width)] if width else [] for length in (5, 7))
+    leaves = [x.requires_grad_() for x in (q, k, *weights)]
+    found = ops.norm_rotary(q, k, weights, 1e-6, q_angles, k_angles, interleaved)
+    expected = []
+    for i, (x, own) in enumerate(((q, q_angles), (k, k_angles))):
+        x = ops.head_norm(x, weights[i], 1e-6) if norms else x
+        expected.append(ops.rotary(x, *own, interleaved) if own else x)
+    grads = [torch.randn_like(x) for x in expected]
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(
+        torch.autograd.grad(found, leaves, grads), torch.autograd.grad(expected, leaves, grads), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+def test_norm_and_rotary_want_pairs():
+    """Localises: one weight or one angle, which would be read as another's."""
+    q = torch.randn(1, 2, 3, 4)
+    for weights, angle in (([torch.randn(4)], []), ([], [torch.randn(1, 1, 3, 4)])):
+        with pytest.raises(ValueError, match="must be none or two tensors, got 1"):
+            ops.norm_rotary(q, q, weights, 1e-6, angle, angle)

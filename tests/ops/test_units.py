@@ -32,6 +32,11 @@ def test_units_of_the_pack_kernels(tmp_path):
     assert "20000 cases right" in output_of("pack_units_test", tmp_path)
 
 
+def test_units_of_norms_and_rotary_embedding(tmp_path):
+    """E. Localises: strides, which columns a lane has, pairs, the norm, or a write beyond a head's vector."""
+    assert "18000 norms and turns right" in output_of("head_units_test", tmp_path)
+
+
 def test_corners(tmp_path):
     """E. Localises: keys that a row of a causal call loses or gains on its way to ATen's CUDA kernels."""
     assert "19584 causal calls right, 1812 windows past the last key refused" in output_of("corner_test", tmp_path)
