@@ -11,8 +11,10 @@ namespace two_level_mha {
 
 namespace {
 
+// More than a pointer to numbers: a graph or a tangent of it, a trace, a sign that is not in memory.
 bool needed(const Tensor& x) {
-  return at::isTensorSubclassLike(x) || (at::GradMode::is_enabled() && x.requires_grad());
+  return at::isTensorSubclassLike(x) || x.is_neg() || x._fw_grad(0).defined() ||
+         (at::GradMode::is_enabled() && x.requires_grad());
 }
 
 bool dense(const Tensor& x) {
@@ -59,6 +61,7 @@ bool one_kernel(const Tensor& q, const Tensor& k, const std::vector<Tensor>& wei
 std::tuple<Tensor, Tensor> norm_rotary(const Tensor& q, const Tensor& k, const std::vector<Tensor>& weights,
                                        double eps, const std::vector<Tensor>& q_angles,
                                        const std::vector<Tensor>& k_angles, bool interleaved) {
+  TORCH_CHECK_VALUE(!weights.empty() || !q_angles.empty(), "weights or angles must be given");
   check(weights, "weights"), check(q_angles, "q_angles"), check(k_angles, "k_angles");
 #ifdef TLM_WITH_CUDA
   if (q.is_cuda() && one_kernel(q, k, weights, q_angles, k_angles))

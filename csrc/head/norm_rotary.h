@@ -11,8 +11,9 @@ namespace two_level_mha {
 using at::Tensor;
 
 // head_norm, then rotary, of q (B, H, L, d) and k (B, K, S, d). weights: none, or those of q's norm and of k's, (d,)
-// each; angles: none, or cos and sin (B or 1, 1, length, r). On CUDA, where nothing is differentiated, one kernel that
-// rounds less: a half precision product with half precision angles is not rounded before the sum.
+// each; angles: none, or cos and sin (B or 1, 1, length, r); not both none. On CUDA, where nothing is
+// differentiated, one kernel that rounds less: a half precision product with half precision angles is not rounded
+// before the sum.
 std::tuple<Tensor, Tensor> norm_rotary(const Tensor& q, const Tensor& k, const std::vector<Tensor>& weights,
                                        double eps, const std::vector<Tensor>& q_angles,
                                        const std::vector<Tensor>& k_angles, bool interleaved);

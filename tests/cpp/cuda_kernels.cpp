@@ -1,8 +1,9 @@
 // The functions of csrc/attend/aten/cuda.cpp and chunked.cpp's for CUDA as operators that take CPU tensors, for tests
-// that answer in the place of ATen's CUDA kernels.
+// that answer in the place of ATen's CUDA kernels; and which calls of norm_rotary its kernel would take.
 #include <torch/library.h>
 #include <two_level_mha/attend/aten/cuda.h>
 #include <two_level_mha/attend/chunked.h>
+#include <two_level_mha/head/norm_rotary.h>
 
 namespace {
 
@@ -46,6 +47,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(std::string kernel, const Tensor& gr
   return {dq, dk, dv};
 }
 
+bool one_kernel_of(const Tensor& q, const Tensor& k, std::vector<Tensor> weights,
+                   std::vector<Tensor> q_angles, std::vector<Tensor> k_angles) {
+  return one_kernel(q, k, weights, q_angles, k_angles);
+}
+
 #define OPTIONS                                                                                  \
   "Tensor? mask, float scale, int? causal, int? window, int key_stride, float softcap=0, float " \
   "dropout_p=0, "                                                                                \
@@ -54,6 +60,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(std::string kernel, const Tensor& gr
 }  // namespace
 
 TORCH_LIBRARY(two_level_mha_cuda_kernels, library) {
+  library.def(
+      "one_kernel(Tensor q, Tensor k, Tensor[] weights, Tensor[] q_angles, Tensor[] k_angles) -> bool",
+      one_kernel_of);
   library.def("forward(str kernel, Tensor q, Tensor k, Tensor v, " OPTIONS " -> (Tensor, Tensor)", forward);
   library.def(
       "backward(str kernel, Tensor grad_out, Tensor? grad_logsumexp, Tensor q, Tensor k, Tensor v, Tensor "

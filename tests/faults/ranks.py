@@ -203,12 +203,6 @@ def autocast(job: Job) -> None:
     torch.autocast("cpu", torch.bfloat16).__enter__()
 
 
-def shorter(job: Job) -> None:
-    """Generates fewer tokens than the others."""
-    job.fault()
-    raise EOFError
-
-
 TRAINING = (
     *(kill_forward, kill_backward, kill_between, stop_forward, stop_backward, pause, skip_layer, swap_layers),
     *(raise_in_forward, raise_and_go_on, raise_and_live, no_memory, other_tokens, no_grad, autocast),
@@ -243,25 +237,26 @@ def train_on(job: Job, case: Callable) -> None:
 
 
 def generate(job: Job, case: Callable) -> None:
-    with tlm.guard(job.mesh):
+    with tlm.guard(job.mesh), torch.no_grad():
         job.model.eval()
-        tokens = 8 if job.odd and case is fewer_tokens else 24
-        if job.odd:
-            if case is kill_generate:
-                calls = []
-                job.in_layer(1, lambda: calls.append(1) or (job.kill() if len(calls) == 6 else None))
-        job.model.generate(torch.arange(6).reshape(1, 6) + 1, max_new_tokens=tokens, do_sample=False)
-        if tokens == 8:
-            job.fault()
-            time.sleep(2 * DEADLINE)
+        case(job)
 
 
 def kill_generate(job: Job) -> None:
-    pass
+    calls = []
+    if job.odd:
+        job.in_layer(1, lambda: calls.append(1) or (job.kill() if len(calls) == 6 else None))
+    job.model.generate(torch.arange(6).reshape(1, 6) + 1, max_new_tokens=24, do_sample=False)
 
 
 def fewer_tokens(job: Job) -> None:
-    pass
+    """In a loop of one's own: generate() stops where the first rank does."""
+    ids = torch.arange(6).reshape(1, 6) + 1
+    for _ in range(8 if job.odd else 24):
+        ids = torch.cat([ids, job.model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    if job.odd:
+        job.fault()
+        time.sleep(2 * DEADLINE)
 
 
 def collective(job: Job, case: Callable) -> None:

@@ -285,3 +285,30 @@ def test_windows_in_the_backward_of_older_torch(older_kernels, kind):
         assert same or not served, visible
         right[served] += same
     assert right[True] >= 4 and right[False] == 0, "the rules refuse just what is wrong"
+
+
+def test_which_calls_one_kernel_of_norms_and_rotary_embedding_takes(library):
+    """Localises: a call whose gradient, tangent, sign or layout a kernel of plain pointers would lose."""
+    takes = torch.ops.two_level_mha_cuda_kernels.one_kernel
+
+    def angles(length: int, r: int = 4, dtype=torch.float32, batch: int = 1) -> list[torch.Tensor]:
+        return [torch.randn(batch, 1, length, r, dtype=torch.float64).to(dtype) for _ in range(2)]
+
+    def call(q, weights=(), dtype=torch.float32, r: int = 4, batch: int = 1) -> bool:
+        k = torch.randn(2, 1, 7, 8).to(q.dtype)
+        turned = [angles(length, r, dtype, batch) if r else [] for length in (5, 7)]
+        return takes(q, k, list(weights), *turned)
+
+    q, weights = torch.randn(2, 3, 5, 8), [torch.randn(8), torch.randn(8)]
+    assert call(q) and call(q, weights, r=0) and call(q, weights, batch=2)
+    assert call(q.transpose(1, 2).contiguous().transpose(1, 2))
+    assert call(q.bfloat16()) and call(q.half(), dtype=torch.float16) and call(q.double(), dtype=torch.float64)
+    assert not call(q, r=0), "nothing to do"
+    assert not call(q.double()) and not call(q, dtype=torch.float16), "an angle of a dtype that it has no form for"
+    assert not call(q, batch=3) and not call(q, r=10) and not call(q.mT.contiguous().mT), "shapes and strides"
+    assert not call(q.clone().requires_grad_()) and not call(q, [weights[0], weights[1].clone().requires_grad_()])
+    with torch.no_grad():
+        assert call(q.clone().requires_grad_())
+    assert not call(torch.randn(2, 3, 5, 8, dtype=torch.complex64).conj().imag), "a sign that is not in memory"
+    with torch.autograd.forward_ad.dual_level():
+        assert not call(torch.autograd.forward_ad.make_dual(q, q)), "a tangent"
