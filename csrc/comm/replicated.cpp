@@ -1,6 +1,7 @@
 #include "replicated.h"
 
 #include <ATen/ATen.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/variable.h>
@@ -36,7 +37,7 @@ Tensor sum_in_stages(const Tensor& x, const SumGroups& groups) {
   auto padded = ceil_div(elements, near.size) * near.size;
   Tensor flat = pad_dim(x.reshape(-1), 0, 0, padded - elements).view_symint({near.size, padded / near.size});
   Tensor mine = run(Collective::reduce_scatter, flat, near);
-  Tensor all = run(Collective::all_gather, sum_in_group(mine, far), near);
+  Tensor all = run(Collective::all_gather, sum_in_group_(mine, far), near);
   return all.view(-1).narrow_symint(0, 0, elements).view_symint(x.sym_sizes());
 }
 
@@ -87,7 +88,8 @@ struct EnterReplicated : torch::autograd::Function<EnterReplicated> {
       }
     variable_list out(grads.size() + 1);
     if (flat.empty()) return out;
-    Tensor sum = sum_over(flat.size() == 1 ? flat[0] : at::cat(flat), saved->groups, saved->reduce_dtype);
+    const bool copied = flat.size() > 1;
+    Tensor sum = sum_over(copied ? at::cat(flat) : flat[0], saved->groups, saved->reduce_dtype, copied);
     std::vector<Tensor> parts = at::split_with_sizes_symint(sum, lengths);
     size_t next = 0;
     for (size_t i = 0; i < grads.size(); ++i)
@@ -98,10 +100,15 @@ struct EnterReplicated : torch::autograd::Function<EnterReplicated> {
 
 }  // namespace
 
-Tensor sum_over(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype) {
+Tensor sum_over(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype,
+                bool own) {
   if (groups.all.size == 1) return x;
+  once_differentiable(x);
   Tensor y = reduce_dtype ? x.to(*reduce_dtype) : x;
-  y = in_stages(y, groups) ? sum_in_stages(y, groups) : sum_in_group(y, groups.all);
+  const bool in_place = (own || !y.is_same(x)) && !at::isTensorSubclassLike(y) && y.is_contiguous();
+  y = in_stages(y, groups) ? sum_in_stages(y, groups)
+      : in_place           ? sum_in_group_(y, groups.all)
+                           : sum_in_group(y, groups.all);
   return y.to(x.scalar_type());
 }
 

@@ -18,7 +18,9 @@ using at::Tensor;
 // rank makes of it alone has them only where all run the same kernels (docs/training.md). Over two axes: a
 // reduce-scatter along the first, an all-reduce along the second, an all-gather along the first, or one flat
 // all-reduce: plan/traffic.h says which.
-Tensor sum_over(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype);
+// own: nobody else needs x, which may be written to.
+Tensor sum_over(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype,
+                bool own = false);
 
 // Forward: the sum. Backward: identity, since y and so its gradient are the same on every rank. seal: what the
 // ranks compare by it (seal.h).

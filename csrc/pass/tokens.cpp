@@ -42,8 +42,9 @@ std::vector<Tensor> gather_tokens(const std::vector<Tensor>& parts, std::vector<
   std::vector<Tensor> flat;
   for (const Tensor& part : parts) flat.push_back(part.reshape(-1));
   if (seal) flat.push_back(digits_of(*seal, parts[0]));
+  const bool copied = flat.size() > 1;
   Tensor mine =
-      sum_over(flat.size() == 1 ? flat[0] : at::cat(flat), {context.groups.head, {}}, context.reduce_dtype);
+      sum_over(copied ? at::cat(flat) : flat[0], {context.groups.head, {}}, context.reduce_dtype, copied);
   Tensor buffer = run(Collective::all_gather, mine.unsqueeze(0), context.groups.slice);
   std::vector<int64_t> dims(parts.size(), context.sharded_dim());
   if (!seal) return unpack(buffer, sizes, dims, context.sizes.m, context.zigzag());
