@@ -161,9 +161,9 @@ py::dict option_dict(const Option& option, const Rates& rates) {
 std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                   int64_t embed_dim, int64_t B, int64_t L, int64_t S, int64_t element_size,
                                   bool cached, bool causal, bool concat, bool bias,
-                                  const Rates::Numbers& profile, bool sealed) {
+                                  const Rates::Numbers& profile) {
   const Rates rates = Rates::from_numbers(profile);
-  PlanRequest request{ranks, {{heads, kv_heads, head_dim}, embed_dim}, {B, L, S}, cached, sealed};
+  PlanRequest request{ranks, {{heads, kv_heads, head_dim}, embed_dim}, {B, L, S}, cached};
   request.layer.bias = bias;
   request.layer.concat = concat;
   request.call.position = cached ? S - L : 0;
@@ -236,7 +236,7 @@ PYBIND11_MODULE(_C, m) {
         "(name, device, numbers, source) of every known profile; numbers as in csrc/plan/profiles.h.");
   m.def("plan", &plan, "Every valid grid with every scheme, and the index of the pick.", py::kw_only(),
         "ranks"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "embed_dim"_a, "B"_a, "L"_a, "S"_a,
-        "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "profile"_a, "sealed"_a = false);
+        "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "profile"_a);
 
   bind_kernels(m);
 

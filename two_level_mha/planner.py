@@ -147,7 +147,7 @@ def plan(
         rows, picked = _C.plan(
             ranks=devices, heads=num_heads, kv_heads=kv_heads, head_dim=head_dim, embed_dim=embed_dim, B=batch,
             L=1 if decode else seq, S=seq, element_size=dtype.itemsize, cached=decode, causal=causal and not decode,
-            concat=combine == "concat", bias=bias, profile=hardware.numbers, sealed=device_type == "cpu",
+            concat=combine == "concat", bias=bias, profile=hardware.numbers,
         )  # fmt: skip
     except OverflowError:
         raise GridError(

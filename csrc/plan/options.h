@@ -54,7 +54,6 @@ struct PlanRequest {
   LayerSizes layer;
   CallShape<Checked> call;
   bool cached = false;  // the L queries are the last of S positions, the others' keys are kept
-  bool sealed = false;  // as CallSizes has it; it is in the traffic, and in no price
 };
 
 // One line of a plan.
@@ -76,7 +75,7 @@ inline Option option_of(const PlanRequest& request, const Grid& grid, Scheme sch
   layer.whole_heads = whole_heads;
   const CallSizes<Checked> s = call_sizes(layer, grid, request.call);
   CallSizes<Checked> sent = s;
-  sent.sealed = request.sealed;
+  sent.sealed = true;  // in the traffic, and in no price
   return {grid,
           scheme,
           s,
