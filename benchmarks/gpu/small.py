@@ -2,7 +2,7 @@
 
     python -m gpu.small [--device cuda|cpu]        in benchmarks/
 
-Values are checked by the tests; here only that nothing is NaN.
+Values are checked by the tests; here only that nothing is NaN, and what the ranks compare, which tests emulate.
 """
 
 import argparse
@@ -40,6 +40,31 @@ def dropping(device: str) -> None:
     assert ops.dropout_keep_mask(seed, 0.3, [2, 3, 5, 41], [1, 2, 3]).any()
 
 
+def turning(device: str) -> None:
+    for dtype in DTYPES:
+        q, k = (torch.randn(2, heads, L, 40, device=device).to(dtype) for heads, L in ((4, 5), (1, 7)))
+        weights = [torch.randn(40, device=device) for _ in range(2)]
+        angles = [[torch.randn(1, 1, L, 24, device=device) for _ in range(2)] for L in (5, 7)]
+        with torch.no_grad():
+            for turned in ops.norm_rotary(q, k, weights, 1e-6, *angles, True):
+                assert turned.isfinite().all()
+
+
+def sealing(device: str) -> None:
+    """What the ranks compare: one rank with itself, then with another hash."""
+    verdict = torch.zeros(2, dtype=torch.int64, device="cpu", pin_memory=device == "cuda")
+    for count in (3, 100_003):
+        seal = ops.seal([torch.randn(count, device=device), torch.randn(5, device=device).half()], [1], "layer")
+        other = ops.seal([torch.randn(count, device=device)], [1], "layer", seal)
+        for dtype in (*DTYPES, torch.float64):
+            digits = ops.seal_digits(seal, dtype, 2)
+            for sums, differs in ((2 * digits, 0), (digits + ops.seal_digits(other, dtype, 2), 1)):
+                ops.seal_verdict(sums, seal, 2, verdict.zero_())
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                assert verdict[0] == differs and verdict[1] == seal.cpu(), (count, dtype, differs)
+
+
 # d_qk, d_v, query heads, KV heads, options of the operator
 ATTENTION = [
     (64, 64, 4, 4, {"causal": 0}),
@@ -62,7 +87,14 @@ def attending(device: str) -> None:
             assert out.isfinite().all() and all(x.grad.isfinite().all() for x in (q, k, v))
 
 
-WORK = {"packing": packing, "merging": merging, "dropping": dropping, "attending": attending}
+WORK = {
+    "packing": packing,
+    "merging": merging,
+    "dropping": dropping,
+    "turning": turning,
+    "sealing": sealing,
+    "attending": attending,
+}
 
 
 def main() -> None:
