@@ -74,7 +74,7 @@ def compare_once(layer: GridAttention, x_BLD: Tensor, y_BLD: Tensor, rows: list[
     digits = ops.seal_digits(seal, y_BLD.dtype, ranks)
     buffer = torch.cat([y_BLD.view(-1)[:1], digits])
     ops.opened(buffer[:1], buffer[-len(digits) :] * ranks, seal, ranks, layer.place.groups[2], name)
-    layer.calls.end(x_BLD.device)
+    layer.calls.end()
 
 
 def added_ms(model: nn.Module, ids_BL: Tensor, hidden: int, repeats: int) -> float:

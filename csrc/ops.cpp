@@ -74,9 +74,9 @@ using Tensors = std::vector<Tensor>;
 
 // seal: what the ranks compare, as far as it is known.
 Context sealed_context(const std::string& constants, c10::SymIntArrayRef sizes,
-                       const std::optional<Tensor>& seal, const std::optional<Tensor>& verdict) {
+                       const std::optional<Tensor>& seal) {
   Context context = context_of(constants, sizes);
-  if (seal && context.grid.size() > 1) context.seal = Seal{*seal, context.groups.grid, verdict};
+  if (seal && context.grid.size() > 1) context.seal = Seal{*seal, context.groups.grid};
   return context;
 }
 
@@ -86,7 +86,7 @@ Tensors enter_op(const Tensor& query, const Tensor& key, const Tensor& value, co
                  const std::optional<Tensor>& bias_k, const std::optional<Tensor>& bias_v,
                  std::optional<Tensors> rows, std::optional<Tensors> shared, std::string constants,
                  c10::SymIntArrayRef sizes, const std::optional<Tensor>& before) {
-  const Context context = sealed_context(constants, sizes, before, std::nullopt);
+  const Context context = sealed_context(constants, sizes, before);
   const Entered entered = enter(query, key, value, {q_weight, k_weight, v_weight, q_bias, k_bias, v_bias},
                                 {bias_k, bias_v, context.zero_key}, rows.value_or(Tensors()),
                                 shared.value_or(Tensors()), context);
@@ -102,9 +102,9 @@ Tensor leave_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
                 std::optional<double> scale, std::optional<c10::SymInt> causal,
                 std::optional<c10::SymInt> window, double softcap, double dropout_p,
                 const std::optional<Tensor>& seed, std::string constants, c10::SymIntArrayRef sizes,
-                const std::optional<Tensor>& seal, const std::optional<Tensor>& verdict) {
+                const std::optional<Tensor>& seal) {
   return leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed}, {out_weight, out_bias},
-               sealed_context(constants, sizes, seal, verdict));
+               sealed_context(constants, sizes, seal));
 }
 
 std::tuple<Tensor, Tensor> leave_with_weights_op(
@@ -112,10 +112,9 @@ std::tuple<Tensor, Tensor> leave_with_weights_op(
     const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
     std::optional<double> scale, std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
     double softcap, double dropout_p, const std::optional<Tensor>& seed, std::string constants,
-    c10::SymIntArrayRef sizes, bool average, const std::optional<Tensor>& seal,
-    const std::optional<Tensor>& verdict) {
+    c10::SymIntArrayRef sizes, bool average, const std::optional<Tensor>& seal) {
   return leave_with_weights(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
-                            {out_weight, out_bias}, sealed_context(constants, sizes, seal, verdict), average);
+                            {out_weight, out_bias}, sealed_context(constants, sizes, seal), average);
 }
 
 std::tuple<Tensor, Tensors, std::vector<c10::SymInt>> leave_with_cache_op(
@@ -124,10 +123,10 @@ std::tuple<Tensor, Tensors, std::vector<c10::SymInt>> leave_with_cache_op(
     std::optional<double> scale, std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
     double softcap, double dropout_p, const std::optional<Tensor>& seed, std::string constants,
     c10::SymIntArrayRef sizes, at::TensorList memory, c10::SymIntArrayRef cache,
-    const std::optional<Tensor>& seal, const std::optional<Tensor>& verdict) {
+    const std::optional<Tensor>& seal) {
   CacheLayer layer{parse("cache", kCacheFields, cache), memory.vec()};
   Tensor y = leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
-                   {out_weight, out_bias}, sealed_context(constants, sizes, seal, verdict), &layer);
+                   {out_weight, out_bias}, sealed_context(constants, sizes, seal), &layer);
   return {y, layer.memory, list_of(kCacheFields, layer.numbers)};
 }
 
@@ -302,7 +301,7 @@ TORCH_LIBRARY(two_level_mha, library) {
       enter_op);
 
   // Second half: attend, move back, combine. k and v as `enter` gave them,
-  // or those of a cache in the same layout; causal counts positions. verdict: not waited for, csrc/comm/seal.h.
+  // or those of a cache in the same layout; causal counts positions.
   library.def(
       "leave("
       "Tensor q, "
@@ -319,8 +318,7 @@ TORCH_LIBRARY(two_level_mha, library) {
       "Tensor? seed, "
       "str constants, "
       "SymInt[] sizes, "
-      "Tensor? seal=None, "
-      "Tensor(a!)? verdict=None"
+      "Tensor? seal=None"
       ") -> Tensor",
       leave_op);
 
@@ -342,8 +340,7 @@ TORCH_LIBRARY(two_level_mha, library) {
       "str constants, "
       "SymInt[] sizes, "
       "bool average=True, "
-      "Tensor? seal=None, "
-      "Tensor(a!)? verdict=None"
+      "Tensor? seal=None"
       ") -> (Tensor y, Tensor weights)",
       leave_with_weights_op);
 
@@ -367,8 +364,7 @@ TORCH_LIBRARY(two_level_mha, library) {
       "SymInt[] sizes, "
       "Tensor[] memory, "
       "SymInt[] cache, "
-      "Tensor? seal=None, "
-      "Tensor(a!)? verdict=None"
+      "Tensor? seal=None"
       ") -> (Tensor y, Tensor[] memory, SymInt[] cache)",
       leave_with_cache_op);
 

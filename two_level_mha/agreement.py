@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from two_level_mha.control import Control, Inputs, same_in
+from two_level_mha.deferred import COMPILED
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import control_on
 
@@ -74,11 +75,11 @@ class Calls:
         if self._number != self.control.number:  # the mesh was reopened: ranks may have counted apart
             self.count, self._sizes, self._number = 0, {}, self.control.number
         self.count += 1
+        self.control.deferred.call = f"call {self.count}"
         try:
-            self.control.deferred.look(self.name)
             self._begin(sizes, compared)
         except BaseException:
-            self.control.leave_call()
+            self.end()
             raise
 
     def _begin(self, sizes: dict[str, object], compared: bool) -> None:
@@ -90,13 +91,9 @@ class Calls:
         elif turned or sizes != self._sizes:
             self._compare(sizes, compared)
 
-    def end(self, device: torch.device) -> None:
-        self.control.deferred.sent(device)
+    def end(self) -> None:
+        self.control.deferred.call = COMPILED
         self.control.leave_call()
-
-    def verdict(self, device: torch.device) -> Tensor | None:
-        """Where the call's exchange writes whether ranks differ; None: the call raises."""
-        return self.control.deferred.expect(self.name, f"call {self.count}", device)
 
     def _compare(self, sizes: dict[str, object], compared: bool) -> None:
         if not compared and self._sizes is not None:

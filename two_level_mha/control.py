@@ -360,11 +360,11 @@ def _difference(text: str) -> GridError:
 
 
 def _expect(group: str, layer: str, device: torch.device) -> torch.Tensor | None:
-    """Where the exchange of a compiled call writes what it found. Raises GridError if an earlier one differed."""
+    """Where a call's exchange writes what it found. Raises GridError if the layer's call before its last differed."""
     for control in controls().values():
         if group in control.names:
             control.deferred.look(layer)
-            return control.deferred.expect(layer, "a compiled call", device)
+            return control.deferred.expect(layer, device)
     return None
 
 

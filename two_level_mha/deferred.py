@@ -1,8 +1,8 @@
 """What the exchanges of calls on a GPU say of the ranks' agreement, looked at when nobody has to wait for it.
 
 A call on the CPU raises as soon as its exchange is done. On a GPU that would let the device run dry at every layer, so
-the exchange writes its verdict to memory of the host, and the layer looks at it when it begins its call after the next:
-every rank at the same call, so all of them raise together.
+the exchange writes its verdict to memory of the host, and the layer looks at it in its call after the next: every rank
+in the same call, so all of them raise together.
 """
 
 from collections import Counter, deque
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from two_level_mha.errors import GridError
 
+COMPILED = "a compiled call"  # which has no number
 DELAY = 2  # calls of a layer: the GPU has one to go on with while the host waits for the one before
 
 
@@ -32,11 +33,12 @@ class Deferred:
 
     def __init__(self, ranks: tuple[int, ...], gather: Callable[[object, str], list]) -> None:
         self.devices = ("cuda",)
+        self.call = COMPILED  # the one that is under way
         self._ranks, self._gather = ranks, gather
         self._open: deque[Verdict] = deque()
         self._calls: Counter[str] = Counter()  # of a layer among the open ones
 
-    def expect(self, layer: str, call: str, device: torch.device) -> Tensor | None:
+    def expect(self, layer: str, device: torch.device) -> Tensor | None:
         """Where the exchange of this call writes what it found; None: the call itself raises.
 
         None also while a CUDA graph is captured: when it runs nobody looks.
@@ -44,7 +46,7 @@ class Deferred:
         if device.type not in self.devices or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None
         said = torch.zeros(2, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-        self._open.append(Verdict(layer, call, said))
+        self._open.append(Verdict(layer, self.call, said))
         self._calls[layer] += 1
         return said
 

@@ -184,9 +184,9 @@ class GridAttention(nn.Module):
         )
         text = self._constants(*how)
         number = self._begin(how, sizes, need_weights, average_attn_weights, query)
-        seed = seal = verdict = before = None
+        seed = seal = before = None
         if number and not torch.compiler.is_compiling():
-            verdict, before = self.calls.verdict(query.device), self.calls.control.inputs.seal
+            before = self.calls.control.inputs.seal
         try:
             entered = sizes if not number else [*sizes, number]
             q, k, v, *aside = _ops.enter(query, key, value, *weights, rows, shared, text, entered, before)
@@ -206,11 +206,11 @@ class GridAttention(nn.Module):
                 dropout_p, seed, text, sizes,
             )  # fmt: skip
             if need_weights:
-                return _ops.leave_with_weights(*arguments, average_attn_weights, seal, verdict)
+                return _ops.leave_with_weights(*arguments, average_attn_weights, seal)
             if cache is None:
-                return _ops.leave(*arguments, seal, verdict), None
+                return _ops.leave(*arguments, seal), None
             cache.check_new(k)
-            y, *kept = _ops.leave_with_cache(*arguments, cache.memory, cache.numbers(), seal, verdict)
+            y, *kept = _ops.leave_with_cache(*arguments, cache.memory, cache.numbers(), seal)
             cache.keep(*kept)
             return y, None
         except torch.distributed.DistError as error:
@@ -223,7 +223,7 @@ class GridAttention(nn.Module):
             self.calls.explain(self._blocks(), options | {"position": call.position}, tensors)
         finally:
             if number is not None and not torch.compiler.is_compiling():
-                self.calls.end(query.device)
+                self.calls.end()
 
     def _begin(self, how: tuple, sizes: list[int], need_weights: bool, average: bool, query: Tensor) -> int | None:
         """Begins a call that the ranks compare: what its exchanges carry, 0 where they do not. None: no such call."""

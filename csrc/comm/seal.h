@@ -48,9 +48,6 @@ class Facts {
 struct Seal {
   Tensor hash;
   Group grid;
-  // int64, 2 elements, which the host can read: set, the call does not wait for what the sums say. verdict[0] becomes
-  // 1 where ranks differ, verdict[1] this rank's hash.
-  std::optional<Tensor> verdict = std::nullopt;
 };
 
 // This rank's digits in the dtype of x: plan/traffic.h has the code.
@@ -60,13 +57,15 @@ Tensor digits_of(const Seal& seal, const Tensor& x);
 Tensor with_digits(const Tensor& x, const Tensor& digits);
 
 // y, if the sums of all ranks' digits say that they had the same. Else every rank raises torch.distributed's
-// DistError, which names those that differ. With a verdict nothing is raised here.
+// DistError, which names those that differ; in a compiled call what the handler throws. Where the handler gives a
+// verdict nothing is raised, and nobody waits.
 Tensor opened(const Tensor& y, const Tensor& sums, const Seal& seal);
 
-// What compiled calls ask for, which have no Python around them. The group is the grid's.
+// What `opened` asks for. The group is the grid's.
 struct SealHandlers {
-  std::function<void(const std::string& text)> differ;  // throws
-  // The verdict of a call of this layer, or nothing, where the call is to wait.
+  std::function<void(const std::string& text)>
+      differ;  // of a compiled call, which has no Python around it: throws
+  // Nothing, or two int64 that the host can read: the first becomes 1 where ranks differ, the second this rank's hash.
   std::function<std::optional<Tensor>(const std::string& group, const std::string& layer, at::Device)> expect;
   std::function<void(const std::string& group, at::Device)> sent;  // after it
 };
