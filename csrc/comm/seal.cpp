@@ -86,7 +86,7 @@ bool alike(const Tensor& sums, int64_t ranks) {
   const SealCode code = code_of(sums.scalar_type(), ranks);
   TORCH_CHECK_VALUE(sums.numel() == code.elements(), "sums must have ", code.elements(), " elements, got ",
                     sums.numel());
-  const Tensor exact = sums.to(at::kDouble).contiguous();
+  const Tensor exact = sums.to(at::kCPU, at::kDouble).contiguous();
   const double* sum = exact.const_data_ptr<double>();
   for (int64_t i = 0; i < code.digits(); ++i)
     if (!one_digit({sum[2 * i], sum[2 * i + 1]}, ranks, code.complement)) return false;
@@ -96,7 +96,7 @@ bool alike(const Tensor& sums, int64_t ranks) {
 // Empty, or which ranks had something else than most. A collective verdict, since all have these sums.
 std::string difference(const Tensor& sums, const Seal& seal) {
   if (alike(sums, seal.grid.size)) return "";
-  const Tensor all = run(Collective::all_gather, seal.hash.reshape({1, 1}), seal.grid);
+  const Tensor all = run(Collective::all_gather, seal.hash.reshape({1, 1}), seal.grid).cpu();
   const int64_t* hashes = all.const_data_ptr<int64_t>();
   std::map<int64_t, int64_t> counts;
   for (int64_t rank = 0; rank < seal.grid.size; ++rank) ++counts[hashes[rank]];
