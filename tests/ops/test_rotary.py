@@ -100,8 +100,7 @@ def test_refused_widths(widths):
         ops.rotary(torch.zeros(1, 2, 5, 8), cos, sin)
 
 
-@pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize("width", [0, 4, 8])
+@pytest.mark.parametrize("norms, width", [(False, 4), (False, 8), (True, 0), (True, 4), (True, 8)])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_norm_and_rotary_at_once(norms, width, interleaved):
     """E. Localises: which of q and k has which weight and which angles, and the order of the two; gradients too."""
@@ -124,8 +123,10 @@ def test_norm_and_rotary_at_once(norms, width, interleaved):
 
 
 def test_norm_and_rotary_want_pairs():
-    """Localises: one weight or one angle, which would be read as another's."""
+    """Localises: one weight or one angle, which would be read as another's; nothing to do, which would give an alias."""
     q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="weights or angles must be given"):
+        ops.norm_rotary(q, q, [], 1e-6, [], [])
     for weights, angle in (([torch.randn(4)], []), ([], [torch.randn(1, 1, 3, 4)])):
         with pytest.raises(ValueError, match="must be none or two tensors, got 1"):
             ops.norm_rotary(q, q, weights, 1e-6, angle, angle)
