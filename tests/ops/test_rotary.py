@@ -123,7 +123,7 @@ def test_norm_and_rotary_at_once(norms, width, interleaved):
 
 
 def test_norm_and_rotary_want_pairs():
-    """Localises: one weight or one angle, which would be read as another's; nothing to do, which would give an alias."""
+    """Localises: one weight or one angle, which would be read as another's; nothing to do, an alias then."""
     q = torch.randn(1, 2, 3, 4)
     with pytest.raises(ValueError, match="weights or angles must be given"):
         ops.norm_rotary(q, q, [], 1e-6, [], [])
