@@ -160,12 +160,17 @@ def machine(device: str = "cpu") -> dict:
     }
 
 
-def write_results(name: str, rows: list[dict], device: str = "cpu", folder: Path | None = None) -> Path:
-    """Writes results/NAME.json, on a GPU NAME_h100.json or what it is: the machine, then one row for each case."""
+def write_results(
+    name: str, rows: list[dict], device: str = "cpu", folder: Path | None = None, of: dict | None = None
+) -> Path:
+    """Writes results/NAME.json, on a GPU NAME_h100.json or what it is: the machine, then one row for each case.
+
+    of: the machine, where it was asked for before.
+    """
     folder = folder or ROOT / "results"
     path = folder / (f"{name}_{gpu_name()}.json" if device == "cuda" else f"{name}.json")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": of or machine(device), "rows": rows}, indent=1) + "\n")
     return path
 
 

@@ -11,6 +11,7 @@ import pickle
 import threading
 import weakref
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -205,10 +206,9 @@ class Control:
         """
         if self.alone:
             return [value] * len(self.ranks)
-        self.check_open()
-        self.doing, mine = what, pickle.dumps(value)
+        mine = pickle.dumps(value)
         digest = int.from_bytes(hashlib.blake2b(mine, digest_size=7).digest(), "big")
-        try:
+        with self._meeting(what):
             seen = {(int(x[0]), int(x[1])) for x in self._all_gather(torch.tensor([len(mine), digest], device="cpu"))}
             if len(seen) == 1:
                 everyone = [mine] * len(self.ranks)
@@ -216,23 +216,26 @@ class Control:
                 longest = max(size for size, _ in seen)
                 padded = torch.frombuffer(bytearray(mine.ljust(longest, b"\0")), dtype=torch.uint8)
                 everyone = [x.numpy().tobytes() for x in self._all_gather(padded)]
-        except RuntimeError as error:
-            raise self.failure(str(error)) from error
-        self.doing = ""
         return [pickle.loads(x) for x in everyone]
 
     def from_first(self, x: torch.Tensor, what: str) -> torch.Tensor:
         """The first rank's x, in place, on the CPU; all have its shape. A collective; what: as in `gather`."""
         if self.alone:
             return x
+        with self._meeting(what):
+            self.group.broadcast(x, root=0).wait()
+        return x
+
+    @contextlib.contextmanager
+    def _meeting(self, what: str) -> Iterator[None]:
+        """Around collectives of `group`: the others are told of `what` meanwhile, and who is missed where one fails."""
         self.check_open()
         self.doing = what
         try:
-            self.group.broadcast(x, root=0).wait()
+            yield
         except RuntimeError as error:
             raise self.failure(str(error)) from error
         self.doing = ""
-        return x
 
     def _all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         found = [torch.empty_like(x, device="cpu") for _ in self.ranks]

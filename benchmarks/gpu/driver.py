@@ -1,7 +1,6 @@
 """What the programs of this folder share: a command line, cases that fail alone, results kept after each of them."""
 
 import argparse
-import json
 import time
 import traceback
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common import ROOT, gpu_name, machine
+from common import machine, write_results
 
 
 class Options(NamedTuple):
@@ -38,7 +37,6 @@ def run_program(name: str, description: str, cases: Callable[[Options], Cases], 
     if tiny and args.out is None and not args.case:
         parser.error("results of tiny sizes go to no folder but --out")
     torch.manual_seed(0)
-    path = (args.out or ROOT / "results") / (f"{name}.json" if tiny else f"{name}_{gpu_name()}.json")
     of, rows = machine(args.device), []
     for case, run in cases(Options(args.device, tiny, 1 if tiny else args.repeats)).items():
         if args.case not in case:
@@ -46,7 +44,7 @@ def run_program(name: str, description: str, cases: Callable[[Options], Cases], 
         rows.append(one_row(case, run))
         print("  ".join(f"{key}={value}" for key, value in rows[-1].items() if not isinstance(value, dict)), flush=True)
         if not args.case:
-            path.write_text(json.dumps({"machine": of, "rows": rows}, indent=1) + "\n")
+            write_results(name, rows, args.device, args.out, of)
     failed = [row["case"] for row in rows if "error" in row]
     if failed:
         raise SystemExit(f"{len(failed)} of {len(rows)} cases failed: {'; '.join(failed)}")

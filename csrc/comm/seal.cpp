@@ -130,6 +130,16 @@ bool left_for_later(const Tensor& sums, const Seal& seal) {
   return true;
 }
 
+// Raises where ranks differ, or leaves that for later.
+void settle(const Tensor& sums, const Seal& seal, bool compiled) {
+  if (left_for_later(sums, seal)) return;
+  if (compiled && !sums.is_cpu())
+    return;  // the capture of a CUDA graph must not wait, and nobody looks later
+  const std::string text = difference(sums, seal);
+  if (!text.empty() && compiled && handlers().differ) handlers().differ(text);
+  TORCH_CHECK_WITH(DistError, text.empty(), text);
+}
+
 Tensor hash_cpu(at::TensorList xs, at::IntArrayRef numbers, std::string text,
                 const std::optional<Tensor>& before) {
   Hash hash;
@@ -174,13 +184,8 @@ void verdict_meta(const Tensor&, const Tensor&, int64_t, const Tensor&) {}
 // A copy, since a graph has no other way to say that y is what was checked.
 Tensor opened_op(const Tensor& y, const Tensor& sums, const Tensor& hash, int64_t ranks, std::string group,
                  std::string layer) {
-  const Seal seal{hash, {group, ranks, 0, layer, "grid"}};
-  if (!left_for_later(sums, seal) && sums.is_cpu()) {  // a CUDA graph that is captured has nobody who looks
-    number_of(hash);
-    const std::string text = difference(sums, seal);
-    if (!text.empty() && handlers().differ) handlers().differ(text);
-    TORCH_CHECK_WITH(DistError, text.empty(), text);
-  }
+  if (sums.is_cpu()) number_of(hash);
+  settle(sums, {hash, {group, ranks, 0, layer, "grid"}}, /*compiled=*/true);
   return y.clone();
 }
 
@@ -264,9 +269,7 @@ Tensor opened(const Tensor& y, const Tensor& sums, const Seal& seal) {
           .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, std::string, std::string)>();
   if (at::isTensorSubclassLike(y))  // of a graph that is traced
     return op.call(y, sums, seal.hash, seal.grid.size, seal.grid.name, seal.grid.layer);
-  if (left_for_later(sums, seal)) return y;
-  const std::string text = difference(sums, seal);
-  TORCH_CHECK_WITH(DistError, text.empty(), text);
+  settle(sums, seal, /*compiled=*/false);
   return y;
 }
 

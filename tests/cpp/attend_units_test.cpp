@@ -5,12 +5,12 @@
 #include <c10/util/Half.h>
 
 #include <cstdio>
-#include <cstdlib>
 #include <random>
 #include <vector>
 
 #include "../../csrc/attend/dropout_units.h"
 #include "../../csrc/attend/merge_units.h"
+#include "expect.h"
 
 using namespace two_level_mha;
 
@@ -25,11 +25,7 @@ struct Case {
 
   explicit Case(int n) : random(n), seed(n), wide(n % 2) {}
   int64_t pick(int64_t low, int64_t high) { return low + (int64_t)(random() % (high - low + 1)); }
-  void expect(bool right, const char* what) const {
-    if (right) return;
-    std::printf("wrong: %s, case %d\n", what, seed);
-    std::exit(1);
-  }
+  void expect(bool right, const char* what) const { ::expect(right, what, seed); }
   template <typename Work>
   void run(const Work& work, int64_t units) const {
     for (int64_t i = 0; i < units; ++i) wide ? work(i) : work((uint32_t)i);

@@ -4,21 +4,15 @@
 #include <c10/util/Half.h>
 
 #include <cstdio>
-#include <cstdlib>
 #include <random>
 #include <vector>
 
 #include "../../csrc/head/head_units.h"
+#include "expect.h"
 
 using namespace two_level_mha;
 
 namespace {
-
-void expect(bool right, const char* what, int seed) {
-  if (right) return;
-  std::printf("wrong: %s, case %d\n", what, seed);
-  std::exit(1);
-}
 
 template <typename Scalar, typename Angle>
 void one_case(int seed, double tolerance) {

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -14,16 +13,11 @@
 
 #include "../../csrc/comm/seal_units.h"
 #include "../../csrc/plan/traffic.h"
+#include "expect.h"
 
 using namespace two_level_mha;
 
 namespace {
-
-void expect(bool right, const char* what, int seed) {
-  if (right) return;
-  std::printf("wrong: %s, case %d\n", what, seed);
-  std::exit(1);
-}
 
 using Bytes = std::vector<char>;
 
