@@ -54,7 +54,7 @@ lint: $(PINS_STAMP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	clang-format --dry-run -Werror $(CXX_FILES)
-	$(PYTHON) tools/include_order.py
+	$(PYTHON) tools/check_csrc.py
 
 format: $(PINS_STAMP)
 	$(PYTHON) -m ruff check --fix .

@@ -63,15 +63,15 @@ inline const char* without_amx(const Request& r, const Machine& m) {
                                    : "is the fastest in bfloat16 only where the CPU has AMX";
 }
 
-// The first reason that with(piece, its corner) gives, of the pieces of a call (corner.h).
+// The first reason that with(stripe, its corner) gives, of the stripes of a call (corner.h).
 template <class With>
-const char* of_pieces(const Request& r, const With& with) {
-  for (const Piece& piece : pieces_of(r.visible, r.L, r.S))
-    if (const char* reason = with(piece, Corner(piece.visible, piece.rows, r.S))) return reason;
+const char* of_stripes(const Request& r, const With& with) {
+  for (const Stripe& stripe : stripes_of(r.visible, r.L, r.S))
+    if (const char* reason = with(stripe, Corner(stripe.visible, stripe.rows, r.S))) return reason;
   return nullptr;
 }
 
-// Each piece is a call of its own kernel.
+// Each stripe is a call of its own kernel.
 inline const char* many_pieces(const Request& r) {
   const bool many = !r.visible.keys_of_all(r.L, r.S) && std::min(r.visible.key_stride, r.L) > 1024;
   return many ? "takes key_stride up to 1024" : nullptr;
@@ -99,8 +99,8 @@ inline const char* cudnn(const Request& r, const Machine& m) {
   const int64_t d = common_width(r);
   if (d > 256) return "takes widths up to 256";
   if (d > 128 && m.arch != 90) return "takes widths above 128 on sm_90 only";
-  const char* short_ones = of_pieces(r, [](const Piece& piece, const Corner& corner) {
-    return piece.rows == 1 || corner.keys == 1 ? "takes at least two rows and two keys" : nullptr;
+  const char* short_ones = of_stripes(r, [](const Stripe& stripe, const Corner& corner) {
+    return stripe.rows == 1 || corner.keys == 1 ? "takes at least two rows and two keys" : nullptr;
   });
   return short_ones ? short_ones : large_batch(r);
 }
@@ -114,7 +114,7 @@ inline const char* flash(const Request& r, const Machine& m) {
   if (small && d > 192 && d <= 224) return "has no backward for widths 193 to 224 on sm_86, sm_89 and sm_120";
   if (const char* many = many_pieces(r)) return many;
   const char* reason =
-      of_pieces(r, [](const Piece&, const Corner& corner) { return corner.fits ? nullptr : kPastTheEnd; });
+      of_stripes(r, [](const Stripe&, const Corner& corner) { return corner.fits ? nullptr : kPastTheEnd; });
   return reason ? reason : large_batch(r);
 }
 
@@ -122,12 +122,12 @@ inline const char* efficient(const Request& r, const Machine& m) {
   if (!m.efficient_enabled) return "is switched off: torch.backends.cuda.enable_mem_efficient_sdp";
   if (r.dtype == Dtype::bfloat16 && m.arch < 80) return "needs sm_80 for bfloat16";
   if (const char* many = many_pieces(r)) return many;
-  const char* reason = of_pieces(r, [&](const Piece& piece, const Corner& corner) -> const char* {
+  const char* reason = of_stripes(r, [&](const Stripe& stripe, const Corner& corner) -> const char* {
     if (!corner.fits) return kPastTheEnd;
-    if (corner.window && r.backward && !m.offset_windows && corner.keys != piece.rows)
+    if (corner.window && r.backward && !m.offset_windows && corner.keys != stripe.rows)
       return "has no backward for windows over more keys than rows before torch 2.15";
     const int64_t keys = ceil_div(corner.keys, 16) * 16;
-    const bool large = r.mask_rows && piece.rows * keys > std::numeric_limits<int32_t>::max();
+    const bool large = r.mask_rows && stripe.rows * keys > std::numeric_limits<int32_t>::max();
     return large ? "indexes a mask by 32 bits" : nullptr;
   });
   return reason ? reason : large_batch(r);

@@ -9,17 +9,17 @@ using namespace two_level_mha;
 
 namespace {
 
-// Whether the pieces of a call are all its rows that see a key, once each, and show each the keys that it sees.
+// Whether the stripes of a call are all its rows that see a key, once each, and show each the keys that it sees.
 bool agrees(const Visible& v, int64_t L, int64_t S, bool& fit) {
   std::vector<int> pieces_with(L, 0);
-  for (const Piece& piece : pieces_of(v, L, S)) {
-    const Corner corner(piece.visible, piece.rows, S);
+  for (const Stripe& stripe : stripes_of(v, L, S)) {
+    const Corner corner(stripe.visible, stripe.rows, S);
     fit = fit && corner.fits;
-    for (int64_t row = 0; row < piece.rows; ++row) {
-      const int64_t here = piece.first + row * piece.step;
+    for (int64_t row = 0; row < stripe.rows; ++row) {
+      const int64_t here = stripe.first + row * stripe.step;
       if (here >= L || pieces_with[here]++) return false;
       if (!corner.fits) continue;
-      const int64_t end = corner.keys - (corner.causal ? piece.rows - 1 - row : 0);
+      const int64_t end = corner.keys - (corner.causal ? stripe.rows - 1 - row : 0);
       const int64_t begin = corner.window ? std::max<int64_t>(end - *corner.window, 0) : 0;
       if (begin >= end || !(v.keys_of(here, S) == Range{corner.first_key + begin, corner.first_key + end}))
         return false;

@@ -26,16 +26,16 @@ struct Corner {
 };
 
 // Rows first, first + step, .. of a call, which are a call of their own with key_stride 1.
-struct Piece {
+struct Stripe {
   int64_t first, rows, step;
   Visible visible;
 };
 
-// The rows of a call that see any key, each in one piece. Keys that stand m = key_stride apart: rows r, r + m,
+// The rows of a call that see any key, each in one stripe. Keys that stand m = key_stride apart: rows r, r + m,
 // .. are a plain call, whose row t sees the keys up to t + floor((r + causal) / m). A corner in mid-matrix is
 // cut there, since the rows below it see every key.
-inline std::vector<Piece> pieces_of(const Visible& v, int64_t L, int64_t S) {
-  std::vector<Piece> found;
+inline std::vector<Stripe> stripes_of(const Visible& v, int64_t L, int64_t S) {
+  std::vector<Stripe> found;
   if (const auto all = v.keys_of_all(L, S)) {
     if (!all->empty()) found.push_back({0, L, 1, v});
     return found;

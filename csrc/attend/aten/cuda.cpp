@@ -22,7 +22,7 @@ int64_t round_up(int64_t n, int64_t to) {
   return ceil_div(n, to) * to;
 }
 
-// A piece of a call as all three kernels take it (corner.h; flash: always, efficient: mask type 2).
+// A stripe of a call as all three kernels take it (corner.h; flash: always, efficient: mask type 2).
 struct Call : Corner {
   const AttentionParams params;
   Tensor q, k, v;
@@ -252,30 +252,31 @@ Backward efficient_gradients(const Call& call, const Tensor& grad_out, const Ten
   return as_gradients(call, dq, of_heads(std::get<1>(result)), of_heads(std::get<2>(result)));
 }
 
-// --- a call in pieces (corner.h)
+// --- a call in stripes (corner.h)
 
-// The piece's rows of a tensor (.., .., L, ..), or an undefined one.
-Tensor rows_of(const Piece& piece, const Tensor& x) {
-  return x.defined() ? x.slice(2, piece.first, piece.first + piece.rows * piece.step, piece.step) : x;
+// The stripe's rows of a tensor (.., .., L, ..), or an undefined one.
+Tensor rows_of(const Stripe& stripe, const Tensor& x) {
+  return x.defined() ? x.slice(2, stripe.first, stripe.first + stripe.rows * stripe.step, stripe.step) : x;
 }
 
-AttentionParams params_of(const Piece& piece, AttentionParams params) {
-  static_cast<Visible&>(params) = piece.visible;
-  if (params.mask.defined() && params.mask.size(2) > 1) params.mask = rows_of(piece, params.mask);
+AttentionParams params_of(const Stripe& stripe, AttentionParams params) {
+  static_cast<Visible&>(params) = stripe.visible;
+  if (params.mask.defined() && params.mask.size(2) > 1) params.mask = rows_of(stripe, params.mask);
   return params;
 }
 
 template <auto kForward>
 Forward in_pieces(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
   const int64_t L = q.size(2);
-  const auto pieces = pieces_of(params, L, k.size(2));
-  if (pieces.size() == 1 && pieces[0].rows == L) return kForward(Call(q, k, v, params_of(pieces[0], params)));
+  const auto stripes = stripes_of(params, L, k.size(2));
+  if (stripes.size() == 1 && stripes[0].rows == L)
+    return kForward(Call(q, k, v, params_of(stripes[0], params)));
   Tensor out = empty_rows(q, q.size(0), q.size(1), L, v.size(3)).zero_();
   Tensor logsumexp = at::full({q.size(0), q.size(1), L}, -kInfinity, q.options().dtype(at::kFloat));
-  for (const Piece& piece : pieces) {
-    const auto [part, sums] = kForward(Call(rows_of(piece, q), k, v, params_of(piece, params)));
-    rows_of(piece, out).copy_(part);
-    rows_of(piece, logsumexp).copy_(sums);
+  for (const Stripe& stripe : stripes) {
+    const auto [part, sums] = kForward(Call(rows_of(stripe, q), k, v, params_of(stripe, params)));
+    rows_of(stripe, out).copy_(part);
+    rows_of(stripe, logsumexp).copy_(sums);
   }
   return {out, logsumexp};
 }
@@ -285,17 +286,17 @@ Backward in_pieces(const Tensor& grad_out, const Tensor& grad_logsumexp, const T
                    const Tensor& v, const Tensor& out, const Tensor& logsumexp,
                    const AttentionParams& params) {
   const int64_t L = q.size(2);
-  const auto pieces = pieces_of(params, L, k.size(2));
-  if (pieces.size() == 1 && pieces[0].rows == L)
-    return kBackward(Call(q, k, v, params_of(pieces[0], params)), grad_out, grad_logsumexp, out, logsumexp);
+  const auto stripes = stripes_of(params, L, k.size(2));
+  if (stripes.size() == 1 && stripes[0].rows == L)
+    return kBackward(Call(q, k, v, params_of(stripes[0], params)), grad_out, grad_logsumexp, out, logsumexp);
   Tensor dq = empty_rows(q, q.size(0), q.size(1), L, q.size(3)).zero_();
   // halves would lose bits in every sum
   Tensor dk = at::zeros(k.sizes(), k.options().dtype(at::kFloat));
   Tensor dv = at::zeros(v.sizes(), dk.options());
-  for (const Piece& piece : pieces) {
-    auto rows = [&](const Tensor& x) { return rows_of(piece, x); };
+  for (const Stripe& stripe : stripes) {
+    auto rows = [&](const Tensor& x) { return rows_of(stripe, x); };
     const auto [part_dq, part_dk, part_dv, _] =
-        kBackward(Call(rows(q), k, v, params_of(piece, params)), rows(grad_out), rows(grad_logsumexp),
+        kBackward(Call(rows(q), k, v, params_of(stripe, params)), rows(grad_out), rows(grad_logsumexp),
                   rows(out), rows(logsumexp));
     rows(dq).copy_(part_dq);
     dk.add_(part_dk);
