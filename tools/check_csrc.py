@@ -53,7 +53,7 @@ def defined_twice(root: Path) -> list[str]:
     where: dict[str, list[str]] = {}
     for file in sources(root):
         text = UNNAMED.sub("", file.read_text())
-        for name in {re.sub(r"\s+", " ", name) for rule in (DEFINED, INLINE) for name in rule.findall(text)}:
+        for name in sorted({re.sub(r"\s+", " ", name) for rule in (DEFINED, INLINE) for name in rule.findall(text)}):
             where.setdefault(name, []).append(file.relative_to(root).as_posix())
     return [f"{name} is defined in {' and in '.join(files)}" for name, files in where.items() if len(files) > 1]
 
