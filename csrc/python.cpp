@@ -68,9 +68,11 @@ void check_call(const Call& call) {
                     Grid{call.n, call.m}.text());
 }
 
-std::string resolve(const std::string& scheme, const Call& call, const Rates::Numbers& profile) {
+std::string resolve(const std::string& scheme, Call call, const Rates::Numbers& profile) {
   check_call(call);
-  return scheme_row(resolve_scheme(scheme_from_name(scheme), call, Rates::from_numbers(profile))).name;
+  const Rates rates = Rates::from_numbers(profile);
+  call.node = rates.node;
+  return scheme_row(resolve_scheme(scheme_from_name(scheme), call, rates)).name;
 }
 
 // (layer, exchange, backward, waiting)
@@ -260,6 +262,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("extra_keys", &Call::extra_keys)
       .def_readwrite("bias", &Call::bias)
       .def_readwrite("bias_kv", &Call::bias_kv)
+      .def_readwrite("node", &Call::node)
       .def_readwrite("attention_weights", &Call::attention_weights)
       .def_readwrite("mask_elements", &Call::mask_elements)
       .def_readwrite("training", &Call::training)

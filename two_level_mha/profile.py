@@ -3,12 +3,13 @@
 A file is JSON with the fields of Profile:
 
     {"name": "my node", "flops": 600000000000000, "memory": 3000000000000, "link": 350000000000,
-     "network": 45000000000, "latency_ns": 15000, "node_ranks": 8, "padded_head_dim": 256, "source": "measured"}
+     "network": 45000000000, "latency_ns": 15000, "node_ranks": 8, "padded_head_dim": 256, "source": "measured",
+     "flops_single": 50000000000000, "attention_wide": 130000000000000}
 """
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from two_level_mha import _C
@@ -25,6 +26,13 @@ RANGES = {
     "latency_ns": (0, 10**9),
     "node_ranks": (1, 2**20),
     "padded_head_dim": (0, 2**20),
+    "flops_single": (10**9, 10**17),
+    "attention_128": (10**9, 10**17),
+    "attention_256": (10**9, 10**17),
+    "attention_wide": (10**9, 10**17),
+    "attention_single_128": (10**9, 10**17),
+    "attention_single_256": (10**9, 10**17),
+    "attention_single_wide": (10**9, 10**17),
 }
 
 
@@ -32,10 +40,13 @@ RANGES = {
 class Profile:
     """Rates of one kind of hardware, as one rank has it.
 
-    flops: FLOP/s that attention and projections reach in the working precision. memory: bytes/s read from memory, at
-    most flops. link, network: bytes/s that a rank sends to ranks of its node, and that its adapter sends to others, at
-    most flops. latency_ns: of one collective. node_ranks: ranks in a node. padded_head_dim: the head_dim up to which
-    half precision pads values to the width of keys, 0: it does not. source: where the numbers are from.
+    flops: FLOP/s that projections reach in half precision. memory: bytes/s read from memory, at most flops. link,
+    network: bytes/s that a rank sends to ranks of its node, and that its adapter sends to others, at most flops.
+    latency_ns: of one collective. node_ranks: ranks in a node; the sum over a grid inside one is one all-reduce.
+    padded_head_dim: the head_dim up to which half precision pads values to the width of keys, 0: it does not. source:
+    where the numbers are from. flops_single: as flops, with elements of 4 bytes or more. attention_128, .._256,
+    .._wide: FLOP/s that attention reaches in half precision with heads up to 128 wide, up to 256, and wider;
+    attention_single_128, ..: with elements of 4 bytes or more. None, for these seven: as flops.
     Raises GridError, naming the field, for a value out of range.
     """
 
@@ -48,13 +59,19 @@ class Profile:
     node_ranks: int
     padded_head_dim: int
     source: str
+    flops_single: int | None = None
+    attention_128: int | None = None
+    attention_256: int | None = None
+    attention_wide: int | None = None
+    attention_single_128: int | None = None
+    attention_single_256: int | None = None
+    attention_single_wide: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("name", "source"):
             if not isinstance(getattr(self, field), str):
                 raise GridError(f"{field} of a profile must be a text, got {getattr(self, field)!r}")
-        for field, (least, most) in RANGES.items():
-            value = getattr(self, field)
+        for (field, (least, most)), value in zip(RANGES.items(), self.numbers, strict=True):
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise GridError(
                     f"{field} of profile {self.name!r} must be an integer from {least:,} to {most:,}, got {value!r}"
@@ -68,8 +85,9 @@ class Profile:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The seven integers that csrc/plan/profiles.h predicts with."""
-        return tuple(getattr(self, field) for field in RANGES)
+        """The integers, as RANGES has them, that csrc/plan/profiles.h predicts with."""
+        found = (getattr(self, field) for field in RANGES)
+        return tuple(self.flops if number is None else number for number in found)
 
     @staticmethod
     def named(name: str) -> "Profile":
@@ -97,10 +115,12 @@ class Profile:
         except (OSError, ValueError) as error:
             raise GridError(f"profile {os.fspath(path)!r} cannot be read as a JSON file: {error}") from error
         names = [field.name for field in fields(Profile)]
-        if not isinstance(found, dict) or set(found) != set(names):
-            keys = set(found) if isinstance(found, dict) else set()
-            wrong = [f"has no {name}" for name in names if name not in keys]
-            wrong += [f"has {name}, which is no field" for name in sorted(keys - set(names))]
+        keys = set(found) if isinstance(found, dict) else set()
+        wrong = [
+            f"has no {field.name}" for field in fields(Profile) if field.name not in keys and field.default is MISSING
+        ]
+        wrong += [f"has {name}, which is no field" for name in sorted(keys - set(names))]
+        if wrong:
             raise GridError(f"profile {os.fspath(path)!r} {', '.join(wrong)}; the fields are {', '.join(names)}")
         try:
             return Profile(**found)
@@ -126,4 +146,7 @@ def resolve_profile(profile: "Profile | str | os.PathLike | None", device_type: 
 
 
 def _known() -> dict[str, Profile]:
-    return {name: Profile(name, *numbers, source) for name, _, numbers, source in _C.profiles()}
+    return {
+        name: Profile(name=name, source=source, **dict(zip(RANGES, numbers, strict=True)))
+        for name, _, numbers, source in _C.profiles()
+    }

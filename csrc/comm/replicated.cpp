@@ -28,7 +28,8 @@ struct SavedGroups : torch::CustomClassHolder {
 };
 
 bool in_stages(const Tensor& x, const SumGroups& groups) {
-  return !groups.axes.empty() && !sums_flat(x.sym_numel(), groups.axes[1].size, groups.axes[0].size);
+  return !groups.axes.empty() &&
+         !sums_flat(x.sym_numel(), groups.axes[1].size, groups.axes[0].size, groups.node);
 }
 
 Tensor sum_in_stages(const Tensor& x, const SumGroups& groups) {

@@ -21,6 +21,7 @@ LayerSizes layer_sizes(const Constants& layer, std::optional<at::ScalarType> red
   sizes.concat = layer.concat != 0;
   sizes.whole_heads = layer.whole_heads != 0;
   sizes.reduce_size = reduce_dtype ? int64_t(c10::elementSize(*reduce_dtype)) : 0;
+  sizes.node = layer.node;
   return sizes;
 }
 
@@ -96,7 +97,8 @@ Context context_of(const Constants& constants, const std::vector<std::string>& n
   const std::string layer = names.size() == 4 ? names[3] : "";
   context.groups = {{names[0], c.slices, c.slice, layer, "slice axis"},
                     {names[1], c.head_groups, c.head_group, layer, "head axis"},
-                    {names[2], context.grid.size(), context.grid.rank(c.head_group, c.slice), layer, "grid"}};
+                    {names[2], context.grid.size(), context.grid.rank(c.head_group, c.slice), layer, "grid"},
+                    c.node};
   if (c.reduce_dtype >= 0) context.reduce_dtype = at::ScalarType(c.reduce_dtype);
   if (context.grid.size() > 1) context.number = sizes.number;
   context.first_key = sizes.first_key;
@@ -111,7 +113,20 @@ Context context_of(const Constants& constants, const std::vector<std::string>& n
   shape.causal = c.causal != 0;
   context.sizes = call_sizes(layer_sizes(c, context.reduce_dtype), context.grid, shape);
 
-  const Rates rates{c.flops, c.memory, c.link, c.network, c.latency, c.node, c.equal};
+  const Rates rates{c.flops,
+                    c.memory,
+                    c.link,
+                    c.network,
+                    c.latency,
+                    c.node,
+                    c.equal,
+                    c.flops_single,
+                    c.attention_128,
+                    c.attention_256,
+                    c.attention_wide,
+                    c.attention_single_128,
+                    c.attention_single_256,
+                    c.attention_single_wide};
   TORCH_CHECK_VALUE(rates.valid(), "rates must be positive, latency and equal not negative");
   const Scheme scheme =
       resolve_scheme(checked_scheme(c.scheme, context.sizes.whole_heads), context.sizes, rates);

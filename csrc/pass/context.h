@@ -30,7 +30,9 @@ struct Constants {
   int64_t concat = 0;         // combine="concat"
   int64_t reduce_dtype = -1;  // an at::ScalarType, or -1: that of what is summed
   // The rates by which scheme="auto" chooses: plan/profiles.h.
-  int64_t flops = 1, memory = 1, link = 1, network = 1, latency = 0, node = 1, equal = 0;
+  int64_t flops = 1, memory = 1, link = 1, network = 1, latency = 0, node = 1, equal = 0, flops_single = 1;
+  int64_t attention_128 = 1, attention_256 = 1, attention_wide = 1;
+  int64_t attention_single_128 = 1, attention_single_256 = 1, attention_single_wide = 1;
 
   int64_t scheme = int64_t(Scheme::automatic);  // a Scheme; with keys in a cache its layout
   int64_t causal = 0;                           // whether rows see only what is before them
@@ -62,6 +64,13 @@ inline constexpr Field<Constants, int64_t> kConstants[] = {
     {"latency", &Constants::latency},
     {"node", &Constants::node},
     {"equal", &Constants::equal},
+    {"flops_single", &Constants::flops_single},
+    {"attention_128", &Constants::attention_128},
+    {"attention_256", &Constants::attention_256},
+    {"attention_wide", &Constants::attention_wide},
+    {"attention_single_128", &Constants::attention_single_128},
+    {"attention_single_256", &Constants::attention_single_256},
+    {"attention_single_wide", &Constants::attention_single_wide},
     {"scheme", &Constants::scheme},
     {"causal", &Constants::causal},
     {"element_size", &Constants::element_size},

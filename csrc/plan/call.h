@@ -19,6 +19,7 @@ struct LayerSizes {
   bool concat = false;       // combine="concat"
   bool whole_heads = false;  // how the query side is stored
   int64_t reduce_size = 0;   // bytes of an element of reduce_dtype; 0: those of the call
+  int64_t node = 1;          // ranks of a node, by the profile: profiles.h
 };
 
 // What a call of it is given. I is int64_t for tables and c10::SymInt in the pass.
@@ -47,6 +48,7 @@ struct CallSizes {
   int64_t key_dim = 0, value_dim = 0;
   int64_t extra_keys = 0;
   bool bias = false, bias_kv = false;
+  int64_t node = 1;
 
   // What no choice of a scheme looks at.
   int64_t inputs = 1;             // distinct tensors among query, key and value; 2: the key is the value
@@ -84,6 +86,7 @@ CallSizes<I> call_sizes(const LayerSizes& layer, const Grid& grid, const CallSha
   s.extra_keys = call.extra_keys;
   s.bias = layer.bias;
   s.bias_kv = layer.bias_kv;
+  s.node = layer.node;
   return s;
 }
 

@@ -73,6 +73,7 @@ inline Option option_of(const PlanRequest& request, const Grid& grid, Scheme sch
                         const Rates& rates) {
   LayerSizes layer = request.layer;
   layer.whole_heads = whole_heads;
+  layer.node = rates.node;
   const CallSizes<Checked> s = call_sizes(layer, grid, request.call);
   CallSizes<Checked> sent = s;
   sent.sealed = true;  // in the traffic, and in no price

@@ -61,6 +61,13 @@ Work<I> forward_work(Scheme scheme, const CallSizes<I>& s) {
   return work;
 }
 
+// FLOPs that take as long at `flops` as `work` does at `rate`, in an integer ratio.
+template <class I>
+I at_rate(const I& work, int64_t flops, int64_t rate) {
+  constexpr int64_t kParts = 1024;
+  return flops == rate ? work : work / kParts * int64_t(double(flops) / double(rate) * kParts);
+}
+
 // Durations in FLOPs of the same duration, so that SymInts stay integers: divided by profile.flops they are
 // seconds. Nothing is taken to overlap.
 template <class I>
@@ -72,13 +79,14 @@ struct Price {
 template <class I>
 Price<I> price(Scheme scheme, const CallSizes<I>& s, const Rates& profile) {
   const Work<I> work = forward_work(scheme, s);
+  const Local<I> local = local_sizes(concrete_row(scheme, s), s);
+  const int64_t widest = std::max(local.qk_width, local.v_width);
   I attention = work.attention;
-  if (s.element_size == 2 && s.d <= profile.equal) {
-    const Local<I> local = local_sizes(concrete_row(scheme, s), s);
-    const int64_t widest = std::max(local.qk_width, local.v_width);
+  if (s.element_size == 2 && s.d <= profile.equal)
     attention = attention / (local.qk_width + local.v_width) * (2 * widest);
-  }
-  Price<I> price{attention + work.projections, work.read * (profile.flops / profile.memory), I(0), I(0)};
+  const I compute = at_rate(attention, profile.flops, profile.attention(s.element_size, widest)) +
+                    at_rate(work.projections, profile.flops, profile.projections(s.element_size));
+  Price<I> price{compute, work.read * (profile.flops / profile.memory), I(0), I(0)};
   int64_t collectives = 0;
   for (const Sent<I>& row : forward_traffic(scheme, s)) {
     price.sending =

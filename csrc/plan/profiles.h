@@ -14,27 +14,60 @@
 namespace two_level_mha {
 
 struct Rates {
-  int64_t flops;    // FLOP/s reached by attention and projections in the working precision
+  int64_t flops;    // FLOP/s reached by projections in half precision, which prices are counted in
   int64_t memory;   // bytes/s read from memory
   int64_t link;     // bytes/s that one rank sends to ranks of its node
   int64_t network;  // bytes/s that one rank's adapter sends to other nodes
   int64_t latency;  // nanoseconds of one collective
-  int64_t node;     // ranks in a node
+  int64_t node;     // ranks in a node, over which a sum is one all-reduce
   int64_t equal;    // head_dim up to which half precision pads values to the width of keys; 0: it does not
+  int64_t flops_single;  // as flops, with elements of 4 bytes or more
+  // FLOP/s reached by attention, by bytes of an element, and by the larger of its two widths: up to 128, up
+  // to 256, wider.
+  int64_t attention_128, attention_256, attention_wide;
+  int64_t attention_single_128, attention_single_256, attention_single_wide;
 
   // As plain integers, and back.
-  using Numbers = std::array<int64_t, 7>;
-  Numbers numbers() const { return {flops, memory, link, network, latency, node, equal}; }
-  static Rates from_numbers(const Numbers& numbers) {
-    const auto& [flops, memory, link, network, latency, node, equal] = numbers;
-    const Rates rates{flops, memory, link, network, latency, node, equal};
+  using Numbers = std::array<int64_t, 14>;
+  Numbers numbers() const {
+    return {flops,
+            memory,
+            link,
+            network,
+            latency,
+            node,
+            equal,
+            flops_single,
+            attention_128,
+            attention_256,
+            attention_wide,
+            attention_single_128,
+            attention_single_256,
+            attention_single_wide};
+  }
+  static Rates from_numbers(const Numbers& n) {
+    const Rates rates{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13]};
     if (!rates.valid()) throw std::invalid_argument("rates must be positive, latency and equal not negative");
     return rates;
   }
 
   // What others are divided by is positive.
   bool valid() const {
-    return std::min({flops, memory, link, network, node}) >= 1 && std::min(latency, equal) >= 0;
+    return std::min({flops, memory, link, network, node, flops_single, attention_128, attention_256,
+                     attention_wide, attention_single_128, attention_single_256, attention_single_wide}) >=
+               1 &&
+           std::min(latency, equal) >= 0;
+  }
+
+  int64_t projections(int64_t element_size) const { return element_size > 2 ? flops_single : flops; }
+
+  // width: the larger of those of keys and values, as the kernel has them.
+  int64_t attention(int64_t element_size, int64_t width) const {
+    if (element_size > 2)
+      return width <= 128   ? attention_single_128
+             : width <= 256 ? attention_single_256
+                            : attention_single_wide;
+    return width <= 128 ? attention_128 : width <= 256 ? attention_256 : attention_wide;
   }
 
   // Bytes/s that a rank of an (n, m) grid sends along an axis. Ranks are numbered along the slice axis first.
@@ -54,16 +87,22 @@ struct Profile {
   const char* source;
 };
 
-// flops: what good kernels reach, not the peak.
+// What good kernels reach, not the peak. h100: assumed, none of it measured here. In float32 projections run without
+// tensor cores (67 TFLOP/s at most), and attention takes three tf32 products for each of its own.
+// cpu: a node of one, since there the three stages of a sum add up in float32, and one all-reduce would round half
+// precision at every step.
 inline constexpr std::array<Profile, 2> kProfiles{{
     {"h100",
      "cuda",
-     {400'000'000'000'000, 2'500'000'000'000, 350'000'000'000, 50'000'000'000, 20'000, 8, 256},
+     {400'000'000'000'000, 2'500'000'000'000, 350'000'000'000, 50'000'000'000, 20'000, 8, 256,
+      50'000'000'000'000, 400'000'000'000'000, 300'000'000'000'000, 130'000'000'000'000, 80'000'000'000'000,
+      80'000'000'000'000, 40'000'000'000'000},
      "H100 SXM data sheet: 8 GPUs a node, NVLink 450 GB/s a way, an adapter of 400 Gb/s a GPU; rates "
      "assumed"},
     {"cpu",
      "cpu",
-     {90'000'000'000, 10'000'000'000, 1'000'000'000, 1'000'000'000, 250'000, 1 << 20, 0},
+     {90'000'000'000, 10'000'000'000, 1'000'000'000, 1'000'000'000, 250'000, 1, 0, 90'000'000'000,
+      90'000'000'000, 90'000'000'000, 90'000'000'000, 90'000'000'000, 90'000'000'000, 90'000'000'000},
      "Gloo over loopback, one AVX-512 core a rank, float32: measured by benchmarks/predictions.py"},
 }};
 

@@ -62,10 +62,11 @@ std::optional<int64_t> known(const I& x) {
 }
 
 // Whether a sum over an (n, m) grid is one all-reduce over all of it, or a reduce-scatter over the slices, an
-// all-reduce over the head groups and an all-gather over the slices.
+// all-reduce over the head groups and an all-gather over the slices. Inside a node all of it goes over the same links:
+// the stages would send as much, in three collectives.
 template <class I>
-bool sums_flat(const I& elements, int64_t n, int64_t m) {
-  if (n == 1 || m == 1) return true;
+bool sums_flat(const I& elements, int64_t n, int64_t m, int64_t node) {
+  if (n == 1 || m == 1 || n * m <= node) return true;
   auto value = known(elements);
   return value && *value < kFlatSumElements;
 }
@@ -128,7 +129,7 @@ template <class I>
 void add_sum(Traffic<I>& rows, const char* what, const I& elements, const CallSizes<I>& s) {
   const int64_t size = reduce_size(s);
   if (s.n * s.m == 1) return;
-  if (sums_flat(elements, s.n, s.m)) {
+  if (sums_flat(elements, s.n, s.m, s.node)) {
     rows.push_back({what, Axis::grid, all_reduce<I>(elements * size, s.n * s.m), 1});
   } else {
     const I piece = ceil_div(elements, s.m) * size;

@@ -33,8 +33,9 @@ def calls() -> dict:
         return torch.randn(shape).to(dtype).requires_grad_()
 
     numbers = {"head_groups": 1, "slices": 1, "num_heads": H, "num_kv_heads": K, "head_dim": d, "embed_dim": D,
-               "bias": 1, "reduce_dtype": -1, "flops": 10, "memory": 10, "link": 10, "network": 10, "node": 8,
+               "bias": 1, "reduce_dtype": -1, "memory": 10, "link": 10, "network": 10, "node": 8,
                "element_size": 4, "batch_first": 1}  # fmt: skip
+    numbers |= {name: 10 for name in C.constant_fields() if name.startswith(("flops", "attention"))}
     text = " ".join(str(numbers.get(name, 0)) for name in C.constant_fields()) + "\n\n\n"
     sizes = [{"batch": B, "length": L, "keys": S}.get(name, 0) for name in C.size_fields()]
     cache = [{"slices": 1, "by_position": 1, "batch": B}.get(name, 0) for name in C.cache_fields()]

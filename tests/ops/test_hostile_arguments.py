@@ -32,9 +32,10 @@ def right_calls() -> dict[str, dict]:
     ops, C = torch.ops.two_level_mha, tlm._C
     constants = {
         "head_groups": 1, "slices": 1, "num_heads": H, "num_kv_heads": K, "head_dim": d, "embed_dim": D, "bias": 1,
-        "reduce_dtype": -1, "flops": 10, "memory": 10, "link": 10, "network": 10, "node": 8, "element_size": 4,
+        "reduce_dtype": -1, "memory": 10, "link": 10, "network": 10, "node": 8, "element_size": 4,
         "batch_first": 1,
     }  # fmt: skip
+    constants |= {name: 10 for name in C.constant_fields() if name.startswith(("flops", "attention"))}
     text = " ".join(str(constants.get(name, 0)) for name in C.constant_fields()) + "\n\n\n"
     sizes = [{"batch": B, "length": L, "keys": S}.get(name, 0) for name in C.size_fields()]
     cache = [{"slices": 1, "by_position": 1, "batch": B}.get(name, 0) for name in C.cache_fields()]
@@ -202,7 +203,7 @@ def module_call(draw: random.Random):
     def integer() -> int:
         return draw.choice(INTEGERS) if draw.random() < 0.4 else draw.choice([1, 2, 4, 8, 64])
 
-    rates = [integer() for _ in range(7)] if draw.random() < 0.3 else list(tlm.Profile.named("cpu").numbers)
+    rates = [integer() for _ in range(14)] if draw.random() < 0.3 else list(tlm.Profile.named("cpu").numbers)
     name = draw.choice(["grid_problem", "has_grid", "ranked_grids", "grid_choices", "whole_heads_fit",
                         "stores_whole_heads", "resolve_scheme", "traffic", "plan", "serving"])  # fmt: skip
     counts = {"grid_problem": 5, "has_grid": 4, "grid_choices": 4, "whole_heads_fit": 3, "stores_whole_heads": 4}

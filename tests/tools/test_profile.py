@@ -70,11 +70,41 @@ def test_every_number_does_what_it_says():
     assert option(MINE, dtype=torch.float32).predicted_seconds["compute"] == pytest.approx(narrow["compute"])
 
 
+def test_each_kind_of_work_has_its_rate():
+    """E. Localises: one of the rates of attention and projections exchanged with another, or lost, on its way to C++; a
+    width or size of elements that takes the rate of another.
+    """
+    calls = {
+        f"attention{single}_{width}": {"head_dim": head_dim, "dtype": dtype, "scheme": "sequence"}
+        for single, dtype in (("", torch.bfloat16), ("_single", torch.float32))
+        for width, head_dim in (("128", 128), ("256", 256), ("wide", 320))
+    }
+    assert {"flops_single", *calls} == {field for field in RANGES if getattr(MINE, field) is None}
+    explicit = dataclasses.replace(MINE, **dict.fromkeys([*calls, "flops_single"], MINE.flops))
+    assert explicit.numbers == MINE.numbers  # what is not given is as flops
+    for field in ("flops", "flops_single", *calls):
+        fast = dataclasses.replace(explicit, **{field: 2 * MINE.flops})
+        for name, call in calls.items():
+            old, new = (option(profile, **call) for profile in (explicit, fast))
+            saved = old.predicted_seconds["compute"] - new.predicted_seconds["compute"]
+            projects = field == ("flops_single" if "single" in name else "flops")
+            work = old.projection_flops if projects else old.attention_flops if field == name else 0
+            assert saved == pytest.approx(work / MINE.flops / 2), (field, name)
+    # slices: as wide as the wider of keys and values
+    narrow, wide = ({"head_dim": d, "dtype": torch.float32, "scheme": "slices"} for d in (128, 256))
+    for field, one, other in (("attention_single_128", narrow, wide), ("attention_single_256", wide, narrow)):
+        fast = dataclasses.replace(explicit, **{field: 2 * MINE.flops})
+        assert option(fast, **one).predicted_seconds["compute"] < option(explicit, **one).predicted_seconds["compute"]
+        assert option(fast, **other).predicted_seconds == option(explicit, **other).predicted_seconds
+
+
 def test_a_file_is_read_as_it_was_written(tmp_path):
     """E. Localises: to_file and from_file; a Profile, its file and its name resolved to different rates."""
     path = tmp_path / "mine.json"
     MINE.to_file(path)
     assert tlm.Profile.from_file(path) == MINE and json.loads(path.read_text())["latency_ns"] == 10_000
+    path.write_text(json.dumps({name: x for name, x in dataclasses.asdict(MINE).items() if x is not None}))
+    assert tlm.Profile.from_file(path) == MINE
     plans = [tlm.plan(**LAYER, profile=profile).to_dict() for profile in (MINE, path, str(path))]
     assert plans[0] == plans[1] == plans[2] and plans[0]["profile"] == dataclasses.asdict(MINE)
     for kind, name in (("cuda", "h100"), ("cpu", "cpu")):
@@ -88,6 +118,7 @@ REFUSED = {
     "a float": ({"flops": 4e14}, "flops of profile 'mine' must be an integer from 1,000,000,000 to .*, got 4"),
     "a bool": ({"node_ranks": True}, "node_ranks of profile 'mine' must be an integer from 1 to 1,048,576, got True"),
     "zero": ({"memory": 0}, "memory of profile 'mine' must be an integer from 1 to .*, got 0"),
+    "zero attention": ({"attention_256": 0}, "attention_256 of profile 'mine' must be an integer from 1,000,000,000 "),
     "negative": ({"latency_ns": -1}, "latency_ns of profile 'mine' must be an integer from 0 to .*, got -1"),
     "too much": ({"network": 10**13}, "network of profile 'mine' must be an integer from 1 to .*, got 10"),
     "a byte in less than a FLOP": ({"link": 2 * 10**13}, "link of profile 'mine' must be at most its flops, 10,000,"),
