@@ -1,11 +1,17 @@
 """What every benchmark shares, benchmarks/common.py, without timing anything."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import common
 import module
 import partial_attention
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parents[2]
 MET = [
     {"case": "no bound", "ratio": 9.0},
     {"case": "floor", "ratio": 1.0, "floor": 1.0},
@@ -72,3 +78,14 @@ def test_baselines_of_one_token(kv_heads, names):
     expected = partial_attention.stock(case, q, k, v)
     for function in (partial_attention.folded, partial_attention.ours):
         torch.testing.assert_close(function(case, q, k, v), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bytes_of_a_layer(tmp_path):
+    """Localises: benchmarks/traffic.py, whose operators are called as modules call them, or the plan it is held to."""
+    command = [sys.executable, "benchmarks/traffic.py", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, recorded = (
+        json.loads((path / "traffic.json").read_text())["rows"] for path in (tmp_path, ROOT / "benchmarks/results")
+    )
+    assert found == recorded
