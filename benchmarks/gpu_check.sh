@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # All that needs a GPU, by one command, on a machine with Python, torch, CUDA's compiler and no network:
 #
-#     benchmarks/gpu_check.sh [--dry-run] [--not STAGE]... [STAGE]...
+#     benchmarks/gpu_check.sh [--dry-run] [--seconds N] [--not STAGE]... [STAGE]...
 #
 # Stages run in the order of STAGES, those named or all; one that fails stops no other. The exit status is 1 if any did.
+# All of it ends after N seconds, 480 if not said: a stage that no time is left for is named.
 # --dry-run tries every stage as far as a machine without a GPU can: stand-ins answer for ATen's kernels, benchmarks take
 # tiny sizes on the CPU, tests are collected. Nothing is changed about the GPU: its clocks and settings are as found.
 #
@@ -18,15 +19,17 @@ WORK=build/gpu_check/stages
 SKIPPED=77  # exit status of a stage that cannot run here; its last line says why
 STAGES=(facts build contracts suite deterministic sanitizer ranks nccl ceilings attention one_rank several)
 declare -A LIMITS=([facts]=30 [build]=200 [contracts]=40 [suite]=120 [deterministic]=60 [sanitizer]=90 [ranks]=120
-  [nccl]=40 [ceilings]=30 [attention]=120 [one_rank]=60 [several]=120)  # seconds
+  [nccl]=40 [ceilings]=30 [attention]=120 [one_rank]=60 [several]=180)  # seconds
+TOTAL=480
 DEVICE=cuda
 declare -a CHOSEN=() LEFT_OUT=()
 
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) DEVICE=cpu ;;
+    --seconds) shift; TOTAL=$1 ;;
     --not) shift; LEFT_OUT+=("$1") ;;
-    -*) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    -*) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;;
     *) CHOSEN+=("$1") ;;
   esac
   shift
@@ -101,13 +104,18 @@ ceilings() { program gpu.ceilings; }
 attention() { "$PYTHON" benchmarks/partial_attention.py --device $DEVICE --out "$WORK"; }
 one_rank() { program gpu.one_rank; }
 
-# Ranks over NCCL, and the links of every axis.
+# Ranks over NCCL: is the node sound, do tests of ranks pass with a GPU each, and the profile of this hardware.
 several() {
-  local gpus=0
+  local gpus=2 failed=0
   dry || gpus=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")
-  [ "$gpus" -ge 2 ] || skip "needs 2 GPUs or more, there are $gpus"
-  "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus" -m two_level_mha check --device-type cuda \
-    --json | tee "$WORK/several.json"
+  [ "$gpus" -ge 2 ] || skip "needs 2 GPUs or more, there is $gpus"
+  local -a run=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus")
+  OMP_NUM_THREADS=1 "${run[@]}" -m gpu.rates --device $DEVICE --out "$WORK" || failed=1
+  OMP_NUM_THREADS=1 "${run[@]}" -m two_level_mha check --device-type $DEVICE --json >"$WORK/check.json" || failed=1
+  TLM_TEST_BACKEND=$(dry && echo staged || echo nccl) tests --of-ranks only --junit-xml "$WORK/several.xml" \
+    tests/grid/test_collectives.py tests/grid/test_schemes.py tests/grid/test_output_bitwise.py \
+    tests/modules/test_kv_cache.py || failed=1
+  return $failed
 }
 
 # What a stage left, in files that are few and small.
@@ -131,15 +139,20 @@ failed=0
 for name in "${STAGES[@]}"; do
   [[ " ${CHOSEN[*]} " == *" $name "* ]] && [[ " ${LEFT_OUT[*]:-} " != *" $name "* ]] || continue
   echo "=== $name"
-  start=$SECONDS
+  start=$SECONDS limit=$((TOTAL - SECONDS < LIMITS[$name] ? TOTAL - SECONDS : LIMITS[$name]))
+  if [ "$limit" -le 0 ]; then
+    printf '%-14s %-10s\n' "$name" "NO TIME" >>"$OUT/summary.txt"
+    failed=1
+    continue
+  fi
   export -f $name tests workers program dry skip
   export WORK DEVICE PYTHON SKIPPED
-  timeout --kill-after 10 "${LIMITS[$name]}" bash -c "set -uo pipefail; $name" 2>&1 | tee "$WORK/$name.log"
+  timeout --kill-after 10 "$limit" bash -c "set -uo pipefail; $name" 2>&1 | tee "$WORK/$name.log"
   status=${PIPESTATUS[0]} note=""
   case $status in
     0) state=ok ;;
     "$SKIPPED") state=skipped note=$(tail -n 1 "$WORK/$name.log") ;;
-    124 | 137) state="TIMED OUT" note="after ${LIMITS[$name]} s"; failed=1 ;;
+    124 | 137) state="TIMED OUT" note="after $limit s"; failed=1 ;;
     *) state=FAILED note="exit status $status: $(tail -n 1 "$WORK/$name.log" | cut -c1-120)"; failed=1 ;;
   esac
   printf '%-14s %-10s %4d s  %s\n' "$name" "$state" $((SECONDS - start)) "$note" >>"$OUT/summary.txt"

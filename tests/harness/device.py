@@ -1,14 +1,15 @@
 """The device that the suite runs on: TLM_TEST_DEVICE, "cpu" (the default) or "cuda"; and the group of its ranks.
 
 Ranks share one GPU, which NCCL refuses, so theirs is the staged group (staged.py). TLM_TEST_BACKEND=staged takes it on
-the CPU as well. What is expected of a device, where devices differ, is in EXPECTED alone.
+the CPU as well; nccl gives each rank a GPU of its own, and tests of more ranks than GPUs are skipped. What is expected
+of a device, where devices differ, is in EXPECTED alone.
 """
 
 import os
 
 import torch
 
-DEVICES = ("cpu", "cuda")
+BACKENDS = {"cpu": ("gloo", "staged"), "cuda": ("staged", "nccl")}  # by device
 DEVICE = os.environ.get("TLM_TEST_DEVICE", "cpu")
 BACKEND = os.environ.get("TLM_TEST_BACKEND", "gloo" if DEVICE == "cpu" else "staged")
 
@@ -26,19 +27,19 @@ EXPECTED = {
 
 def problem() -> str | None:
     """Why the suite cannot run as the variables say, or None."""
-    if DEVICE not in DEVICES:
-        return f"TLM_TEST_DEVICE must be one of {', '.join(DEVICES)}, got {DEVICE!r}"
-    if BACKEND not in ("gloo", "staged") or (DEVICE == "cuda" and BACKEND == "gloo"):
-        return f"TLM_TEST_BACKEND must be gloo (on the CPU only) or staged, got {BACKEND!r} with {DEVICE}"
+    if DEVICE not in BACKENDS:
+        return f"TLM_TEST_DEVICE must be one of {', '.join(BACKENDS)}, got {DEVICE!r}"
+    if BACKEND not in BACKENDS[DEVICE]:
+        return f"TLM_TEST_BACKEND must be one of {', '.join(BACKENDS[DEVICE])} with {DEVICE}, got {BACKEND!r}"
     if DEVICE == "cuda" and not torch.cuda.is_available():
         return "TLM_TEST_DEVICE=cuda, and torch sees no GPU on this machine"
     return None
 
 
-def use_device() -> None:
+def use_device(rank: int = 0) -> None:
     """Makes DEVICE the default of this process: tensors that name none are there."""
     if DEVICE == "cuda":
-        torch.cuda.set_device(0)
+        torch.cuda.set_device(rank if BACKEND == "nccl" else 0)
         torch.set_default_device(DEVICE)
 
 

@@ -21,6 +21,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from .device import BACKEND, DEVICE
 
 ENVIRONMENT = {
@@ -32,9 +35,10 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
-ONE_GPU = {  # or none; the launcher, which forks, must not start CUDA when it asks whether there is one
-    "CUDA_VISIBLE_DEVICES": "" if DEVICE == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+OF_GPUS = {  # the launcher, which forks, must not start CUDA when it asks whether there is one
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    **({} if BACKEND == "nccl" else {"CUDA_VISIBLE_DEVICES": "" if DEVICE == "cpu" else GPUS.split(",")[0]}),
 }
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # a DeviceMesh would take LOCAL_RANK for a GPU
 START_TIMEOUT = 120.0  # seconds, for imports or for a rendezvous on a busy machine
@@ -72,7 +76,7 @@ class Ranks:
 class Pool:
     """`run` calls a function on every rank of a group; `close` leaves no process behind.
 
-    alive: world sizes at a time; backend: "gloo", or "staged" through the host (staged.py).
+    alive: world sizes at a time; backend: "gloo", "staged" through the host (staged.py), or "nccl", a GPU a rank.
     """
 
     def __init__(self, alive: int = 2, backend: str = BACKEND):
@@ -90,6 +94,8 @@ class Pool:
         Raises RankFailure with the rank and its traceback if one raises, with the log's tail if one dies, and
         with the stack of every rank if any has not answered after `timeout` seconds.
         """
+        if self.backend == "nccl" and world_size > torch.cuda.device_count():
+            pytest.skip(f"{world_size} ranks over NCCL need as many GPUs, there are {torch.cuda.device_count()}")
         deadline = time.monotonic() + START_TIMEOUT
         if world_size not in self.ranks:
             self._start(world_size, deadline)
@@ -207,7 +213,7 @@ class Pool:
             pass_fds=[theirs.fileno()],
             env={name: value for name, value in os.environ.items() if name not in LAUNCHED}
             | ENVIRONMENT
-            | ONE_GPU
+            | OF_GPUS
             | {"TLM_TEST_BACKEND": self.backend},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -29,10 +29,11 @@ def serve(rank: int, world_size: int, directory: str, channel: int) -> None:
     from harness.staged import register
 
     torch.set_num_threads(1)
-    use_device()
+    use_device(rank)
     register()
+    backend = os.environ["TLM_TEST_BACKEND"]
     dist.init_process_group(
-        os.environ["TLM_TEST_BACKEND"],
+        "cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
         init_method=f"file://{directory}/store",
         rank=rank,
         world_size=world_size,

@@ -110,7 +110,7 @@ def test_a_mesh_of_cuda(staged_pool):
     [
         ({"TLM_TEST_DEVICE": "cuda"}, "TLM_TEST_DEVICE=cuda, and torch sees no GPU on this machine"),
         ({"TLM_TEST_DEVICE": "tpu"}, "TLM_TEST_DEVICE must be one of cpu, cuda, got 'tpu'"),
-        ({"TLM_TEST_BACKEND": "nccl"}, "TLM_TEST_BACKEND must be gloo (on the CPU only) or staged, got 'nccl'"),
+        ({"TLM_TEST_BACKEND": "nccl"}, "TLM_TEST_BACKEND must be one of gloo, staged with cpu, got 'nccl'"),
     ],
 )
 def test_a_device_that_is_not_there(variables, sentence):
