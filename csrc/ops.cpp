@@ -70,6 +70,44 @@ Tensor hierarchical_all_gather_op(const Tensor& x, int64_t head_dim, int64_t sli
   return hierarchical_all_gather(x, stages, slices_first, replicated);
 }
 
+Split split_of(at::IntArrayRef grid, const std::string& group, bool rows) {
+  TORCH_CHECK_VALUE(grid.size() == 4, "grid must be (head_groups, slices, head_group, slice), got ",
+                    grid.size(), " numbers");
+  check_place({grid[0], grid[1]}, grid[2], grid[3]);
+  const Grid of{grid[0], grid[1]};
+  return {{group, of.size(), of.rank(grid[2], grid[3])},    grid[0], grid[1], grid[2], grid[3],
+          rows ? Activations::sequence : Activations::batch};
+}
+
+// (B, L, ..) as (B, 1, L, N).
+Tensor four_dims(const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() >= 2, "x must be (B, L, ..), got ", x.dim(), " dims");
+  return (x.dim() == 2 ? x.unsqueeze(2) : x.flatten(2)).unsqueeze(1);
+}
+
+Tensor shard_activations_op(const Tensor& x, bool rows, at::IntArrayRef grid, std::string group) {
+  const Split split = split_of(grid, group, rows);
+  if (split.grid.size == 1) return x;
+  Tensor mine = keep_split(four_dims(x), split);
+  auto sizes = x.sym_sizes().vec();
+  sizes[rows ? 1 : 0] = split.own(sizes[rows ? 1 : 0]);
+  return mine.view_symint(sizes);
+}
+
+Tensor gather_activations_op(const Tensor& x, c10::SymInt size, bool rows, at::IntArrayRef grid,
+                             std::string group) {
+  const Split split = split_of(grid, group, rows);
+  if (split.grid.size == 1) return x;
+  Tensor mine = four_dims(x);
+  const auto want = split.own(size).maybe_as_int(), got = mine.sym_size(split.dim).maybe_as_int();
+  TORCH_CHECK_VALUE(!want || !got || *want == *got, "this rank's part of ", size, " is ", *want, ", got ",
+                    *got);
+  Tensor whole = gather_split({mine}, {size}, split)[0];
+  auto sizes = x.sym_sizes().vec();
+  sizes[rows ? 1 : 0] = size;
+  return whole.view_symint(sizes);
+}
+
 using Tensors = std::vector<Tensor>;
 
 // seal: what the ranks compare, as far as it is known.
@@ -265,6 +303,12 @@ TORCH_LIBRARY(two_level_mha, library) {
       "bool replicated=False"
       ") -> Tensor",
       hierarchical_all_gather_op);
+
+  // x (B, L, ..), alike on every rank -> this rank's sequences, or its rows of every one: comm/split.h. Backward: those
+  // of all ranks. And the whole, of `size` sequences or rows; backward: this rank's part.
+  library.def("shard_activations(Tensor x, bool rows, int[] grid, str group) -> Tensor", shard_activations_op);
+  library.def("gather_activations(Tensor x, SymInt size, bool rows, int[] grid, str group) -> Tensor",
+              gather_activations_op);
 
   // What the ranks of a grid compare in a call: csrc/comm/seal.h. The hash of what a rank was given, an int64;
   // its digits as they ride in an exchange; a copy of y, if the sums of all ranks' digits are of equal ones:

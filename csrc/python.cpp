@@ -75,6 +75,18 @@ std::string resolve(const std::string& scheme, Call call, const Rates::Numbers& 
   return scheme_row(resolve_scheme(scheme_from_name(scheme), call, rates)).name;
 }
 
+std::vector<int64_t> split_sizes(int64_t size, int64_t n, int64_t m, bool rows) {
+  check_place({n, m}, 0, 0);
+  TORCH_CHECK_VALUE(size >= 0, "size must not be negative, got ", size);
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < m; ++j) {
+      const Split split({}, n, m, i, j, rows ? Activations::sequence : Activations::batch);
+      sizes.push_back(split.own(size).guard_int(__FILE__, __LINE__));
+    }
+  return sizes;
+}
+
 // (layer, exchange, backward, waiting)
 std::tuple<std::string, std::string, bool, bool> progress_tuple() {
   const Progress now = progress();
@@ -162,12 +174,15 @@ py::dict option_dict(const Option& option, const Rates& rates) {
 // (options, index of the pick)
 std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                   int64_t embed_dim, int64_t B, int64_t L, int64_t S, int64_t element_size,
-                                  bool cached, bool causal, bool concat, bool bias,
+                                  bool cached, bool causal, bool concat, bool bias, int64_t activations,
                                   const Rates::Numbers& profile) {
   const Rates rates = Rates::from_numbers(profile);
   PlanRequest request{ranks, {{heads, kv_heads, head_dim}, embed_dim}, {B, L, S}, cached};
   request.layer.bias = bias;
   request.layer.concat = concat;
+  if (activations < 0 || activations > int64_t(Activations::batch))
+    throw std::invalid_argument("activations must be 0, 1 or 2");
+  request.layer.activations = Activations(activations);
   request.call.position = cached ? S - L : 0;
   request.call.element_size = element_size;
   request.call.causal = causal;
@@ -216,6 +231,8 @@ PYBIND11_MODULE(_C, m) {
         "device), after it.");
   m.def("grid_problem", &grid_problem,
         "Empty if the grid fits, else the rule that broke and the grids that would do.");
+  m.def("split_sizes", &split_sizes,
+        "What each rank of an (n, m) grid has of a number of rows, or else of sequences, in the order of ranks.");
   m.def("has_grid", &has_grid, "Whether a number of ranks has a valid grid.");
   m.def("ranked_grids", &ranked, "Valid (n, m) for a number of ranks, the fastest in a typical call first.");
   m.def("grid_choices", &grid_choices, "A sentence with the valid grids for a number of ranks, and near it.");
@@ -238,7 +255,7 @@ PYBIND11_MODULE(_C, m) {
         "(name, device, numbers, source) of every known profile; numbers as in csrc/plan/profiles.h.");
   m.def("plan", &plan, "Every valid grid with every scheme, and the index of the pick.", py::kw_only(),
         "ranks"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "embed_dim"_a, "B"_a, "L"_a, "S"_a,
-        "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "profile"_a);
+        "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "activations"_a, "profile"_a);
 
   bind_kernels(m);
 
@@ -263,6 +280,9 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("bias", &Call::bias)
       .def_readwrite("bias_kv", &Call::bias_kv)
       .def_readwrite("node", &Call::node)
+      .def_property(
+          "activations", [](const Call& call) { return int64_t(call.activations); },
+          [](Call& call, int64_t number) { call.activations = Activations(number); })
       .def_readwrite("attention_weights", &Call::attention_weights)
       .def_readwrite("mask_elements", &Call::mask_elements)
       .def_readwrite("training", &Call::training)

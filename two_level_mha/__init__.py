@@ -4,6 +4,7 @@ from two_level_mha import _load
 
 _load.load()
 
+from two_level_mha.activations import gather_activations, shard_activations  # noqa: E402
 from two_level_mha.adapters import register_adapter  # noqa: E402
 from two_level_mha.cache import KVCache  # noqa: E402
 from two_level_mha.checkpoint import full_state_dict  # noqa: E402
@@ -36,6 +37,7 @@ __all__ = [
     "clip_grad_norm_",
     "close",
     "full_state_dict",
+    "gather_activations",
     "guard",
     "init_mesh",
     "load",
@@ -47,6 +49,7 @@ __all__ = [
     "reopen",
     "report",
     "save",
+    "shard_activations",
     "shard_embed_dim",
     "unscale_",
     "verify",

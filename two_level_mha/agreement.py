@@ -31,6 +31,8 @@ from two_level_mha.deferred import COMPILED
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import control_on
 
+ALIKE = "every rank of a grid must be given the same inputs and arguments"
+
 
 def same_on_all_ranks(fields: dict[str, object], mesh: DeviceMesh | None, advice: str) -> None:
     """Compares `fields` over the grid; raises the same GridError on every rank, naming the ranks and the field.
@@ -211,8 +213,9 @@ def check_call(
     except Exception as error:  # whatever it is, the others would wait for this rank
         same_on_all_ranks({"error": error}, mesh, "")
         raise  # not reached
-    device = next(iter(tensors.values())).device
+    device = next(module.parameters()).device
     fields = {
+        "activations": module.activations,
         "training": module.training,
         "grad mode": torch.is_grad_enabled(),
         "autocast": _autocast_dtype(device.type),
@@ -222,7 +225,7 @@ def check_call(
     if settings.get("dropout_p"):
         fields["the state of the random generator"] = digest([_random_state(device)])
     fields |= options | settings | _described(tensors | _held_alike(module))
-    same_on_all_ranks(fields, mesh, "every rank of a grid must be given the same inputs and arguments")
+    same_on_all_ranks(fields, mesh, ALIKE)
     return settings
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from two_level_mha import _C
 from two_level_mha.mesh import Place
 
+ACTIVATIONS = ("replicated", "sequence", "batch")  # by number
 SCHEME_NUMBERS: dict[str, int] = _C.scheme_numbers()
 
 
@@ -29,13 +30,14 @@ def layer_numbers(
     whole_heads: bool,
     concat: bool,
     reduce_dtype: torch.dtype | None,
+    activations: str = "replicated",
 ) -> list[int]:
     """The constants of a layer on this rank, in the order of the operators; rates: those of the profile."""
     grid = place.grid
     return [
         grid.head_groups, grid.slices, place.head_group, place.slice, num_heads, num_kv_heads, head_dim, embed_dim,
         key_dim, value_dim, int(bias), int(bias_kv), int(whole_heads), int(concat),
-        -1 if reduce_dtype is None else _C.scalar_type(reduce_dtype), *rates,
+        -1 if reduce_dtype is None else _C.scalar_type(reduce_dtype), ACTIVATIONS.index(activations), *rates,
     ]  # fmt: skip
 
 

@@ -65,8 +65,8 @@ class TwoLevelAttention(Drops, GridAttention):
     dropout: probability with which an attention weight is dropped in training, the same ones on every grid.
     mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process. head_groups must divide k,
         slices must divide d.
-    scheme, combine, debug, reduce_dtype, profile: as for TwoLevelMultiheadAttention. scheme "independent" takes neither
-        norm nor rotary, which need d whole.
+    scheme, combine, debug, reduce_dtype, profile, activations: as for TwoLevelMultiheadAttention. scheme "independent"
+        takes neither norm nor rotary, which need d whole.
 
     Weights are drawn as nn.Linear draws q_proj, k_proj, v_proj and o_proj in turn: the same seed gives the same ones on
     every grid. load_state_dict takes those names too (q_proj.weight, .., q_norm.weight, k_norm.weight), with full
@@ -95,13 +95,14 @@ class TwoLevelAttention(Drops, GridAttention):
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
+        activations: str = "replicated",
     ) -> None:
         k = num_heads if num_kv_heads is None else num_kv_heads
         d = _head_dim(embed_dim, num_heads, k, head_dim)
         _check_options(bias, qk_norm, rope, window, softcap, dropout, scheme, d)
         super().__init__(
             num_heads=num_heads, num_kv_heads=k, head_dim=d, mesh=mesh, scheme=scheme, combine=combine, debug=debug,
-            reduce_dtype=reduce_dtype, profile=profile,
+            reduce_dtype=reduce_dtype, profile=profile, activations=activations,
         )  # fmt: skip
         self.embed_dim, self.rope, self.window, self.scale, self.dropout = embed_dim, rope, window, scale, dropout
         self.softcap, self.qk_norm = softcap, qk_norm
@@ -147,13 +148,15 @@ class TwoLevelAttention(Drops, GridAttention):
         norms = [self._parameters[name] for name in NORM_WEIGHTS] if self.qk_norm is not None else []
         dropout_p = self.dropout if self.training and self._drops else 0.0
 
+        whole_BLD = self.wholes([x_BLD])[0]
+
         def check() -> dict[str, object]:
-            self._check(x_BLD, position_embeddings, attn_mask, is_causal, cache, dropout_p)
+            self._check(whole_BLD, position_embeddings, attn_mask, is_causal, cache, dropout_p)
             tokens = None if cache is None else cache.length
             return {"is_causal": is_causal, "dropout_p": dropout_p, "tokens in the cache": tokens}
 
         self.check_call(check, {"x": x_BLD, "attn_mask": attn_mask, **cos_sin})
-        batch, length, _ = x_BLD.shape
+        batch, length, _ = whole_BLD.shape
         call = NO_CACHE if cache is None else cache.begin(batch, length)
         if position_embeddings is None and self.rope is not None:
             position_embeddings = self.rope.embeddings(call.position, length, self.head_dim, x_BLD.device)
@@ -167,7 +170,8 @@ class TwoLevelAttention(Drops, GridAttention):
             return q, k, v
 
         return self.attend(
-            x_BLD, x_BLD, x_BLD, attn_mask=attn_mask, scale=self.scale, causal=call.position if is_causal else None,
+            x_BLD, x_BLD, x_BLD, wholes=[whole_BLD, whole_BLD], attn_mask=attn_mask,
+            scale=self.scale, causal=call.position if is_causal else None,
             window=self.window, softcap=self.softcap, dropout_p=dropout_p,
             rows=None if position_embeddings is None else [x.unsqueeze(1) for x in position_embeddings],
             shared=local_blocks(norms) or None, between=between,

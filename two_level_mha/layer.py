@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha import _C
-from two_level_mha.agreement import Calls, check_call, compares, seals
+from two_level_mha.activations import check_activations, stand_in, whole_sizes
+from two_level_mha.agreement import ALIKE, Calls, check_call, compares, same_on_all_ranks, seals
 from two_level_mha.blocks import COMBINES, SHARDED_DIMS, block, local_blocks
 from two_level_mha.cache_layer import NO_CACHE, CachedCall, CacheLayer
 from two_level_mha.context import constants, element_size, layer_numbers, size_numbers
@@ -23,6 +24,7 @@ from two_level_mha.profile import Profile, resolve_profile
 
 CACHED = "position"  # the scheme of a KV cache by position: not for a call without one
 SCHEMES = ("auto", *(name for name, _, _ in _C.schemes() if name != CACHED))
+SPLIT_INPUTS = ("query", "key", "value", "x")  # of which each rank may have its own part
 REDUCE_DTYPES = (None, torch.float32)
 
 _ops = torch.ops.two_level_mha
@@ -72,9 +74,11 @@ class GridAttention(nn.Module):
         debug: bool | None,
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
+        activations: str = "replicated",
     ) -> None:
         nn.Module.__init__(self)  # a subclass may also inherit from the class it replaces, whose __init__ must not run
         check_options(scheme, combine)
+        check_activations(activations)
         if reduce_dtype not in REDUCE_DTYPES:
             raise GridError(f"reduce_dtype must be None or torch.float32, got {reduce_dtype}")
         self.place = place_on(mesh)
@@ -83,6 +87,7 @@ class GridAttention(nn.Module):
         self.mesh = mesh
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scheme, self.combine, self.debug, self.reduce_dtype = scheme, combine, debug, reduce_dtype
+        self.activations = activations
         self.profile = resolve_profile(profile, "cpu" if mesh is None else mesh.device_type)
         self._compared = self._just_compared = False
         self.calls = Calls(self.place.control, type(self).__name__) if self.place.control is not None else None
@@ -114,6 +119,7 @@ class GridAttention(nn.Module):
             whole_heads=self.whole_heads,
             concat=self.combine == "concat",
             reduce_dtype=self.reduce_dtype,
+            activations=self.activations,
         )
 
     def block(self, full: Tensor, name: str) -> Tensor:
@@ -131,9 +137,33 @@ class GridAttention(nn.Module):
             return check()
         options = {"reduce_dtype": str(self.reduce_dtype), "scheme": self.scheme, "combine": self.combine}
         options["profile"] = self.profile.numbers
+        if self.splits:
+            tensors = {name: x for name, x in tensors.items() if name not in SPLIT_INPUTS}
         settings = check_call(self, self.mesh, options, check, tensors)
         self._compared = self._just_compared = True
         return settings
+
+    @property
+    def splits(self) -> bool:
+        """Whether this rank is given its part of the activations, and returns that."""
+        return self.activations != "replicated" and self.place.grid.size > 1
+
+    def wholes(self, xs: list[Tensor], *, batch_first: bool = True, batched: bool = True) -> list[Tensor]:
+        """What stands for the inputs' wholes where their shapes are asked for: themselves, or if they are split tensors
+        of the whole shapes without memory, one for all that are one. Then a collective.
+        """
+        if not self.splits:
+            return xs
+        if not (self._compared or torch.compiler.is_compiling()):
+            same_on_all_ranks({"activations": self.activations}, self.mesh, ALIKE)
+        dim = int(batch_first == (self.activations == "sequence")) if batched else 0
+        distinct = {id(x): x for x in xs}
+        shapes = [tuple(x.shape) for x in distinct.values()]
+        if min(map(len, shapes)) < 2:
+            return xs  # refused by the checks
+        sizes = whole_sizes(shapes, self.activations, self.place, dim)
+        found = {key: stand_in(x, dim, size) for (key, x), size in zip(distinct.items(), sizes, strict=True)}
+        return [found[id(x)] for x in xs]
 
     def attend(
         self,
@@ -141,6 +171,7 @@ class GridAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         *,
+        wholes: list[Tensor] | None = None,
         attn_mask: Tensor | None = None,
         scale: float | None = None,
         causal: int | None = None,
@@ -162,6 +193,7 @@ class GridAttention(nn.Module):
         attn_mask: bool (True = attend) or additive, broadcastable to (B, h, L, S). causal: row l sees keys up to
         position l + causal, and with window only those after l + causal - window. Returns y in the layout of query,
         and the weights (B, h, L, S), or (B, L, S) averaged, or None.
+        wholes: what stands for the wholes of query and key, where these are this rank's parts (`wholes`).
         between: what acts where d is whole; given q, k, v of this rank and an Aside, it returns them changed.
         rows: tensors (B or 1, 1, L, ..) that go with the tokens: the Aside has those of q's rows and those of k's.
         shared: parameters that every rank holds and `between` uses for its own rows and heads: the Aside has them with
@@ -175,10 +207,11 @@ class GridAttention(nn.Module):
         )
         batch_dim, length_dim = (0, 1) if batch_first else (1, 0)
         how = (call.scheme or self.scheme, causal is not None, element_size(query), add_zero_attn, batch_first)
+        whole_query, whole_key = (query, key) if wholes is None else wholes[:2]
         sizes = size_numbers(
-            batch=query.shape[batch_dim],
-            length=query.shape[length_dim],
-            keys=key.shape[length_dim],
+            batch=whole_query.shape[batch_dim],
+            length=whole_query.shape[length_dim],
+            keys=whole_key.shape[length_dim],
             position=call.position,
             first_key=call.first_key,
         )
@@ -217,7 +250,8 @@ class GridAttention(nn.Module):
             if seal is None or type(error) is not torch.distributed.DistError:  # those of a backend
                 raise
             options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "dropout_p": dropout_p}
-            tensors = {"query": query, "key": key, "value": value, "the mask": attn_mask, "the seed of dropout": seed}
+            tensors = {} if self.splits else {"query": query, "key": key, "value": value}
+            tensors |= {"the mask": attn_mask, "the seed of dropout": seed}
             tensors |= {f"parameter {i} of every rank": x for i, x in enumerate([out_bias, *(shared or ())])}
             tensors |= {f"what goes with tokens, {i}": x for i, x in enumerate(rows or ())}
             self.calls.explain(self._blocks(), options | {"position": call.position}, tensors)

@@ -47,6 +47,9 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
     reduce_dtype: dtype of the sum over the grid, None (the output's) or torch.float32.
     profile: the rates by which "auto" chooses: a Profile, the name of one, a JSON file, or None, that of the mesh's
         type of device. The same on every rank.
+    activations: "replicated": every rank is given the same whole inputs and returns the whole output. "sequence",
+        "batch": its part of them, as shard_activations gives it, and its part of the output; masks, and the attention
+        weights that are returned, stay whole.
 
     The same seed gives the same initial weights as nn.MultiheadAttention, on every grid.
     """
@@ -75,6 +78,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
+        activations: str = "replicated",
     ) -> None:
         if embed_dim <= 0 or num_heads <= 0:
             raise GridError(
@@ -89,7 +93,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
             raise GridError(f"dropout probability has to be between 0 and 1, but got {dropout}")
         super().__init__(
             num_heads=num_heads, num_kv_heads=num_heads, head_dim=embed_dim // num_heads, mesh=mesh, scheme=scheme,
-            combine=combine, debug=debug, reduce_dtype=reduce_dtype, profile=profile,
+            combine=combine, debug=debug, reduce_dtype=reduce_dtype, profile=profile, activations=activations,
         )  # fmt: skip
         self.embed_dim = embed_dim
         self.kdim = embed_dim if kdim is None else kdim
@@ -134,16 +138,21 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         """
         dropout_p = self.dropout if self.training and self._drops else 0.0
 
+        if self.activations == "batch" and query.dim() == 2:
+            raise GridError("activations='batch' splits sequences, and an unbatched query is one: give it a batch dim")
+        batched = query.dim() == 3
+        wholes = self.wholes([query, key, value], batch_first=self.batch_first, batched=batched)
+
         def check() -> dict[str, object]:
-            check_inputs(self, query, key, value, key_padding_mask, attn_mask, is_causal)
+            check_inputs(self, *wholes, key_padding_mask, attn_mask, is_causal)
             settings = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
             settings |= {"add_zero_attn": self.add_zero_attn, "batch_first": self.batch_first}
             return settings | {"is_causal": is_causal, "dropout_p": dropout_p}
 
         masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
         self.check_call(check, {"query": query, "key": key, "value": value, **masks})
-        batched = query.dim() == 3
         if not batched:
+            wholes = [x.unsqueeze(0) for x in wholes]
             same_key, same_value = key is query, value is key
             query = query.unsqueeze(0)
             key = query if same_key else key.unsqueeze(0)
@@ -154,6 +163,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
             query,
             key,
             value,
+            wholes=wholes,
             attn_mask=one_mask(self.num_heads, key_padding_mask, attn_mask, extra_keys),
             dropout_p=dropout_p,
             batch_first=self.batch_first or not batched,
@@ -176,6 +186,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
+        activations: str = "replicated",
     ) -> "TwoLevelMultiheadAttention":
         """The same layer on a grid. Raises GridError on every rank if mha's weights differ between ranks.
 
@@ -188,7 +199,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
             raise GridError(f"mha must be an nn.MultiheadAttention, got {type(mha).__name__}")
         check_same_weights(mha, mesh, mha.dropout > 0.0)
         options = {"scheme": scheme, "combine": combine, "debug": debug, "reduce_dtype": reduce_dtype}
-        return cls.from_checked(mha, mesh, profile=profile, **options)
+        return cls.from_checked(mha, mesh, profile=profile, activations=activations, **options)
 
     @classmethod
     def from_checked(

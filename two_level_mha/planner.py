@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from two_level_mha import _C
+from two_level_mha.activations import check_activations
 from two_level_mha.blocks import COMBINES
+from two_level_mha.context import ACTIVATIONS
 from two_level_mha.errors import GridError
 from two_level_mha.profile import Profile, resolve_profile
 
@@ -111,6 +113,7 @@ def plan(
     bias: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     combine: str = "reduce",
+    activations: str = "replicated",
     device_type: str = "cuda",
     profile: Profile | str | os.PathLike | None = None,
 ) -> Plan:
@@ -138,6 +141,7 @@ def plan(
         raise GridError(f"num_kv_heads={kv_heads} must divide num_heads={num_heads}")
     if combine not in COMBINES:
         raise GridError(f"combine must be one of {', '.join(COMBINES)}, got {combine!r}")
+    check_activations(activations)
     hardware = resolve_profile(profile, device_type)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise GridError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
@@ -147,7 +151,8 @@ def plan(
         rows, picked = _C.plan(
             ranks=devices, heads=num_heads, kv_heads=kv_heads, head_dim=head_dim, embed_dim=embed_dim, B=batch,
             L=1 if decode else seq, S=seq, element_size=dtype.itemsize, cached=decode, causal=causal and not decode,
-            concat=combine == "concat", bias=bias, profile=hardware.numbers,
+            concat=combine == "concat", bias=bias, activations=ACTIVATIONS.index(activations),
+            profile=hardware.numbers,
         )  # fmt: skip
     except OverflowError:
         raise GridError(
@@ -167,6 +172,7 @@ def plan(
             "bias": bias,
             "dtype": str(dtype).removeprefix("torch."),
             "combine": combine,
+            "activations": activations,
         },
         call={
             "devices": devices,

@@ -22,6 +22,7 @@ LayerSizes layer_sizes(const Constants& layer, std::optional<at::ScalarType> red
   sizes.whole_heads = layer.whole_heads != 0;
   sizes.reduce_size = reduce_dtype ? int64_t(c10::elementSize(*reduce_dtype)) : 0;
   sizes.node = layer.node;
+  sizes.activations = Activations(layer.activations);
   return sizes;
 }
 
@@ -90,6 +91,8 @@ Context context_of(const Constants& constants, const std::vector<std::string>& n
   }
   TORCH_CHECK_VALUE(c.reduce_dtype < int64_t(at::ScalarType::NumOptions),
                     "reduce_dtype must be the number of a dtype, or -1, got ", c.reduce_dtype);
+  TORCH_CHECK_VALUE(0 <= c.activations && c.activations <= int64_t(Activations::batch),
+                    "activations must be 0, 1 or 2, got ", c.activations);
   Context context;
   context.grid = grid;
   context.head_group = c.head_group;

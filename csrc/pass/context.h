@@ -12,6 +12,7 @@
 
 #include "../comm/group.h"
 #include "../comm/seal.h"
+#include "../comm/split.h"
 #include "../plan/price.h"
 #include "numbers.h"
 
@@ -29,6 +30,7 @@ struct Constants {
   int64_t whole_heads = 0;    // how the query side is stored: (H / m, d, D), not (H, E, D)
   int64_t concat = 0;         // combine="concat"
   int64_t reduce_dtype = -1;  // an at::ScalarType, or -1: that of what is summed
+  int64_t activations = 0;    // an Activations
   // The rates by which scheme="auto" chooses: plan/profiles.h.
   int64_t flops = 1, memory = 1, link = 1, network = 1, latency = 0, node = 1, equal = 0, flops_single = 1;
   int64_t attention_128 = 1, attention_256 = 1, attention_wide = 1;
@@ -57,6 +59,7 @@ inline constexpr Field<Constants, int64_t> kConstants[] = {
     {"whole_heads", &Constants::whole_heads},
     {"concat", &Constants::concat},
     {"reduce_dtype", &Constants::reduce_dtype},
+    {"activations", &Constants::activations},
     {"flops", &Constants::flops},
     {"memory", &Constants::memory},
     {"link", &Constants::link},
@@ -116,6 +119,11 @@ struct Context {
   // Tokens of X, and of Y, are sharded over the slice group.
   bool shards_x() const { return row.x != Move::replicate; }
   bool shards_y() const { return row.y != Move::replicate; }
+  // X and Y are split over the grid, outside of the layer.
+  bool splits() const { return sizes.split(); }
+  Split split() const {
+    return {groups.grid, grid.head_groups, grid.slices, head_group, slice, sizes.activations};
+  }
   // What this rank holds along a sharded dim of `size`: (first, count), the last may reach beyond the whole.
   std::vector<std::pair<c10::SymInt, c10::SymInt>> runs(const c10::SymInt& size) const;
   // Position of this rank's first key at or after `first`, less `first`; its keys are m apart.

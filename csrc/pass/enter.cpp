@@ -4,41 +4,24 @@
 #include "../comm/gather.h"
 #include "../comm/replicated.h"
 #include "gathered_weights.h"
+#include "inputs.h"
 #include "move.h"
 #include "pass.h"
+#include "split_inputs.h"
 #include "tokens.h"
 
 namespace two_level_mha {
 
 namespace {
 
-// The distinct tensors among query, key and value, and which of them is which.
-struct Inputs {
-  std::vector<Tensor> distinct;
-  std::array<size_t, 3> at;
-
-  Inputs(const Tensor& query, const Tensor& key, const Tensor& value)
-      : at{index(query), index(key), index(value)} {}
-
-  const Tensor& query() const { return distinct[at[0]]; }
-  const Tensor& key() const { return distinct[at[1]]; }
-  const Tensor& value() const { return distinct[at[2]]; }
-
- private:
-  size_t index(const Tensor& x) {
-    size_t i = 0;
-    while (i < distinct.size() && !distinct[i].is_same(x)) ++i;
-    if (i == distinct.size()) distinct.push_back(x);
-    return i;
-  }
-};
-
 // The tokens of this rank through whole weights: nothing moves but
 // the weights, and the keys and values where the rows are sharded.
 std::tuple<Tensor, Tensor, Tensor> project_tokens(Inputs inputs, const QkvWeights& weights,
                                                   const ExtraKeys& extra, const Context& context) {
   const auto [whole, whole_extra] = gather_qkv_weights(weights, extra, context);
-  if (!context.batch_first)
+  if (context.splits())
+    inputs.distinct = whole_inputs(inputs, context);
+  else if (!context.batch_first)
     for (Tensor& x : inputs.distinct) x = x.transpose(0, 1);
   const auto keys = inputs.key().sym_size(1);
   inputs.distinct = enter_sharded(inputs.distinct, context);
@@ -54,8 +37,14 @@ std::tuple<Tensor, Tensor, Tensor> project_tokens(Inputs inputs, const QkvWeight
 // All tokens through this rank's blocks, then into the layout of attention.
 std::tuple<Tensor, Tensor, Tensor> project_and_move(Inputs inputs, const QkvWeights& weights,
                                                     const ExtraKeys& extra, const Context& context) {
-  inputs.distinct = enter_replicated(inputs.distinct, over_grid(context.groups), context.reduce_dtype);
-  auto [q, k, v] = qkv_projection(inputs.query(), inputs.key(), inputs.value(), weights, context.batch_first);
+  Tensor q, k, v;
+  if (context.splits()) {
+    std::tie(q, k, v) = project_split(inputs, weights, context);
+  } else {
+    inputs.distinct = enter_replicated(inputs.distinct, over_grid(context.groups), context.reduce_dtype);
+    std::tie(q, k, v) =
+        qkv_projection(inputs.query(), inputs.key(), inputs.value(), weights, context.batch_first);
+  }
   auto moved =
       move_in({q, with_extra_keys(k, extra.bias_k, extra.zero), with_extra_keys(v, extra.bias_v, extra.zero)},
               context);
@@ -71,7 +60,12 @@ Tensor seal_of(const Inputs& inputs, const std::vector<Tensor>& rows, const std:
   facts.add(context.row.scheme);
   facts.add(at::GradMode::is_enabled());
   for (size_t which : inputs.at) facts.add(which);
-  for (const auto* tensors : {&inputs.distinct, &rows, &shared})
+  for (const Tensor& x : inputs.distinct)
+    if (context.splits())
+      facts.add(at::empty({0}, x.options())), facts.add(x.requires_grad());  // each rank has its own content
+    else
+      facts.add(x);
+  for (const auto* tensors : {&rows, &shared})
     for (const Tensor& x : *tensors) facts.add(x);
   return context.seal ? facts.hash(context.seal->hash) : facts.hash();
 }

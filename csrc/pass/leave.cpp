@@ -27,13 +27,18 @@ Tensor concatenate_heads(const Tensor& o, const Context& context) {
 
 // O -> Y, the output projection and the sum over the ranks, or the concatenation and all of the projection.
 Tensor combine(Tensor o, const OutWeights& out, const Context& context) {
-  const bool swap = !context.batch_first && !context.shards_y();  // before the copy that projecting makes
+  // before the copy that projecting makes
+  const bool swap = !context.batch_first && !context.shards_y() && !context.splits();
   if (swap) o = o.transpose(0, 2);
   Tensor y;
   if (context.sizes.concat) {
     y = out_projection(concatenate_heads(o, context), out.weight, out.bias);
   } else if (context.grid.size() == 1) {
     y = out_projection(o, out.weight, out.bias);
+  } else if (context.splits() && !context.shards_y()) {
+    y = sum_split(out_projection(o, out.weight, std::nullopt).unsqueeze(1), out.bias, context.split(),
+                  context.reduce_dtype, context.seal);
+    y = y.squeeze(1);
   } else {
     y = context.shards_y()
             ? reduce_sharded(out_projection(o, gather_out_weight(out.weight, context), std::nullopt), context)
@@ -41,6 +46,8 @@ Tensor combine(Tensor o, const OutWeights& out, const Context& context) {
                                 context.reduce_dtype, context.seal);
     if (out.bias) y = y + out.bias->to(y.scalar_type());
   }
+  if (context.splits() && (context.sizes.concat || context.shards_y()))
+    y = keep_split(y.unsqueeze(1), context.split()).squeeze(1);
   return context.batch_first || swap ? y : y.transpose(0, 1).contiguous();
 }
 

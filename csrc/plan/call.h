@@ -8,6 +8,10 @@
 
 namespace two_level_mha {
 
+// How the tokens of X and Y lie over the ranks outside of the layer: all of them on every rank, or each with its rows of
+// every sequence, or with its sequences (comm/split.h).
+enum class Activations : int64_t { replicated, sequence, batch };
+
 // A layer as all ranks know it: what does not change from call to call.
 struct LayerSizes {
   Heads heads;          // h, k, d
@@ -20,6 +24,7 @@ struct LayerSizes {
   bool whole_heads = false;  // how the query side is stored
   int64_t reduce_size = 0;   // bytes of an element of reduce_dtype; 0: those of the call
   int64_t node = 1;          // ranks of a node, by the profile: profiles.h
+  Activations activations = Activations::replicated;
 };
 
 // What a call of it is given. I is int64_t for tables and c10::SymInt in the pass.
@@ -49,6 +54,7 @@ struct CallSizes {
   int64_t extra_keys = 0;
   bool bias = false, bias_kv = false;
   int64_t node = 1;
+  Activations activations = Activations::replicated;
 
   // What no choice of a scheme looks at.
   int64_t inputs = 1;             // distinct tensors among query, key and value; 2: the key is the value
@@ -60,6 +66,7 @@ struct CallSizes {
   // Keys and values that this call projects: of tokens, and those that are moved.
   I given_keys() const { return S - position - extra_keys; }
   I moved_keys() const { return S - position; }
+  bool split() const { return activations != Activations::replicated && n * m > 1; }
   int64_t kdim() const { return key_dim > 0 ? key_dim : D; }
   int64_t vdim() const { return value_dim > 0 ? value_dim : D; }
 };
@@ -87,6 +94,7 @@ CallSizes<I> call_sizes(const LayerSizes& layer, const Grid& grid, const CallSha
   s.bias = layer.bias;
   s.bias_kv = layer.bias_kv;
   s.node = layer.node;
+  s.activations = layer.activations;
   return s;
 }
 

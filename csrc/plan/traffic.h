@@ -153,6 +153,26 @@ void add_gather(Traffic<I>& rows, const char* what, const I& local, const CallSi
   if (s.m > 1) rows.push_back({what, Axis::slice, (local * s.n + sealed) * (s.element_size * (s.m - 1)), 1});
 }
 
+// Elements that a rank has of the inputs, or of Y, where they are split, chunks filled up.
+template <class I>
+I split_elements(int64_t inputs, const CallSizes<I>& s) {
+  const int64_t P = s.n * s.m;
+  const bool rows = s.activations == Activations::sequence;
+  const I batch = rows ? s.B : ceil_div(s.B, P);
+  auto tokens = [&](const I& length) { return batch * (rows ? shard_rows(length, P, true) : length); };
+  I elements = tokens(s.L) * s.D;
+  if (inputs > 1) elements = elements + tokens(s.given_keys()) * s.kdim();
+  if (inputs > 2) elements = elements + tokens(s.given_keys()) * s.vdim();
+  return elements;
+}
+
+// An all-gather of split tensors, or the reduce-scatter that is its adjoint: they send alike.
+template <class I>
+void add_split(Traffic<I>& rows, const char* what, const I& elements, int64_t element_size,
+               const CallSizes<I>& s) {
+  rows.push_back({what, Axis::grid, elements * (element_size * (s.n * s.m - 1)), 1});
+}
+
 // The tokens of Y, or of the gradient of X: as every rank has them, or as they are sharded.
 template <class I>
 void add_tokens_sum(Traffic<I>& rows, const char* what, Move move, const I& elements, const CallSizes<I>& s) {
@@ -213,12 +233,15 @@ Traffic<I> forward_traffic(Scheme scheme, const CallSizes<I>& s) {
   Traffic<I> rows;
   if (s.n * s.m == 1) return rows;
   const SchemeRow row = concrete_row(scheme, s);
+  if (s.split()) traffic::add_split(rows, "X", traffic::split_elements(s.inputs, s), s.element_size, s);
   if (s.m > 1) traffic::add_exchanges(rows, row, s);
   const bool summed = !s.concat && row.y == Move::replicate;
   const I sealed(s.sealed ? seal_code(summed ? traffic::reduce_size(s) : s.element_size, s.n * s.m).elements()
                           : 0);
   if (s.concat)
     traffic::add_gather<I>(rows, "combine", s.B * s.L * (s.H * (s.d / s.m)), s, sealed);
+  else if (s.split() && summed)
+    traffic::add_split(rows, "combine", traffic::split_elements(1, s) + sealed, traffic::reduce_size(s), s);
   else
     traffic::add_tokens_sum<I>(rows, "combine", row.y, traffic::tokens(row.y, s.L, s) * s.D + sealed, s);
   if (s.attention_weights) traffic::add_attention_weights(rows, row, s);
@@ -233,8 +256,14 @@ Traffic<I> backward_traffic(Scheme scheme, const CallSizes<I>& s) {
   Traffic<I> rows;
   if (s.n * s.m == 1) return rows;
   const SchemeRow row = concrete_row(scheme, s);
+  if (s.split()) traffic::add_split(rows, "dY", traffic::split_elements(1, s), s.element_size, s);
+  if (s.split() && row.x == Move::replicate)  // not kept, since it is whole
+    traffic::add_split(rows, "X", traffic::split_elements(s.inputs, s), s.element_size, s);
   if (s.m > 1) traffic::add_exchanges(rows, row, s);
-  traffic::add_tokens_sum<I>(rows, "dX", row.x, traffic::input_elements(row, s), s);
+  if (s.split() && row.x == Move::replicate)
+    traffic::add_split(rows, "dX", traffic::split_elements(s.inputs, s), traffic::reduce_size(s), s);
+  else
+    traffic::add_tokens_sum<I>(rows, "dX", row.x, traffic::input_elements(row, s), s);
   if (s.mask_elements) traffic::add_sum<I>(rows, "mask gradient", I(s.mask_elements), s);
   return rows;
 }

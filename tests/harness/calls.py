@@ -111,13 +111,15 @@ def everything(layer: nn.Module, call: Call, seed: int = 1) -> dict[str, Tensor]
     leaf = dict(zip(("query", "key", "value"), inputs, strict=False))
     if mask is not None and mask.is_floating_point():
         leaf["attn_mask"] = mask.requires_grad_()
-    q, k, v = inputs if len(inputs) == 3 else inputs * 3
+    parts = [moved(tlm.shard_activations, x, layer) for x in inputs]
+    q, k, v = parts if len(parts) == 3 else parts * 3
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Support for mismatched")
         y, weights = layer(
             q, k, v, key_padding_mask=padding, need_weights=call.need_weights, attn_mask=mask,
             average_attn_weights=call.average, is_causal=call.is_causal,
         )  # fmt: skip
+    y = moved(tlm.gather_activations, y, layer)
     found = {"y": y}
     loss = (y * torch.randn(y.shape, dtype=torch.float64).to(y.dtype)).sum()
     if weights is not None:
@@ -131,6 +133,16 @@ def everything(layer: nn.Module, call: Call, seed: int = 1) -> dict[str, Tensor]
     if isinstance(layer, nn.MultiheadAttention):
         grads = from_stock(grads, stock_names(layer.embed_dim, layer.num_heads, layer.kdim, layer.vdim))
     return {name: x.detach() for name, x in (found | {f"d {name}": x for name, x in grads.items()}).items()}
+
+
+def moved(move, x: Tensor, layer: nn.Module) -> Tensor:
+    """x as the layer is given it, or what it returns as all of it, by tlm.shard_activations or gather_activations."""
+    activations = getattr(layer, "activations", "replicated")
+    if activations == "replicated":
+        return x
+    if x.dim() == 2:
+        return move(x.unsqueeze(0), activations, layer.mesh).squeeze(0)
+    return move(x, activations, layer.mesh, batch_first=layer.batch_first)
 
 
 def difference(ours: dict[str, Tensor], stock: dict[str, Tensor]) -> dict[str, float]:

@@ -113,7 +113,9 @@ def by_layer(case: Decoder, layer: tlm.TwoLevelAttention, seed: int = 0) -> dict
     layer.load_state_dict(state)
     inputs = inputs_as_leaves(x, mask)
     torch.manual_seed(seed)
-    y = layer(inputs["x"], position_embeddings=given, attn_mask=inputs.get("attn_mask", mask), is_causal=case.is_causal)
+    x = tlm.shard_activations(inputs["x"], layer.activations, layer.mesh)
+    y = layer(x, position_embeddings=given, attn_mask=inputs.get("attn_mask", mask), is_causal=case.is_causal)
+    y = tlm.gather_activations(y, layer.activations, layer.mesh)
     return finish(y, weight, inputs | dict(layer.named_parameters()))
 
 

@@ -83,6 +83,8 @@ def right_calls() -> dict[str, dict]:
         "hierarchical_all_gather": {
             "x": x, "head_dim": 0, "slice_dim": 1, "grid": [1, 1, 0, 0], "slice_group": "", "head_group": "",
         },
+        "shard_activations": {"x": x, "rows": True, "grid": [1, 1, 0, 0], "group": ""},
+        "gather_activations": {"x": x, "size": x.shape[1], "rows": True, "grid": [1, 1, 0, 0], "group": ""},
         "enter": projection | call | {
             "bias_k": None, "bias_v": None, "rows": [torch.randn(B, 1, L, 4)], "shared": [torch.randn(d)],
         },
@@ -216,7 +218,7 @@ def module_call(draw: random.Random):
     if name == "plan":
         fields = ("ranks", "heads", "kv_heads", "head_dim", "embed_dim", "B", "L", "S", "element_size")
         flags = {flag: draw.random() < 0.5 for flag in ("cached", "causal", "concat", "bias")}
-        given = {field: integer() for field in fields} | flags | {"profile": rates}
+        given = {field: integer() for field in fields} | flags | {"profile": rates, "activations": integer()}
         return name, given, lambda: C.plan(**given)
     if name == "serving":
         given = {field: integer() for field in ("B", "H", "K", "L", "S", "d_qk", "d_v")}

@@ -1,0 +1,207 @@
+#include "split.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "../base/arithmetic.h"
+#include "../base/sizes.h"
+#include "exchange.h"
+#include "pack.h"
+
+namespace two_level_mha {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+namespace {
+
+int64_t ranks(const Split& split) {
+  return split.head_groups * split.slices;
+}
+
+c10::SymInt chunk_of(const Split& split, const c10::SymInt& size) {
+  return ceil_div(size, ranks(split) * (split.dim == 2 ? 2 : 1));
+}
+
+// Parts in their order -> in the order of the ranks, or the other way round.
+Tensor reordered(const Tensor& parts, int64_t outer, int64_t inner) {
+  if (outer == 1 || inner == 1) return parts;
+  return parts.unflatten(0, {outer, inner}).transpose(0, 1).flatten(0, 1);
+}
+
+// What this rank has of x, each chunk filled up with zeros.
+Tensor filled(const Tensor& x, const c10::SymInt& size, const Split& split) {
+  const auto chunk = chunk_of(split, size);
+  std::vector<Tensor> chunks;
+  c10::SymInt first = 0;
+  bool full = true;
+  for (const auto& run : split.runs(size)) {
+    const auto count = run.second;
+    full = full && count.maybe_as_int() && count.maybe_as_int() == chunk.maybe_as_int();
+    chunks.push_back(pad_dim(x.narrow_symint(split.dim, first, count), split.dim, 0, chunk - count));
+    first = first + count;
+  }
+  return full ? x : at::cat(chunks, split.dim);
+}
+
+// The other way round.
+Tensor unfilled(const Tensor& x, const c10::SymInt& size, const Split& split) {
+  const auto chunk = chunk_of(split, size);
+  std::vector<Tensor> chunks;
+  c10::SymInt first = 0;
+  bool full = true;
+  for (const auto& run : split.runs(size)) {
+    full = full && run.second.maybe_as_int() && run.second.maybe_as_int() == chunk.maybe_as_int();
+    chunks.push_back(x.narrow_symint(split.dim, first, run.second));
+    first = first + chunk;
+  }
+  return full ? x : at::cat(chunks, split.dim);
+}
+
+Tensor own_part(const Tensor& x, const Split& split) {
+  std::vector<Tensor> chunks;
+  for (const auto& [first, count] : split.runs(x.sym_size(split.dim)))
+    chunks.push_back(x.narrow_symint(split.dim, first, count));
+  return at::cat(chunks, split.dim);
+}
+
+struct SavedSplit : torch::CustomClassHolder {
+  Split split;
+  std::optional<at::ScalarType> reduce_dtype;
+
+  explicit SavedSplit(const Split& split, std::optional<at::ScalarType> reduce_dtype = std::nullopt)
+      : split(split), reduce_dtype(reduce_dtype) {}
+};
+
+const SavedSplit& saved(AutogradContext* ctx) {
+  return *c10::static_intrusive_pointer_cast<SavedSplit>(ctx->saved_data["split"].toCapsule());
+}
+
+struct GatherSplit : torch::autograd::Function<GatherSplit> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList xs, std::vector<c10::SymInt> sizes,
+                               const c10::intrusive_ptr<SavedSplit>& how) {
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["split"] = c10::IValue::make_capsule(how);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return all_parts(xs, sizes, how->split);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list out(grads.size() + 2);
+    for (size_t i = 0; i < grads.size(); ++i) {
+      once_differentiable(grads[i]);
+      if (grads[i].defined()) out[i] = own_part(grads[i], saved(ctx).split);
+    }
+    return out;
+  }
+};
+
+struct KeepSplit : torch::autograd::Function<KeepSplit> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const c10::intrusive_ptr<SavedSplit>& how) {
+    ctx->saved_data["split"] = c10::IValue::make_capsule(how);
+    ctx->saved_data["size"] = x.sym_size(how->split.dim);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return own_part(x, how->split);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    once_differentiable(grads[0]);
+    return {all_parts(grads, {ctx->saved_data["size"].toSymInt()}, saved(ctx).split)[0], Tensor()};
+  }
+};
+
+struct SumSplit : torch::autograd::Function<SumSplit> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& bias,
+                        const c10::intrusive_ptr<SavedSplit>& how, const std::optional<Seal>& seal) {
+    ctx->saved_data["split"] = c10::IValue::make_capsule(how);
+    ctx->saved_data["size"] = x.sym_size(how->split.dim);
+    ctx->saved_data["bias"] = bias && bias->requires_grad();
+    if (bias) ctx->saved_data["dtype"] = int64_t(bias->scalar_type());
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [sums, digits] = sum_parts({x}, how->split, how->reduce_dtype, seal);
+    Tensor y = seal ? opened(sums[0], digits, *seal) : sums[0];
+    return bias ? y + bias->to(y.scalar_type()) : y;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    once_differentiable(grads[0]);
+    Tensor whole = all_parts(grads, {ctx->saved_data["size"].toSymInt()}, saved(ctx).split)[0];
+    Tensor of_bias;
+    if (ctx->saved_data["bias"].toBool())
+      of_bias = whole.sum(at::IntArrayRef{0, 1, 2}).to(at::ScalarType(ctx->saved_data["dtype"].toInt()));
+    return {whole, of_bias, Tensor(), Tensor()};
+  }
+};
+
+}  // namespace
+
+std::vector<std::pair<c10::SymInt, c10::SymInt>> Split::runs(const c10::SymInt& size) const {
+  const auto chunk = chunk_of(*this, size);
+  auto run = [&](int64_t number) {
+    const auto first = (chunk * number).min(size);
+    return std::pair(first, (size - first).min(chunk));
+  };
+  if (dim != 2) return {run(part)};
+  return {run(part), run(2 * head_groups * slices - 1 - part)};
+}
+
+c10::SymInt Split::own(const c10::SymInt& size) const {
+  c10::SymInt count = 0;
+  for (const auto& run : runs(size)) count = count + run.second;
+  return count;
+}
+
+std::vector<Tensor> all_parts(at::TensorList xs, const std::vector<c10::SymInt>& sizes, const Split& split) {
+  std::vector<Tensor> flat;
+  std::vector<c10::SymInt> shapes;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    flat.push_back(filled(xs[i], sizes[i], split).reshape(-1));
+    auto shape = xs[i].sym_sizes().vec();
+    shape[split.dim] = sizes[i];
+    shapes.insert(shapes.end(), shape.begin(), shape.end());
+  }
+  Tensor mine = flat.size() == 1 ? flat[0] : at::cat(flat);
+  Tensor parts = run(Collective::all_gather, mine.unsqueeze(0), split.grid);
+  const std::vector<int64_t> dims(xs.size(), split.dim);
+  return unpack(reordered(parts, split.head_groups, split.slices), shapes, dims, ranks(split),
+                /*zigzag=*/true);
+}
+
+// This rank's parts of the sums, and what is behind them in the buffer: the sums of `digits`.
+std::pair<std::vector<Tensor>, Tensor> sum_parts(at::TensorList xs, const Split& split,
+                                                 std::optional<at::ScalarType> reduce_dtype,
+                                                 const std::optional<Seal>& seal) {
+  const int64_t P = ranks(split);
+  const std::vector<int64_t> dims(xs.size(), split.dim);
+  Tensor parts = reordered(pack(xs, dims, P, /*zigzag=*/true), split.slices, split.head_groups);
+  if (reduce_dtype) parts = parts.to(*reduce_dtype);
+  if (seal) parts = at::cat({parts, digits_of(*seal, parts).expand({P, -1})}, 1);
+  Tensor mine = run(Collective::reduce_scatter, parts, split.grid).squeeze(0);
+  std::vector<Tensor> sums;
+  c10::SymInt first = 0;
+  for (const Tensor& x : xs) {
+    auto shape = x.sym_sizes().vec();
+    const auto size = shape[split.dim];
+    shape[split.dim] = chunk_of(split, size) * (split.dim == 2 ? 2 : 1);
+    c10::SymInt elements = 1;
+    for (const auto& extent : shape) elements = elements * extent;
+    Tensor part = mine.narrow_symint(0, first, elements).view_symint(shape);
+    sums.push_back(unfilled(part, size, split).to(x.scalar_type()));
+    first = first + elements;
+  }
+  return {sums, mine.narrow_symint(0, first, mine.sym_size(0) - first)};
+}
+
+std::vector<Tensor> gather_split(const std::vector<Tensor>& xs, const std::vector<c10::SymInt>& sizes,
+                                 const Split& split) {
+  return GatherSplit::apply(at::TensorList(xs), sizes, c10::make_intrusive<SavedSplit>(split));
+}
+
+Tensor keep_split(const Tensor& x, const Split& split) {
+  return KeepSplit::apply(x, c10::make_intrusive<SavedSplit>(split));
+}
+
+Tensor sum_split(const Tensor& x, const std::optional<Tensor>& bias, const Split& split,
+                 std::optional<at::ScalarType> reduce_dtype, const std::optional<Seal>& seal) {
+  return SumSplit::apply(x, bias, c10::make_intrusive<SavedSplit>(split, reduce_dtype), seal);
+}
+
+}  // namespace two_level_mha

@@ -1,0 +1,97 @@
+"""Activations that stay split over all ranks of a grid between layers: each rank has its rows, or its sequences.
+
+The order is csrc/comm/split.h's: rank (i, j) has part j * n + i; of rows two chunks, which balances causal attention.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from two_level_mha import _C
+from two_level_mha.context import ACTIVATIONS
+from two_level_mha.errors import GridError
+from two_level_mha.mesh import Place, place_on
+
+_ops = torch.ops.two_level_mha
+
+
+def check_activations(activations: str) -> None:
+    """Raises GridError for a name that is none."""
+    if activations not in ACTIVATIONS:
+        raise GridError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
+
+
+def shard_activations(x: Tensor, activations: str, mesh: DeviceMesh | None, *, batch_first: bool = True) -> Tensor:
+    """This rank's part of x (B, L, ..), the same on every rank; (L, B, ..) if not batch_first.
+
+    activations: "sequence", rows of every sequence: chunks t and 2 P - 1 - t of 2 P; "batch", one of P chunks of the
+    sequences; "replicated": x itself. Where P does not divide them, the last parts have less, or none. The gradient is
+    put together from the parts of all ranks.
+    Raises GridError for another name, or for fewer dims than two.
+    """
+    place = _place(x, activations, mesh)
+    if activations == "replicated" or place.grid.size == 1:
+        return x
+    whole = x if batch_first else x.transpose(0, 1)
+    part = _ops.shard_activations(whole, activations == "sequence", _grid(place), place.groups[2])
+    return part if batch_first else part.transpose(0, 1).contiguous()
+
+
+def gather_activations(x: Tensor, activations: str, mesh: DeviceMesh | None, *, batch_first: bool = True) -> Tensor:
+    """The whole of which every rank has the part that shard_activations gives; a collective.
+
+    The gradient is this rank's part of the whole's, which must be the same on every rank, as that of a loss of all is.
+    Raises GridError, on every rank, where the parts are none of a whole.
+    """
+    place = _place(x, activations, mesh)
+    if activations == "replicated" or place.grid.size == 1:
+        return x
+    part = x if batch_first else x.transpose(0, 1)
+    size = whole_sizes([tuple(part.shape)], activations, place, 1 if activations == "sequence" else 0)[0]
+    whole = _ops.gather_activations(part, size, activations == "sequence", _grid(place), place.groups[2])
+    return whole if batch_first else whole.transpose(0, 1).contiguous()
+
+
+def whole_sizes(shapes: list[tuple[int, ...]], activations: str, place: Place, dim: int) -> list[int]:
+    """The sizes along `dim` of the wholes of which every rank has its part. A collective, but for a graph being traced,
+    which takes the parts for equal.
+
+    Raises GridError, on every rank, for parts of other shapes than those of a whole.
+    """
+    ranks = place.grid.size
+    if torch.compiler.is_compiling() or place.control is None:
+        return [shape[dim] * ranks for shape in shapes]
+    everyone = place.control.gather(shapes, f"comparing the sizes of activations split by {activations}")
+    found = []
+    for i, _ in enumerate(shapes):
+        parts = [shapes_of_rank[i] for shapes_of_rank in everyone]
+        size = sum(part[dim] for part in parts)
+        n, m = place.grid.head_groups, place.grid.slices
+        expected = _C.split_sizes(size, n, m, activations == "sequence")
+        for rank, part in enumerate(parts):
+            others = part[:dim] + part[dim + 1 :], parts[0][:dim] + parts[0][dim + 1 :]
+            if part[dim] != expected[rank] or others[0] != others[1]:
+                raise GridError(
+                    f"activations={activations!r}: rank {rank} of the grid gave {part}, where dim {dim} of {size} in "
+                    f"all must be {expected[rank]} there, and other dims as on rank 0, {parts[0]}: split by "
+                    "two_level_mha.shard_activations"
+                )
+        found.append(size)
+    return found
+
+
+def stand_in(x: Tensor, dim: int, size: int) -> Tensor:
+    """A tensor of x's dtype and device with another size along `dim`, of one element's memory."""
+    shape = (*x.shape[:dim], size, *x.shape[dim + 1 :])
+    return x.new_empty(()).expand(shape)
+
+
+def _place(x: Tensor, activations: str, mesh: DeviceMesh | None) -> Place:
+    check_activations(activations)
+    if x.dim() < 2:
+        raise GridError(f"x must have dims for sequences and rows, (B, L, ..), got {x.dim()}")
+    return place_on(mesh)
+
+
+def _grid(place: Place) -> list[int]:
+    return [place.grid.head_groups, place.grid.slices, place.head_group, place.slice]
