@@ -232,7 +232,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("grid_problem", &grid_problem,
         "Empty if the grid fits, else the rule that broke and the grids that would do.");
   m.def("split_sizes", &split_sizes,
-        "What each rank of an (n, m) grid has of a number of rows, or else of sequences, in the order of ranks.");
+        "What each rank of an (n, m) grid has of a number of rows, or else of sequences, in the order of "
+        "ranks.");
   m.def("has_grid", &has_grid, "Whether a number of ranks has a valid grid.");
   m.def("ranked_grids", &ranked, "Valid (n, m) for a number of ranks, the fastest in a typical call first.");
   m.def("grid_choices", &grid_choices, "A sentence with the valid grids for a number of ranks, and near it.");
