@@ -157,13 +157,13 @@ class GridAttention(nn.Module):
         if not (self._compared or torch.compiler.is_compiling()):
             same_on_all_ranks({"activations": self.activations}, self.mesh, ALIKE)
         dim = int(batch_first == (self.activations == "sequence")) if batched else 0
-        distinct = {id(x): x for x in xs}
-        shapes = [tuple(x.shape) for x in distinct.values()]
+        distinct = [x for i, x in enumerate(xs) if all(x is not other for other in xs[:i])]
+        shapes = [tuple(x.shape) for x in distinct]
         if min(map(len, shapes)) < 2:
             return xs  # refused by the checks
         sizes = whole_sizes(shapes, self.activations, self.place, dim)
-        found = {key: stand_in(x, dim, size) for (key, x), size in zip(distinct.items(), sizes, strict=True)}
-        return [found[id(x)] for x in xs]
+        found = [stand_in(x, dim, size) for x, size in zip(distinct, sizes, strict=True)]
+        return [next(whole for y, whole in zip(distinct, found, strict=True) if y is x) for x in xs]
 
     def attend(
         self,

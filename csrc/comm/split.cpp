@@ -38,7 +38,7 @@ Tensor filled(const Tensor& x, const c10::SymInt& size, const Split& split) {
   bool full = true;
   for (const auto& run : split.runs(size)) {
     const auto count = run.second;
-    full = full && count.maybe_as_int() && count.maybe_as_int() == chunk.maybe_as_int();
+    full = full && count.maybe_as_int() == chunk.maybe_as_int();
     chunks.push_back(pad_dim(x.narrow_symint(split.dim, first, count), split.dim, 0, chunk - count));
     first = first + count;
   }
@@ -52,7 +52,7 @@ Tensor unfilled(const Tensor& x, const c10::SymInt& size, const Split& split) {
   c10::SymInt first = 0;
   bool full = true;
   for (const auto& run : split.runs(size)) {
-    full = full && run.second.maybe_as_int() && run.second.maybe_as_int() == chunk.maybe_as_int();
+    full = full && run.second.maybe_as_int() == chunk.maybe_as_int();
     chunks.push_back(x.narrow_symint(split.dim, first, run.second));
     first = first + chunk;
   }
@@ -136,6 +136,7 @@ struct SumSplit : torch::autograd::Function<SumSplit> {
 std::vector<std::pair<c10::SymInt, c10::SymInt>> Split::runs(const c10::SymInt& size) const {
   const auto chunk = chunk_of(*this, size);
   auto run = [&](int64_t number) {
+    if (!size.maybe_as_int()) return std::pair(chunk * number, chunk);  // of a graph, whose parts are equal
     const auto first = (chunk * number).min(size);
     return std::pair(first, (size - first).min(chunk));
   };

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from harness.calls import Call, mesh, off, on_ranks, text_of
+from harness.compiled import compiled_over_lengths
+from harness.device import DEVICE
 from harness.two_level_attention import HALF, Decoder
 from harness.two_level_attention import off as decoder_off
+from torch.utils.checkpoint import checkpoint
 
 import two_level_mha as tlm
 from two_level_mha import _C
@@ -97,7 +100,7 @@ def sent(grid, activations: str, combine: str, schemes) -> list[tuple]:
                     layer(part, part, part, need_weights=False)[0].sum().backward()
             sizes = {"embed_dim": 32, "num_heads": 8, "devices": grid[0] * grid[1], "batch": batch, "seq": seq}
             plan = tlm.plan(
-                **sizes, causal=False, dtype=torch.float32, combine=combine, activations=activations, device_type="cpu"
+                **sizes, causal=False, dtype=torch.float32, combine=combine, activations=activations, device_type=DEVICE
             )
             option = next(option for option in plan.options if (option.grid, option.scheme) == (grid, scheme))
             seen = (record.sent(backward=False), record.sent(backward=True), len(record.calls))
@@ -159,3 +162,85 @@ def test_refusals(pool):
     assert "activations differs between ranks of the grid: replicated on rank 0, sequence on rank 3" in mixed
     assert "activations='batch' splits sequences, and an unbatched query is one" in unbatched
     assert "attn_mask" in mask and "should be (8, 8)" in mask  # masks are whole
+
+
+def decoder_pair(grid, activations: str) -> tuple[tlm.TwoLevelAttention, tlm.TwoLevelAttention]:
+    """The same layer with whole activations and with split ones."""
+    layers = []
+    for how in ("replicated", activations):
+        torch.manual_seed(0)
+        layers.append(tlm.TwoLevelAttention(32, 8, 4, mesh=mesh(grid), activations=how, rope=HALF, dropout=0.1))
+    return layers[0], layers[1]
+
+
+def other_ways(grid, activations: str) -> dict[str, bool]:
+    """Of a split layer and a whole one: checkpointed, in bf16 autocast, compiled, decoding with each cache."""
+    whole, split = decoder_pair(grid, activations)
+    x = torch.randn(8, 32, 32)
+    part = tlm.shard_activations(x, activations, mesh(grid))
+
+    def gradients(function, given: torch.Tensor, layer) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        given = given.clone().requires_grad_()
+        y = function(given)
+        torch.autograd.backward(y, torch.ones_like(y))
+        grads = [p.grad.full_tensor() for p in layer.parameters()]
+        layer.zero_grad()
+        found = [y.detach(), given.grad]
+        if layer is split:
+            found = [tlm.gather_activations(t, activations, mesh(grid)) for t in found]
+        return [*found, *grads]
+
+    def close(ours: list[torch.Tensor], others: list[torch.Tensor], error: float) -> bool:
+        pairs = zip(ours, others, strict=True)
+        return all((a - b).abs().max() <= error * b.abs().max() and a.dtype == b.dtype for a, b in pairs)
+
+    plain = gradients(split, part, split)
+    checkpointed = gradients(lambda t: checkpoint(split, t, use_reentrant=False), part, split)
+    right = {"plain": close(plain, gradients(whole, x, whole), 1e-5)}
+    right["checkpointed"] = all(map(torch.equal, checkpointed, plain))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        half = gradients(split, part, split), gradients(whole, x, whole)
+    right["autocast"] = close(*half, 2e-2) and half[0][0].dtype == torch.bfloat16
+    split.eval(), whole.eval()
+    with torch.inference_mode():
+        right["inference mode"] = close(
+            [tlm.gather_activations(split(part), activations, mesh(grid))], [whole(x)], 1e-5
+        )
+    for layout in ("position", "batch"):
+        found = []
+        for layer in (whole, split):
+            cache = tlm.KVCache({"num_layers": 1, "num_kv_heads": 4, "head_dim": 4}, mesh(grid), layout=layout)
+            steps = []
+            for rows in (slice(0, 16), slice(16, 17), slice(17, 32)):
+                given = x[:, rows] if layer is whole else tlm.shard_activations(x[:, rows], activations, mesh(grid))
+                with torch.no_grad():
+                    y = layer(given, cache=cache.layers[0])
+                steps.append(y if layer is whole else tlm.gather_activations(y, activations, mesh(grid)))
+            found.append(torch.cat(steps, 1))
+        right[f"cache by {layout}"] = close([found[1]], [found[0]], 1e-5)
+    return right
+
+
+@pytest.mark.parametrize("activations", SPLIT)
+def test_other_ways_of_use(pool, activations):
+    """E. Localises: split activations where a call is made again, in another dtype, or after others."""
+    for right in pool.run(other_ways, 4, (2, 2), activations, timeout=120):
+        assert all(right.values()), right
+
+
+def compiled(grid, activations: str, dynamic: bool | None) -> tuple[int, float]:
+    torch.manual_seed(torch.distributed.get_rank())
+    options = {"mesh": mesh(grid), "scheme": "slices", "activations": activations, "rope": HALF}
+    layer = tlm.TwoLevelAttention(32, 8, 4, dtype=torch.float64, **options)
+    return compiled_over_lengths(layer, 32, dynamic, lengths=(4, 8, 12, 16, 24, 64))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("activations", SPLIT)
+def test_compiled(pool, activations, dynamic):
+    """E. Localises: an exchange of parts that cannot be traced, or that is traced for one length. As with whole
+    activations dynamic=True starts again where an operator wants a float's number.
+    """
+    for count, error in pool.run(compiled, 4, (2, 2), activations, dynamic, timeout=180):
+        assert count <= 2 and error <= 1e-10
