@@ -11,6 +11,7 @@ import two_level_mha as tlm
 from two_level_mha import _C, _load
 from two_level_mha.blocks import COMBINES
 from two_level_mha.check import add_check
+from two_level_mha.context import ACTIVATIONS
 from two_level_mha.profile import DEVICE_TYPES
 from two_level_mha.served import table_of
 
@@ -89,6 +90,7 @@ def plan(args: argparse.Namespace) -> None:
             bias=args.bias,
             dtype=getattr(torch, args.dtype),
             combine=args.combine,
+            activations=args.activations,
             device_type=args.device_type,
             profile=args.profile,
         )
@@ -111,6 +113,9 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bias", action="store_true", help="the projections have biases")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "float64"))
     parser.add_argument("--combine", default="reduce", choices=COMBINES)
+    parser.add_argument(
+        "--activations", default="replicated", choices=ACTIVATIONS, help="how X and Y lie over the ranks"
+    )
     parser.add_argument("--device-type", default="cuda", choices=DEVICE_TYPES, help="whose profile predicts")
     parser.add_argument("--profile", metavar="NAME|FILE", help="the hardware to predict for: a name, or a JSON file")
     parser.add_argument("--json", action="store_true")

@@ -123,6 +123,7 @@ def plan(
     `seq`, whose predecessors lie in a KV cache. Seconds are predicted from the rates of one hardware profile, not
     measured; bytes and numbers of collectives are exact. Needs no process group and no GPU.
     num_kv_heads: num_heads if None; head_dim: embed_dim / num_heads if None; bias: q, k, v and output have one.
+    activations: how X and Y lie over the ranks, as TwoLevelMultiheadAttention has it.
     profile: the hardware to predict for, a Profile, its name or its JSON file; None: that of device_type.
     Raises GridError if an argument does not fit, or if no grid is valid; then it names the nearest numbers of ranks
     that have one.
