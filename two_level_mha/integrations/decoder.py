@@ -16,6 +16,7 @@ from two_level_mha.integrations.projected import ProjectedAttention, additive, c
 from two_level_mha.layer import Aside
 
 NORMS = ("q_norm", "k_norm")
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in float64 models' norms are float32's
 
 
 class DecoderAttention(ProjectedAttention):
@@ -54,6 +55,7 @@ class DecoderAttention(ProjectedAttention):
             )
         self.softcap = getattr(original, "attn_logit_softcapping", None) or 0.0
         self.use_positions(original, rotates)
+        self.fused = self.fused_form(_rotary_width(original)) if self.rotary is not None else None
 
     def use_positions(self, original: nn.Module, rotates: bool) -> None:
         """Takes over what acts on single heads."""
@@ -126,7 +128,21 @@ class DecoderAttention(ProjectedAttention):
         return [getattr(self, name) for name in NORMS if hasattr(self, name)]
 
     def positioned(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
-        """Queries and keys as attention takes them: normed and rotated."""
+        """Queries and keys as attention takes them: normed and rotated. On a GPU by one kernel, where nothing is
+        differentiated and the model's own functions are those that it computes.
+        """
+        one_kernel = self.fused is not None and q_BHLd.is_cuda and q_BHLd.dtype in FUSED_DTYPES
+        if one_kernel and not (torch.is_grad_enabled() and q_BHLd.requires_grad):
+            return self.by_operator(q_BHLd, k_BKSd, aside)
+        return self.by_model(q_BHLd, k_BKSd, aside)
+
+    def by_operator(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
+        eps, interleaved = self.fused
+        return torch.ops.two_level_mha.norm_rotary(
+            q_BHLd, k_BKSd, aside.shared, eps, aside.q_rows, aside.k_rows, interleaved
+        )
+
+    def by_model(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
         shared, xs = iter(aside.shared), {"q_norm": q_BHLd, "k_norm": k_BKSd}
         for name in NORMS:
             if (norm := getattr(self, name, None)) is not None:
@@ -138,6 +154,35 @@ class DecoderAttention(ProjectedAttention):
         q_BHLd = self.rotary(q_BHLd, q_BHLd[:, :0], *(x.squeeze(1) for x in aside.q_rows))[0]
         k_BKSd = self.rotary(k_BKSd[:, :0], k_BKSd, *(x.squeeze(1) for x in aside.k_rows))[1]
         return q_BHLd, k_BKSd
+
+    def fused_form(self, width: int) -> tuple[float, bool] | None:
+        """(eps, interleaved) with which norm_rotary does what the model's own functions do; None: with none. width: of
+        the rotary embedding. Tried, on random numbers of no generator that others draw from.
+        """
+        norms = self.norms()
+        if len(norms) == 1 or any(len(list(norm.parameters())) != 1 for norm in norms) or self.rotary is None:
+            return None
+        draw = torch.Generator(device="cpu").manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=draw, device="cpu")
+
+        eps = [getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) for norm in norms] or [0.0]
+        if not all(isinstance(each, float) and each == eps[0] for each in eps):
+            return None
+        q, k = random(2, 2, 3, self.head_dim), random(2, 2, 3, self.head_dim)
+        angles = [random(2, 1, 3, width) for _ in ("cos", "sin")]
+        aside = Aside(angles, angles, [random(self.head_dim) for _ in norms])
+        with torch.no_grad():
+            for interleaved in (False, True):
+                self.fused = (eps[0], interleaved)
+                try:
+                    pairs = zip(self.by_operator(q, k, aside), self.by_model(q, k, aside), strict=True)
+                except (RuntimeError, TypeError, ValueError):  # a function of other arguments
+                    continue
+                if all(ours.shape == own.shape and torch.allclose(ours, own, 1e-4, 1e-5) for ours, own in pairs):
+                    return self.fused
+        return None
 
 
 def _rotary(original: nn.Module):
