@@ -70,7 +70,8 @@ class Ours:
         """constants and sizes of the operators."""
         layer = layer_numbers(
             self.place, Profile.for_device("cuda").numbers, num_heads=h, num_kv_heads=k, head_dim=d, embed_dim=D,
-            key_dim=D, value_dim=D, bias=False, bias_kv=False, whole_heads=True, concat=False, reduce_dtype=None,
+            key_dim=D, value_dim=D, bias=False, out_bias=False, bias_kv=False, whole_heads=True, concat=False,
+            reduce_dtype=None,
         )  # fmt: skip
         how = {"scheme": self.scheme, "causal": True, "element_size": DTYPE.itemsize}
         sizes = size_numbers(batch=B, length=x_BLD.shape[1], keys=x_BLD.shape[1], position=self.position)

@@ -178,7 +178,7 @@ std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads
                                   const Rates::Numbers& profile) {
   const Rates rates = Rates::from_numbers(profile);
   PlanRequest request{ranks, {{heads, kv_heads, head_dim}, embed_dim}, {B, L, S}, cached};
-  request.layer.bias = bias;
+  request.layer.bias = request.layer.out_bias = bias;
   request.layer.concat = concat;
   if (activations < 0 || activations > int64_t(Activations::batch))
     throw std::invalid_argument("activations must be 0, 1 or 2");
@@ -279,6 +279,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("inputs", &Call::inputs)
       .def_readwrite("extra_keys", &Call::extra_keys)
       .def_readwrite("bias", &Call::bias)
+      .def_readwrite("out_bias", &Call::out_bias)
       .def_readwrite("bias_kv", &Call::bias_kv)
       .def_readwrite("node", &Call::node)
       .def_property(

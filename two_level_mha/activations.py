@@ -65,6 +65,8 @@ def whole_sizes(shapes: list[tuple[int, ...]], activations: str, place: Place, d
     found = []
     for i, _ in enumerate(shapes):
         parts = [shapes_of_rank[i] for shapes_of_rank in everyone]
+        if any(len(part) <= max(dim, 1) for part in parts):
+            raise GridError(f"activations={activations!r} splits tensors with dims for sequences and rows, got {parts}")
         size = sum(part[dim] for part in parts)
         n, m = place.grid.head_groups, place.grid.slices
         expected = _C.split_sizes(size, n, m, activations == "sequence")

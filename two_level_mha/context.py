@@ -26,6 +26,7 @@ def layer_numbers(
     key_dim: int,
     value_dim: int,
     bias: bool,
+    out_bias: bool,
     bias_kv: bool,
     whole_heads: bool,
     concat: bool,
@@ -36,7 +37,7 @@ def layer_numbers(
     grid = place.grid
     return [
         grid.head_groups, grid.slices, place.head_group, place.slice, num_heads, num_kv_heads, head_dim, embed_dim,
-        key_dim, value_dim, int(bias), int(bias_kv), int(whole_heads), int(concat),
+        key_dim, value_dim, int(bias), int(out_bias), int(bias_kv), int(whole_heads), int(concat),
         -1 if reduce_dtype is None else _C.scalar_type(reduce_dtype), ACTIVATIONS.index(activations), *rates,
     ]  # fmt: skip
 

@@ -115,6 +115,7 @@ class GridAttention(nn.Module):
             key_dim=full["k_weight"].shape[2],
             value_dim=full["v_weight"].shape[2],
             bias=not held.isdisjoint(("q_bias", "k_bias", "v_bias")),
+            out_bias="out_bias" in held,
             bias_kv="bias_k" in held,
             whole_heads=self.whole_heads,
             concat=self.combine == "concat",
@@ -148,7 +149,7 @@ class GridAttention(nn.Module):
         """Whether this rank is given its part of the activations, and returns that."""
         return self.activations != "replicated" and self.place.grid.size > 1
 
-    def wholes(self, xs: list[Tensor], *, batch_first: bool = True, batched: bool = True) -> list[Tensor]:
+    def wholes(self, xs: list[Tensor], batch_first: bool = True) -> list[Tensor]:
         """What stands for the inputs' wholes where their shapes are asked for: themselves, or if they are split tensors
         of the whole shapes without memory, one for all that are one. Then a collective.
         """
@@ -156,11 +157,12 @@ class GridAttention(nn.Module):
             return xs
         if not (self._compared or torch.compiler.is_compiling()):
             same_on_all_ranks({"activations": self.activations}, self.mesh, ALIKE)
-        dim = int(batch_first == (self.activations == "sequence")) if batched else 0
         distinct = [x for i, x in enumerate(xs) if all(x is not other for other in xs[:i])]
-        shapes = [tuple(x.shape) for x in distinct]
-        if min(map(len, shapes)) < 2:
-            return xs  # refused by the checks
+        shapes = [tuple(getattr(x, "shape", ())) for x in distinct]  # who gives no tensor must not miss this
+        batched = len(shapes[0]) != 2
+        if not batched and self.activations == "batch":
+            raise GridError("activations='batch' splits sequences, and an unbatched query is one: give it a batch dim")
+        dim = int(batch_first == (self.activations == "sequence")) if batched else 0
         sizes = whole_sizes(shapes, self.activations, self.place, dim)
         found = [stand_in(x, dim, size) for x, size in zip(distinct, sizes, strict=True)]
         return [next(whole for y, whole in zip(distinct, found, strict=True) if y is x) for x in xs]

@@ -138,10 +138,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         """
         dropout_p = self.dropout if self.training and self._drops else 0.0
 
-        if self.activations == "batch" and query.dim() == 2:
-            raise GridError("activations='batch' splits sequences, and an unbatched query is one: give it a batch dim")
-        batched = query.dim() == 3
-        wholes = self.wholes([query, key, value], batch_first=self.batch_first, batched=batched)
+        wholes = self.wholes([query, key, value], batch_first=self.batch_first)
 
         def check() -> dict[str, object]:
             check_inputs(self, *wholes, key_padding_mask, attn_mask, is_causal)
@@ -151,6 +148,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
 
         masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
         self.check_call(check, {"query": query, "key": key, "value": value, **masks})
+        batched = query.dim() == 3
         if not batched:
             wholes = [x.unsqueeze(0) for x in wholes]
             same_key, same_value = key is query, value is key

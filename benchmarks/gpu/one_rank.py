@@ -65,8 +65,8 @@ class Rank:
         s = self.sizes
         layer = layer_numbers(
             self.place, Profile.for_device("cuda").numbers, num_heads=s.h, num_kv_heads=s.k, head_dim=s.d,
-            embed_dim=s.D, key_dim=s.D, value_dim=s.D, bias=False, bias_kv=False, whole_heads=True, concat=False,
-            reduce_dtype=None,
+            embed_dim=s.D, key_dim=s.D, value_dim=s.D, bias=False, out_bias=False, bias_kv=False,
+            whole_heads=True, concat=False, reduce_dtype=None,
         )  # fmt: skip
         how = {"scheme": scheme, "causal": True, "element_size": DTYPE.itemsize}
         return constants(layer, self.place.groups, **how), size_numbers(batch=B, length=L, keys=L, position=position)

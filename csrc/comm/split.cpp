@@ -117,8 +117,10 @@ struct SumSplit : torch::autograd::Function<SumSplit> {
     ctx->saved_data["bias"] = bias && bias->requires_grad();
     if (bias) ctx->saved_data["dtype"] = int64_t(bias->scalar_type());
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [sums, digits] = sum_parts({x}, how->split, how->reduce_dtype, seal);
-    Tensor y = seal ? opened(sums[0], digits, *seal) : sums[0];
+    const bool rides = seal && seal->grid.size == ranks(how->split);
+    auto [sums, digits] = sum_parts({x}, how->split, how->reduce_dtype, rides ? seal : std::nullopt);
+    Tensor y = sums[0].is_same(x) ? x.view_as(x) : sums[0];
+    if (seal) y = opened(y, rides ? digits : sum_in_group(digits_of(*seal, y), seal->grid), *seal);
     return bias ? y + bias->to(y.scalar_type()) : y;
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -151,6 +153,7 @@ c10::SymInt Split::own(const c10::SymInt& size) const {
 }
 
 std::vector<Tensor> all_parts(at::TensorList xs, const std::vector<c10::SymInt>& sizes, const Split& split) {
+  if (ranks(split) == 1) return xs.vec();
   std::vector<Tensor> flat;
   std::vector<c10::SymInt> shapes;
   for (size_t i = 0; i < xs.size(); ++i) {
@@ -171,6 +174,7 @@ std::pair<std::vector<Tensor>, Tensor> sum_parts(at::TensorList xs, const Split&
                                                  std::optional<at::ScalarType> reduce_dtype,
                                                  const std::optional<Seal>& seal) {
   const int64_t P = ranks(split);
+  if (P == 1 && !seal) return {xs.vec(), {}};
   const std::vector<int64_t> dims(xs.size(), split.dim);
   Tensor parts = reordered(pack(xs, dims, P, /*zigzag=*/true), split.slices, split.head_groups);
   if (reduce_dtype) parts = parts.to(*reduce_dtype);
@@ -202,6 +206,7 @@ Tensor keep_split(const Tensor& x, const Split& split) {
 
 Tensor sum_split(const Tensor& x, const std::optional<Tensor>& bias, const Split& split,
                  std::optional<at::ScalarType> reduce_dtype, const std::optional<Seal>& seal) {
+  if (ranks(split) == 1 && !bias && !seal) return x;
   return SumSplit::apply(x, bias, c10::make_intrusive<SavedSplit>(split, reduce_dtype), seal);
 }
 

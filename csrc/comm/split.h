@@ -45,7 +45,8 @@ std::vector<Tensor> gather_split(const std::vector<Tensor>& xs, const std::vecto
 Tensor keep_split(const Tensor& x, const Split& split);
 
 // This rank's part of the sum of x (B, 1, L, D) over the ranks, in reduce_dtype if given, and the bias (D,). Backward:
-// the parts of all, so that the bias has the same gradient on every rank. seal: what the ranks compare by it.
+// the parts of all, so that the bias has the same gradient on every rank. seal: what the ranks compare by it, or by an
+// exchange of its own where this one does not reach all ranks.
 Tensor sum_split(const Tensor& x, const std::optional<Tensor>& bias, const Split& split,
                  std::optional<at::ScalarType> reduce_dtype, const std::optional<Seal>& seal);
 

@@ -17,6 +17,7 @@ LayerSizes layer_sizes(const Constants& layer, std::optional<at::ScalarType> red
   sizes.key_dim = layer.key_dim;
   sizes.value_dim = layer.value_dim;
   sizes.bias = layer.bias != 0;
+  sizes.out_bias = layer.out_bias != 0;
   sizes.bias_kv = layer.bias_kv != 0;
   sizes.concat = layer.concat != 0;
   sizes.whole_heads = layer.whole_heads != 0;
@@ -134,6 +135,7 @@ Context context_of(const Constants& constants, const std::vector<std::string>& n
   const Scheme scheme =
       resolve_scheme(checked_scheme(c.scheme, context.sizes.whole_heads), context.sizes, rates);
   context.row = concrete_row(scheme, context.sizes);
+  context.takes_parts = takes_parts(context.row, context.sizes);
   return context;
 }
 

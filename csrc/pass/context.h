@@ -26,6 +26,7 @@ struct Constants {
   int64_t embed_dim = 1;                                           // D
   int64_t key_dim = 0, value_dim = 0;                              // of the key and value inputs; 0: D
   int64_t bias = 0;                                                // whether q, k, v have biases
+  int64_t out_bias = 0;                                            // whether the output has one
   int64_t bias_kv = 0;                                             // whether there is a bias_k and a bias_v
   int64_t whole_heads = 0;    // how the query side is stored: (H / m, d, D), not (H, E, D)
   int64_t concat = 0;         // combine="concat"
@@ -55,6 +56,7 @@ inline constexpr Field<Constants, int64_t> kConstants[] = {
     {"key_dim", &Constants::key_dim},
     {"value_dim", &Constants::value_dim},
     {"bias", &Constants::bias},
+    {"out_bias", &Constants::out_bias},
     {"bias_kv", &Constants::bias_kv},
     {"whole_heads", &Constants::whole_heads},
     {"concat", &Constants::concat},
@@ -106,12 +108,13 @@ struct Context {
   c10::SymInt first_key;
   bool zero_key = false;
   bool batch_first = true;
+  bool takes_parts = false;
   std::optional<at::ScalarType> reduce_dtype;
   int64_t number = 0;        // as Sizes has it; 0 on one rank
   std::optional<Seal> seal;  // of what the ranks compare, as far as it is known
 
   // Rows are sharded as chunks j and 2 m - 1 - j of 2 m.
-  bool zigzag() const { return zigzag_rows(row, sizes.causal); }
+  bool zigzag() const { return zigzag_rows(row, sizes.causal || takes_parts); }
   // The dim of q and o (B, heads, length, d) that the slice group splits: whole heads, or d-slices.
   int64_t split_dim() const { return sizes.whole_heads ? 1 : 3; }
   // Dim of (B, heads, length, d) along which the queries are sharded: 0, 2, or -1 if they are not.
@@ -119,11 +122,12 @@ struct Context {
   // Tokens of X, and of Y, are sharded over the slice group.
   bool shards_x() const { return row.x != Move::replicate; }
   bool shards_y() const { return row.y != Move::replicate; }
-  // X and Y are split over the grid, outside of the layer.
+  // X and Y are split over the grid, outside of the layer; takes_parts: and this rank's tokens are parts of the head axis.
   bool splits() const { return sizes.split(); }
   Split split() const {
     return {groups.grid, grid.head_groups, grid.slices, head_group, slice, sizes.activations};
   }
+  Split head_split() const { return {groups.head, grid.head_groups, 1, head_group, 0, sizes.activations}; }
   // What this rank holds along a sharded dim of `size`: (first, count), the last may reach beyond the whole.
   std::vector<std::pair<c10::SymInt, c10::SymInt>> runs(const c10::SymInt& size) const;
   // Position of this rank's first key at or after `first`, less `first`; its keys are m apart.

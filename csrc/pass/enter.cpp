@@ -19,13 +19,18 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> project_tokens(Inputs inputs, const QkvWeights& weights,
                                                   const ExtraKeys& extra, const Context& context) {
   const auto [whole, whole_extra] = gather_qkv_weights(weights, extra, context);
-  if (context.splits())
-    inputs.distinct = whole_inputs(inputs, context);
-  else if (!context.batch_first)
-    for (Tensor& x : inputs.distinct) x = x.transpose(0, 1);
-  const auto keys = inputs.key().sym_size(1);
-  inputs.distinct = enter_sharded(inputs.distinct, context);
-  auto [q, k, v] = qkv_projection(inputs.query(), inputs.key(), inputs.value(), whole, true);
+  const auto keys = context.sizes.given_keys();
+  Tensor q, k, v;
+  if (context.takes_parts) {
+    std::tie(q, k, v) = project_split(inputs, whole, context);
+  } else {
+    if (context.splits())
+      inputs.distinct = whole_inputs(inputs, context);
+    else if (!context.batch_first)
+      for (Tensor& x : inputs.distinct) x = x.transpose(0, 1);
+    inputs.distinct = enter_sharded(inputs.distinct, context);
+    std::tie(q, k, v) = qkv_projection(inputs.query(), inputs.key(), inputs.value(), whole, true);
+  }
   if (context.row.k == Move::replicate) {
     auto rows = gather_along({k, v}, 2, keys, context.zigzag(), context.groups.slice);
     k = rows[0], v = rows[1];

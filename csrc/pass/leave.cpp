@@ -35,6 +35,12 @@ Tensor combine(Tensor o, const OutWeights& out, const Context& context) {
     y = out_projection(concatenate_heads(o, context), out.weight, out.bias);
   } else if (context.grid.size() == 1) {
     y = out_projection(o, out.weight, out.bias);
+  } else if (context.takes_parts) {
+    y = out_projection(o, gather_out_weight(out.weight, context), std::nullopt).unsqueeze(1);
+    y = sum_split(y, std::nullopt, context.head_split(), context.reduce_dtype, context.seal).squeeze(1);
+    if (out.bias)
+      y = y + enter_replicated({*out.bias}, over_grid(context.groups), context.reduce_dtype)[0].to(
+                  y.scalar_type());
   } else if (context.splits() && !context.shards_y()) {
     y = sum_split(out_projection(o, out.weight, std::nullopt).unsqueeze(1), out.bias, context.split(),
                   context.reduce_dtype, context.seal);
@@ -46,7 +52,7 @@ Tensor combine(Tensor o, const OutWeights& out, const Context& context) {
                                 context.reduce_dtype, context.seal);
     if (out.bias) y = y + out.bias->to(y.scalar_type());
   }
-  if (context.splits() && (context.sizes.concat || context.shards_y()))
+  if (context.splits() && (context.sizes.concat || (context.shards_y() && !context.takes_parts)))
     y = keep_split(y.unsqueeze(1), context.split()).squeeze(1);
   return context.batch_first || swap ? y : y.transpose(0, 1).contiguous();
 }

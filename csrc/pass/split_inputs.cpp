@@ -13,17 +13,24 @@ using torch::autograd::variable_list;
 
 namespace {
 
+// Over the ranks whose parts make up what this one projects.
+Split split_of(const Context& context) {
+  return context.takes_parts ? context.head_split() : context.split();
+}
+
 // The parts as (B, 1, length, D), and the sizes of their wholes along the dim that is split.
 std::pair<std::vector<Tensor>, std::vector<c10::SymInt>> parts_of(const Inputs& inputs,
                                                                   const Context& context) {
-  const Split split = context.split();
+  const Split split = split_of(context);
+  const int64_t of = context.takes_parts ? context.sizes.m : 1;
   std::vector<Tensor> xs;
   std::vector<c10::SymInt> sizes;
   for (const Tensor& x : inputs.distinct) {
     xs.push_back((context.batch_first ? x : x.transpose(0, 1)).unsqueeze(1));
-    sizes.push_back(split.dim == 0  ? context.sizes.B
-                    : sizes.empty() ? context.sizes.L
-                                    : context.sizes.given_keys());
+    sizes.push_back((split.dim == 0  ? context.sizes.B
+                     : sizes.empty() ? context.sizes.L
+                                     : context.sizes.given_keys()) /
+                    of);
     const auto want = split.own(sizes.back()).maybe_as_int(),
                got = xs.back().sym_size(split.dim).maybe_as_int();
     TORCH_CHECK_VALUE(!want || !got || *want == *got, "this rank's part of ", sizes.back(),
@@ -42,7 +49,7 @@ struct SavedProjection : torch::CustomClassHolder {
   size_t inputs;
 
   SavedProjection(const Context& context, const Inputs& inputs, std::vector<c10::SymInt> sizes)
-      : split(context.split()),
+      : split(split_of(context)),
         reduce_dtype(context.reduce_dtype),
         sizes(std::move(sizes)),
         at(inputs.at),

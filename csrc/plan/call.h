@@ -18,7 +18,8 @@ struct LayerSizes {
   int64_t D = 0;        // embed dim
   int64_t key_dim = 0;  // of the key and value inputs; 0: D
   int64_t value_dim = 0;
-  bool bias = false;         // of q, k and v
+  bool bias = false;  // of q, k and v
+  bool out_bias = false;
   bool bias_kv = false;      // a trained key and value that every query sees
   bool concat = false;       // combine="concat"
   bool whole_heads = false;  // how the query side is stored
@@ -52,7 +53,7 @@ struct CallSizes {
   int64_t reduce_size = 0;
   int64_t key_dim = 0, value_dim = 0;
   int64_t extra_keys = 0;
-  bool bias = false, bias_kv = false;
+  bool bias = false, out_bias = false, bias_kv = false;
   int64_t node = 1;
   Activations activations = Activations::replicated;
 
@@ -92,6 +93,7 @@ CallSizes<I> call_sizes(const LayerSizes& layer, const Grid& grid, const CallSha
   s.value_dim = layer.value_dim;
   s.extra_keys = call.extra_keys;
   s.bias = layer.bias;
+  s.out_bias = layer.out_bias;
   s.bias_kv = layer.bias_kv;
   s.node = layer.node;
   s.activations = layer.activations;

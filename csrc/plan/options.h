@@ -33,7 +33,8 @@ inline Memory memory_of(Scheme scheme, const CallSizes<Checked>& s) {
 
   const Checked queries = local.batch * local.heads * local.rows;
   const Checked keys = s.position > 0 ? 0 : local.batch * local.kv_heads * local.keys;  // else the cache's
-  const bool parts = s.split() && row.x == Move::replicate;  // of X alone: the whole is gathered again
+  const bool parts = s.split() && (row.x == Move::replicate ||
+                                   takes_parts(row, s));  // of X alone: the whole is gathered again
   Checked kept = (parts ? traffic::split_elements(s.inputs, s) : traffic::input_elements(row, s)) +
                  (queries + keys) * (local.qk_width + local.v_width);
   if (s.concat)

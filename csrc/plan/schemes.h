@@ -116,13 +116,24 @@ inline bool whole_heads_fit(int64_t H, int64_t K, int64_t m) {
   return H % m == 0 && (m % K == 0 || K % m == 0);
 }
 
+// Whether the parts that ranks have of split activations make up, over the head axis, what a rank of the slice group takes
+// as its own tokens: whole chunks of rows, or of sequences.
+template <class I>
+bool whole_chunks(const CallSizes<I>& s) {
+  const int64_t P = s.n * s.m;
+  if (!s.split() || s.m == 1) return false;
+  if (s.activations == Activations::batch) return s.B % P == 0;
+  return s.L % (2 * P) == 0 && s.given_keys() % (2 * P) == 0;
+}
+
 // The row with the moves of a call of these sizes in place of those that depend on them.
 template <class I>
 SchemeRow concrete_row(Scheme scheme, const CallSizes<I>& s) {
   SchemeRow row = scheme_row(scheme);
   if (row.k == Move::shared) row.k = row.v = s.K % s.m == 0 ? Move::heads : Move::one_head;
   if (row.q == Move::tokens) {
-    const bool by_batch = s.B % s.m == 0;
+    const bool by_rows = s.activations == Activations::sequence && whole_chunks(s);
+    const bool by_batch = !by_rows && s.B % s.m == 0;
     row.q = row.out = by_batch ? Move::batch : Move::rows;
     row.k = row.v = by_batch ? Move::batch : Move::replicate;
   }
@@ -133,6 +144,12 @@ SchemeRow concrete_row(Scheme scheme, const CallSizes<I>& s) {
   if (row.y != Move::replicate) row.out = Move::keep;
   if (s.m == 1) row.w = Move::keep;
   return row;
+}
+
+// Whether scheme "weights" takes split activations as they are, X but for the head axis. Y too, if not concatenated.
+template <class I>
+bool takes_parts(const SchemeRow& concrete, const CallSizes<I>& s) {
+  return concrete.x != Move::replicate && whole_chunks(s);
 }
 
 // Whether rows are sharded as chunks j and 2 m - 1 - j of 2 m, which balances causal attention.

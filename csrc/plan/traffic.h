@@ -166,11 +166,14 @@ I split_elements(int64_t inputs, const CallSizes<I>& s) {
   return elements;
 }
 
-// An all-gather of split tensors, or the reduce-scatter that is its adjoint: they send alike.
+// An all-gather of split tensors, or the reduce-scatter that is its adjoint: they send alike. parts: over the head axis,
+// whose ranks' parts are taken as they are.
 template <class I>
-void add_split(Traffic<I>& rows, const char* what, const I& elements, int64_t element_size,
+void add_split(Traffic<I>& rows, const char* what, const I& elements, int64_t element_size, bool parts,
                const CallSizes<I>& s) {
-  rows.push_back({what, Axis::grid, elements * (element_size * (s.n * s.m - 1)), 1});
+  const int64_t ranks = parts ? s.n : s.n * s.m;
+  if (ranks > 1)
+    rows.push_back({what, parts ? Axis::head : Axis::grid, elements * (element_size * (ranks - 1)), 1});
 }
 
 // The tokens of Y, or of the gradient of X: as every rank has them, or as they are sharded.
@@ -233,17 +236,23 @@ Traffic<I> forward_traffic(Scheme scheme, const CallSizes<I>& s) {
   Traffic<I> rows;
   if (s.n * s.m == 1) return rows;
   const SchemeRow row = concrete_row(scheme, s);
-  if (s.split()) traffic::add_split(rows, "X", traffic::split_elements(s.inputs, s), s.element_size, s);
+  const bool parts = takes_parts(row, s), parts_out = parts && !s.concat;
+  if (s.split())
+    traffic::add_split(rows, "X", traffic::split_elements(s.inputs, s), s.element_size, parts, s);
   if (s.m > 1) traffic::add_exchanges(rows, row, s);
+  const int64_t reduce_size = traffic::reduce_size(s);
   const bool summed = !s.concat && row.y == Move::replicate;
-  const I sealed(s.sealed ? seal_code(summed ? traffic::reduce_size(s) : s.element_size, s.n * s.m).elements()
-                          : 0);
+  const I sealed(s.sealed ? seal_code(summed ? reduce_size : s.element_size, s.n * s.m).elements() : 0);
   if (s.concat)
     traffic::add_gather<I>(rows, "combine", s.B * s.L * (s.H * (s.d / s.m)), s, sealed);
+  else if (parts_out)
+    traffic::add_split(rows, "combine", traffic::split_elements(1, s), reduce_size, true, s);
   else if (s.split() && summed)
-    traffic::add_split(rows, "combine", traffic::split_elements(1, s) + sealed, traffic::reduce_size(s), s);
+    traffic::add_split(rows, "combine", traffic::split_elements(1, s) + sealed, reduce_size, false, s);
   else
     traffic::add_tokens_sum<I>(rows, "combine", row.y, traffic::tokens(row.y, s.L, s) * s.D + sealed, s);
+  if (parts_out && s.sealed)
+    rows.push_back({"compared", Axis::grid, traffic::all_reduce<I>(sealed * s.element_size, s.n * s.m), 1});
   if (s.attention_weights) traffic::add_attention_weights(rows, row, s);
   return rows;
 }
@@ -256,12 +265,15 @@ Traffic<I> backward_traffic(Scheme scheme, const CallSizes<I>& s) {
   Traffic<I> rows;
   if (s.n * s.m == 1) return rows;
   const SchemeRow row = concrete_row(scheme, s);
-  if (s.split()) traffic::add_split(rows, "dY", traffic::split_elements(1, s), s.element_size, s);
-  if (s.split() && row.x == Move::replicate)  // not kept, since it is whole
-    traffic::add_split(rows, "X", traffic::split_elements(s.inputs, s), s.element_size, s);
+  const bool parts = takes_parts(row, s), parts_out = parts && !s.concat;
+  const bool again =
+      s.split() && (parts || row.x == Move::replicate);  // X is not kept, but for this rank's part
+  if (s.split()) traffic::add_split(rows, "dY", traffic::split_elements(1, s), s.element_size, parts_out, s);
+  if (parts_out && s.out_bias) traffic::add_sum<I>(rows, "output bias gradient", I(s.D), s);
+  if (again) traffic::add_split(rows, "X", traffic::split_elements(s.inputs, s), s.element_size, parts, s);
   if (s.m > 1) traffic::add_exchanges(rows, row, s);
-  if (s.split() && row.x == Move::replicate)
-    traffic::add_split(rows, "dX", traffic::split_elements(s.inputs, s), traffic::reduce_size(s), s);
+  if (again)
+    traffic::add_split(rows, "dX", traffic::split_elements(s.inputs, s), traffic::reduce_size(s), parts, s);
   else
     traffic::add_tokens_sum<I>(rows, "dX", row.x, traffic::input_elements(row, s), s);
   if (s.mask_elements) traffic::add_sum<I>(rows, "mask gradient", I(s.mask_elements), s);

@@ -83,6 +83,7 @@ def decided(case: Case, at: Place, *, scheme: str | None = None, position: int =
         key_dim=case.embed_dim,
         value_dim=case.embed_dim,
         bias=case.bias,
+        out_bias=case.bias,
         bias_kv=case.extra_keys,
         whole_heads=case.whole_heads,
         concat=case.combine == "concat",

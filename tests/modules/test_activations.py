@@ -120,6 +120,17 @@ def test_bytes(pool, grid, combine, activations):
             assert seen == planned, scheme
 
 
+def test_tokens_that_stay_where_they_are():
+    """Localises: scheme weights moving activations that a rank of one head group has already."""
+    sizes = {"embed_dim": 64, "num_heads": 4, "num_kv_heads": 1, "devices": 4, "batch": 8, "seq": 16}
+    for activations, moved in (("batch", set()), ("sequence", {"move in"}), ("replicated", {"combine", "dX"})):
+        plan = tlm.plan(**sizes, activations=activations, bias=True)
+        option = next(one for one in plan.options if (one.grid, one.scheme) == ((1, 4), "weights"))
+        found = {row.what for row in option.forward + option.backward}
+        # keys and values of all rows; weights, and what is small: the hash, the gradient of a bias
+        assert found - {"weights", "output weights", "compared", "output bias gradient"} == moved
+
+
 def refusals(grid) -> list[str]:
     rank = torch.distributed.get_rank()
     build = {"embed_dim": 16, "num_heads": 4, "batch_first": True, "mesh": mesh(grid)}

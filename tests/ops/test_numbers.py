@@ -30,7 +30,7 @@ def test_sizes():
 
 def test_constants():
     """E. Localises: the same among the constants of a layer, and of how a call runs it."""
-    flags = {"bias": True, "bias_kv": False, "whole_heads": True, "concat": False}
+    flags = {"bias": True, "out_bias": False, "bias_kv": False, "whole_heads": True, "concat": False}
     sizes = {"num_heads": 11, "num_kv_heads": 12, "head_dim": 13, "embed_dim": 14, "key_dim": 15, "value_dim": 16}
     at = Place(Grid(7, 8), 2, 3)
     layer = context.layer_numbers(at, range(30, 44), **sizes, **flags, reduce_dtype=torch.float32, activations="batch")
@@ -71,7 +71,7 @@ def test_a_call_that_is_none():
 
     q, k, v = enter()
     for wrong, message in (
-        ({"numbers": numbers.rpartition(" ")[0]}, "must begin with 35 integers, .* there is no batch_first in"),
+        ({"numbers": numbers.rpartition(" ")[0]}, "must begin with 36 integers, .* there is no batch_first in"),
         ({"numbers": numbers.replace(" ", " x", 1)}, "there is no slices in"),
         ({"groups": groups[:2]}, "groups must name those of the slice axis"),
         ({"sizes": [*sizes, 0]}, "sizes must be a list of 5 numbers, got 6"),
