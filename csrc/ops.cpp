@@ -58,12 +58,16 @@ Tensor all_reduce_op(const Tensor& x, int64_t group_size, std::string group) {
   return reduce_replicated(x, {make_group(group, group_size), {}}, std::nullopt);
 }
 
-Tensor hierarchical_all_gather_op(const Tensor& x, int64_t head_dim, int64_t slice_dim, at::IntArrayRef grid,
-                                  std::string slice_group, std::string head_group, bool slices_first,
-                                  bool replicated) {
+void check_grid(at::IntArrayRef grid) {
   TORCH_CHECK_VALUE(grid.size() == 4, "grid must be (head_groups, slices, head_group, slice), got ",
                     grid.size(), " numbers");
   check_place({grid[0], grid[1]}, grid[2], grid[3]);
+}
+
+Tensor hierarchical_all_gather_op(const Tensor& x, int64_t head_dim, int64_t slice_dim, at::IntArrayRef grid,
+                                  std::string slice_group, std::string head_group, bool slices_first,
+                                  bool replicated) {
+  check_grid(grid);
   const std::vector<GatherStage> stages{
       {at::maybe_wrap_dim(head_dim, x.dim()), {head_group, grid[0], grid[2]}},
       {at::maybe_wrap_dim(slice_dim, x.dim()), {slice_group, grid[1], grid[3]}}};
@@ -71,9 +75,7 @@ Tensor hierarchical_all_gather_op(const Tensor& x, int64_t head_dim, int64_t sli
 }
 
 Split split_of(at::IntArrayRef grid, const std::string& group, bool rows) {
-  TORCH_CHECK_VALUE(grid.size() == 4, "grid must be (head_groups, slices, head_group, slice), got ",
-                    grid.size(), " numbers");
-  check_place({grid[0], grid[1]}, grid[2], grid[3]);
+  check_grid(grid);
   const Grid of{grid[0], grid[1]};
   return {{group, of.size(), of.rank(grid[2], grid[3])},    grid[0], grid[1], grid[2], grid[3],
           rows ? Activations::sequence : Activations::batch};
@@ -99,9 +101,7 @@ Tensor gather_activations_op(const Tensor& x, c10::SymInt size, bool rows, at::I
   const Split split = split_of(grid, group, rows);
   if (split.grid.size == 1) return x;
   Tensor mine = four_dims(x);
-  const auto want = split.own(size).maybe_as_int(), got = mine.sym_size(split.dim).maybe_as_int();
-  TORCH_CHECK_VALUE(!want || !got || *want == *got, "this rank's part of ", size, " is ", *want, ", got ",
-                    *got);
+  split.check_own(mine, size);
   Tensor whole = gather_split({mine}, {size}, split)[0];
   auto sizes = x.sym_sizes().vec();
   sizes[rows ? 1 : 0] = size;

@@ -137,7 +137,6 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         Raises ValueError (often also what stock raises) before anything is sent.
         """
         dropout_p = self.dropout if self.training and self._drops else 0.0
-
         wholes = self.wholes([query, key, value], batch_first=self.batch_first)
 
         def check() -> dict[str, object]:

@@ -18,15 +18,19 @@ def copy(options: Options) -> dict:
     return {"bytes": 2 * 4 * elements, "ms": round(ms, 4), "gb_per_s": round(2 * 4 * elements / ms / 1e6, 1)}
 
 
-def product(options: Options, dtype: torch.dtype, size: int) -> dict:
-    """A square product of random numbers: zeros are faster."""
-    size = 64 if options.tiny else size
+def square_product(options: Options, dtype: torch.dtype, size: int) -> tuple[float, float]:
+    """Milliseconds and TFLOP/s of a square product of random numbers: zeros are faster."""
 
     def draw() -> tuple:
         return tuple(torch.randn(size, size, device=options.device).to(dtype) for _ in range(2))
 
     ms = device_ms({"matmul": torch.matmul}, past_the_cache(draw, options.device), options.repeats)["matmul"]
-    rate = tflops(2 * size**3, ms, dtype, options.device)
+    return ms, tflops(2 * size**3, ms, dtype, options.device)
+
+
+def product(options: Options, dtype: torch.dtype, size: int) -> dict:
+    size = 64 if options.tiny else size
+    ms, rate = square_product(options, dtype, size)
     return {"size": size, "ms": round(ms, 4), "tflops": round(rate, 1)}
 
 

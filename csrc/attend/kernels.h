@@ -72,7 +72,7 @@ const char* of_stripes(const Request& r, const With& with) {
 }
 
 // Each stripe is a call of its own kernel.
-inline const char* many_pieces(const Request& r) {
+inline const char* many_stripes(const Request& r) {
   const bool many = !r.visible.keys_of_all(r.L, r.S) && std::min(r.visible.key_stride, r.L) > 1024;
   return many ? "takes key_stride up to 1024" : nullptr;
 }
@@ -112,7 +112,7 @@ inline const char* flash(const Request& r, const Machine& m) {
   const bool small = m.arch == 86 || m.arch == 89 || m.arch >= 120;
   if (d > 256) return "takes widths up to 256";
   if (small && d > 192 && d <= 224) return "has no backward for widths 193 to 224 on sm_86, sm_89 and sm_120";
-  if (const char* many = many_pieces(r)) return many;
+  if (const char* many = many_stripes(r)) return many;
   const char* reason =
       of_stripes(r, [](const Stripe&, const Corner& corner) { return corner.fits ? nullptr : kPastTheEnd; });
   return reason ? reason : large_batch(r);
@@ -121,7 +121,7 @@ inline const char* flash(const Request& r, const Machine& m) {
 inline const char* efficient(const Request& r, const Machine& m) {
   if (!m.efficient_enabled) return "is switched off: torch.backends.cuda.enable_mem_efficient_sdp";
   if (r.dtype == Dtype::bfloat16 && m.arch < 80) return "needs sm_80 for bfloat16";
-  if (const char* many = many_pieces(r)) return many;
+  if (const char* many = many_stripes(r)) return many;
   const char* reason = of_stripes(r, [&](const Stripe& stripe, const Corner& corner) -> const char* {
     if (!corner.fits) return kPastTheEnd;
     if (corner.window && r.backward && !m.offset_windows && corner.keys != stripe.rows)

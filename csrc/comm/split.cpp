@@ -30,8 +30,8 @@ Tensor reordered(const Tensor& parts, int64_t outer, int64_t inner) {
   return parts.unflatten(0, {outer, inner}).transpose(0, 1).flatten(0, 1);
 }
 
-// What this rank has of x, each chunk filled up with zeros.
-Tensor filled(const Tensor& x, const c10::SymInt& size, const Split& split) {
+// This rank's part with each chunk filled up with zeros, or without them again.
+Tensor filled(const Tensor& x, const c10::SymInt& size, const Split& split, bool fill) {
   const auto chunk = chunk_of(split, size);
   std::vector<Tensor> chunks;
   c10::SymInt first = 0;
@@ -39,22 +39,9 @@ Tensor filled(const Tensor& x, const c10::SymInt& size, const Split& split) {
   for (const auto& run : split.runs(size)) {
     const auto count = run.second;
     full = full && count.maybe_as_int() == chunk.maybe_as_int();
-    chunks.push_back(pad_dim(x.narrow_symint(split.dim, first, count), split.dim, 0, chunk - count));
-    first = first + count;
-  }
-  return full ? x : at::cat(chunks, split.dim);
-}
-
-// The other way round.
-Tensor unfilled(const Tensor& x, const c10::SymInt& size, const Split& split) {
-  const auto chunk = chunk_of(split, size);
-  std::vector<Tensor> chunks;
-  c10::SymInt first = 0;
-  bool full = true;
-  for (const auto& run : split.runs(size)) {
-    full = full && run.second.maybe_as_int() == chunk.maybe_as_int();
-    chunks.push_back(x.narrow_symint(split.dim, first, run.second));
-    first = first + chunk;
+    Tensor rows = x.narrow_symint(split.dim, first, count);
+    chunks.push_back(fill ? pad_dim(rows, split.dim, 0, chunk - count) : rows);
+    first = first + (fill ? count : chunk);
   }
   return full ? x : at::cat(chunks, split.dim);
 }
@@ -146,6 +133,12 @@ std::vector<std::pair<c10::SymInt, c10::SymInt>> Split::runs(const c10::SymInt& 
   return {run(part), run(2 * head_groups * slices - 1 - part)};
 }
 
+void Split::check_own(const Tensor& x, const c10::SymInt& size) const {
+  const auto want = own(size).maybe_as_int(), got = x.sym_size(dim).maybe_as_int();
+  TORCH_CHECK_VALUE(!want || !got || *want == *got, "this rank's part of ", size,
+                    dim == 0 ? " sequences is " : " rows is ", *want, ", got ", *got);
+}
+
 c10::SymInt Split::own(const c10::SymInt& size) const {
   c10::SymInt count = 0;
   for (const auto& run : runs(size)) count = count + run.second;
@@ -157,7 +150,7 @@ std::vector<Tensor> all_parts(at::TensorList xs, const std::vector<c10::SymInt>&
   std::vector<Tensor> flat;
   std::vector<c10::SymInt> shapes;
   for (size_t i = 0; i < xs.size(); ++i) {
-    flat.push_back(filled(xs[i], sizes[i], split).reshape(-1));
+    flat.push_back(filled(xs[i], sizes[i], split, true).reshape(-1));
     auto shape = xs[i].sym_sizes().vec();
     shape[split.dim] = sizes[i];
     shapes.insert(shapes.end(), shape.begin(), shape.end());
@@ -189,7 +182,7 @@ std::pair<std::vector<Tensor>, Tensor> sum_parts(at::TensorList xs, const Split&
     c10::SymInt elements = 1;
     for (const auto& extent : shape) elements = elements * extent;
     Tensor part = mine.narrow_symint(0, first, elements).view_symint(shape);
-    sums.push_back(unfilled(part, size, split).to(x.scalar_type()));
+    sums.push_back(filled(part, size, split, false).to(x.scalar_type()));
     first = first + elements;
   }
   return {sums, mine.narrow_symint(0, first, mine.sym_size(0) - first)};

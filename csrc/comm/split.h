@@ -34,6 +34,8 @@ struct Split {
   std::vector<std::pair<c10::SymInt, c10::SymInt>> runs(const c10::SymInt& size) const;
   // What this rank has of `size`.
   c10::SymInt own(const c10::SymInt& size) const;
+  // Raises ValueError unless x (B, 1, L, ..) is that.
+  void check_own(const Tensor& x, const c10::SymInt& size) const;
 };
 
 // The wholes of tensors (B, 1, L, ..) of which every rank has its part, in one exchange; sizes: of the dim that is

@@ -108,7 +108,7 @@ struct Context {
   c10::SymInt first_key;
   bool zero_key = false;
   bool batch_first = true;
-  bool takes_parts = false;
+  bool takes_parts = false;  // this rank's tokens are parts of the head axis
   std::optional<at::ScalarType> reduce_dtype;
   int64_t number = 0;        // as Sizes has it; 0 on one rank
   std::optional<Seal> seal;  // of what the ranks compare, as far as it is known
@@ -122,7 +122,7 @@ struct Context {
   // Tokens of X, and of Y, are sharded over the slice group.
   bool shards_x() const { return row.x != Move::replicate; }
   bool shards_y() const { return row.y != Move::replicate; }
-  // X and Y are split over the grid, outside of the layer; takes_parts: and this rank's tokens are parts of the head axis.
+  // X and Y are split over the grid, outside of the layer.
   bool splits() const { return sizes.split(); }
   Split split() const {
     return {groups.grid, grid.head_groups, grid.slices, head_group, slice, sizes.activations};

@@ -31,10 +31,7 @@ std::pair<std::vector<Tensor>, std::vector<c10::SymInt>> parts_of(const Inputs& 
                      : sizes.empty() ? context.sizes.L
                                      : context.sizes.given_keys()) /
                     of);
-    const auto want = split.own(sizes.back()).maybe_as_int(),
-               got = xs.back().sym_size(split.dim).maybe_as_int();
-    TORCH_CHECK_VALUE(!want || !got || *want == *got, "this rank's part of ", sizes.back(),
-                      split.dim == 0 ? " sequences is " : " rows is ", *want, ", got ", *got);
+    split.check_own(xs.back(), sizes.back());
   }
   return {xs, sizes};
 }

@@ -12,8 +12,8 @@ namespace two_level_mha {
 std::vector<Tensor> whole_inputs(const Inputs& inputs, const Context& context);
 
 // This rank's parts -> q, k, v of all tokens, or where the call takes parts of those of this rank's slice, by the weights
-// given, as qkv_projection gives them batch first. The parts
-// alone are kept for the backward pass, which gathers them once more, where weights are trained.
+// given, as qkv_projection gives them batch first. The parts alone are kept for the backward pass, which gathers them
+// once more where weights are trained.
 std::tuple<Tensor, Tensor, Tensor> project_split(const Inputs& inputs, const QkvWeights& weights,
                                                  const Context& context);
 

@@ -266,7 +266,7 @@ AttentionParams params_of(const Stripe& stripe, AttentionParams params) {
 }
 
 template <auto kForward>
-Forward in_pieces(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
+Forward in_stripes(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
   const int64_t L = q.size(2);
   const auto stripes = stripes_of(params, L, k.size(2));
   if (stripes.size() == 1 && stripes[0].rows == L)
@@ -282,9 +282,9 @@ Forward in_pieces(const Tensor& q, const Tensor& k, const Tensor& v, const Atten
 }
 
 template <auto kBackward>
-Backward in_pieces(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q, const Tensor& k,
-                   const Tensor& v, const Tensor& out, const Tensor& logsumexp,
-                   const AttentionParams& params) {
+Backward in_stripes(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q, const Tensor& k,
+                    const Tensor& v, const Tensor& out, const Tensor& logsumexp,
+                    const AttentionParams& params) {
   const int64_t L = q.size(2);
   const auto stripes = stripes_of(params, L, k.size(2));
   if (stripes.size() == 1 && stripes[0].rows == L)
@@ -308,33 +308,33 @@ Backward in_pieces(const Tensor& grad_out, const Tensor& grad_logsumexp, const T
 }  // namespace
 
 Forward cudnn_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
-  return in_pieces<cudnn>(q, k, v, params);
+  return in_stripes<cudnn>(q, k, v, params);
 }
 
 Backward cudnn_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
                         const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
                         const AttentionParams& params) {
-  return in_pieces<cudnn_gradients>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
+  return in_stripes<cudnn_gradients>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
 }
 
 Forward flash_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
-  return in_pieces<flash>(q, k, v, params);
+  return in_stripes<flash>(q, k, v, params);
 }
 
 Backward flash_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
                         const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
                         const AttentionParams& params) {
-  return in_pieces<flash_gradients>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
+  return in_stripes<flash_gradients>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
 }
 
 Forward efficient_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
-  return in_pieces<efficient>(q, k, v, params);
+  return in_stripes<efficient>(q, k, v, params);
 }
 
 Backward efficient_backward(const Tensor& grad_out, const Tensor& grad_logsumexp, const Tensor& q,
                             const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& logsumexp,
                             const AttentionParams& params) {
-  return in_pieces<efficient_gradients>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
+  return in_stripes<efficient_gradients>(grad_out, grad_logsumexp, q, k, v, out, logsumexp, params);
 }
 
 }  // namespace two_level_mha
