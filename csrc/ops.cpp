@@ -8,6 +8,8 @@
 #include <ATen/WrapDimUtils.h>
 #include <torch/library.h>
 
+#include "split_ops.h"
+
 namespace two_level_mha {
 
 namespace {
@@ -58,12 +60,6 @@ Tensor all_reduce_op(const Tensor& x, int64_t group_size, std::string group) {
   return reduce_replicated(x, {make_group(group, group_size), {}}, std::nullopt);
 }
 
-void check_grid(at::IntArrayRef grid) {
-  TORCH_CHECK_VALUE(grid.size() == 4, "grid must be (head_groups, slices, head_group, slice), got ",
-                    grid.size(), " numbers");
-  check_place({grid[0], grid[1]}, grid[2], grid[3]);
-}
-
 Tensor hierarchical_all_gather_op(const Tensor& x, int64_t head_dim, int64_t slice_dim, at::IntArrayRef grid,
                                   std::string slice_group, std::string head_group, bool slices_first,
                                   bool replicated) {
@@ -72,40 +68,6 @@ Tensor hierarchical_all_gather_op(const Tensor& x, int64_t head_dim, int64_t sli
       {at::maybe_wrap_dim(head_dim, x.dim()), {head_group, grid[0], grid[2]}},
       {at::maybe_wrap_dim(slice_dim, x.dim()), {slice_group, grid[1], grid[3]}}};
   return hierarchical_all_gather(x, stages, slices_first, replicated);
-}
-
-Split split_of(at::IntArrayRef grid, const std::string& group, bool rows) {
-  check_grid(grid);
-  const Grid of{grid[0], grid[1]};
-  return {{group, of.size(), of.rank(grid[2], grid[3])},    grid[0], grid[1], grid[2], grid[3],
-          rows ? Activations::sequence : Activations::batch};
-}
-
-// (B, L, ..) as (B, 1, L, N).
-Tensor four_dims(const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() >= 2, "x must be (B, L, ..), got ", x.dim(), " dims");
-  return (x.dim() == 2 ? x.unsqueeze(2) : x.flatten(2)).unsqueeze(1);
-}
-
-Tensor shard_activations_op(const Tensor& x, bool rows, at::IntArrayRef grid, std::string group) {
-  const Split split = split_of(grid, group, rows);
-  if (split.grid.size == 1) return x;
-  Tensor mine = keep_split(four_dims(x), split);
-  auto sizes = x.sym_sizes().vec();
-  sizes[rows ? 1 : 0] = split.own(sizes[rows ? 1 : 0]);
-  return mine.view_symint(sizes);
-}
-
-Tensor gather_activations_op(const Tensor& x, c10::SymInt size, bool rows, at::IntArrayRef grid,
-                             std::string group) {
-  const Split split = split_of(grid, group, rows);
-  if (split.grid.size == 1) return x;
-  Tensor mine = four_dims(x);
-  split.check_own(mine, size);
-  Tensor whole = gather_split({mine}, {size}, split)[0];
-  auto sizes = x.sym_sizes().vec();
-  sizes[rows ? 1 : 0] = size;
-  return whole.view_symint(sizes);
 }
 
 using Tensors = std::vector<Tensor>;
@@ -309,6 +271,31 @@ TORCH_LIBRARY(two_level_mha, library) {
   library.def("shard_activations(Tensor x, bool rows, int[] grid, str group) -> Tensor", shard_activations_op);
   library.def("gather_activations(Tensor x, SymInt size, bool rows, int[] grid, str group) -> Tensor",
               gather_activations_op);
+
+  // An MLP of split activations: X of all ranks through each weight, x W^T + b, and this rank's part of the
+  // sum of the ranks' products: comm/split_linear.h. The bias is added once, and its gradient is alike.
+  library.def(
+      "project_activations("
+      "Tensor x, "
+      "Tensor[] weights, "
+      "Tensor?[] biases, "
+      "SymInt size, "
+      "bool rows, "
+      "int[] grid, "
+      "str group, "
+      "ScalarType? reduce_dtype=None"
+      ") -> Tensor[]",
+      project_activations_op);
+  library.def(
+      "sum_activations("
+      "Tensor x, "
+      "Tensor? bias, "
+      "bool rows, "
+      "int[] grid, "
+      "str group, "
+      "ScalarType? reduce_dtype=None"
+      ") -> Tensor",
+      sum_activations_op);
 
   // What the ranks of a grid compare in a call: csrc/comm/seal.h. The hash of what a rank was given, an int64;
   // its digits as they ride in an exchange; a copy of y, if the sums of all ranks' digits are of equal ones:

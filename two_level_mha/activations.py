@@ -32,9 +32,7 @@ def shard_activations(x: Tensor, activations: str, mesh: DeviceMesh | None, *, b
     place = _place(x, activations, mesh)
     if activations == "replicated" or place.grid.size == 1:
         return x
-    whole = x if batch_first else x.transpose(0, 1)
-    part = _ops.shard_activations(whole, activations == "sequence", _grid(place), place.groups[2])
-    return part if batch_first else part.transpose(0, 1).contiguous()
+    return keep_part(x, activations, place, batch_first)
 
 
 def gather_activations(x: Tensor, activations: str, mesh: DeviceMesh | None, *, batch_first: bool = True) -> Tensor:
@@ -46,9 +44,21 @@ def gather_activations(x: Tensor, activations: str, mesh: DeviceMesh | None, *, 
     place = _place(x, activations, mesh)
     if activations == "replicated" or place.grid.size == 1:
         return x
+    (size,) = whole_sizes([tuple(x.shape)], activations, place, int(batch_first == (activations == "sequence")))
+    return gather_part(x, size, activations, place, batch_first)
+
+
+def keep_part(x: Tensor, activations: str, place: Place, batch_first: bool) -> Tensor:
+    """shard_activations on a grid of several ranks."""
+    whole = x if batch_first else x.transpose(0, 1)
+    part = _ops.shard_activations(whole, activations == "sequence", grid_numbers(place), place.groups[2])
+    return part if batch_first else part.transpose(0, 1).contiguous()
+
+
+def gather_part(x: Tensor, size: int, activations: str, place: Place, batch_first: bool) -> Tensor:
+    """gather_activations where the size of the whole is known."""
     part = x if batch_first else x.transpose(0, 1)
-    size = whole_sizes([tuple(part.shape)], activations, place, 1 if activations == "sequence" else 0)[0]
-    whole = _ops.gather_activations(part, size, activations == "sequence", _grid(place), place.groups[2])
+    whole = _ops.gather_activations(part, size, activations == "sequence", grid_numbers(place), place.groups[2])
     return whole if batch_first else whole.transpose(0, 1).contiguous()
 
 
@@ -95,5 +105,6 @@ def _place(x: Tensor, activations: str, mesh: DeviceMesh | None) -> Place:
     return place_on(mesh)
 
 
-def _grid(place: Place) -> list[int]:
+def grid_numbers(place: Place) -> list[int]:
+    """(n, m, i, j), as the operators take them."""
     return [place.grid.head_groups, place.grid.slices, place.head_group, place.slice]

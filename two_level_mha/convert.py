@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from two_level_mha.activations import check_activations
 from two_level_mha.adapters import Adapter, adapters_with
 from two_level_mha.agreement import ModelInputs, NoteOfFailure, check_same_weights, same_on_all_ranks
 from two_level_mha.cache_layer import CACHE_LAYOUTS
@@ -23,6 +24,7 @@ from two_level_mha.probe import HOOKS, changed_linear, has_hooks, layer_settings
 from two_level_mha.profile import Profile, resolve_profile
 from two_level_mha.report import keep_report
 from two_level_mha.rest import Rest, find_rest, split_rest
+from two_level_mha.stacks import find_stacks, split_stack
 from two_level_mha.stock import resolve, take_stock_keys
 
 # Names of projections: q, kv_b_proj, query_key_value, linear_v, c_attn and so on.
@@ -69,6 +71,7 @@ def parallelize(
     debug: bool | None = None,
     reduce_dtype: torch.dtype | None = None,
     profile: Profile | str | os.PathLike | None = None,
+    activations: str = "replicated",
 ) -> nn.Module:
     """Replaces every supported attention of `model` by its split form, in place; returns the model.
 
@@ -82,6 +85,10 @@ def parallelize(
     cache: how such decoders keep a KV cache that transformers made: "position" or "batch" (two_level_mha.cache).
     reduce_dtype: torch.float32 sums outputs and gradients over ranks in it, None in the tensors' own dtype.
     profile: the rates by which scheme="auto" chooses, as for TwoLevelMultiheadAttention.
+    activations: "sequence" or "batch": hidden states stay split from the first layer to behind the last, each rank has
+    its rows or its sequences (shard_activations). Norms, dropout and residuals act on parts; attention and MLPs gather
+    what they are given and sum into parts what they give. The model takes and gives what it did. Short calls without
+    gradients, as the steps of a generation, stay replicated. What cannot stay split is in the report.
     A collective over the grid. Raises GridError, on every rank and before anything is changed, when nothing is found,
     when an attention is found that is not supported, when the grid does not fit one, or when the ranks' arguments or
     weights differ. What was split is told by two_level_mha.report(model), which the grid's first rank also logs (logger
@@ -91,9 +98,10 @@ def parallelize(
     """
     options = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache, "reduce_dtype": reduce_dtype}
     grid = place_on(mesh).grid
-    found, generating, others, refusal, rates = [], [], Rest(), None, None
+    found, generating, others, stacks, refusal, rates = [], [], Rest(), [], None, None
     try:
         check_options(scheme, combine)
+        check_activations(activations)
         options["profile"] = resolve_profile(profile, "cpu" if mesh is None else mesh.device_type)
         rates = options["profile"].numbers
         if cache not in CACHE_LAYOUTS:
@@ -106,28 +114,35 @@ def parallelize(
         _probe_all(found, options)
         if rest and grid.size > 1:
             others = find_rest(model, grid.size, {name for one in found for name in one.names()})
+        if activations != "replicated" and grid.size > 1:
+            stacks, whole = find_stacks(model, found, others)
+            others.left_out |= whole
     except Exception as error:  # whatever it is, the others would wait for this rank
         refusal = error
     arguments = {"refusal": refusal, "scheme": scheme, "combine": combine, "rest": rest, "cache": cache}
-    arguments |= {"reduce_dtype": str(reduce_dtype), "profile": rates}
+    arguments |= {"activations": activations, "reduce_dtype": str(reduce_dtype), "profile": rates}
     same_on_all_ranks(arguments, mesh, "call parallelize alike on every rank")
     if mesh is not None:
         check_same_weights(model, mesh, any(_dropout(module) > 0.0 for module in model.modules()))
         kinds = {
             "which MLPs can be split": list(others.mlps),
             "the tensor-parallel plan": [rules for _, rules in others.tp_plans.values()],
+            "which hidden states can stay split": [stack.name for stack in stacks],
             "what attention does": [(one.adapter.name, one.variant) for one in found],
         }
         same_on_all_ranks(kinds, mesh, "build the model alike on every rank")
+    split = {module for stack in stacks for module in stack.attentions}
     for one in found:
-        _replace(one, mesh, options)
+        _replace(one, mesh, options | ({"activations": activations} if one.module in split else {}))
     if grid.size > 1:
         control = control_on(mesh)
         model.register_forward_pre_hook(ModelInputs(control), with_kwargs=True)
         model.register_forward_hook(NoteOfFailure(control), always_call=True)
         for part in generating:
             later("generate", "generate_together")(part, mesh)
-        split_rest(others, mesh)
+        split_rest(others, mesh, {linear for stack in stacks for mlp in stack.mlps for linear in mlp.linears})
+        for stack in stacks:
+            split_stack(stack, mesh, activations, reduce_dtype)
     report = keep_report(model, len(found), others)
     if mesh is None or not any(mesh.get_coordinate()):
         logging.getLogger("two_level_mha").info("%s", report)

@@ -21,10 +21,11 @@ from two_level_mha.context import constants, element_size, layer_numbers, size_n
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import Grid, place_on
 from two_level_mha.profile import Profile, resolve_profile
+from two_level_mha.stream import Stream
 
 CACHED = "position"  # the scheme of a KV cache by position: not for a call without one
 SCHEMES = ("auto", *(name for name, _, _ in _C.schemes() if name != CACHED))
-SPLIT_INPUTS = ("query", "key", "value", "x")  # of which each rank may have its own part
+SPLIT_INPUTS = ("query", "key", "value", "x", "hidden_states")  # of which each rank may have its own part
 REDUCE_DTYPES = (None, torch.float32)
 
 _ops = torch.ops.two_level_mha
@@ -88,6 +89,7 @@ class GridAttention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scheme, self.combine, self.debug, self.reduce_dtype = scheme, combine, debug, reduce_dtype
         self.activations = activations
+        self.stream: Stream | None = None  # of a model whose hidden states are split, which knows what of
         self.profile = resolve_profile(profile, "cpu" if mesh is None else mesh.device_type)
         self._compared = self._just_compared = False
         self.calls = Calls(self.place.control, type(self).__name__) if self.place.control is not None else None
@@ -101,9 +103,10 @@ class GridAttention(nn.Module):
             else:
                 kept = self.block(tensor, name)
                 self.register_parameter(name, nn.Parameter(kept, (requires_grad or {}).get(name, True)))
-        self._numbers, self._texts = self._layer_numbers(full), {}
+        kinds = dict.fromkeys(("replicated", self.activations))
+        self._numbers, self._texts = {kind: self._layer_numbers(full, kind) for kind in kinds}, {}
 
-    def _layer_numbers(self, full: dict[str, Tensor | None]) -> list[int]:
+    def _layer_numbers(self, full: dict[str, Tensor | None], activations: str) -> list[int]:
         held = {name for name, tensor in full.items() if tensor is not None}
         return layer_numbers(
             self.place,
@@ -120,7 +123,7 @@ class GridAttention(nn.Module):
             whole_heads=self.whole_heads,
             concat=self.combine == "concat",
             reduce_dtype=self.reduce_dtype,
-            activations=self.activations,
+            activations=activations,
         )
 
     def block(self, full: Tensor, name: str) -> Tensor:
@@ -147,7 +150,8 @@ class GridAttention(nn.Module):
     @property
     def splits(self) -> bool:
         """Whether this rank is given its part of the activations, and returns that."""
-        return self.activations != "replicated" and self.place.grid.size > 1
+        split = self.activations != "replicated" and self.place.grid.size > 1
+        return split and (self.stream is None or self.stream.splits)
 
     def wholes(self, xs: list[Tensor], batch_first: bool = True) -> list[Tensor]:
         """What stands for the inputs' wholes where their shapes are asked for: themselves, or if they are split tensors
@@ -155,7 +159,7 @@ class GridAttention(nn.Module):
         """
         if not self.splits:
             return xs
-        if not (self._compared or torch.compiler.is_compiling()):
+        if not (self._compared or self.stream is not None or torch.compiler.is_compiling()):
             same_on_all_ranks({"activations": self.activations}, self.mesh, ALIKE)
         distinct = [x for i, x in enumerate(xs) if all(x is not other for other in xs[:i])]
         shapes = [tuple(getattr(x, "shape", ())) for x in distinct]  # who gives no tensor must not miss this
@@ -163,7 +167,10 @@ class GridAttention(nn.Module):
         if not batched and self.activations == "batch":
             raise GridError("activations='batch' splits sequences, and an unbatched query is one: give it a batch dim")
         dim = int(batch_first == (self.activations == "sequence")) if batched else 0
-        sizes = whole_sizes(shapes, self.activations, self.place, dim)
+        if self.stream is not None:
+            sizes = self.stream.whole_sizes(shapes)
+        else:
+            sizes = whole_sizes(shapes, self.activations, self.place, dim)
         found = [stand_in(x, dim, size) for x, size in zip(distinct, sizes, strict=True)]
         return [next(whole for y, whole in zip(distinct, found, strict=True) if y is x) for x in xs]
 
@@ -282,10 +289,11 @@ class GridAttention(nn.Module):
 
     def _constants(self, scheme: str, causal: bool, element_size: int, zero_key: bool, batch_first: bool) -> str:
         """The constants of a call; made once for each way in which calls run the layer."""
-        key = (scheme, causal, element_size, zero_key, batch_first)
+        activations = self.activations if self.splits else "replicated"
+        key = (scheme, causal, element_size, zero_key, batch_first, activations)
         if key not in self._texts:
             self._texts[key] = constants(
-                self._numbers, self.place.groups, scheme=scheme, causal=causal, element_size=element_size,
+                self._numbers[activations], self.place.groups, scheme=scheme, causal=causal, element_size=element_size,
                 zero_key=zero_key, batch_first=batch_first, name="" if self.calls is None else self.calls.name,
             )  # fmt: skip
         return self._texts[key]

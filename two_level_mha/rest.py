@@ -26,7 +26,7 @@ _MLPS = (
     ("fc1", "fc2"),  # ViT
 )
 
-_Mlps = dict[str, tuple[nn.Module, tuple[str, str]]]
+_Mlps = dict[str, tuple[nn.Module, tuple[str, str], tuple[str, ...]]]  # and what is between the linears
 
 
 @dataclass
@@ -61,12 +61,15 @@ def find_rest(model: nn.Module, ranks: int, replaced: set[str]) -> Rest:
     return rest
 
 
-def split_rest(rest: Rest, mesh: DeviceMesh) -> None:
-    """Splits what find_rest found."""
+def split_rest(rest: Rest, mesh: DeviceMesh, taken: set[nn.Module]) -> None:
+    """Splits what find_rest found, but for the linears `taken`."""
     for part, tp_plan in rest.tp_plans.values():
-        apply_tp_plan(part, tp_plan, mesh)
+        names = {name for name, module in part.named_modules() if module in taken}
+        apply_tp_plan(part, {name: style for name, style in tp_plan.items() if name not in names}, mesh)
     grid = grid_mesh(mesh)
-    for module, paths in rest.mlps.values():
+    for module, paths, _ in rest.mlps.values():
+        if module.get_submodule(paths[0]) in taken:
+            continue
         styles = (ColwiseParallel(), RowwiseParallel())
         parallelize_module(module, grid, dict(zip(paths, styles, strict=True)), src_data_rank=None)
         for path in paths:
@@ -92,7 +95,7 @@ def _find_mlps(model: nn.Module, ranks: int, owners: dict[int, int], planned: se
             if problem:
                 rest.left_out_mlps[name] = problem
             else:
-                rest.mlps[name] = (module, paths)
+                rest.mlps[name] = (module, paths, probed[kind])
 
 
 def _problem(linears: list[nn.Module], paths: tuple[str, str], owners: dict[int, int], ranks: int) -> str | None:

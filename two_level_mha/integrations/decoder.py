@@ -9,10 +9,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import DynamicCache
 
 from two_level_mha.cache_layer import NO_CACHE
+from two_level_mha.class_like import class_like
 from two_level_mha.decoder import check_dropout
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations.cache import WINDOWED, put_layer, split_layer
-from two_level_mha.integrations.projected import ProjectedAttention, additive, class_like
+from two_level_mha.integrations.projected import ProjectedAttention, additive
 from two_level_mha.layer import Aside
 
 NORMS = ("q_norm", "k_norm")
@@ -73,7 +74,8 @@ class DecoderAttention(ProjectedAttention):
         past_key_values=None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        B, L, _ = hidden_states.shape
+        whole = self.wholes([hidden_states])[0]
+        B, L, _ = whole.shape
         need_weights, dropout_p = self.needs_weights(kwargs), self.dropout.p if self.training else 0.0
         layout = "batch" if dropout_p > 0.0 else self.cache_layout  # see check_dropout
 
@@ -109,6 +111,7 @@ class DecoderAttention(ProjectedAttention):
             hidden_states,
             hidden_states,
             hidden_states,
+            wholes=[whole, whole],
             attn_mask=attention_mask,
             scale=self.scaling,
             causal=call.position if causal else None,

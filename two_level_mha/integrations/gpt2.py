@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from two_level_mha.class_like import class_like
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.decoder import DecoderAttention, calls_with_cache
-from two_level_mha.integrations.projected import class_like
 from two_level_mha.layer import Aside
 from two_level_mha.stock import StockTensor
 

@@ -1,11 +1,10 @@
 """transformers' encoder attention with four plain linear projections: BERT, RoBERTa, ViT and what has their shape."""
 
-import functools
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from two_level_mha.class_like import class_like
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.layer import GridAttention
 from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
@@ -79,6 +78,7 @@ class ProjectedAttention(GridAttention):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
         dropout_p = self.dropout.p if self.training else 0.0
+        whole = self.wholes([hidden_states])[0]
 
         def check() -> dict[str, object]:
             self.check_implementation()
@@ -88,11 +88,12 @@ class ProjectedAttention(GridAttention):
             return {"need_weights": self.needs_weights(kwargs), "dropout_p": dropout_p}
 
         self.check_call(check, {"hidden_states": hidden_states, "attention_mask": attention_mask})
-        causal = attention_mask is None and self.causal_without_mask(kwargs, hidden_states.shape[1])
+        causal = attention_mask is None and self.causal_without_mask(kwargs, whole.shape[1])
         return self.attend(
             hidden_states,
             hidden_states,
             hidden_states,
+            wholes=[whole, whole],
             attn_mask=attention_mask,
             scale=self.scaling,
             causal=0 if causal else None,
@@ -118,22 +119,6 @@ class ProjectedAttention(GridAttention):
     def needs_weights(self, kwargs: dict) -> bool:
         """Whether a call, or else the config, asks for attention weights."""
         return bool(kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)))
-
-
-@functools.cache
-def class_like(ours: type, original: type) -> type:
-    """A class of ours whose instances are also the original's, by which transformers finds what to record."""
-    return type(f"TwoLevel{original.__name__}", (ours, original), {"__reduce__": _reduce})
-
-
-def _reduce(module: nn.Module) -> tuple:
-    """How to pickle an instance: its class has no place in a module, but can be made again."""
-    return _blank, type(module).__bases__, vars(module)
-
-
-def _blank(ours: type, original: type) -> nn.Module:
-    made = class_like(ours, original)
-    return made.__new__(made)
 
 
 def projected_like(original: nn.Module, *args, **options) -> ProjectedAttention:

@@ -1,0 +1,86 @@
+#include "split_linear.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "exchange.h"
+
+namespace two_level_mha {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+namespace {
+
+// What is kept beside the tensors: x, the weights, and the biases where they are.
+struct SavedLinears : torch::CustomClassHolder {
+  Split split;
+  c10::SymInt size;
+  std::optional<at::ScalarType> reduce_dtype;
+  std::vector<size_t> bias;  // the number of each linear's among the tensors, or 0
+
+  SavedLinears(const Split& split, const c10::SymInt& size, std::optional<at::ScalarType> reduce_dtype)
+      : split(split), size(size), reduce_dtype(reduce_dtype) {}
+
+  Tensor whole(const Tensor& x) const { return all_parts({x.unsqueeze(1)}, {size}, split)[0].squeeze(1); }
+};
+
+struct ProjectLinears : torch::autograd::Function<ProjectLinears> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList all,
+                               const c10::intrusive_ptr<SavedLinears>& how) {
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward(all.vec());
+    ctx->saved_data["how"] = c10::IValue::make_capsule(how);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor whole = how->whole(all[0]);
+    variable_list products;
+    for (size_t i = 0; i < how->bias.size(); ++i)
+      products.push_back(
+          at::linear(whole, all[1 + i], how->bias[i] == 0 ? std::nullopt : std::optional(all[how->bias[i]])));
+    return products;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto how = c10::static_intrusive_pointer_cast<SavedLinears>(ctx->saved_data["how"].toCapsule());
+    const variable_list all = ctx->get_saved_variables();
+    variable_list out(all.size() + 1);
+    Tensor whole, of_whole;
+    for (size_t i = 0; i < grads.size(); ++i) {
+      once_differentiable(grads[i]);
+      if (!grads[i].defined()) continue;
+      const Tensor grad = grads[i].flatten(0, 1);
+      if (ctx->needs_input_grad(1 + i)) {
+        if (!whole.defined()) whole = how->whole(all[0]);
+        out[1 + i] = grad.t().mm(whole.flatten(0, 1));
+      }
+      if (const size_t bias = how->bias[i]; bias != 0 && ctx->needs_input_grad(bias)) out[bias] = grad.sum(0);
+      if (!ctx->needs_input_grad(0)) continue;
+      const Tensor product = grad.mm(all[1 + i]);
+      of_whole = of_whole.defined() ? of_whole.add_(product) : product;
+    }
+    if (!of_whole.defined()) return out;
+    auto sizes = all[0].sym_sizes().vec();
+    sizes[how->split.dim == 2 ? 1 : 0] = how->size;
+    of_whole = of_whole.view_symint(sizes).unsqueeze(1);
+    out[0] = sum_parts({of_whole}, how->split, how->reduce_dtype, std::nullopt).first[0].squeeze(1);
+    return out;
+  }
+};
+
+}  // namespace
+
+std::vector<Tensor> project_linears(const Tensor& x, const std::vector<Linear>& linears,
+                                    const c10::SymInt& size, const Split& split,
+                                    std::optional<at::ScalarType> reduce_dtype) {
+  const auto how = c10::make_intrusive<SavedLinears>(split, size, reduce_dtype);
+  std::vector<Tensor> all{x};
+  for (const Linear& linear : linears) all.push_back(linear.weight);
+  for (const Linear& linear : linears) {
+    how->bias.push_back(linear.bias ? all.size() : 0);
+    if (linear.bias) all.push_back(*linear.bias);
+  }
+  return ProjectLinears::apply(at::TensorList(all), how);
+}
+
+}  // namespace two_level_mha

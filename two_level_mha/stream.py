@@ -1,0 +1,253 @@
+"""The hidden states of a stack of layers, split over the grid from the first layer to behind the last.
+
+A Stream knows how those of the call under way are split, and is shared by all modules that see parts of them. Outside
+the layers everything is whole: positions, masks, what comes from the embedding and what goes to the head.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from two_level_mha import _C
+from two_level_mha.activations import gather_part, grid_numbers, keep_part, whole_sizes
+from two_level_mha.blocks import local_blocks
+from two_level_mha.errors import GridError, UsageRuntimeError
+from two_level_mha.mesh import place_on
+
+_ops = torch.ops.two_level_mha
+
+
+class Stream:
+    """Of one stack. `splits`: whether its layers are given parts now, which they are not in short calls without
+    gradients, such as the steps of a generation.
+    """
+
+    def __init__(self, activations: str, mesh: DeviceMesh, batch_first: bool, reduce_dtype: torch.dtype | None) -> None:
+        self.activations, self.batch_first, self.reduce_dtype = activations, batch_first, reduce_dtype
+        self.place = place_on(mesh)
+        self.rows = activations == "sequence"
+        self.dim = int(batch_first == self.rows)
+        self.full = self.place.grid.size * (2 if self.rows else 1)  # chunks
+        self.splits = True
+        self._open = self._left = False
+        self._sizes: tuple[int, ...] = ()  # along dim, of the wholes of the call under way: hidden states, memory
+        self._seen: set[tuple[int, ...]] = set()  # those of calls whose layers may be run again in backward
+        self._memory: tuple[Tensor, Tensor] | None = None  # whole and part
+
+    def begin(self, owner: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Pre-hook of the module whose forward runs the layers."""
+        if kwargs.get("output_hidden_states") or getattr(getattr(owner, "config", None), "output_hidden_states", False):
+            raise UsageRuntimeError(
+                f"output_hidden_states is not available with activations={self.activations!r}: between the layers each "
+                'rank has its part of them; parallelize with activations="replicated"'
+            )
+        self._open, self._left, self._sizes = True, False, ()
+
+    def end(self, owner: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        """Hook of the same, which is called after an error too."""
+        self._open, self._memory = False, None
+        if output is not None and self._sizes and self.splits and not self._left:
+            raise UsageRuntimeError(
+                f"{type(owner).__name__} has not called the norm behind its layers, where split hidden states become "
+                'whole again: parallelize with activations="replicated"'
+            )
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and len(self._seen) < 2:
+            self._seen.add(self._sizes)
+
+    def enter(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Pre-hook of the first layer: whole hidden states, its first argument, become parts."""
+        args, kwargs, x = _first(args, kwargs)
+        size = x.shape[self.dim]
+        if self._open:
+            self.splits = torch.is_grad_enabled() or size >= self.full
+            if torch.compiler.is_compiling() and size % self.full:
+                size = int(size)  # parts of a size that is symbolic are equal
+            self._sizes = (size,)
+        return (self.keep(x), *args), kwargs
+
+    def enter_memory(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Pre-hook of every layer that is given another sequence as its second argument."""
+        x, memory, *others = args
+        if self._memory is None or self._memory[0] is not memory:
+            self._memory = memory, self.keep(memory)
+        if self._open:
+            self._sizes = (self._sizes[0], memory.shape[self.dim])
+        return (x, self._memory[1], *others), kwargs
+
+    def leave(self, last: nn.Module, args: tuple, output):
+        """Hook of what is called last with parts: its output, or the first of it, becomes whole."""
+        self._left = True
+        if isinstance(output, tuple):
+            return (self.gather(output[0]), *output[1:])
+        return self.gather(output)
+
+    def gather_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Pre-hook of a module that takes all rows: its first argument becomes whole."""
+        args, kwargs, x = _first(args, kwargs)
+        return (self.gather(x), *args), kwargs
+
+    def keep_output(self, module: nn.Module, args: tuple, output):
+        """Hook of the same: of its output, or the first of it, this rank's part."""
+        return (self.keep(output[0]), *output[1:]) if isinstance(output, tuple) else self.keep(output)
+
+    def whole_sizes(self, shapes: list[tuple[int, ...]]) -> list[int]:
+        """Those of wholes along dim, of which this rank has parts of `shapes`. Outside a call, where checkpoints run
+        layers again, a collective, unless all calls had the same ones.
+
+        Raises GridError where the parts are none of them.
+        """
+        known = self._sizes if self._open else next(iter(self._seen)) if len(self._seen) == 1 else None
+        if known is None or len(known) < len(shapes):
+            return whole_sizes(shapes, self.activations, self.place, self.dim)
+        for size, shape in zip(known, shapes, strict=False):
+            self._check(size, shape)
+        return list(known[: len(shapes)])
+
+    def keep(self, x: Tensor) -> Tensor:
+        """This rank's part of what is the same on every rank."""
+        return keep_part(x, self.activations, self.place, self.batch_first) if self.splits else x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The whole, which every rank uses alike."""
+        if not self.splits:
+            return x
+        (size,) = self.whole_sizes([tuple(x.shape)])
+        return gather_part(x, size, self.activations, self.place, self.batch_first)
+
+    def project(self, x: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
+        """All rows, whole, through this rank's columns of each linear; of x (B, L, D), this rank's part."""
+        (size,) = self.whole_sizes([tuple(x.shape)])
+        own = local_blocks([p for linear in linears for p in (linear.weight, linear.bias)])
+        x, *own = _cast([x, *own])
+        products = _ops.project_activations(
+            self._batch_first(x), own[::2], own[1::2], size, self.rows, *self._grid, self.reduce_dtype
+        )
+        return [self._batch_first(y) for y in products]
+
+    def sum(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The sum over the ranks and the bias: this rank's part of it, or if nothing is split all of it."""
+        if self.splits:
+            return self._batch_first(
+                _ops.sum_activations(self._batch_first(x), bias, self.rows, *self._grid, self.reduce_dtype)
+            )
+        y = _ops.all_reduce(x, self.place.grid.size, self.place.groups[2])
+        return y if bias is None else y + bias
+
+    def summed(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Parameters that act on parts, with the sum over the ranks as their gradient."""
+        size, group = self.place.grid.size, self.place.groups[2]
+        return _ops.replicated(parameters, size, group, self.reduce_dtype)
+
+    @property
+    def _grid(self) -> tuple[list[int], str]:
+        return grid_numbers(self.place), self.place.groups[2]
+
+    def _batch_first(self, x: Tensor) -> Tensor:
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def _check(self, size: int, shape: tuple[int, ...]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        grid, place = self.place.grid, self.place
+        own = _C.split_sizes(size, grid.head_groups, grid.slices, self.rows)
+        expected = own[place.head_group * grid.slices + place.slice]
+        if shape[self.dim] != expected:
+            raise GridError(
+                f"activations={self.activations!r}: of hidden states with {size} along dim {self.dim} this rank has "
+                f"{expected}, but a layer was given {shape}: the model changes them between its layers; parallelize "
+                'with activations="replicated"'
+            )
+
+
+def _first(args: tuple, kwargs: dict) -> tuple[tuple, dict, Tensor]:
+    """Arguments without the hidden states, and these."""
+    if args:
+        return args[1:], kwargs, args[0]
+    name = next(name for name in ("hidden_states", "src", "tgt") if name in kwargs)
+    return (), {key: value for key, value in kwargs.items() if key != name}, kwargs[name]
+
+
+def _cast(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """As autocast has what linears are given."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype is torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [x if x is None else x.to(dtype) for x in tensors]
+
+
+class InStream(nn.Module):
+    """A module of a layer in a stream; made of one that exists, by `become`."""
+
+    stream: Stream
+
+
+class SplitColumns(InStream, nn.Linear):
+    """Columns of a linear. In an MLP that has projected its input through all of them at once, `given` has that input
+    and this one's product.
+    """
+
+    alone = True
+    given: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.stream.splits:
+            weight, bias = local_blocks([self.weight, self.bias])
+            return nn.functional.linear(x, weight, bias)
+        if self.alone:
+            return self.stream.project(x, [self])[0]
+        assert self.given is not None and self.given[0] is x
+        return self.given[1]
+
+
+class SplitRows(InStream, nn.Linear):
+    """Rows of a linear: what this rank's columns come to, summed over the ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = local_blocks([self.weight, self.bias])
+        return self.stream.sum(nn.functional.linear(x, weight), bias)
+
+
+class SplitMLP(InStream):
+    """An MLP whose `columns` are all given its input."""
+
+    columns: tuple[str, ...]
+
+    def forward(self, x: Tensor, *args, **kwargs):
+        if not self.stream.splits:
+            return super().forward(x, *args, **kwargs)
+        linears = [self.get_submodule(path) for path in self.columns]
+        try:
+            for linear, y in zip(linears, self.stream.project(x, linears), strict=True):
+                linear.given = (x, y)
+            return super().forward(x, *args, **kwargs)
+        finally:
+            for linear in linears:
+                linear.given = None
+
+
+class OnParts(InStream):
+    """A module with parameters of its own that acts on parts."""
+
+    def forward(self, *args, **kwargs):
+        own = {name: p for name, p in self._parameters.items() if p is not None and p.requires_grad}
+        if not own or not self.stream.splits or not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        try:
+            self._parameters.update(zip(own, self.stream.summed(list(own.values())), strict=True))
+            return super().forward(*args, **kwargs)
+        finally:
+            self._parameters.update(own)
+
+
+class DropoutOnParts(InStream, nn.Dropout):
+    """Drops the elements that it would drop of the whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.stream.splits and self.p > 0.0):
+            return super().forward(x)
+        (size,) = self.stream.whole_sizes([tuple(x.shape)])
+        shape = (*x.shape[: self.stream.dim], size, *x.shape[self.stream.dim + 1 :])
+        kept = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - self.p)
+        scale = 0.0 if self.p == 1.0 else 1.0 / (1.0 - self.p)
+        return x * self.stream.keep(kept).to(x.dtype).mul_(scale)
