@@ -1,10 +1,13 @@
 """Whole models whose hidden states stay split, against the stock model, float64."""
 
+import copy
+
 import pytest
 import torch
 from harness import encoders
 from harness.calls import mesh
 from harness.decoders import MODELS, full_gradients, pair, prompt
+from torch import nn
 
 import two_level_mha as tlm
 
@@ -35,7 +38,8 @@ def differences(grid, names, activations: str, rest: bool, lengths) -> dict[str,
                 for key, p in models[0].named_parameters()
             }
             errors["logits"] = (outputs[0] - outputs[1])[keep.bool()].abs().max().item()
-            wrong = {key: error for key, error in errors.items() if not error <= 1e-10}
+            limit = 1e-6 if name == "mixtral" else 1e-10  # its router rounds to float32
+            wrong = {key: error for key, error in errors.items() if not error <= limit}
             if wrong:
                 found[f"{name} {rows} {length}"] = dict(sorted(wrong.items(), key=lambda item: -item[1])[:4])
     return found
@@ -65,7 +69,10 @@ def encoders_off(grid, activations) -> dict[str, dict]:
         found[kind] = encoders.errors(*args, activations=activations)
     for norm_first in (False, True):
         for batch_first in (False, True):
-            args = encoders.make_torch(norm_first, batch_first, num_decoder_layers=2), *encoders.torch_inputs(batch_first)
+            args = (
+                encoders.make_torch(norm_first, batch_first, num_decoder_layers=2),
+                *encoders.torch_inputs(batch_first),
+            )
             found[f"torch {norm_first} {batch_first}"] = encoders.errors(*args, mesh(grid), activations=activations)
     return found
 
@@ -76,3 +83,140 @@ def test_encoders(pool, activations):
     for per_rank in pool.run(encoders_off, 4, (2, 2), activations, timeout=240):
         for name, one in per_rank.items():
             assert max(one.values()) <= 1e-10, (name, one)
+
+
+def trained(model, ids, keep, checkpointed: bool = False) -> dict[str, torch.Tensor]:
+    """Gradients of a loss of the next token, by stock's names, and the loss."""
+    model.train().zero_grad()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointed == "reentrant"})
+    torch.manual_seed(7)
+    loss = model(ids, attention_mask=keep, labels=ids, use_cache=False).loss
+    loss.backward()
+    model.eval()
+    if checkpointed:
+        model.gradient_checkpointing_disable()
+    return {"loss": loss.detach(), **{key: grad.clone() for key, grad in full_gradients(model).items()}}
+
+
+def worst(expected: dict, got: dict) -> float:
+    assert expected.keys() == got.keys()
+    return max((got[key] - x).abs().max().item() / max(1.0, x.abs().max().item()) for key, x in expected.items())
+
+
+def checkpoints_off(grid, activations) -> dict[str, float]:
+    """Against the stock model without checkpoints; lengths that change between the forward passes of one backward."""
+    stock, ours = pair("llama", grid, tuple(EXACT.items()), rest=True, activations=activations)
+    found = {}
+    for kind in ("reentrant", "not reentrant"):
+        for length in (16, 9):
+            found[f"{kind} {length}"] = worst(
+                trained(stock, *prompt(4, length)), trained(ours, *prompt(4, length), kind)
+            )
+    two = []
+    for model in (stock, ours):
+        model.train().zero_grad()
+        if model is ours:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        sum(model(prompt(4, length)[0], labels=prompt(4, length)[0]).loss for length in (9, 10, 16)).backward()
+        two.append({key: grad.clone() for key, grad in full_gradients(model).items()})
+    return found | {"three lengths": worst(*two)}
+
+
+@pytest.mark.parametrize("activations", ["sequence", "batch"])
+def test_checkpoints(pool, activations):
+    """T. Localises: sizes of wholes that are not known when layers run again in backward."""
+    for found in pool.run(checkpoints_off, 4, (2, 2), activations, timeout=240):
+        assert max(found.values()) <= 1e-10, found
+
+
+def dropout_off(grid, activations) -> dict[str, float]:
+    """Of models that drop elements of hidden states, in training with one seed, against stock."""
+    from models.test_gpt2 import make
+    from models.test_gpt2 import prompt as gpt2_prompt
+
+    found = {}
+    stock = make(resid_pdrop=0.4)
+    ours = tlm.parallelize(copy.deepcopy(stock), mesh(grid), activations=activations)
+    found["gpt2"] = worst(*(trained(model, *gpt2_prompt()) for model in (stock, ours)))
+    layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.3, batch_first=True, dtype=torch.float64)
+    stock, outputs = nn.TransformerEncoder(layer, 2), []
+    for kind in ("replicated", activations):  # stock's output lies in memory in another order, in which it is dropped
+        model = tlm.parallelize(copy.deepcopy(stock), mesh(grid), activations=kind, rest=False)
+        torch.manual_seed(3)
+        outputs.append(model(torch.randn(3, 7, 16, dtype=torch.float64)))
+    return found | {"torch": (outputs[0] - outputs[1]).abs().max().item()}
+
+
+@pytest.mark.parametrize("activations", ["sequence", "batch"])
+def test_dropout(pool, activations):
+    """T. Localises: elements that are dropped by their place in a part, not in the whole."""
+    for found in pool.run(dropout_off, 4, (2, 2), activations, timeout=240):
+        assert max(found.values()) <= 1e-10, found
+
+
+def generated(grid, activations) -> list[str]:
+    wrong = []
+    for name in ("llama", "gemma3", "qwen3 moe"):
+        stock, ours = pair(name, grid, (), rest=True, activations=activations)
+        for rows, length in ((2, 11), (4, 16), (1, 3)):
+            ids, keep = prompt(rows, length)
+            options = {"attention_mask": keep, "max_new_tokens": 8, "do_sample": False}
+            if not torch.equal(stock.generate(ids, **options), ours.generate(ids, **options)):
+                wrong.append(f"{name} {rows} {length}")
+    return wrong
+
+
+@pytest.mark.parametrize("activations", ["sequence", "batch"])
+def test_generate(pool, activations):
+    """E. Localises: a prefill whose parts are not those of the cache, steps that are not replicated."""
+    assert pool.run(generated, 4, (2, 2), activations, timeout=240) == [[]] * 4
+
+
+def autocast_off(grid) -> dict[str, float]:
+    """Errors of bf16 against float64, those of the split model over stock's."""
+    stock, ours = pair("llama", grid, (("dtype", torch.float32),), rest=True, activations="sequence")
+    exact = copy.deepcopy(stock).double()
+    ids, keep = prompt(4, 16)
+    expected = trained(exact, ids, keep)
+    errors = []
+    for model in (stock, ours):
+        with torch.autocast("cpu", torch.bfloat16):
+            got = trained(model, ids, keep)
+        errors.append({key: (x - expected[key]).norm().item() for key, x in got.items()})
+    scale = {key: x.norm().item() for key, x in expected.items()}
+    return {key: errors[1][key] / max(errors[0][key], 1e-3 * scale[key]) for key in scale}
+
+
+def test_autocast(pool):
+    """Localises: sums of gradients in a dtype that stock does not sum in, a weight that autocast does not cast."""
+    for found in pool.run(autocast_off, 4, (2, 2), timeout=240):
+        assert sorted(found.values())[-1] <= 3.0, found
+
+
+def refused(grid) -> list[str]:
+    texts = []
+    _, ours = pair("llama", grid, (), rest=True, activations="sequence")
+    ids = prompt()[0]
+    for call in (
+        lambda: ours(ids, output_hidden_states=True),
+        lambda: tlm.parallelize(nn.ModuleList([nn.MultiheadAttention(8, 2)]), mesh(grid), activations="rows"),
+    ):
+        try:
+            call()
+            texts.append("")
+        except tlm.GridError as error:
+            texts.append(str(error))
+    model = tlm.parallelize(
+        nn.Sequential(nn.ModuleList([nn.MultiheadAttention(8, 2, batch_first=True)])), mesh((2, 2)),
+        activations="sequence",
+    )  # fmt: skip
+    return [*texts, str(tlm.report(model))]
+
+
+def test_refusals(pool):
+    """Localises: hidden states of parts that a user would take for whole; the report's reasons."""
+    for hidden, name, report in pool.run(refused, 4, (2, 2)):
+        assert "output_hidden_states" in hidden and 'activations="replicated"' in hidden
+        assert name == "activations must be one of replicated, sequence, batch, got 'rows'"
+        assert "the hidden states of 0.0 stays unsplit: it is no part of a layer in an nn.ModuleList" in report
