@@ -60,8 +60,6 @@ class Stream:
         size = x.shape[self.dim]
         if self._open:
             self.splits = torch.is_grad_enabled() or size >= self.full
-            if torch.compiler.is_compiling() and size % self.full:
-                size = int(size)  # parts of a size that is symbolic are equal
             self._sizes = (size,)
         return (self.keep(x), *args), kwargs
 

@@ -124,8 +124,12 @@ struct SumSplit : torch::autograd::Function<SumSplit> {
 
 std::vector<std::pair<c10::SymInt, c10::SymInt>> Split::runs(const c10::SymInt& size) const {
   const auto chunk = chunk_of(*this, size);
+  const int64_t chunks = ranks(*this) * (dim == 2 ? 2 : 1);
+  // a graph is of all sizes with full chunks, or of one
+  const bool full = !size.maybe_as_int() && size % chunks == 0;
+  if (!full) size.guard_int(__FILE__, __LINE__);
   auto run = [&](int64_t number) {
-    if (!size.maybe_as_int()) return std::pair(chunk * number, chunk);  // of a graph, whose parts are equal
+    if (full) return std::pair(chunk * number, chunk);
     const auto first = (chunk * number).min(size);
     return std::pair(first, (size - first).min(chunk));
   };

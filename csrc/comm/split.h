@@ -30,7 +30,7 @@ struct Split {
         part(slice * head_groups + head_group),
         dim(activations == Activations::sequence ? 2 : 0) {}
 
-  // (first, count) of this rank's chunks of `size`, all of them full where that is symbolic.
+  // (first, count) of this rank's chunks of `size`. A graph in which that is symbolic is of sizes whose chunks are full.
   std::vector<std::pair<c10::SymInt, c10::SymInt>> runs(const c10::SymInt& size) const;
   // What this rank has of `size`.
   c10::SymInt own(const c10::SymInt& size) const;
