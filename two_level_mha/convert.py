@@ -140,7 +140,7 @@ def parallelize(
         model.register_forward_hook(NoteOfFailure(control), always_call=True)
         for part in generating:
             later("generate", "generate_together")(part, mesh)
-        split_rest(others, mesh, {linear for stack in stacks for mlp in stack.mlps for linear in mlp.linears})
+        split_rest(others, mesh, {linear for stack in stacks for linear in stack.linears})
         for stack in stacks:
             split_stack(stack, mesh, activations, reduce_dtype)
     report = keep_report(model, len(found), others)

@@ -16,6 +16,8 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_mod
 
 from two_level_mha.adapters import Adapter
 from two_level_mha.class_like import become
+from two_level_mha.integrations.head import head_of, split_head
+from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.layer import GridAttention
 from two_level_mha.mesh import grid_mesh
 from two_level_mha.probe import random_copy
@@ -23,6 +25,7 @@ from two_level_mha.rest import Rest
 from two_level_mha.stock import take_full_tensors
 from two_level_mha.stream import DropoutOnParts, OnParts, SplitColumns, SplitMLP, SplitRows, Stream
 
+_HEADS = ("colwise_gather_output", "colwise_rep")  # styles of a plan
 _LAST = ("norm", "ln_f", "final_layernorm", "final_layer_norm")  # norms behind the layers, in the same module
 
 
@@ -60,6 +63,14 @@ class Stack:
     mlps: list[MLP] = field(default_factory=list)
     whole: list[nn.Module] = field(default_factory=list)  # take all rows, by a plan of theirs
     between: set[nn.Module] = field(default_factory=set)  # act on columns, between linears
+    head: tuple[nn.Module, nn.Linear] | None = None  # a model that computes its loss of these hidden states, its head
+    split_head: bool = False  # by columns, as the model's plan says
+
+    @property
+    def linears(self) -> set[nn.Module]:
+        """Those that the stack splits itself."""
+        found = {linear for mlp in self.mlps for linear in mlp.linears}
+        return found | {self.head[1]} if self.split_head else found
 
     @property
     def last(self) -> nn.Module:
@@ -107,6 +118,7 @@ def find_stacks(model: nn.Module, found: Iterable[Attention], rest: Rest) -> tup
             left_out[name] = problem
         else:
             stacks.append(stack)
+    _take_heads(stacks, model, rest)
     return stacks, {f"the hidden states of {name}": why for name, why in left_out.items()}
 
 
@@ -137,6 +149,19 @@ def _take_mlps(model: nn.Module, stack: Stack, rest: Rest, tried: dict) -> None:
                     stack.whole.append(module)
                 else:
                     stack.mlps.append(mlp)
+
+
+def _take_heads(stacks: list[Stack], model: nn.Module, rest: Rest) -> None:
+    """Notes the models that compute a loss of the hidden states of one stack."""
+    for name, part in pretrained_models(model).items():
+        inside = [stack for stack in stacks if stack.owner in set(part.modules())]
+        head = head_of(part)
+        if head is None or len(inside) != 1:
+            continue
+        path = next(path for path, module in part.named_modules() if module is head)
+        style = rest.tp_plans.get(name, (None, {}))[1].get(path)
+        if style in (None, *_HEADS):
+            inside[0].head, inside[0].split_head = (part, head), style is not None
 
 
 def _dense(module: nn.Module, styles: dict[str, str]) -> MLP | None:
@@ -257,10 +282,9 @@ def _output(output) -> Tensor:
 def split_stack(stack: Stack, mesh: DeviceMesh, activations: str, reduce_dtype: torch.dtype | None) -> None:
     """Lets the hidden states of a stack stay split; its attentions were replaced, and what takes all rows split."""
     stream = Stream(activations, mesh, stack.batch_first, reduce_dtype)
-    taken = set(stack.between)
+    taken = stack.between | stack.linears
     for mlp in stack.mlps:
         _split_mlp(mlp, mesh, stream)
-        taken |= set(mlp.linears)
     for module in stack.whole:
         module.register_forward_pre_hook(stream.gather_input, with_kwargs=True)
         module.register_forward_hook(stream.keep_output)
@@ -282,6 +306,12 @@ def split_stack(stack: Stack, mesh: DeviceMesh, activations: str, reduce_dtype: 
     stack.last.register_forward_hook(stream.leave)
     stack.owner.register_forward_pre_hook(stream.begin, with_kwargs=True)
     stack.owner.register_forward_hook(stream.end, with_kwargs=True, always_call=True)
+    if stack.head is not None:
+        model, head = stack.head
+        if stack.split_head:
+            distribute_module(head, grid_mesh(mesh), _by_columns)
+            take_full_tensors(head)
+        split_head(model, head, stream, mesh)
 
 
 def _split_mlp(mlp: MLP, mesh: DeviceMesh, stream: Stream) -> None:

@@ -29,6 +29,7 @@ class Stream:
         self.dim = int(batch_first == self.rows)
         self.full = self.place.grid.size * (2 if self.rows else 1)  # chunks
         self.splits = True
+        self.to_loss = False  # in a call that computes a loss of parts: what leaves the layers stays split
         self._open = self._left = False
         self._sizes: tuple[int, ...] = ()  # along dim, of the wholes of the call under way: hidden states, memory
         self._seen: set[tuple[int, ...]] = set()  # those of calls whose layers may be run again in backward
@@ -54,6 +55,16 @@ class Stream:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and len(self._seen) < 2:
             self._seen.add(self._sizes)
 
+    def begin_model(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Pre-hook of a model that computes its loss on vocabulary shards."""
+        asked = kwargs.get("labels") is not None and isinstance(kwargs.get("logits_to_keep", 0), int)
+        whole = kwargs.get("logits_to_keep", 0) != 0 or torch.compiler.is_compiling()
+        self.to_loss = asked and not whole and torch.is_grad_enabled()
+
+    def end_model(self, model: nn.Module, args: tuple, output: object) -> None:
+        """Hook of the same, which is called after an error too."""
+        self.to_loss = False
+
     def enter(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Pre-hook of the first layer: whole hidden states, its first argument, become parts."""
         args, kwargs, x = _first(args, kwargs)
@@ -75,6 +86,8 @@ class Stream:
     def leave(self, last: nn.Module, args: tuple, output):
         """Hook of what is called last with parts: its output, or the first of it, becomes whole."""
         self._left = True
+        if self.to_loss:
+            return output
         if isinstance(output, tuple):
             return (self.gather(output[0]), *output[1:])
         return self.gather(output)
@@ -94,7 +107,7 @@ class Stream:
 
         Raises GridError where the parts are none of them.
         """
-        known = self._sizes if self._open else next(iter(self._seen)) if len(self._seen) == 1 else None
+        known = self._sizes if self._open or self.to_loss else next(iter(self._seen)) if len(self._seen) == 1 else None
         if known is None or len(known) < len(shapes):
             return whole_sizes(shapes, self.activations, self.place, self.dim)
         for size, shape in zip(known, shapes, strict=False):
@@ -114,12 +127,17 @@ class Stream:
 
     def project(self, x: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
         """All rows, whole, through this rank's columns of each linear; of x (B, L, D), this rank's part."""
-        (size,) = self.whole_sizes([tuple(x.shape)])
         own = local_blocks([p for linear in linears for p in (linear.weight, linear.bias)])
-        x, *own = _cast([x, *own])
+        return self.project_by(x, own[::2], own[1::2])
+
+    def project_by(self, x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+        """The same, by this rank's weights (width, D) and biases."""
+        (size,) = self.whole_sizes([tuple(x.shape)])
+        x, *own = _cast([x, *weights, *biases])
         products = _ops.project_activations(
-            self._batch_first(x), own[::2], own[1::2], size, self.rows, *self._grid, self.reduce_dtype
-        )
+            self._batch_first(x), own[: len(weights)], own[len(weights) :], size, self.rows, *self._grid,
+            self.reduce_dtype,
+        )  # fmt: skip
         return [self._batch_first(y) for y in products]
 
     def sum(self, x: Tensor, bias: Tensor | None) -> Tensor:

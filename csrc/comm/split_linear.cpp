@@ -55,8 +55,11 @@ struct ProjectLinears : torch::autograd::Function<ProjectLinears> {
         out[1 + i] = grad.t().mm(whole.flatten(0, 1));
       }
       if (const size_t bias = how->bias[i]; bias != 0 && ctx->needs_input_grad(bias)) out[bias] = grad.sum(0);
-      if (!ctx->needs_input_grad(0)) continue;
-      const Tensor product = grad.mm(all[1 + i]);
+    }
+    whole = Tensor();  // before there is a gradient of its size
+    for (size_t i = 0; i < grads.size(); ++i) {
+      if (!grads[i].defined() || !ctx->needs_input_grad(0)) continue;
+      const Tensor product = grads[i].flatten(0, 1).mm(all[1 + i]);
       of_whole = of_whole.defined() ? of_whole.add_(product) : product;
     }
     if (!of_whole.defined()) return out;

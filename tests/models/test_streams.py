@@ -6,8 +6,9 @@ import pytest
 import torch
 from harness import encoders
 from harness.calls import mesh
-from harness.decoders import MODELS, full_gradients, pair, prompt
+from harness.decoders import MODELS, full_gradients, make, pair, prompt
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import two_level_mha as tlm
 
@@ -85,6 +86,20 @@ def test_encoders(pool, activations):
             assert max(one.values()) <= 1e-10, (name, one)
 
 
+def exact_loss(logits, labels, vocab_size, num_items_in_batch=None, **_):
+    """transformers' loss without its rounding to float32."""
+    target = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = nn.functional.cross_entropy(logits.view(-1, vocab_size), target, ignore_index=-100, reduction=reduction)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def exact_pair(name: str, grid, activations: str, rest: bool = True, **changes) -> list[nn.Module]:
+    stock = make(name, exact=True, **changes)
+    stock.loss_function = exact_loss
+    return [stock, tlm.parallelize(copy.deepcopy(stock), mesh(grid), rest=rest, activations=activations)]
+
+
 def trained(model, ids, keep, checkpointed: bool = False) -> dict[str, torch.Tensor]:
     """Gradients of a loss of the next token, by stock's names, and the loss."""
     model.train().zero_grad()
@@ -104,9 +119,52 @@ def worst(expected: dict, got: dict) -> float:
     return max((got[key] - x).abs().max().item() / max(1.0, x.abs().max().item()) for key, x in expected.items())
 
 
+HEADS = {
+    "its own": ("llama", {}),
+    "tied": ("gemma", {}),
+    "a vocabulary that ranks do not divide": ("qwen2", {"vocab_size": 67}),
+    "tied, and such a vocabulary, scaled logits": ("granite", {"tie_word_embeddings": True, "vocab_size": 70}),
+}
+
+
+def losses_off(grid, activations, rest) -> dict[str, float]:
+    """Of the loss and gradients of a call with labels, some ignored; and of logits, which are a DTensor then."""
+    found = {}
+    ids, keep = prompt(3, 9)
+    labels = ids.masked_fill(keep == 0, -100)
+    for case, (name, changes) in HEADS.items():
+        models = exact_pair(name, grid, activations, rest, **changes)
+        outputs = [
+            [model(ids, attention_mask=keep, labels=labels, use_cache=False, **count) for model in models]
+            for count in ({}, {"num_items_in_batch": torch.tensor(31)})
+        ]
+        for stock, ours in outputs:
+            assert isinstance(ours.logits, DTensor) and ours.logits.to_local().shape[-1] < stock.logits.shape[-1]
+            difference = (stock.logits - ours.logits.full_tensor())[keep.bool()]
+            found[f"{case}: logits"] = difference.abs().max().item()
+        for model, of_model in zip(models, zip(*outputs, strict=True), strict=True):
+            model.zero_grad()
+            sum(output.loss for output in of_model).backward()
+        expected, got = ({"loss": output[0].loss.detach()} for output in zip(*outputs, strict=True))
+        expected |= {key: p.grad for key, p in models[0].named_parameters()}
+        found[case] = worst(expected, got | full_gradients(models[1]))
+        with torch.no_grad():
+            stock, ours = (model(ids, attention_mask=keep, labels=labels) for model in models)
+        found[f"{case}: no grad"] = (stock.logits - ours.logits)[keep.bool()].abs().max().item()
+    return found
+
+
+@pytest.mark.parametrize("rest", [True, False])
+@pytest.mark.parametrize("activations", ["sequence", "batch"])
+def test_losses(pool, activations, rest):
+    """T. Localises: the head on vocabulary shards, a tied weight's gradient from both ends, ignored labels."""
+    for found in pool.run(losses_off, 4, (2, 2), activations, rest, timeout=240):
+        assert max(found.values()) <= 1e-10, found
+
+
 def checkpoints_off(grid, activations) -> dict[str, float]:
     """Against the stock model without checkpoints; lengths that change between the forward passes of one backward."""
-    stock, ours = pair("llama", grid, tuple(EXACT.items()), rest=True, activations=activations)
+    stock, ours = exact_pair("llama", grid, activations)
     found = {}
     for kind in ("reentrant", "not reentrant"):
         for length in (16, 9):
@@ -132,11 +190,9 @@ def test_checkpoints(pool, activations):
 
 def dropout_off(grid, activations) -> dict[str, float]:
     """Of models that drop elements of hidden states, in training with one seed, against stock."""
-    from models.test_gpt2 import make
-    from models.test_gpt2 import prompt as gpt2_prompt
 
     found = {}
-    stock = make(resid_pdrop=0.4)
+    stock = make_gpt2(resid_pdrop=0.4)
     ours = tlm.parallelize(copy.deepcopy(stock), mesh(grid), activations=activations)
     found["gpt2"] = worst(*(trained(model, *gpt2_prompt()) for model in (stock, ours)))
     layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.3, batch_first=True, dtype=torch.float64)

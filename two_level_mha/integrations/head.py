@@ -1,0 +1,102 @@
+"""The head of a language model in training: the loss on vocabulary shards, so that no rank has all logits.
+
+In a call with labels, split hidden states go through the head's own columns of every rank (SplitHead), and the model's
+loss function sees logits that are a DTensor, sharded by the vocabulary (SplitLoss). All other calls are as before.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.experimental import implicit_replication
+from torch.distributed.tensor.parallel import loss_parallel
+
+from two_level_mha.class_like import become
+from two_level_mha.mesh import grid_mesh
+from two_level_mha.stream import InStream, Stream
+
+
+class SplitHead(InStream, nn.Linear):
+    """A head (D -> vocabulary) whose weight is split by columns, or whole where it is the embedding's too."""
+
+    mesh: DeviceMesh  # of the grid as one axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stream.to_loss:
+            weight, bias = self._own(self.weight), None if self.bias is None else self._own(self.bias)
+            return self._sharded(self.stream.project_by(x, [weight], [bias])[0])
+        if not isinstance(self.weight, DTensor):
+            return super().forward(x)
+        if torch.is_grad_enabled():
+            (x,) = self.stream.summed([x])
+        bias = None if self.bias is None else self.bias.to_local()
+        logits = self._sharded(nn.functional.linear(x, self.weight.to_local(), bias))
+        return logits.redistribute(placements=[Replicate()]).to_local()
+
+    def _own(self, p: Tensor) -> Tensor:
+        """This rank's columns."""
+        if isinstance(p, DTensor):
+            return p.to_local()
+        share = -(-self.out_features // self.mesh.size())
+        first = min(self.mesh.get_local_rank() * share, self.out_features)
+        return self.stream.summed([p])[0][first : first + share]
+
+    def _sharded(self, logits: Tensor) -> DTensor:
+        shape = torch.Size((*logits.shape[:-1], self.out_features))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(logits, self.mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride)
+
+
+class SplitLoss:
+    """A loss function of logits and labels that also takes logits sharded by the vocabulary."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+
+    def __call__(self, logits: Tensor, *args, **kwargs) -> Tensor:
+        if not isinstance(logits, DTensor):
+            return self.function(logits, *args, **kwargs)
+        return _Loss.apply(logits, lambda logits: self.function(logits, *args, **kwargs))
+
+
+class _Loss(torch.autograd.Function):
+    """The gradient of the logits is made with the loss: torch's loss_parallel must be on where it is."""
+
+    @staticmethod
+    def forward(ctx, logits: DTensor, function: Callable[[DTensor], Tensor]) -> Tensor:
+        with torch.enable_grad(), loss_parallel(), implicit_replication():
+            logits = logits.detach().requires_grad_()
+            loss = function(logits)
+            (gradient,) = torch.autograd.grad(loss, logits)
+        ctx.gradient = gradient
+        return loss.full_tensor().detach() if isinstance(loss, DTensor) else loss.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[DTensor, None]:
+        gradient = ctx.gradient
+        local = gradient.to_local() * grad
+        return DTensor.from_local(
+            local, gradient.device_mesh, gradient.placements, run_check=False, shape=gradient.shape,
+            stride=gradient.stride(),
+        ), None  # fmt: skip
+
+
+def head_of(model: nn.Module) -> nn.Linear | None:
+    """The head of a transformers model that computes its loss by loss_function, where it is a plain linear."""
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    if code is None or "loss_function" not in code.co_names or not hasattr(model, "get_output_embeddings"):
+        return None
+    head = model.get_output_embeddings()
+    return head if type(head) is nn.Linear else None
+
+
+def split_head(model: nn.Module, head: nn.Linear, stream: Stream, mesh: DeviceMesh) -> None:
+    """Lets calls of a model with labels compute the loss on vocabulary shards."""
+    become(head, SplitHead, stream=stream, mesh=grid_mesh(mesh))
+    model.loss_function = SplitLoss(model.loss_function)
+    model.register_forward_pre_hook(stream.begin_model, with_kwargs=True)
+    model.register_forward_hook(stream.end_model, always_call=True)
