@@ -152,13 +152,19 @@ def prepared(case: Case, node_of: list[int]) -> dict:
 
 
 def one_run(case: Case, backwards: bool) -> dict:
-    found = {"alone_ms": [], "ms": {}, "link_bytes": {}}
-    if case.alone is not None:
-        found["alone_ms"].append(timed(case.alone)[0])
+    """Times and bytes of all that a case has, computing alone before and after the others."""
+    found = {"alone_ms": [], "around_link_bytes": [], "ms": {}, "link_bytes": {}}
+
+    def time_alone() -> None:
+        if case.alone is not None:
+            ms, around = timed(case.alone)
+            found["alone_ms"].append(ms)
+            found["around_link_bytes"].append(around)
+
+    time_alone()
     for name in list(case.variants)[:: -1 if backwards else 1]:
         found["ms"][name], found["link_bytes"][name] = timed(case.variants[name])
-    if case.alone is not None:
-        found["alone_ms"].append(timed(case.alone)[0])
+    time_alone()
     return found
 
 

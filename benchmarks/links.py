@@ -18,17 +18,19 @@ prediction: the bytes that a rank sends by the table of csrc/plan/traffic.h, pla
 
 So gathers of N bytes a rank send from each of n nodes of m ranks, P = n m, in node order: (P - 1) N in a flat ring,
 (P - m) N with the head axis first, m (P - m) N with the slice axis first. Not predicted, and why a ratio is not 1: the
-barriers around a call, the sizes that ranks tell each other where activations are split, what TCP sends again.
+barriers around a call and the sizes that ranks tell each other where activations are split, 1 to 3 kB, which computing
+alone has too ("around"); Gloo's words before a message; what TCP sends again.
 
 Computing alone is the same layer on groups of torch's fake backend, where an exchange returns at once. It is timed
 before and after the others of each run, which take turns; exposed is a run's time less the mean of the two. A run is
-disturbed, which keeps it out of the medians and not off the list, if one of the two takes more than DISTURBED times the
-median of all.
+disturbed, which keeps it out of the medians of times and not off the list, if one of the two takes more than DISTURBED
+times the median of all and TURN_MS. Gathers compute nothing, and none of their runs is left out.
 """
 
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import sys
@@ -39,10 +41,11 @@ from pathlib import Path
 import torch
 from common import ROOT, machine, verdict, write_results
 from link_ranks import Part, run
-from nodes import Nodes, missing
+from nodes import Nodes, bits_per_second, missing
 
 BALANCE = 2.0
 DISTURBED = 1.2
+TURN_MS = 4.0  # what a rank waits for a core that another has: there are more ranks than cores
 COMPUTE = 1.3  # times the exchange that computing takes at least, where overlap is asked to hide half of it
 HALVED = 0.9  # of these runs must expose at most half of what they do without overlap
 BYTES = 1.01  # limit of measured over predicted, or the inverse
@@ -59,7 +62,7 @@ def judged(row: dict, rate: int) -> dict:
     runs, predicted = row["runs"], row["predicted"]
     alone = [ms for one in runs for ms in one["alone_ms"]]
     for one in runs:
-        one["disturbed"] = any(ms > DISTURBED * statistics.median(alone) for ms in one["alone_ms"])
+        one["disturbed"] = any(ms > DISTURBED * statistics.median(alone) + TURN_MS for ms in one["alone_ms"])
         if alone:
             one["exposed_ms"] = {
                 name: round(ms - statistics.mean(one["alone_ms"]), 2) for name, ms in one["ms"].items()
@@ -67,6 +70,7 @@ def judged(row: dict, rate: int) -> dict:
     kept = [one for one in runs if not one["disturbed"]]
     predicted["link_ms"] = {name: round(size * 8e3 / rate, 2) for name, size in predicted["link_bytes"].items()}
     found = {"runs_kept": len(kept), "alone_ms": median(ms for one in kept for ms in one["alone_ms"])}
+    found["around_link_bytes"] = median(size for one in runs for size in one["around_link_bytes"])
     for field in ("ms", "exposed_ms"):
         found[field] = {name: median(one[field][name] for one in kept) for name in runs[0].get(field, ())}
     found["link_bytes"] = {name: median(one["link_bytes"][name] for one in runs) for name in runs[0]["link_bytes"]}
@@ -131,7 +135,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/links.json, of a run that is not quick")
     parser.add_argument("--quick", action="store_true", help="two repeats of small sizes, without the balanced part")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # what the ranks are started with
-    return parser.parse_args()
+    args = parser.parse_args()
+    try:
+        bits_per_second(args.rate)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def main() -> None:
@@ -143,10 +152,10 @@ def main() -> None:
         print(reason, file=sys.stderr)
         raise SystemExit(2)
     torch.set_num_threads(1)  # as the ranks have
-    short = Part("short", args.repeats, length=256, embed_dim=256, block=1 << 19)
-    long = Part("balanced", args.repeats, length=2048, embed_dim=64)
+    short = Part("short", args.repeats, length=128, embed_dim=512, block=1 << 19)
+    long = Part("balanced", args.repeats, length=2560, embed_dim=64)
     if args.quick:
-        short = replace(short, repeats=2, length=128)
+        short = replace(short, repeats=2, length=64)
     wrong = replace(short, name="wrong order", repeats=min(3, short.repeats), round_robin=True)
     parts, rows = [short, wrong], []
     with Nodes(args.rate, args.delay) as nodes:
@@ -163,6 +172,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python benchmarks/links.py", *sys.argv[1:]]),
         "link": link,
+        "load_average": os.getloadavg(),
         "grid": [2, args.ranks_per_node],
         "parts": [asdict(part) for part in parts],
     }

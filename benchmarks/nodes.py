@@ -104,6 +104,8 @@ class Nodes:
                 _call("ip", "-n", name, "addr", "add", f"{address}/24", "dev", name)
                 _call("ip", "-n", name, "link", "set", name, "up")
                 _call("ip", "-n", name, "link", "set", "lo", "up")
+                # every kernel has reno; bbr's guesses of a rate that is shaped, after a pause, scatter by factors
+                _call("ip", "netns", "exec", name, "sh", "-c", "echo reno > /proc/sys/net/ipv4/tcp_congestion_control")
             self.shape(self.rate)
             self._stack = self._stack.pop_all()
         return self
@@ -123,7 +125,7 @@ class Nodes:
         tbf = ["tbf", "rate", f"{rate}bit", "burst", str(burst), "latency", f"{QUEUE_SECONDS * 1e3:.0f}ms"]
         for name in self.names:
             at = ["tc", "-n", name, "qdisc", "replace", "dev", name]
-            if self.delay_ms > 0:  # as tc-netem(8) stacks the two
+            if self.delay_ms > 0:  # as tc-netem(8) stacks the two; not run, for want of a kernel with netem
                 _call(*at, "root", "handle", "1:", "netem", "delay", f"{self.delay_ms}ms", "limit", "100000")
                 _call(*at, "parent", "1:1", "handle", "10:", *tbf)
             else:
