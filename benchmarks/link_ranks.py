@@ -4,7 +4,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 
@@ -17,7 +17,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 import two_level_mha as tlm
-from two_level_mha.layer import SCHEMES
 from two_level_mha.mesh import place_on
 from two_level_mha.testing import Collective, record_collectives
 
@@ -35,7 +34,7 @@ class Part:
     repeats: int
     length: int
     embed_dim: int
-    batch: int = 4
+    batch: int = 16
     block: int = 0  # bytes of a rank that are gathered; 0: no gathers
     round_robin: bool = False
     only_alone: bool = False  # nothing but computing
@@ -48,7 +47,7 @@ class Case:
     name: str
     variants: dict[str, Callable[[], object]]
     alone: Callable[[], object] | None = None
-    table_bytes: int | None = None  # that a rank sends, by the planner's table
+    table_bytes: dict[str, int] = field(default_factory=dict)  # that a rank sends, by the planner's table
 
 
 def crossing(kind: str, sent_bytes: float, group: list[int], rank: int, node_of: list[int]) -> float:
@@ -109,26 +108,33 @@ def without_wire(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def layers(part: Part, mesh: DeviceMesh) -> list[Case]:
-    fake, grid, cases = without_wire(mesh), tuple(mesh.shape), []
+    fake, cases = without_wire(mesh), []
     layer = {"embed_dim": part.embed_dim, "num_heads": 2 * mesh.size() // NODES}
     x = torch.randn(part.batch, part.length, part.embed_dim)
     for activations in ACTIVATIONS:
         mine = tlm.shard_activations(x, activations, mesh)
-        plan = tlm.plan(
-            **layer, devices=mesh.size(), batch=part.batch, seq=part.length, causal=False, dtype=torch.float32,
-            activations=activations, device_type="cpu",
-        )  # fmt: skip
-        for scheme in SCHEMES[1:]:  # the first is "auto"
-            make = partial(
-                tlm.TwoLevelMultiheadAttention, **layer, bias=False, batch_first=True, scheme=scheme,
-                activations=activations,
+        found: dict[str, Case] = {}
+        for chunks in CHUNKS:
+            more = {"overlap": chunks} if HAS_OVERLAP else {}
+            plan = tlm.plan(
+                **layer, **more, devices=mesh.size(), batch=part.batch, seq=part.length, causal=False,
+                dtype=torch.float32, activations=activations, device_type="cpu",
             )  # fmt: skip
-            chunks = [] if part.only_alone else CHUNKS
-            variants = {str(n): _call(make(mesh=mesh, **({"overlap": n} if HAS_OVERLAP else {})), mine) for n in chunks}
-            option = next(one for one in plan.options if (one.grid, one.scheme) == (grid, scheme))
-            # what an exchange without a wire leaves in memory would not compare
-            alone = _call(make(mesh=fake, debug=False), mine)
-            cases.append(Case(f"{scheme}, {activations}", variants, alone, option.sent_bytes()))
+            for option in plan.options:
+                if option.grid != tuple(mesh.shape):
+                    continue
+                make = partial(
+                    tlm.TwoLevelMultiheadAttention, **layer, **more, bias=False, batch_first=True,
+                    scheme=option.scheme, activations=activations,
+                )  # fmt: skip
+                if option.scheme not in found:
+                    # debug=False: what an exchange without a wire leaves in memory would not compare
+                    alone = _call(make(mesh=fake, debug=False), mine)
+                    found[option.scheme] = Case(f"{option.scheme}, {activations}", {}, alone)
+                if not part.only_alone:
+                    found[option.scheme].variants[str(chunks)] = _call(make(mesh=mesh), mine)
+                    found[option.scheme].table_bytes[str(chunks)] = option.sent_bytes()
+        cases += found.values()
     return cases
 
 
@@ -146,8 +152,8 @@ def prepared(case: Case, node_of: list[int]) -> dict:
         with record_collectives() as record:
             function()
         link_bytes[name] = over_link(record.calls, node_of)
-        if name == "1" and case.table_bytes is not None:
-            assert record.sent() == case.table_bytes, (case.name, record.sent(), case.table_bytes)
+        if name in case.table_bytes:
+            assert record.sent() == case.table_bytes[name], (case.name, name, record.sent(), case.table_bytes)
     return {"case": case.name, "predicted": {"bytes_of_a_rank": case.table_bytes, "link_bytes": link_bytes}}
 
 

@@ -107,7 +107,7 @@ def line(row: dict) -> str:
             text += f" exposed {shown(found['exposed_ms'][name])}"
     if found["alone_ms"] is not None:
         text += f"  alone {shown(found['alone_ms'])}  kept {found['runs_kept']}/{len(row['runs'])}"
-    if "halved" in row:
+    if row.get("compute_over_exchange", 0) >= COMPUTE:
         text += f"  compute {row['compute_over_exchange']:.2f} of the exchange, halved in {row['halved']}"
     return text + missed(row)
 
@@ -133,7 +133,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ranks-per-node", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/links.json, of a run that is not quick")
-    parser.add_argument("--quick", action="store_true", help="two repeats of small sizes, without the balanced part")
+    parser.add_argument("--quick", action="store_true", help="two repeats, without the balanced part")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # what the ranks are started with
     args = parser.parse_args()
     try:
@@ -152,12 +152,12 @@ def main() -> None:
         print(reason, file=sys.stderr)
         raise SystemExit(2)
     torch.set_num_threads(1)  # as the ranks have
-    short = Part("short", args.repeats, length=128, embed_dim=512, block=1 << 19)
-    long = Part("balanced", args.repeats, length=2560, embed_dim=64)
+    short = Part("short", args.repeats, length=32, embed_dim=512, block=1 << 19)
+    long = Part("balanced", args.repeats, length=1280, embed_dim=64)
     if args.quick:
-        short = replace(short, repeats=2, length=64)
+        short = replace(short, repeats=2)
     wrong = replace(short, name="wrong order", repeats=min(3, short.repeats), round_robin=True)
-    parts, rows = [short, wrong], []
+    parts, rows = [short, wrong] if args.ranks_per_node > 1 else [short], []
     with Nodes(args.rate, args.delay) as nodes:
         for part in parts:
             rows += report(measure(nodes, part, args.ranks_per_node))

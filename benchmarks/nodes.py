@@ -28,7 +28,6 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 NODES = 2
 ADDRESSES = ("10.77.0.1", "10.77.0.2")  # the same in every run: nothing outside of the namespaces sees them
 UNITS = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
@@ -98,9 +97,8 @@ class Nodes:
                 a, b = self.names
                 _call("ip", "link", "add", a, "netns", a, "type", "veth", "peer", "name", b, "netns", b)
             for name, address in zip(self.names, ADDRESSES, strict=True):
-                _call(
-                    "ip", "-n", name, "link", "set", name, "addrgenmode", "none"
-                )  # no chatter of IPv6 in the counters
+                if Path("/proc/sys/net/ipv6").exists():  # whose chatter would be counted
+                    _call("ip", "-n", name, "link", "set", name, "addrgenmode", "none")
                 _call("ip", "-n", name, "addr", "add", f"{address}/24", "dev", name)
                 _call("ip", "-n", name, "link", "set", name, "up")
                 _call("ip", "-n", name, "link", "set", "lo", "up")
@@ -119,9 +117,8 @@ class Nodes:
         if self._relay is not None:
             self._relay.rate = rate
             return
-        burst = max(
-            1 << 16, rate // 8 // 500
-        )  # 2 ms: less would not keep up at high rates, more is let through unshaped
+        # 2 ms: with less it would not keep up at high rates, and as much is let through at once
+        burst = max(1 << 16, rate // 8 // 500)
         tbf = ["tbf", "rate", f"{rate}bit", "burst", str(burst), "latency", f"{QUEUE_SECONDS * 1e3:.0f}ms"]
         for name in self.names:
             at = ["tc", "-n", name, "qdisc", "replace", "dev", name]
@@ -145,7 +142,6 @@ class Nodes:
                     "RANK": rank, "LOCAL_RANK": rank // NODES if round_robin else rank % ranks_per_node,
                     "WORLD_SIZE": ranks, "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": 29500,
                     "GLOO_SOCKET_IFNAME": self.names[node], "LINK_HEADER": HEADERS[self.kind],
-                    "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
                 }  # fmt: skip
                 out, err = (stack.enter_context(files[rank].with_suffix(kind).open("wb")) for kind in (".out", ".err"))
                 process = subprocess.Popen(

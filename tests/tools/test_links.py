@@ -65,7 +65,7 @@ def test_disturbed_runs():
         return alone | {"ms": {"1": at_once, "4": chunks}, "link_bytes": size}
 
     runs = [run(100, 100, 150, 110), run(100, 100, 150, 130), run(100, 130, 900, 1), run(100, 100, 160, 120)]
-    predicted = {"bytes_of_a_rank": 1, "link_bytes": {"1": 1000, "4": 990}}
+    predicted = {"bytes_of_a_rank": {}, "link_bytes": {"1": 1000, "4": 990}}
     row = links.judged({"part": "", "case": "", "predicted": predicted, "runs": runs}, rate=8000)
     assert [one["disturbed"] for one in row["runs"]] == [False, False, True, False]
     assert row["measured"]["exposed_ms"] == {"1": 50, "4": 20} and row["measured"]["ms"] == {"1": 150, "4": 120}
@@ -175,7 +175,7 @@ def test_bytes_over_the_link(shaped_links, tmp_path):
         assert row["predicted"]["link_bytes"]["1"] == expected
         assert row["measured"]["link_bytes"]["1"] == pytest.approx(expected, rel=0.02)
     assert rows["wrong order", "gather, flat ring"]["predicted"]["link_bytes"]["1"] == m * (P - 1) * N
-    schemes = [row for row in rows.values() if row["predicted"]["bytes_of_a_rank"] is not None]
+    schemes = [row for row in rows.values() if row["predicted"]["bytes_of_a_rank"]]
     assert len(schemes) == 2 * 6 * 3
     for row in schemes:
         assert row["ratio"] == pytest.approx(1, abs=0.02), row["case"]
