@@ -79,8 +79,9 @@ def judged(row: dict, rate: int) -> dict:
         row |= {"ratio": round(max(max(ratio, 1 / ratio) for ratio in ratios), 4), "limit": BYTES}
     if len(found["exposed_ms"]) == 2 and kept:
         at_once, chunks = found["exposed_ms"]
-        halved = sum(one["exposed_ms"][chunks] <= one["exposed_ms"][at_once] / 2 for one in kept)
-        row |= {"halved": halved, "compute_over_exchange": round(found["alone_ms"] / found["exposed_ms"][at_once], 2)}
+        exchange = found["exposed_ms"][at_once]
+        row["halved"] = sum(one["exposed_ms"][chunks] <= one["exposed_ms"][at_once] / 2 for one in kept)
+        row["compute_over_exchange"] = round(found["alone_ms"] / exchange, 2) if exchange > 0 else 0.0
     return row | {"rate": rate, "measured": found, "runs": runs}
 
 
@@ -156,7 +157,7 @@ def main() -> None:
     long = Part("balanced", args.repeats, length=1280, embed_dim=64)
     if args.quick:
         short = replace(short, repeats=2)
-    wrong = replace(short, name="wrong order", repeats=min(3, short.repeats), round_robin=True)
+    wrong = replace(short, name="wrong order", repeats=max(1, short.repeats // 3), round_robin=True)
     parts, rows = [short, wrong] if args.ranks_per_node > 1 else [short], []
     with Nodes(args.rate, args.delay) as nodes:
         for part in parts:

@@ -114,7 +114,7 @@ else:
 @pytest.mark.parametrize("delay_ms", [0, 20])
 def test_rate_delay_and_counters(shaped_links, delay_ms):
     """Localises: a link faster than it should be, whichever kind makes it; headers that are counted as payload."""
-    with nodes.Nodes("50mbit", delay_ms) as two:
+    with nodes.Nodes("1gbit"), nodes.Nodes("50mbit", delay_ms) as two:  # another pair of the same addresses
         got, said = two.run([sys.executable, "-c", TALK], 1, timeout=60)
     seconds, size = map(float, said.split())
     assert int(got) == 1 << 20
@@ -165,7 +165,7 @@ def test_signals(shaped_links, number):
 def test_bytes_over_the_link(shaped_links, tmp_path):
     """Localises: what crosses between nodes, in either order of stages and of ranks, against the formulas."""
     command = [sys.executable, "benchmarks/links.py", "--quick", "--json", str(tmp_path / "links.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     found = json.loads((tmp_path / "links.json").read_text()), done.stderr[-2000:]
     rows = {(row["part"], row["case"]): row for row in found[0]["rows"]}
     N, m, P = 512 * KIB, 2, 4
