@@ -13,9 +13,9 @@ between two TUN devices, which keeps the rate as well.
 
 import contextlib
 import fcntl
+import itertools
 import os
 import re
-import secrets
 import select
 import shutil
 import signal
@@ -36,6 +36,8 @@ HEADERS = {"veth": 66, "tun": 52}
 QUEUE_SECONDS = 0.4  # as much as this waits for the link
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
 LOOK_SECONDS = 0.05  # between looks at the ranks
+
+_pairs = itertools.count()
 
 
 def missing() -> str | None:
@@ -73,11 +75,17 @@ def sent() -> int:
 
 
 class Nodes:
-    """A context: two namespaces and their link, which are gone when it ends, by an error or a signal too."""
+    """A context: two namespaces and their link, which are gone when it ends, by an error or a signal too.
+
+    Their names begin with tlm and the number of this process; what kill -9 leaves, `ip netns del` removes.
+    """
 
     def __init__(self, rate: str, delay_ms: float = 0) -> None:
         self.rate, self.delay_ms = bits_per_second(rate), delay_ms
-        self.names = [f"tlm{secrets.token_hex(4)}{node}" for node in range(NODES)]  # of namespace and interface both
+        pair = f"tlm{os.getpid()}x{next(_pairs) % 1000}"
+        self.names = [
+            pair + "ab"[node] for node in range(NODES)
+        ]  # of namespace and interface both, 15 characters at most
         self.kind = "veth"
         self._relay: _Relay | None = None
         self._stack = contextlib.ExitStack()
@@ -86,8 +94,8 @@ class Nodes:
         with self._stack:  # undoes all if a step fails
             self._stack.enter_context(_ended_by_signals())
             for name in self.names:
+                self._stack.callback(subprocess.run, ["ip", "netns", "del", name], capture_output=True)
                 _call("ip", "netns", "add", name)
-                self._stack.callback(subprocess.run, ["ip", "netns", "del", name], check=False)
             if self.delay_ms > 0 and not _has_netem(self.names[0]):
                 self.kind = "tun"
                 self._relay = self._stack.enter_context(_Relay(self.names, self.rate, self.delay_ms))
@@ -196,7 +204,8 @@ def _ended_by_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # where Python takes no handler
         return
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, leave) for number in heeded}
     try:
         yield
     finally:

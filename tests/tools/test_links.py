@@ -17,19 +17,19 @@ ROOT = Path(__file__).resolve().parents[2]
 KIB = 1024
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def shaped_links():
-    """Skips where there can be none; afterwards no namespace of ours is left."""
+    """Skips where there can be none; afterwards this process has left no namespace."""
     if reason := nodes.missing():
         pytest.skip(reason)
-    before = namespaces()
     yield
-    assert namespaces() <= before
+    assert not namespaces(os.getpid())
 
 
-def namespaces() -> set[str]:
+def namespaces(pid: int) -> set[str]:
+    """Those that a process has made."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    return {text.split()[0] for text in listed.splitlines() if text.startswith("tlm")}
+    return {text.split()[0] for text in listed.splitlines() if text.startswith(f"tlm{pid}x")}
 
 
 def over_link(kind: str, sent: float, groups: list[list[int]], node_of: list[int]) -> set[float]:
@@ -142,14 +142,13 @@ def test_ranks_that_fail(shaped_links):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals(shaped_links, number):
     """Localises: namespaces and ranks that are left when a benchmark is stopped."""
-    before = namespaces()
     program = "import nodes, sys\nwith nodes.Nodes('1gbit') as two:\n"
     program += " print(*two.names, flush=True)\n two.run(['sleep', '60'], 1)"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
     command = [sys.executable, "-c", program]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     names = process.stdout.readline().split()
-    assert set(names) <= namespaces() - before
+    assert set(names) == namespaces(process.pid)
     deadline = time.monotonic() + 10
     while not (
         pids := subprocess.run(["ip", "netns", "pids", names[1]], capture_output=True, text=True).stdout.split()
@@ -157,7 +156,7 @@ def test_signals(shaped_links, number):
         assert time.monotonic() < deadline
     process.send_signal(number)
     assert process.wait(timeout=20) != 0
-    assert not namespaces() - before
+    assert not namespaces(process.pid)
     assert not any(Path("/proc", pid).exists() for pid in pids)
 
 
@@ -165,9 +164,16 @@ def test_signals(shaped_links, number):
 def test_bytes_over_the_link(shaped_links, tmp_path):
     """Localises: what crosses between nodes, in either order of stages and of ranks, against the formulas."""
     command = [sys.executable, "benchmarks/links.py", "--quick", "--json", str(tmp_path / "links.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    found = json.loads((tmp_path / "links.json").read_text()), done.stderr[-2000:]
-    rows = {(row["part"], row["case"]): row for row in found[0]["rows"]}
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
+        try:
+            process.wait(timeout=600)
+        finally:
+            process.terminate()
+    assert not namespaces(process.pid)
+    assert (tmp_path / "links.json").exists(), (tmp_path / "said").read_text()[-2000:]
+    found = json.loads((tmp_path / "links.json").read_text())["rows"]
+    rows = {(row["part"], row["case"]): row for row in found}
     N, m, P = 512 * KIB, 2, 4
     formulas = {"flat ring": (P - 1) * N, "head axis first": (P - m) * N, "slice axis first": m * (P - m) * N}
     for name, expected in formulas.items():
