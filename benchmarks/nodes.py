@@ -83,9 +83,8 @@ class Nodes:
     def __init__(self, rate: str, delay_ms: float = 0) -> None:
         self.rate, self.delay_ms = bits_per_second(rate), delay_ms
         pair = f"tlm{os.getpid()}x{next(_pairs) % 1000}"
-        self.names = [
-            pair + "ab"[node] for node in range(NODES)
-        ]  # of namespace and interface both, 15 characters at most
+        # of namespace and interface both, of which no name may be longer than 15 characters
+        self.names = [f"{pair}{end}" for end in "ab"]
         self.kind = "veth"
         self._relay: _Relay | None = None
         self._stack = contextlib.ExitStack()
