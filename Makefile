@@ -45,10 +45,11 @@ soak: $(BUILD_STAMP)
 smoke: $(BUILD_STAMP)
 	$(PYTHON) -m pytest -m smoke $(PYTEST_ARGS) tests
 
+# 2 says that the machine has not what a benchmark needs, as links.py does without root.
 bench: $(BUILD_STAMP)
 	@mkdir -p benchmarks/results
 	@for file in $$(grep -l '__main__' benchmarks/*.py); do \
-	  echo "== $$file"; $(PYTHON) $$file || exit 1; done
+	  echo "== $$file"; $(PYTHON) $$file || [ $$? = 2 ] || exit 1; done
 
 lint: $(PINS_STAMP)
 	$(PYTHON) -m ruff check .
