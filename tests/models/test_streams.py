@@ -190,11 +190,13 @@ def test_checkpoints(pool, activations):
 
 def dropout_off(grid, activations) -> dict[str, float]:
     """Of models that drop elements of hidden states, in training with one seed, against stock."""
+    from models import test_gpt2 as gpt2
 
     found = {}
-    stock = make_gpt2(resid_pdrop=0.4)
+    stock = gpt2.make(resid_pdrop=0.4)
+    stock.loss_function = exact_loss
     ours = tlm.parallelize(copy.deepcopy(stock), mesh(grid), activations=activations)
-    found["gpt2"] = worst(*(trained(model, *gpt2_prompt()) for model in (stock, ours)))
+    found["gpt2"] = worst(*(trained(model, *gpt2.prompt()) for model in (stock, ours)))
     layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.3, batch_first=True, dtype=torch.float64)
     stock, outputs = nn.TransformerEncoder(layer, 2), []
     for kind in ("replicated", activations):  # stock's output lies in memory in another order, in which it is dropped
