@@ -65,7 +65,8 @@ def split_rest(rest: Rest, mesh: DeviceMesh, taken: set[nn.Module]) -> None:
     """Splits what find_rest found, but for the linears `taken`."""
     for part, tp_plan in rest.tp_plans.values():
         names = {name for name, module in part.named_modules() if module in taken}
-        apply_tp_plan(part, {name: style for name, style in tp_plan.items() if name not in names}, mesh)
+        others = {name: style for name, style in tp_plan.items() if names.isdisjoint((name, name.rpartition(".")[0]))}
+        apply_tp_plan(part, others, mesh)
     grid = grid_mesh(mesh)
     for module, paths, _ in rest.mlps.values():
         if module.get_submodule(paths[0]) in taken:

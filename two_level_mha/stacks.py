@@ -140,7 +140,7 @@ def _take_mlps(model: nn.Module, stack: Stack, rest: Rest, tried: dict) -> None:
             start = f"{stack.name}.{i}.".removeprefix(prefix)
             rules: dict[str, dict[str, str]] = {}
             for rule, style in tp_plan.items():
-                if rule.startswith(start):
+                if rule.startswith(start) and rule.rpartition(".")[0] not in tp_plan:  # a module's, not its weight's
                     child, _, path = rule.removeprefix(start).partition(".")
                     rules.setdefault(child, {})[path] = style
             for child, styles in rules.items():
@@ -311,7 +311,7 @@ def split_stack(stack: Stack, mesh: DeviceMesh, activations: str, reduce_dtype: 
         if stack.split_head:
             distribute_module(head, grid_mesh(mesh), _by_columns)
             take_full_tensors(head)
-        split_head(model, head, stream, mesh)
+        split_head(model, head, stack.owner, stream, mesh)
 
 
 def _split_mlp(mlp: MLP, mesh: DeviceMesh, stream: Stream) -> None:

@@ -29,7 +29,8 @@ class Stream:
         self.dim = int(batch_first == self.rows)
         self.full = self.place.grid.size * (2 if self.rows else 1)  # chunks
         self.splits = True
-        self.to_loss = False  # in a call that computes a loss of parts: what leaves the layers stays split
+        self.to_loss = False  # in a call that computes a loss of parts
+        self.passes = False  # then the head is given what leaves the layers as it is, so that this can stay split
         self._open = self._left = False
         self._sizes: tuple[int, ...] = ()  # along dim, of the wholes of the call under way: hidden states, memory
         self._seen: set[tuple[int, ...]] = set()  # those of calls whose layers may be run again in backward
@@ -86,7 +87,7 @@ class Stream:
     def leave(self, last: nn.Module, args: tuple, output):
         """Hook of what is called last with parts: its output, or the first of it, becomes whole."""
         self._left = True
-        if self.to_loss:
+        if self.to_loss and self.passes:
             return output
         if isinstance(output, tuple):
             return (self.gather(output[0]), *output[1:])

@@ -27,6 +27,7 @@ class SplitHead(InStream, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.stream.to_loss:
             weight, bias = self._own(self.weight), None if self.bias is None else self._own(self.bias)
+            x = x if self.stream.passes else self.stream.keep(x)
             return self._sharded(self.stream.project_by(x, [weight], [bias])[0])
         if not isinstance(self.weight, DTensor):
             return super().forward(x)
@@ -87,15 +88,21 @@ class _Loss(torch.autograd.Function):
 
 def head_of(model: nn.Module) -> nn.Linear | None:
     """The head of a transformers model that computes its loss by loss_function, where it is a plain linear."""
-    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
-    if code is None or "loss_function" not in code.co_names or not hasattr(model, "get_output_embeddings"):
+    if "loss_function" not in _names_in(model) or not hasattr(model, "get_output_embeddings"):
         return None
     head = model.get_output_embeddings()
     return head if type(head) is nn.Linear else None
 
 
-def split_head(model: nn.Module, head: nn.Linear, stream: Stream, mesh: DeviceMesh) -> None:
-    """Lets calls of a model with labels compute the loss on vocabulary shards."""
+def _names_in(module: nn.Module) -> tuple[str, ...]:
+    """What a module's forward calls."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return () if code is None else code.co_names
+
+
+def split_head(model: nn.Module, head: nn.Linear, owner: nn.Module, stream: Stream, mesh: DeviceMesh) -> None:
+    """Lets calls of a model with labels compute the loss on vocabulary shards; owner: the module with the layers."""
+    stream.passes = {"view", "reshape"}.isdisjoint(_names_in(owner))  # to a shape of the whole
     become(head, SplitHead, stream=stream, mesh=grid_mesh(mesh))
     model.loss_function = SplitLoss(model.loss_function)
     model.register_forward_pre_hook(stream.begin_model, with_kwargs=True)
