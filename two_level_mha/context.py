@@ -65,7 +65,23 @@ def size_numbers(*, batch: int, length: int, keys: int, position: int = 0, first
 
 def element_size(x: Tensor) -> int:
     """Bytes of an element of what the projections of `x` compute in."""
+    return _computed_in(x).itemsize
+
+
+def cast(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """As autocast casts what a linear is given, the first of them; what is one tensor stays one."""
+    dtype = _computed_in(tensors[0])
+    if dtype is tensors[0].dtype:
+        return tensors
+    found: list[Tensor | None] = []
+    for i, x in enumerate(tensors):
+        same = next((found[j] for j in range(i) if tensors[j] is x), None)
+        found.append(same if x is None or same is not None else x.to(dtype))
+    return found
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
     device = x.device.type
     if x.dtype is torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
-        return x.dtype.itemsize
-    return torch.get_autocast_dtype(device).itemsize
+        return x.dtype
+    return torch.get_autocast_dtype(device)

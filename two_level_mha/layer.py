@@ -17,7 +17,7 @@ from two_level_mha.activations import check_activations, stand_in, whole_sizes
 from two_level_mha.agreement import ALIKE, Calls, check_call, compares, same_on_all_ranks, seals
 from two_level_mha.blocks import COMBINES, SHARDED_DIMS, block, local_blocks
 from two_level_mha.cache_layer import NO_CACHE, CachedCall, CacheLayer
-from two_level_mha.context import constants, element_size, layer_numbers, size_numbers
+from two_level_mha.context import cast, constants, element_size, layer_numbers, size_numbers
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import Grid, place_on
 from two_level_mha.profile import Profile, resolve_profile
@@ -214,6 +214,8 @@ class GridAttention(nn.Module):
         *weights, out_weight, out_bias = local_blocks(
             [p[name] if name in p else getattr(self, name) for name in SHARDED_DIMS]
         )
+        if self.splits:  # parts are sent as the projections take them
+            query, key, value = cast([query, key, value])
         batch_dim, length_dim = (0, 1) if batch_first else (1, 0)
         how = (call.scheme or self.scheme, causal is not None, element_size(query), add_zero_attn, batch_first)
         whole_query, whole_key = (query, key) if wholes is None else wholes[:2]

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from two_level_mha import _C
 from two_level_mha.activations import gather_part, grid_numbers, keep_part, whole_sizes
 from two_level_mha.blocks import local_blocks
+from two_level_mha.context import cast
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.mesh import place_on
 
@@ -134,7 +135,7 @@ class Stream:
     def project_by(self, x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
         """The same, by this rank's weights (width, D) and biases."""
         (size,) = self.whole_sizes([tuple(x.shape)])
-        x, *own = _cast([x, *weights, *biases])
+        x, *own = cast([x, *weights, *biases])
         products = _ops.project_activations(
             self._batch_first(x), own[: len(weights)], own[len(weights) :], size, self.rows, *self._grid,
             self.reduce_dtype,
@@ -182,15 +183,6 @@ def _first(args: tuple, kwargs: dict) -> tuple[tuple, dict, Tensor]:
         return args[1:], kwargs, args[0]
     name = next(name for name in ("hidden_states", "src", "tgt") if name in kwargs)
     return (), {key: value for key, value in kwargs.items() if key != name}, kwargs[name]
-
-
-def _cast(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """As autocast has what linears are given."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype is torch.float64:
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return [x if x is None else x.to(dtype) for x in tensors]
 
 
 class InStream(nn.Module):

@@ -8,6 +8,7 @@ from harness import encoders
 from harness.calls import mesh
 from harness.decoders import MODELS, full_gradients, make, pair, prompt
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.tensor import DTensor
 
 import two_level_mha as tlm
@@ -278,3 +279,49 @@ def test_refusals(pool):
         assert "output_hidden_states" in hidden and 'activations="replicated"' in hidden
         assert name == "activations must be one of replicated, sequence, batch, got 'rows'"
         assert "the hidden states of 0.0 stays unsplit: it is no part of a layer in an nn.ModuleList" in report
+
+
+def compiled_off(grid, activations) -> tuple[dict[int, float], int]:
+    """By length; and the graphs. Attention only: transformers' own parallel linears compile for one length."""
+    stock, ours = exact_pair("llama", grid, activations, rest=False)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(ours, backend=aot_autograd(fw_compiler=backend), fullgraph=True)
+    found = {}
+    for length in (16, 24, 32, 40, 9):
+        ids, keep = prompt(4, length)
+        for model in (stock, compiled):
+            model.zero_grad()
+            model(ids, attention_mask=keep, labels=ids, use_cache=False).loss.backward()
+        expected = {key: p.grad for key, p in stock.named_parameters()}
+        found[length] = worst(expected, full_gradients(ours))
+    torch.compiler.reset()
+    return found, len(graphs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", ["sequence", "batch"])
+def test_compiled(pool, activations):
+    """T. Localises: hooks that break a graph, sizes that a graph takes for those of one call."""
+    for found, graphs in pool.run(compiled_off, 4, (2, 2), activations, timeout=400):
+        assert max(found.values()) <= 1e-10, found
+        assert graphs <= 2 * (2 if activations == "batch" else 3)  # forward and backward
+
+
+def peaks(activations: str) -> int:
+    import activations as benchmark
+
+    return benchmark.peak_bytes(activations, 2)
+
+
+@pytest.mark.slow
+def test_memory(pool):
+    """Localises: a whole tensor that is kept for backward, or whole logits."""
+    (alone,) = pool.run(peaks, 1, "sequence", timeout=240)
+    for activations in ("sequence", "batch"):
+        assert max(pool.run(peaks, 4, activations, timeout=240)) <= 0.3 * alone

@@ -213,6 +213,11 @@ def other_ways(grid, activations: str) -> dict[str, bool]:
     with torch.autocast(DEVICE, torch.bfloat16):
         half = gradients(split, part, split), gradients(whole, x, whole)
     right["autocast"] = close(*half, 2e-2) and half[0][0].dtype == torch.bfloat16
+    with torch.no_grad(), record_collectives() as single:
+        split(part)
+    with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad(), record_collectives() as of_halves:
+        split(part)
+    right["autocast's bytes"] = of_halves.sent(backward=False) < 0.55 * single.sent(backward=False)
     split.eval(), whole.eval()
     with torch.inference_mode():
         right["inference mode"] = close(

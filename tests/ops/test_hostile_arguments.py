@@ -85,6 +85,15 @@ def right_calls() -> dict[str, dict]:
         },
         "shard_activations": {"x": x, "rows": True, "grid": [1, 1, 0, 0], "group": ""},
         "gather_activations": {"x": x, "size": x.shape[1], "rows": True, "grid": [1, 1, 0, 0], "group": ""},
+        "project_activations": {
+            "x": torch.randn(2, 4, 6), "weights": [torch.randn(3, 6), torch.randn(5, 6)],
+            "biases": [torch.randn(3), None], "size": 4, "rows": True, "grid": [1, 1, 0, 0], "group": "",
+            "reduce_dtype": torch.float32,
+        },
+        "sum_activations": {
+            "x": torch.randn(2, 4, 6), "bias": torch.randn(6), "rows": True, "grid": [1, 1, 0, 0], "group": "",
+            "reduce_dtype": torch.float32,
+        },
         "enter": projection | call | {
             "bias_k": None, "bias_v": None, "rows": [torch.randn(B, 1, L, 4)], "shared": [torch.randn(d)],
         },

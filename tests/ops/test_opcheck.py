@@ -99,6 +99,11 @@ CASES = {
     "hierarchical_all_gather": lambda: ((random(B, 2, L, 3), 1, 3, [1, 1, 0, 0], "", ""), {}),
     "shard_activations": lambda: ((random(B, L, D), True, [1, 1, 0, 0], ""), {}),
     "gather_activations": lambda: ((random(B, L, D), L, True, [1, 1, 0, 0], ""), {}),
+    "project_activations": lambda: (
+        (random(B, L, D), [random(3, D), random(5, D)], [random(3), None], L, True, [1, 1, 0, 0], ""),
+        {},
+    ),
+    "sum_activations": lambda: ((random(B, L, D), random(D), True, [1, 1, 0, 0], ""), {}),
     "seal": lambda: (([random(B, L), random(D)], [1, 2], "layer", torch.tensor(5)), {}),
     "seal_digits": lambda: ((torch.tensor(5), torch.float32, 4), {}),
     "seal_verdict": lambda: ((*sealed()[1:4], torch.zeros(2, dtype=torch.int64)), {}),
