@@ -17,7 +17,7 @@ from two_level_mha.errors import GridError
 from two_level_mha.families import FAMILIES, later
 from two_level_mha.integrations.private import pretrained_models, private_method
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
-from two_level_mha.layer import GridAttention, check_options, stores_whole_heads
+from two_level_mha.layer import GridAttention, check_options, check_overlap, stores_whole_heads
 from two_level_mha.mesh import Grid, control_on, place_on
 from two_level_mha.probe import HOOKS, changed_linear, has_hooks, layer_settings, random_copy, settings
 from two_level_mha.profile import Profile, resolve_profile
@@ -69,6 +69,7 @@ def parallelize(
     debug: bool | None = None,
     reduce_dtype: torch.dtype | None = None,
     profile: Profile | str | os.PathLike | None = None,
+    overlap: int | None = None,
 ) -> nn.Module:
     """Replaces every supported attention of `model` by its split form, in place; returns the model.
 
@@ -81,7 +82,7 @@ def parallelize(
     divides the width and a copy, run in parts, gives its numbers.
     cache: how such decoders keep a KV cache that transformers made: "position" or "batch" (two_level_mha.cache).
     reduce_dtype: torch.float32 sums outputs and gradients over ranks in it, None in the tensors' own dtype.
-    profile: the rates by which scheme="auto" chooses, as for TwoLevelMultiheadAttention.
+    profile, overlap: the rates by which scheme="auto" chooses, and chunks, as for TwoLevelMultiheadAttention.
     A collective over the grid. Raises GridError, on every rank and before anything is changed, when nothing is found,
     when an attention is found that is not supported, when the grid does not fit one, or when the ranks' arguments or
     weights differ. What was split is told by two_level_mha.report(model), which the grid's first rank also logs (logger
@@ -90,10 +91,12 @@ def parallelize(
     a subclass, of the same name, whose generate() takes the token that the grid's first rank drew on every rank.
     """
     options = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache, "reduce_dtype": reduce_dtype}
+    options["overlap"] = overlap
     grid = place_on(mesh).grid
     found, generating, others, refusal, rates = [], [], Rest(), None, None
     try:
         check_options(scheme, combine)
+        check_overlap(overlap)
         options["profile"] = resolve_profile(profile, "cpu" if mesh is None else mesh.device_type)
         rates = options["profile"].numbers
         if cache not in CACHE_LAYOUTS:
@@ -109,7 +112,7 @@ def parallelize(
     except Exception as error:  # whatever it is, the others would wait for this rank
         refusal = error
     arguments = {"refusal": refusal, "scheme": scheme, "combine": combine, "rest": rest, "cache": cache}
-    arguments |= {"reduce_dtype": str(reduce_dtype), "profile": rates}
+    arguments |= {"reduce_dtype": str(reduce_dtype), "profile": rates, "overlap": overlap}
     same_on_all_ranks(arguments, mesh, "call parallelize alike on every rank")
     if mesh is not None:
         check_same_weights(model, mesh, any(_dropout(module) > 0.0 for module in model.modules()))
