@@ -33,7 +33,7 @@ Group make_group(const std::string& name, int64_t size) {
 Tensor all_gather_op(const Tensor& x, int64_t dim, int64_t group_size, std::string group) {
   const Group to = make_group(group, group_size);
   if (group_size == 1) return x;
-  Tensor parts = start(Collective::all_gather, x.movedim(dim, 0).unsqueeze(0), to).wait();
+  Tensor parts = start(Collective::all_gather, x.movedim(dim, 0).unsqueeze(0), to)();
   return parts.flatten(0, 1).movedim(0, dim);
 }
 
@@ -42,7 +42,7 @@ Tensor reduce_scatter_op(const Tensor& x, int64_t dim, int64_t group_size, std::
   if (group_size == 1) return x;
   Tensor parts =
       x.movedim(dim, 0).unflatten_symint(0, {c10::SymInt(group_size), x.sym_size(dim) / group_size});
-  return start(Collective::reduce_scatter, parts, to).wait().squeeze(0).movedim(0, dim);
+  return start(Collective::reduce_scatter, parts, to)().squeeze(0).movedim(0, dim);
 }
 
 Tensor all_to_all_op(const Tensor& x, int64_t split_dim, int64_t cat_dim, int64_t group_size,
@@ -52,7 +52,7 @@ Tensor all_to_all_op(const Tensor& x, int64_t split_dim, int64_t cat_dim, int64_
   split_dim = at::maybe_wrap_dim(split_dim, x.dim()), cat_dim = at::maybe_wrap_dim(cat_dim, x.dim());
   Tensor parts = x.unflatten_symint(split_dim, {c10::SymInt(group_size), x.sym_size(split_dim) / group_size})
                      .movedim(split_dim, 0);
-  Tensor moved = start(Collective::all_to_all, parts, to).wait();
+  Tensor moved = start(Collective::all_to_all, parts, to)();
   return moved.movedim(0, cat_dim).flatten(cat_dim, cat_dim + 1);
 }
 

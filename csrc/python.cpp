@@ -62,10 +62,16 @@ void check_positive(const std::map<std::string, int64_t>& numbers) {
     TORCH_CHECK_VALUE(number >= 1, name, " must be positive, got ", number);
 }
 
+void check_overlap(int64_t overlap) {
+  TORCH_CHECK_VALUE(0 <= overlap && overlap <= kMostChunks, "overlap must be from 0 to ", kMostChunks,
+                    ", got ", overlap);
+}
+
 void check_call(const Call& call) {
   check_positive({{"H", call.H}, {"K", call.K}, {"d", call.d}, {"m", call.m}, {"n", call.n}});
   TORCH_CHECK_VALUE(call.n <= kMaxRanks / call.m, "n * m must be at most ", kMaxRanks, ", got ",
                     Grid{call.n, call.m}.text());
+  check_overlap(call.overlap);
 }
 
 std::string resolve(const std::string& scheme, Call call, const Rates::Numbers& profile) {
@@ -155,13 +161,13 @@ py::dict seconds_of(const Price<Checked>& price, const Rates& rates) {
   auto seconds = [&](Checked flops) { return double(flops) / double(rates.flops); };
   return py::dict("compute"_a = seconds(price.compute), "memory"_a = seconds(price.memory),
                   "sending"_a = seconds(price.sending), "latency"_a = seconds(price.latency),
-                  "total"_a = seconds(price.total()));
+                  "hidden"_a = seconds(price.hidden), "total"_a = seconds(price.total()));
 }
 
 py::dict option_dict(const Option& option, const Rates& rates) {
   return py::dict("grid"_a = py::make_tuple(option.grid.head_groups, option.grid.slices),
                   "scheme"_a = scheme_row(option.scheme).name, "whole_heads"_a = option.sizes.whole_heads,
-                  "exact"_a = option.exact, "auto"_a = option.automatic,
+                  "exact"_a = option.exact, "auto"_a = option.automatic, "overlap"_a = option.sizes.overlap,
                   "attention_flops"_a = int64_t(option.work.attention),
                   "projection_flops"_a = int64_t(option.work.projections),
                   "forward"_a = rows_of(option.forward), "backward"_a = rows_of(option.backward),
@@ -175,7 +181,7 @@ py::dict option_dict(const Option& option, const Rates& rates) {
 std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                   int64_t embed_dim, int64_t B, int64_t L, int64_t S, int64_t element_size,
                                   bool cached, bool causal, bool concat, bool bias, int64_t activations,
-                                  const Rates::Numbers& profile) {
+                                  int64_t overlap, const Rates::Numbers& profile) {
   const Rates rates = Rates::from_numbers(profile);
   PlanRequest request{ranks, {{heads, kv_heads, head_dim}, embed_dim}, {B, L, S}, cached};
   request.layer.bias = request.layer.out_bias = bias;
@@ -183,6 +189,8 @@ std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads
   if (activations < 0 || activations > int64_t(Activations::batch))
     throw std::invalid_argument("activations must be 0, 1 or 2");
   request.layer.activations = Activations(activations);
+  check_overlap(overlap);
+  request.layer.overlap = overlap;
   request.call.position = cached ? S - L : 0;
   request.call.element_size = element_size;
   request.call.causal = causal;
@@ -237,6 +245,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_grid", &has_grid, "Whether a number of ranks has a valid grid.");
   m.def("ranked_grids", &ranked, "Valid (n, m) for a number of ranks, the fastest in a typical call first.");
   m.def("grid_choices", &grid_choices, "A sentence with the valid grids for a number of ranks, and near it.");
+  m.attr("most_chunks") = kMostChunks;
   m.def("schemes", &schemes, "(name, exact, storage) of every scheme.");
   m.def(
       "constant_fields", [] { return names_of(kConstants); }, "Names of the constants of a call, in order.");
@@ -256,7 +265,8 @@ PYBIND11_MODULE(_C, m) {
         "(name, device, numbers, source) of every known profile; numbers as in csrc/plan/profiles.h.");
   m.def("plan", &plan, "Every valid grid with every scheme, and the index of the pick.", py::kw_only(),
         "ranks"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "embed_dim"_a, "B"_a, "L"_a, "S"_a,
-        "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "activations"_a, "profile"_a);
+        "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "activations"_a, "overlap"_a,
+        "profile"_a);
 
   bind_kernels(m);
 
@@ -285,6 +295,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property(
           "activations", [](const Call& call) { return int64_t(call.activations); },
           [](Call& call, int64_t number) { call.activations = Activations(number); })
+      .def_readwrite("overlap", &Call::overlap)
       .def_readwrite("attention_weights", &Call::attention_weights)
       .def_readwrite("mask_elements", &Call::mask_elements)
       .def_readwrite("training", &Call::training)

@@ -85,7 +85,7 @@ Tensor sum_activations_op(const Tensor& x, const std::optional<Tensor>& bias, bo
                     "bias must be (D,) of x (B, L, D), got ",
                     bias ? bias->sym_sizes() : c10::SymIntArrayRef());
   if (split.grid.size == 1) return bias ? x + *bias : x;
-  Tensor mine = sum_split(four_dims(x), bias, split, reduce_dtype, std::nullopt);
+  Tensor mine = begin_sum_split(four_dims(x), bias, split, reduce_dtype, std::nullopt)();
   return mine.view_symint(resized(x, split, split.own(size_of(x, split))));
 }
 

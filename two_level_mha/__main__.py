@@ -91,6 +91,7 @@ def plan(args: argparse.Namespace) -> None:
             dtype=getattr(torch, args.dtype),
             combine=args.combine,
             activations=args.activations,
+            overlap=args.overlap,
             device_type=args.device_type,
             profile=args.profile,
         )
@@ -116,6 +117,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--activations", default="replicated", choices=ACTIVATIONS, help="how X and Y lie over the ranks"
     )
+    parser.add_argument("--overlap", type=int, help="chunks of the batch (default: as many as are predicted fastest)")
     parser.add_argument("--device-type", default="cuda", choices=DEVICE_TYPES, help="whose profile predicts")
     parser.add_argument("--profile", metavar="NAME|FILE", help="the hardware to predict for: a name, or a JSON file")
     parser.add_argument("--json", action="store_true")

@@ -32,13 +32,15 @@ def layer_numbers(
     concat: bool,
     reduce_dtype: torch.dtype | None,
     activations: str = "replicated",
+    overlap: int | None = 1,
 ) -> list[int]:
     """The constants of a layer on this rank, in the order of the operators; rates: those of the profile."""
     grid = place.grid
     return [
         grid.head_groups, grid.slices, place.head_group, place.slice, num_heads, num_kv_heads, head_dim, embed_dim,
         key_dim, value_dim, int(bias), int(out_bias), int(bias_kv), int(whole_heads), int(concat),
-        -1 if reduce_dtype is None else _C.scalar_type(reduce_dtype), ACTIVATIONS.index(activations), *rates,
+        -1 if reduce_dtype is None else _C.scalar_type(reduce_dtype), ACTIVATIONS.index(activations),
+        0 if overlap is None else overlap, *rates,
     ]  # fmt: skip
 
 

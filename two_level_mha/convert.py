@@ -18,7 +18,7 @@ from two_level_mha.errors import GridError
 from two_level_mha.families import FAMILIES, later
 from two_level_mha.integrations.private import pretrained_models, private_method
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
-from two_level_mha.layer import GridAttention, check_options, stores_whole_heads
+from two_level_mha.layer import GridAttention, check_options, check_overlap, stores_whole_heads
 from two_level_mha.mesh import Grid, control_on, place_on
 from two_level_mha.probe import HOOKS, changed_linear, has_hooks, layer_settings, random_copy, settings
 from two_level_mha.profile import Profile, resolve_profile
@@ -72,6 +72,7 @@ def parallelize(
     reduce_dtype: torch.dtype | None = None,
     profile: Profile | str | os.PathLike | None = None,
     activations: str = "replicated",
+    overlap: int | None = None,
 ) -> nn.Module:
     """Replaces every supported attention of `model` by its split form, in place; returns the model.
 
@@ -84,7 +85,7 @@ def parallelize(
     divides the width and a copy, run in parts, gives its numbers.
     cache: how such decoders keep a KV cache that transformers made: "position" or "batch" (two_level_mha.cache).
     reduce_dtype: torch.float32 sums outputs and gradients over ranks in it, None in the tensors' own dtype.
-    profile: the rates by which scheme="auto" chooses, as for TwoLevelMultiheadAttention.
+    profile, overlap: the rates by which scheme="auto" chooses, and chunks, as for TwoLevelMultiheadAttention.
     activations: "sequence" or "batch": hidden states stay split from the first layer to behind the last, each rank has
     its rows or its sequences (shard_activations). Norms, dropout and residuals act on parts; attention and MLPs gather
     what they are given and sum into parts what they give. The model takes and gives what it did. Short calls without
@@ -97,11 +98,13 @@ def parallelize(
     a subclass, of the same name, whose generate() takes the token that the grid's first rank drew on every rank.
     """
     options = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache, "reduce_dtype": reduce_dtype}
+    options["overlap"] = overlap
     grid = place_on(mesh).grid
     found, generating, others, stacks, refusal, rates = [], [], Rest(), [], None, None
     try:
         check_options(scheme, combine)
         check_activations(activations)
+        check_overlap(overlap)
         options["profile"] = resolve_profile(profile, "cpu" if mesh is None else mesh.device_type)
         rates = options["profile"].numbers
         if cache not in CACHE_LAYOUTS:
@@ -120,7 +123,7 @@ def parallelize(
     except Exception as error:  # whatever it is, the others would wait for this rank
         refusal = error
     arguments = {"refusal": refusal, "scheme": scheme, "combine": combine, "rest": rest, "cache": cache}
-    arguments |= {"activations": activations, "reduce_dtype": str(reduce_dtype), "profile": rates}
+    arguments |= {"activations": activations, "overlap": overlap, "reduce_dtype": str(reduce_dtype), "profile": rates}
     same_on_all_ranks(arguments, mesh, "call parallelize alike on every rank")
     if mesh is not None:
         check_same_weights(model, mesh, any(_dropout(module) > 0.0 for module in model.modules()))

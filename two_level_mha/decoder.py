@@ -65,8 +65,8 @@ class TwoLevelAttention(Drops, GridAttention):
     dropout: probability with which an attention weight is dropped in training, the same ones on every grid.
     mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process. head_groups must divide k,
         slices must divide d.
-    scheme, combine, debug, reduce_dtype, profile, activations: as for TwoLevelMultiheadAttention. scheme "independent"
-        takes neither norm nor rotary, which need d whole.
+    scheme, combine, debug, reduce_dtype, profile, activations, overlap: as for TwoLevelMultiheadAttention. scheme
+        "independent" takes neither norm nor rotary, which need d whole.
 
     Weights are drawn as nn.Linear draws q_proj, k_proj, v_proj and o_proj in turn: the same seed gives the same ones on
     every grid. load_state_dict takes those names too (q_proj.weight, .., q_norm.weight, k_norm.weight), with full
@@ -96,13 +96,14 @@ class TwoLevelAttention(Drops, GridAttention):
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
         activations: str = "replicated",
+        overlap: int | None = None,
     ) -> None:
         k = num_heads if num_kv_heads is None else num_kv_heads
         d = _head_dim(embed_dim, num_heads, k, head_dim)
         _check_options(bias, qk_norm, rope, window, softcap, dropout, scheme, d)
         super().__init__(
             num_heads=num_heads, num_kv_heads=k, head_dim=d, mesh=mesh, scheme=scheme, combine=combine, debug=debug,
-            reduce_dtype=reduce_dtype, profile=profile, activations=activations,
+            reduce_dtype=reduce_dtype, profile=profile, activations=activations, overlap=overlap,
         )  # fmt: skip
         self.embed_dim, self.rope, self.window, self.scale, self.dropout = embed_dim, rope, window, scale, dropout
         self.softcap, self.qk_norm = softcap, qk_norm

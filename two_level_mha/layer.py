@@ -76,10 +76,12 @@ class GridAttention(nn.Module):
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
         activations: str = "replicated",
+        overlap: int | None = None,
     ) -> None:
         nn.Module.__init__(self)  # a subclass may also inherit from the class it replaces, whose __init__ must not run
         check_options(scheme, combine)
         check_activations(activations)
+        check_overlap(overlap)
         if reduce_dtype not in REDUCE_DTYPES:
             raise GridError(f"reduce_dtype must be None or torch.float32, got {reduce_dtype}")
         self.place = place_on(mesh)
@@ -88,7 +90,7 @@ class GridAttention(nn.Module):
         self.mesh = mesh
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scheme, self.combine, self.debug, self.reduce_dtype = scheme, combine, debug, reduce_dtype
-        self.activations = activations
+        self.activations, self.overlap = activations, overlap
         self.stream: Stream | None = None  # of a model whose hidden states are split, which knows what of
         self.profile = resolve_profile(profile, "cpu" if mesh is None else mesh.device_type)
         self._compared = self._just_compared = False
@@ -124,6 +126,7 @@ class GridAttention(nn.Module):
             concat=self.combine == "concat",
             reduce_dtype=self.reduce_dtype,
             activations=activations,
+            overlap=self.overlap,
         )
 
     def block(self, full: Tensor, name: str) -> Tensor:
@@ -140,7 +143,7 @@ class GridAttention(nn.Module):
         if not compares(self.place.grid.size, self.debug, self._compared):
             return check()
         options = {"reduce_dtype": str(self.reduce_dtype), "scheme": self.scheme, "combine": self.combine}
-        options["profile"] = self.profile.numbers
+        options |= {"profile": self.profile.numbers, "overlap": self.overlap}
         if self.splits:
             tensors = {name: x for name, x in tensors.items() if name not in SPLIT_INPUTS}
         settings = check_call(self, self.mesh, options, check, tensors)
@@ -314,6 +317,16 @@ def check_options(scheme: str, combine: str) -> None:
         raise GridError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
     if combine not in COMBINES:
         raise GridError(f"combine must be one of {', '.join(COMBINES)}, got {combine!r}")
+
+
+def check_overlap(overlap: int | None) -> None:
+    """Raises GridError for what is no number of chunks."""
+    number = isinstance(overlap, int) and not isinstance(overlap, bool)
+    if overlap is not None and not (number and 1 <= overlap <= _C.most_chunks):
+        raise GridError(
+            f"overlap must be a number of chunks from 1 (off) to {_C.most_chunks}, or None (as predicted), got "
+            f"{overlap!r}"
+        )
 
 
 def stores_whole_heads(scheme: str, h: int, k: int, grid: Grid) -> bool:

@@ -50,6 +50,8 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
     activations: "replicated": every rank is given the same whole inputs and returns the whole output. "sequence",
         "batch": its part of them, as shard_activations gives it, and its part of the output; masks, and the attention
         weights that are returned, stay whole.
+    overlap: chunks to cut the batch into, so that the exchange of one runs while the next is computed, forward and
+        backward; 1: none, None: as many as the profile predicts to be fastest. The same on every rank.
 
     The same seed gives the same initial weights as nn.MultiheadAttention, on every grid.
     """
@@ -79,6 +81,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
         activations: str = "replicated",
+        overlap: int | None = None,
     ) -> None:
         if embed_dim <= 0 or num_heads <= 0:
             raise GridError(
@@ -94,6 +97,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         super().__init__(
             num_heads=num_heads, num_kv_heads=num_heads, head_dim=embed_dim // num_heads, mesh=mesh, scheme=scheme,
             combine=combine, debug=debug, reduce_dtype=reduce_dtype, profile=profile, activations=activations,
+            overlap=overlap,
         )  # fmt: skip
         self.embed_dim = embed_dim
         self.kdim = embed_dim if kdim is None else kdim
@@ -184,6 +188,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
         activations: str = "replicated",
+        overlap: int | None = None,
     ) -> "TwoLevelMultiheadAttention":
         """The same layer on a grid. Raises GridError on every rank if mha's weights differ between ranks.
 
@@ -196,7 +201,8 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
             raise GridError(f"mha must be an nn.MultiheadAttention, got {type(mha).__name__}")
         check_same_weights(mha, mesh, mha.dropout > 0.0)
         options = {"scheme": scheme, "combine": combine, "debug": debug, "reduce_dtype": reduce_dtype}
-        return cls.from_checked(mha, mesh, profile=profile, activations=activations, **options)
+        options |= {"profile": profile, "activations": activations, "overlap": overlap}
+        return cls.from_checked(mha, mesh, **options)
 
     @classmethod
     def from_checked(

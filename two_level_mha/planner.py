@@ -15,6 +15,7 @@ from two_level_mha.activations import check_activations
 from two_level_mha.blocks import COMBINES
 from two_level_mha.context import ACTIVATIONS
 from two_level_mha.errors import GridError
+from two_level_mha.layer import check_overlap
 from two_level_mha.profile import Profile, resolve_profile
 
 
@@ -43,9 +44,10 @@ class Option:
     forward: tuple[Sent, ...]
     backward: tuple[Sent, ...]
     weight_bytes: int
+    overlap: int  # chunks of the batch
     activation_bytes: int  # what a forward pass keeps for the backward pass
     cache_bytes: int  # keys and values of all seq positions
-    predicted_seconds: dict[str, float]  # compute, memory, sending, latency and their total
+    predicted_seconds: dict[str, float]  # compute, memory, sending, latency; hidden, of sending; total
 
     @property
     def flops(self) -> int:
@@ -114,6 +116,7 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     combine: str = "reduce",
     activations: str = "replicated",
+    overlap: int | None = None,
     device_type: str = "cuda",
     profile: Profile | str | os.PathLike | None = None,
 ) -> Plan:
@@ -124,6 +127,7 @@ def plan(
     measured; bytes and numbers of collectives are exact. Needs no process group and no GPU.
     num_kv_heads: num_heads if None; head_dim: embed_dim / num_heads if None; bias: q, k, v and output have one.
     activations: how X and Y lie over the ranks, as TwoLevelMultiheadAttention has it.
+    overlap: chunks of the batch, as it has it; None: for each grid and scheme the number that is predicted fastest.
     profile: the hardware to predict for, a Profile, its name or its JSON file; None: that of device_type.
     Raises GridError if an argument does not fit, or if no grid is valid; then it names the nearest numbers of ranks
     that have one.
@@ -143,6 +147,7 @@ def plan(
     if combine not in COMBINES:
         raise GridError(f"combine must be one of {', '.join(COMBINES)}, got {combine!r}")
     check_activations(activations)
+    check_overlap(overlap)
     hardware = resolve_profile(profile, device_type)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise GridError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
@@ -153,6 +158,7 @@ def plan(
             ranks=devices, heads=num_heads, kv_heads=kv_heads, head_dim=head_dim, embed_dim=embed_dim, B=batch,
             L=1 if decode else seq, S=seq, element_size=dtype.itemsize, cached=decode, causal=causal and not decode,
             concat=combine == "concat", bias=bias, activations=ACTIVATIONS.index(activations),
+            overlap=0 if overlap is None else overlap,
             profile=hardware.numbers,
         )  # fmt: skip
     except OverflowError:
@@ -174,6 +180,7 @@ def plan(
             "dtype": str(dtype).removeprefix("torch."),
             "combine": combine,
             "activations": activations,
+            "overlap": overlap,
         },
         call={
             "devices": devices,
@@ -186,15 +193,20 @@ def plan(
         profile=hardware,
         options=options,
         pick=options[picked],
-        why=_why(options, options[picked], decode),
+        why=_why(options, options[picked], decode, overlap is None),
     )
 
 
-def _why(options: tuple[Option, ...], pick: Option, decode: bool) -> str:
+def _why(options: tuple[Option, ...], pick: Option, decode: bool, chosen: bool) -> str:
     seconds = pick.predicted_seconds
     parts = {"computing": "compute", "reading memory": "memory", "sending": "sending", "latency": "latency"}
-    shares = ", ".join(f"{seconds[key] / seconds['total']:.0%} {word}" for word, key in parts.items())
+    busy = seconds["total"] + seconds["hidden"]
+    shares = ", ".join(f"{seconds[key] / busy:.0%} {word}" for word, key in parts.items())
     text = f"{pick.name} is predicted fastest: {_duration(seconds['total'])} ({shares})."
+    if pick.overlap > 1:
+        text += f" {pick.overlap} chunks of the batch overlap, which hides {_duration(seconds['hidden'])} of sending."
+    elif pick.sent_bytes():
+        text += " Nothing overlaps: no number of chunks is predicted to be faster." if chosen else " Nothing overlaps."
     others = [option for option in options if option.exact and option is not pick]
     if others:
         second = min(others, key=lambda option: option.predicted_seconds["total"])
@@ -247,11 +259,12 @@ def _text(p: Plan) -> str:
     columns = [
         ("work", [option.flops for option in p.options], UNITS["FLOP"]),
         ("sent", [option.sent_bytes() for option in p.options], UNITS["B"]),
-        ("collectives", [option.collectives() for option in p.options], None),
+        ("calls", [option.collectives() for option in p.options], None),
+        ("chunks", [option.overlap for option in p.options], None),
         ("predicted", [option.predicted_seconds["total"] for option in p.options], TIMES),
         ("weights", [option.weight_bytes for option in p.options], UNITS["B"]),
         ("kept", [option.activation_bytes for option in p.options], UNITS["B"]),
-        ("KV cache", [option.cache_bytes for option in p.options], UNITS["B"]),
+        ("cache", [option.cache_bytes for option in p.options], UNITS["B"]),
     ]
     cells, heads = [], []
     for title, values, units in columns:
@@ -269,7 +282,10 @@ def _text(p: Plan) -> str:
         mark = ">" if option is p.pick else " "
         lines.append(f"{mark} {str(option.grid):10}{scheme:13}{row} {marks}".rstrip())
     lines += ["", *_wrap("> " + p.why)]
-    notes = "Work, sent and collectives are of the forward pass; kept: activations for the backward pass."
+    notes = (
+        "Work, sent and calls, of collectives, are of the forward pass; chunks: of the batch, which overlap; kept: "
+        "activations for the backward pass; cache: of keys and values."
+    )
     if any(not option.exact for option in p.options):
         notes += " *: another model, never picked."
     if any(option.auto and option.grid[1] > 1 for option in p.options):

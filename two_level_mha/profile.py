@@ -33,6 +33,7 @@ RANGES = {
     "attention_single_128": (10**9, 10**17),
     "attention_single_256": (10**9, 10**17),
     "attention_single_wide": (10**9, 10**17),
+    "hidden_percent": (0, 100),
 }
 
 
@@ -46,7 +47,8 @@ class Profile:
     padded_head_dim: the head_dim up to which half precision pads values to the width of keys, 0: it does not. source:
     where the numbers are from. flops_single: as flops, with elements of 4 bytes or more. attention_128, .._256,
     .._wide: FLOP/s that attention reaches in half precision with heads up to 128 wide, up to 256, and wider;
-    attention_single_128, ..: with elements of 4 bytes or more. None, for these seven: as flops.
+    attention_single_128, ..: with elements of 4 bytes or more. None, for these seven: as flops. hidden_percent: of an
+    exchange's time, what computing beside it hides; 0: nothing, and so overlap=None is off.
     Raises GridError, naming the field, for a value out of range.
     """
 
@@ -66,6 +68,7 @@ class Profile:
     attention_single_128: int | None = None
     attention_single_256: int | None = None
     attention_single_wide: int | None = None
+    hidden_percent: int = 0
 
     def __post_init__(self) -> None:
         for field in ("name", "source"):

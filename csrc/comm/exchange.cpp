@@ -87,66 +87,79 @@ Tensor finish(Collective kind, const Tensor& started, const Group& group) {
   return kind == Collective::reduce_scatter && summed_here ? x.sum(0, /*keepdim=*/true) : x;
 }
 
-c10::intrusive_ptr<Flight> flight(AutogradContext* ctx) {
-  return c10::static_intrusive_pointer_cast<Flight>(ctx->saved_data["flight"].toCapsule());
+// What the two halves of one exchange share, and what of it is on its way.
+struct Transfer : torch::CustomClassHolder {
+  Begin forward;
+  BeginBack backward;
+  Later<Tensor> coming;
+  Later<std::vector<Tensor>> coming_back;
+
+  Transfer(Begin forward, BeginBack backward) : forward(std::move(forward)), backward(std::move(backward)) {}
+};
+
+c10::intrusive_ptr<Transfer> transfer(AutogradContext* ctx) {
+  return c10::static_intrusive_pointer_cast<Transfer>(ctx->saved_data["transfer"].toCapsule());
 }
 
-// A plain pair of functions dies in backward, where the gradient of the
-// started tensor has the waited tensor's shape. Here Wait.backward issues
-// the adjoint into the shared flight and Start.backward waits for it there.
+// A plain pair of functions dies in backward, where the gradient of the started tensor has the waited tensor's shape.
+// Here Wait.backward begins the adjoint, and Start.backward waits for it; between the two goes a tensor of no elements.
 struct Start : torch::autograd::Function<Start> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& buffer, int64_t kind,
-                        const c10::intrusive_ptr<Flight>& shared) {
+  static Tensor forward(AutogradContext* ctx, at::TensorList xs, const c10::intrusive_ptr<Transfer>& shared) {
     ctx->set_materialize_grads(false);
-    ctx->saved_data["flight"] = c10::IValue::make_capsule(shared);
-    ctx->saved_data["kind"] = kind;
+    ctx->saved_data["transfer"] = c10::IValue::make_capsule(shared);
+    ctx->saved_data["count"] = int64_t(xs.size());
     at::AutoDispatchBelowADInplaceOrView guard;
-    return issue(Collective(kind), buffer, shared->group);
+    shared->coming = shared->forward(xs.vec());
+    return at::empty({0}, xs[0].options());
   }
   static variable_list backward(AutogradContext* ctx, variable_list) {
-    auto shared = flight(ctx);
-    variable_list grads(3);
-    if (shared->gradient.defined()) {
-      Tensor started = std::move(shared->gradient);
-      shared->gradient = Tensor();
-      grads[0] = finish(adjoint(Collective(ctx->saved_data["kind"].toInt())), started, shared->group);
-    }
+    auto shared = transfer(ctx);
+    variable_list grads(ctx->saved_data["count"].toInt());
+    if (shared->coming_back) grads = arrived(shared->coming_back);
+    grads.emplace_back();
     return grads;
   }
 };
 
 struct Wait : torch::autograd::Function<Wait> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& started, int64_t kind,
-                        const c10::intrusive_ptr<Flight>& shared) {
+  static Tensor forward(AutogradContext* ctx, const Tensor&, const c10::intrusive_ptr<Transfer>& shared) {
     ctx->set_materialize_grads(false);
-    ctx->saved_data["flight"] = c10::IValue::make_capsule(shared);
-    ctx->saved_data["kind"] = kind;
+    ctx->saved_data["transfer"] = c10::IValue::make_capsule(shared);
     at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor x = finish(Collective(kind), started, shared->group);
-    // of an input that a function returns autograd makes a view, which must not be written to
-    return x.is_same(started) ? x.view_as(x) : x;
+    return arrived(shared->coming);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    auto shared = flight(ctx);
-    const Collective back = adjoint(Collective(ctx->saved_data["kind"].toInt()));
-    if (grads[0].defined()) shared->gradient = issue(back, grads[0], shared->group);
-    return variable_list(3);
+    auto shared = transfer(ctx);
+    once_differentiable(grads[0]);
+    if (grads[0].defined()) shared->coming_back = shared->backward(grads[0]);
+    return variable_list(2);
   }
 };
 
 }  // namespace
 
-Exchange start(Collective kind, const Tensor& buffer, const Group& group) {
-  auto shared = c10::make_intrusive<Flight>(group);
-  return {Start::apply(buffer, int64_t(kind), shared), kind, shared};
+Later<Tensor> begin(const std::vector<Tensor>& xs, Begin forward, BeginBack backward) {
+  auto shared = c10::make_intrusive<Transfer>(std::move(forward), std::move(backward));
+  Tensor started = Start::apply(at::TensorList(xs), shared);
+  return [=] { return Wait::apply(started, shared); };
 }
 
-Tensor Exchange::wait() const {
-  return Wait::apply(started, int64_t(kind), flight);
+Later<Tensor> start(Collective kind, const Tensor& buffer, const Group& group) {
+  return begin(
+      {buffer}, [=](const std::vector<Tensor>& xs) { return begin_run(kind, xs[0], group); },
+      [=](const Tensor& gradient) -> Later<std::vector<Tensor>> {
+        auto back = begin_run(adjoint(kind), gradient, group);
+        return [=] { return std::vector<Tensor>{back()}; };
+      });
+}
+
+Later<Tensor> begin_run(Collective kind, const Tensor& buffer, const Group& group) {
+  Tensor started = issue(kind, buffer, group);
+  return [=] { return finish(kind, started, group); };
 }
 
 Tensor run(Collective kind, const Tensor& buffer, const Group& group) {
-  return finish(kind, issue(kind, buffer, group), group);
+  return begin_run(kind, buffer, group)();
 }
 
 void once_differentiable(const Tensor& gradient) {
@@ -164,21 +177,20 @@ Tensor exchange_rows(const Tensor& x, const std::vector<int64_t>& sent, const st
   });
 }
 
-Tensor sum_in_group(const Tensor& x, const Group& group) {
-  if (group.size == 1 || empty(x)) return x;
+Later<Tensor> begin_sum_in_group(const Tensor& x, const Group& group, bool own) {
+  if (group.size == 1 || empty(x)) return [=] { return own ? x : x.clone(); };
   once_differentiable(x);
-  return in_group(x, group, "all_reduce", [&] {
-    return wait_tensor(
-        call("_c10d_functional::all_reduce", {x.contiguous(), std::string("sum"), group.name}));
+  // graphs have no form that writes to x
+  const bool in_place = own && x.is_contiguous() && !at::isTensorSubclassLike(x);
+  const char* name = in_place ? "_c10d_functional::all_reduce_" : "_c10d_functional::all_reduce";
+  Tensor started = in_group(x, group, "all_reduce", [&] {
+    return call(name, {x.contiguous(), std::string("sum"), group.name});
   });
+  return [=] { return in_group(started, group, "all_reduce", [&] { return wait_tensor(started); }); };
 }
 
-Tensor sum_in_group_(const Tensor& x, const Group& group) {
-  if (at::isTensorSubclassLike(x)) return sum_in_group(x, group);  // graphs have no such form
-  if (group.size == 1 || empty(x)) return x;
-  return in_group(x, group, "all_reduce", [&] {
-    return wait_tensor(call("_c10d_functional::all_reduce_", {x, std::string("sum"), group.name}));
-  });
+Tensor sum_in_group(const Tensor& x, const Group& group) {
+  return begin_sum_in_group(x, group, /*own=*/false)();
 }
 
 }  // namespace two_level_mha

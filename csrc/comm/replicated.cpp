@@ -32,37 +32,21 @@ bool in_stages(const Tensor& x, const SumGroups& groups) {
          !sums_flat(x.sym_numel(), groups.axes[1].size, groups.axes[0].size, groups.node);
 }
 
-Tensor sum_in_stages(const Tensor& x, const SumGroups& groups) {
-  const Group &near = groups.axes[0], &far = groups.axes[1];
+Later<Tensor> begin_sum_in_stages(const Tensor& x, const SumGroups& groups) {
+  const Group near = groups.axes[0], far = groups.axes[1];
   auto elements = x.sym_numel();
   auto padded = ceil_div(elements, near.size) * near.size;
   Tensor flat = pad_dim(x.reshape(-1), 0, 0, padded - elements).view_symint({near.size, padded / near.size});
-  Tensor mine = run(Collective::reduce_scatter, flat, near);
-  Tensor all = run(Collective::all_gather, sum_in_group_(mine, far), near);
-  return all.view(-1).narrow_symint(0, 0, elements).view_symint(x.sym_sizes());
+  auto mine = begin_run(Collective::reduce_scatter, flat, near);
+  return [=, sizes = x.sym_sizes().vec()] {
+    Tensor all = run(Collective::all_gather, begin_sum_in_group(mine(), far, /*own=*/true)(), near);
+    return all.view(-1).narrow_symint(0, 0, elements).view_symint(sizes);
+  };
 }
 
-Tensor sum_in_place(const Tensor& x, const SumGroups& groups) {
-  return in_stages(x, groups) ? sum_in_stages(x, groups) : sum_in_group_(x, groups.all);
+Later<Tensor> begin_sum(const Tensor& x, const SumGroups& groups, bool own) {
+  return in_stages(x, groups) ? begin_sum_in_stages(x, groups) : begin_sum_in_group(x, groups.all, own);
 }
-
-struct ReduceReplicated : torch::autograd::Function<ReduceReplicated> {
-  static Tensor forward(AutogradContext*, const Tensor& x, const SumGroups& groups,
-                        std::optional<at::ScalarType> reduce_dtype, const std::optional<Seal>& seal) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    if (!seal) return sum_over(x, groups, reduce_dtype);
-    Tensor mine = reduce_dtype ? x.to(*reduce_dtype) : x;
-    const Tensor digits = digits_of(*seal, mine);
-    const auto elements = x.sym_numel();
-    Tensor sums = sum_in_place(with_digits(mine, digits), groups);
-    Tensor y = sums.narrow_symint(0, 0, elements).view_symint(x.sym_sizes());
-    return opened(y, sums.narrow_symint(0, elements, digits.size(0)), *seal).to(x.scalar_type());
-  }
-  static variable_list backward(AutogradContext*, variable_list grads) {
-    once_differentiable(grads[0]);
-    return {grads[0], Tensor(), Tensor(), Tensor()};
-  }
-};
 
 struct EnterReplicated : torch::autograd::Function<EnterReplicated> {
   static variable_list forward(AutogradContext* ctx, at::TensorList xs,
@@ -101,21 +85,44 @@ struct EnterReplicated : torch::autograd::Function<EnterReplicated> {
 
 }  // namespace
 
-Tensor sum_over(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype,
-                bool own) {
-  if (groups.all.size == 1) return x;
+Later<Tensor> begin_sum_over(const Tensor& x, const SumGroups& groups,
+                             std::optional<at::ScalarType> reduce_dtype, bool own) {
+  if (groups.all.size == 1) return [=] { return x; };
   once_differentiable(x);
   Tensor y = reduce_dtype ? x.to(*reduce_dtype) : x;
-  const bool in_place = (own || !y.is_same(x)) && !at::isTensorSubclassLike(y) && y.is_contiguous();
-  y = in_stages(y, groups) ? sum_in_stages(y, groups)
-      : in_place           ? sum_in_group_(y, groups.all)
-                           : sum_in_group(y, groups.all);
-  return y.to(x.scalar_type());
+  auto sum = begin_sum(y, groups, own || !y.is_same(x));
+  return [=, dtype = x.scalar_type()] { return sum().to(dtype); };
 }
 
-Tensor reduce_replicated(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype,
-                         const std::optional<Seal>& seal) {
-  return groups.all.size == 1 ? x : ReduceReplicated::apply(x, groups, reduce_dtype, seal);
+Tensor sum_over(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype,
+                bool own) {
+  return begin_sum_over(x, groups, reduce_dtype, own)();
+}
+
+Later<Tensor> begin_reduce_replicated(const Tensor& x, const SumGroups& groups,
+                                      std::optional<at::ScalarType> reduce_dtype,
+                                      const std::optional<Seal>& seal) {
+  if (groups.all.size == 1) return [=] { return x; };
+  auto forward = [=](const std::vector<Tensor>& xs) -> Later<Tensor> {
+    if (!seal) return begin_sum_over(xs[0], groups, reduce_dtype, /*own=*/false);
+    Tensor mine = reduce_dtype ? xs[0].to(*reduce_dtype) : xs[0];
+    const Tensor digits = digits_of(*seal, mine);
+    auto coming = begin_sum(with_digits(mine, digits), groups, /*own=*/true);
+    return [=, sizes = xs[0].sym_sizes().vec(), elements = xs[0].sym_numel(), count = digits.size(0),
+            dtype = xs[0].scalar_type()] {
+      Tensor sums = coming();
+      Tensor y = sums.narrow_symint(0, 0, elements).view_symint(sizes);
+      return opened(y, sums.narrow_symint(0, elements, count), *seal).to(dtype);
+    };
+  };
+  return begin({x}, forward, [](const Tensor& gradient) -> Later<std::vector<Tensor>> {
+    return [=] { return std::vector<Tensor>{gradient}; };
+  });
+}
+
+Tensor reduce_replicated(const Tensor& x, const SumGroups& groups,
+                         std::optional<at::ScalarType> reduce_dtype) {
+  return begin_reduce_replicated(x, groups, reduce_dtype, std::nullopt)();
 }
 
 std::vector<Tensor> enter_replicated(const std::vector<Tensor>& xs, const SumGroups& groups,

@@ -7,7 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include "group.h"
+#include "exchange.h"
 #include "seal.h"
 
 namespace two_level_mha {
@@ -21,11 +21,17 @@ using at::Tensor;
 // own: nobody else needs x, which may be written to.
 Tensor sum_over(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype,
                 bool own = false);
+// Of stages the first is begun, the others follow when it is waited for.
+Later<Tensor> begin_sum_over(const Tensor& x, const SumGroups& groups,
+                             std::optional<at::ScalarType> reduce_dtype, bool own);
 
 // Forward: the sum. Backward: identity, since y and so its gradient are the same on every rank. seal: what the
 // ranks compare by it (seal.h).
-Tensor reduce_replicated(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype,
-                         const std::optional<Seal>& seal = std::nullopt);
+Later<Tensor> begin_reduce_replicated(const Tensor& x, const SumGroups& groups,
+                                      std::optional<at::ScalarType> reduce_dtype,
+                                      const std::optional<Seal>& seal);
+Tensor reduce_replicated(const Tensor& x, const SumGroups& groups,
+                         std::optional<at::ScalarType> reduce_dtype);
 
 // Forward: identity, the tensors are the same on every rank. Backward: the sum, in one exchange for all.
 std::vector<Tensor> enter_replicated(const std::vector<Tensor>& xs, const SumGroups& groups,

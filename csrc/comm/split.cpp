@@ -6,7 +6,6 @@
 
 #include "../base/arithmetic.h"
 #include "../base/sizes.h"
-#include "exchange.h"
 #include "pack.h"
 
 namespace two_level_mha {
@@ -55,10 +54,8 @@ Tensor own_part(const Tensor& x, const Split& split) {
 
 struct SavedSplit : torch::CustomClassHolder {
   Split split;
-  std::optional<at::ScalarType> reduce_dtype;
 
-  explicit SavedSplit(const Split& split, std::optional<at::ScalarType> reduce_dtype = std::nullopt)
-      : split(split), reduce_dtype(reduce_dtype) {}
+  explicit SavedSplit(const Split& split) : split(split) {}
 };
 
 const SavedSplit& saved(AutogradContext* ctx) {
@@ -71,7 +68,7 @@ struct GatherSplit : torch::autograd::Function<GatherSplit> {
     ctx->set_materialize_grads(false);
     ctx->saved_data["split"] = c10::IValue::make_capsule(how);
     at::AutoDispatchBelowADInplaceOrView guard;
-    return all_parts(xs, sizes, how->split);
+    return begin_all_parts(xs, sizes, how->split)();
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     variable_list out(grads.size() + 2);
@@ -92,31 +89,7 @@ struct KeepSplit : torch::autograd::Function<KeepSplit> {
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     once_differentiable(grads[0]);
-    return {all_parts(grads, {ctx->saved_data["size"].toSymInt()}, saved(ctx).split)[0], Tensor()};
-  }
-};
-
-struct SumSplit : torch::autograd::Function<SumSplit> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& bias,
-                        const c10::intrusive_ptr<SavedSplit>& how, const std::optional<Seal>& seal) {
-    ctx->saved_data["split"] = c10::IValue::make_capsule(how);
-    ctx->saved_data["size"] = x.sym_size(how->split.dim);
-    ctx->saved_data["bias"] = bias && bias->requires_grad();
-    if (bias) ctx->saved_data["dtype"] = int64_t(bias->scalar_type());
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const bool rides = seal && seal->grid.size == ranks(how->split);
-    auto [sums, digits] = sum_parts({x}, how->split, how->reduce_dtype, rides ? seal : std::nullopt);
-    Tensor y = sums[0].is_same(x) ? x.view_as(x) : sums[0];
-    if (seal) y = opened(y, rides ? digits : sum_in_group(digits_of(*seal, y), seal->grid), *seal);
-    return bias ? y + bias->to(y.scalar_type()) : y;
-  }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    once_differentiable(grads[0]);
-    Tensor whole = all_parts(grads, {ctx->saved_data["size"].toSymInt()}, saved(ctx).split)[0];
-    Tensor of_bias;
-    if (ctx->saved_data["bias"].toBool())
-      of_bias = whole.sum(at::IntArrayRef{0, 1, 2}).to(at::ScalarType(ctx->saved_data["dtype"].toInt()));
-    return {whole, of_bias, Tensor(), Tensor()};
+    return {begin_all_parts(grads, {ctx->saved_data["size"].toSymInt()}, saved(ctx).split)()[0], Tensor()};
   }
 };
 
@@ -149,8 +122,9 @@ c10::SymInt Split::own(const c10::SymInt& size) const {
   return count;
 }
 
-std::vector<Tensor> all_parts(at::TensorList xs, const std::vector<c10::SymInt>& sizes, const Split& split) {
-  if (ranks(split) == 1) return xs.vec();
+Later<std::vector<Tensor>> begin_all_parts(at::TensorList xs, const std::vector<c10::SymInt>& sizes,
+                                           const Split& split) {
+  if (ranks(split) == 1) return [xs = xs.vec()] { return xs; };
   std::vector<Tensor> flat;
   std::vector<c10::SymInt> shapes;
   for (size_t i = 0; i < xs.size(); ++i) {
@@ -160,36 +134,41 @@ std::vector<Tensor> all_parts(at::TensorList xs, const std::vector<c10::SymInt>&
     shapes.insert(shapes.end(), shape.begin(), shape.end());
   }
   Tensor mine = flat.size() == 1 ? flat[0] : at::cat(flat);
-  Tensor parts = run(Collective::all_gather, mine.unsqueeze(0), split.grid);
-  const std::vector<int64_t> dims(xs.size(), split.dim);
-  return unpack(reordered(parts, split.head_groups, split.slices), shapes, dims, ranks(split),
-                /*zigzag=*/true);
+  auto parts = begin_run(Collective::all_gather, mine.unsqueeze(0), split.grid);
+  return [=, dims = std::vector<int64_t>(xs.size(), split.dim)] {
+    return unpack(reordered(parts(), split.head_groups, split.slices), shapes, dims, ranks(split),
+                  /*zigzag=*/true);
+  };
 }
 
-// This rank's parts of the sums, and what is behind them in the buffer: the sums of `digits`.
-std::pair<std::vector<Tensor>, Tensor> sum_parts(at::TensorList xs, const Split& split,
-                                                 std::optional<at::ScalarType> reduce_dtype,
-                                                 const std::optional<Seal>& seal) {
+Later<std::vector<Tensor>> begin_sum_parts(at::TensorList xs, const Split& split,
+                                           std::optional<at::ScalarType> reduce_dtype,
+                                           const std::optional<Seal>& seal) {
   const int64_t P = ranks(split);
-  if (P == 1 && !seal) return {xs.vec(), {}};
+  if (P == 1 && !seal) return [xs = xs.vec()] { return xs; };
   const std::vector<int64_t> dims(xs.size(), split.dim);
   Tensor parts = reordered(pack(xs, dims, P, /*zigzag=*/true), split.slices, split.head_groups);
   if (reduce_dtype) parts = parts.to(*reduce_dtype);
   if (seal) parts = at::cat({parts, digits_of(*seal, parts).expand({P, -1})}, 1);
-  Tensor mine = run(Collective::reduce_scatter, parts, split.grid).squeeze(0);
-  std::vector<Tensor> sums;
-  c10::SymInt first = 0;
-  for (const Tensor& x : xs) {
-    auto shape = x.sym_sizes().vec();
-    const auto size = shape[split.dim];
-    shape[split.dim] = chunk_of(split, size) * (split.dim == 2 ? 2 : 1);
-    c10::SymInt elements = 1;
-    for (const auto& extent : shape) elements = elements * extent;
-    Tensor part = mine.narrow_symint(0, first, elements).view_symint(shape);
-    sums.push_back(filled(part, size, split, false).to(x.scalar_type()));
-    first = first + elements;
-  }
-  return {sums, mine.narrow_symint(0, first, mine.sym_size(0) - first)};
+  auto coming = begin_run(Collective::reduce_scatter, parts, split.grid);
+  std::vector<std::vector<c10::SymInt>> shapes;
+  for (const Tensor& x : xs) shapes.push_back(x.sym_sizes().vec());
+  return [=, dtype = xs[0].scalar_type()] {
+    Tensor mine = coming().squeeze(0);
+    std::vector<Tensor> sums;
+    c10::SymInt first = 0;
+    for (auto shape : shapes) {
+      const auto size = shape[split.dim];
+      shape[split.dim] = chunk_of(split, size) * (split.dim == 2 ? 2 : 1);
+      c10::SymInt elements = 1;
+      for (const auto& extent : shape) elements = elements * extent;
+      Tensor part = mine.narrow_symint(0, first, elements).view_symint(shape);
+      sums.push_back(filled(part, size, split, false).to(dtype));
+      first = first + elements;
+    }
+    if (seal) sums.push_back(mine.narrow_symint(0, first, mine.sym_size(0) - first));
+    return sums;
+  };
 }
 
 std::vector<Tensor> gather_split(const std::vector<Tensor>& xs, const std::vector<c10::SymInt>& sizes,
@@ -201,10 +180,33 @@ Tensor keep_split(const Tensor& x, const Split& split) {
   return KeepSplit::apply(x, c10::make_intrusive<SavedSplit>(split));
 }
 
-Tensor sum_split(const Tensor& x, const std::optional<Tensor>& bias, const Split& split,
-                 std::optional<at::ScalarType> reduce_dtype, const std::optional<Seal>& seal) {
-  if (ranks(split) == 1 && !bias && !seal) return x;
-  return SumSplit::apply(x, bias, c10::make_intrusive<SavedSplit>(split, reduce_dtype), seal);
+Later<Tensor> begin_sum_split(const Tensor& x, const std::optional<Tensor>& bias, const Split& split,
+                              std::optional<at::ScalarType> reduce_dtype, const std::optional<Seal>& seal) {
+  if (ranks(split) == 1 && !bias && !seal) return [=] { return x; };
+  std::vector<Tensor> inputs{x};
+  if (bias) inputs.push_back(*bias);
+  const bool rides = seal && seal->grid.size == ranks(split);
+  auto forward = [=](const std::vector<Tensor>& xs) -> Later<Tensor> {
+    auto coming = begin_sum_parts({xs[0]}, split, reduce_dtype, rides ? seal : std::nullopt);
+    return [=, alone = ranks(split) == 1, to = bias] {
+      std::vector<Tensor> sums = coming();
+      Tensor y = alone ? sums[0].view_as(sums[0]) : sums[0];
+      if (seal) y = opened(y, rides ? sums[1] : sum_in_group(digits_of(*seal, y), seal->grid), *seal);
+      return to ? y + to->to(y.scalar_type()) : y;
+    };
+  };
+  auto backward = [split, size = x.sym_size(split.dim), trained = bias && bias->requires_grad(),
+                   with = !!bias, dtype = bias ? bias->scalar_type() : x.scalar_type()](
+                      const Tensor& gradient) -> Later<std::vector<Tensor>> {
+    auto coming = begin_all_parts({gradient}, {size}, split);
+    return [=] {
+      std::vector<Tensor> found = coming();
+      if (with) found.emplace_back();
+      if (trained) found[1] = found[0].sum(at::IntArrayRef{0, 1, 2}).to(dtype);
+      return found;
+    };
+  };
+  return begin(inputs, forward, backward);
 }
 
 }  // namespace two_level_mha

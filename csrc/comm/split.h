@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../plan/call.h"
-#include "group.h"
+#include "exchange.h"
 #include "seal.h"
 
 namespace two_level_mha {
@@ -49,14 +49,15 @@ Tensor keep_split(const Tensor& x, const Split& split);
 // This rank's part of the sum of x (B, 1, L, D) over the ranks, in reduce_dtype if given, and the bias (D,). Backward:
 // the parts of all, so that the bias has the same gradient on every rank. seal: what the ranks compare by it, or by an
 // exchange of its own where this one does not reach all ranks.
-Tensor sum_split(const Tensor& x, const std::optional<Tensor>& bias, const Split& split,
-                 std::optional<at::ScalarType> reduce_dtype, const std::optional<Seal>& seal);
+Later<Tensor> begin_sum_split(const Tensor& x, const std::optional<Tensor>& bias, const Split& split,
+                              std::optional<at::ScalarType> reduce_dtype, const std::optional<Seal>& seal);
 
-// For autograd functions, not differentiable: the wholes; this rank's parts of the sums of xs over the ranks, with the
-// sums of what they compare.
-std::vector<Tensor> all_parts(at::TensorList xs, const std::vector<c10::SymInt>& sizes, const Split& split);
-std::pair<std::vector<Tensor>, Tensor> sum_parts(at::TensorList xs, const Split& split,
-                                                 std::optional<at::ScalarType> reduce_dtype,
-                                                 const std::optional<Seal>& seal);
+// For autograd functions, not differentiable: the wholes; this rank's parts of the sums of xs over the ranks, and behind
+// them the sums of what they compare.
+Later<std::vector<Tensor>> begin_all_parts(at::TensorList xs, const std::vector<c10::SymInt>& sizes,
+                                           const Split& split);
+Later<std::vector<Tensor>> begin_sum_parts(at::TensorList xs, const Split& split,
+                                           std::optional<at::ScalarType> reduce_dtype,
+                                           const std::optional<Seal>& seal);
 
 }  // namespace two_level_mha

@@ -23,7 +23,9 @@ struct SavedLinears : torch::CustomClassHolder {
   SavedLinears(const Split& split, const c10::SymInt& size, std::optional<at::ScalarType> reduce_dtype)
       : split(split), size(size), reduce_dtype(reduce_dtype) {}
 
-  Tensor whole(const Tensor& x) const { return all_parts({x.unsqueeze(1)}, {size}, split)[0].squeeze(1); }
+  Later<std::vector<Tensor>> begin_whole(const Tensor& x) const {
+    return begin_all_parts({x.unsqueeze(1)}, {size}, split);
+  }
 };
 
 struct ProjectLinears : torch::autograd::Function<ProjectLinears> {
@@ -33,7 +35,7 @@ struct ProjectLinears : torch::autograd::Function<ProjectLinears> {
     ctx->save_for_backward(all.vec());
     ctx->saved_data["how"] = c10::IValue::make_capsule(how);
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor whole = how->whole(all[0]);
+    const Tensor whole = how->begin_whole(all[0])()[0].squeeze(1);
     variable_list products;
     for (size_t i = 0; i < how->bias.size(); ++i)
       products.push_back(
@@ -45,28 +47,36 @@ struct ProjectLinears : torch::autograd::Function<ProjectLinears> {
     const auto how = c10::static_intrusive_pointer_cast<SavedLinears>(ctx->saved_data["how"].toCapsule());
     const variable_list all = ctx->get_saved_variables();
     variable_list out(all.size() + 1);
-    Tensor whole, of_whole;
+    bool trained = false;
     for (size_t i = 0; i < grads.size(); ++i) {
       once_differentiable(grads[i]);
-      if (!grads[i].defined()) continue;
-      const Tensor grad = grads[i].flatten(0, 1);
-      if (ctx->needs_input_grad(1 + i)) {
-        if (!whole.defined()) whole = how->whole(all[0]);
-        out[1 + i] = grad.t().mm(whole.flatten(0, 1));
-      }
-      if (const size_t bias = how->bias[i]; bias != 0 && ctx->needs_input_grad(bias)) out[bias] = grad.sum(0);
+      if (grads[i].defined()) grads[i] = grads[i].flatten(0, 1);
+      trained = trained || (grads[i].defined() && ctx->needs_input_grad(1 + i));
     }
-    whole = Tensor();  // before there is a gradient of its size
+    // the whole comes while the gradient of x is computed, whose sum goes on while those of the weights are
+    Later<std::vector<Tensor>> whole, sum;
+    if (trained) whole = how->begin_whole(all[0]);
+    Tensor of_whole;
     for (size_t i = 0; i < grads.size(); ++i) {
       if (!grads[i].defined() || !ctx->needs_input_grad(0)) continue;
-      const Tensor product = grads[i].flatten(0, 1).mm(all[1 + i]);
+      const Tensor product = grads[i].mm(all[1 + i]);
       of_whole = of_whole.defined() ? of_whole.add_(product) : product;
     }
-    if (!of_whole.defined()) return out;
-    auto sizes = all[0].sym_sizes().vec();
-    sizes[how->split.dim == 2 ? 1 : 0] = how->size;
-    of_whole = of_whole.view_symint(sizes).unsqueeze(1);
-    out[0] = sum_parts({of_whole}, how->split, how->reduce_dtype, std::nullopt).first[0].squeeze(1);
+    if (of_whole.defined()) {
+      auto sizes = all[0].sym_sizes().vec();
+      sizes[how->split.dim == 2 ? 1 : 0] = how->size;
+      of_whole = of_whole.view_symint(sizes).unsqueeze(1);
+      sum = begin_sum_parts({of_whole}, how->split, how->reduce_dtype, std::nullopt);
+      of_whole = Tensor();
+    }
+    const Tensor x = trained ? arrived(whole)[0].flatten(0, 2) : Tensor();
+    for (size_t i = 0; i < grads.size(); ++i) {
+      if (!grads[i].defined()) continue;
+      if (ctx->needs_input_grad(1 + i)) out[1 + i] = grads[i].t().mm(x);
+      if (const size_t bias = how->bias[i]; bias != 0 && ctx->needs_input_grad(bias))
+        out[bias] = grads[i].sum(0);
+    }
+    if (sum) out[0] = arrived(sum)[0].squeeze(1);
     return out;
   }
 };

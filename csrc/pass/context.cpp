@@ -24,6 +24,7 @@ LayerSizes layer_sizes(const Constants& layer, std::optional<at::ScalarType> red
   sizes.reduce_size = reduce_dtype ? int64_t(c10::elementSize(*reduce_dtype)) : 0;
   sizes.node = layer.node;
   sizes.activations = Activations(layer.activations);
+  sizes.overlap = layer.overlap;
   return sizes;
 }
 
@@ -94,6 +95,8 @@ Context context_of(const Constants& constants, const std::vector<std::string>& n
                     "reduce_dtype must be the number of a dtype, or -1, got ", c.reduce_dtype);
   TORCH_CHECK_VALUE(0 <= c.activations && c.activations <= int64_t(Activations::batch),
                     "activations must be 0, 1 or 2, got ", c.activations);
+  TORCH_CHECK_VALUE(0 <= c.overlap && c.overlap <= kMostChunks, "overlap must be from 0 to ", kMostChunks,
+                    ", got ", c.overlap);
   Context context;
   context.grid = grid;
   context.head_group = c.head_group;
@@ -130,13 +133,28 @@ Context context_of(const Constants& constants, const std::vector<std::string>& n
                     c.attention_wide,
                     c.attention_single_128,
                     c.attention_single_256,
-                    c.attention_single_wide};
-  TORCH_CHECK_VALUE(rates.valid(), "rates must be positive, latency and equal not negative");
+                    c.attention_single_wide,
+                    c.hidden};
+  TORCH_CHECK_VALUE(rates.valid(), Rates::kInvalid);
   const Scheme scheme =
       resolve_scheme(checked_scheme(c.scheme, context.sizes.whole_heads), context.sizes, rates);
   context.row = concrete_row(scheme, context.sizes);
+  if (c.overlap == 0)
+    context.sizes.overlap =
+        may_overlap(scheme, context.sizes, rates) ? price(scheme, context.sizes, rates).chunks : 1;
   context.takes_parts = takes_parts(context.row, context.sizes);
   return context;
+}
+
+Context Context::of_chunk(const Chunking& chunks, int64_t c) const {
+  if (chunks.count == 1) return *this;
+  Context chunk = *this;
+  const auto before = chunk_begin(chunks, sizes.B, c);
+  chunk.sizes.B = (chunk_begin(chunks, sizes.B, c + 1) - before) * chunks.parts;
+  chunk.first_sequence = (sharded_dim() == 0 ? runs(sizes.B)[0].first : c10::SymInt(0)) + before;
+  if (sharded_dim() == 0) chunk.first_sequence = chunk.first_sequence - chunk.runs(chunk.sizes.B)[0].first;
+  if (c + 1 < chunks.count) chunk.seal.reset();  // it goes with the last
+  return chunk;
 }
 
 int64_t Context::sharded_dim() const {

@@ -32,10 +32,12 @@ struct Constants {
   int64_t concat = 0;         // combine="concat"
   int64_t reduce_dtype = -1;  // an at::ScalarType, or -1: that of what is summed
   int64_t activations = 0;    // an Activations
+  int64_t overlap = 1;        // chunks of the batch; 0: as the rates predict
   // The rates by which scheme="auto" chooses: plan/profiles.h.
   int64_t flops = 1, memory = 1, link = 1, network = 1, latency = 0, node = 1, equal = 0, flops_single = 1;
   int64_t attention_128 = 1, attention_256 = 1, attention_wide = 1;
   int64_t attention_single_128 = 1, attention_single_256 = 1, attention_single_wide = 1;
+  int64_t hidden = 0;
 
   int64_t scheme = int64_t(Scheme::automatic);  // a Scheme; with keys in a cache its layout
   int64_t causal = 0;                           // whether rows see only what is before them
@@ -62,6 +64,7 @@ inline constexpr Field<Constants, int64_t> kConstants[] = {
     {"concat", &Constants::concat},
     {"reduce_dtype", &Constants::reduce_dtype},
     {"activations", &Constants::activations},
+    {"overlap", &Constants::overlap},
     {"flops", &Constants::flops},
     {"memory", &Constants::memory},
     {"link", &Constants::link},
@@ -76,6 +79,7 @@ inline constexpr Field<Constants, int64_t> kConstants[] = {
     {"attention_single_128", &Constants::attention_single_128},
     {"attention_single_256", &Constants::attention_single_256},
     {"attention_single_wide", &Constants::attention_single_wide},
+    {"hidden", &Constants::hidden},
     {"scheme", &Constants::scheme},
     {"causal", &Constants::causal},
     {"element_size", &Constants::element_size},
@@ -106,6 +110,8 @@ struct Context {
   CallSizes<c10::SymInt> sizes;
   SchemeRow row;  // of the scheme that the call runs with, its moves those of these sizes
   c10::SymInt first_key;
+  c10::SymInt first_sequence =
+      0;  // of a chunk of the batch: what its first is in the call, less what runs() says
   bool zero_key = false;
   bool batch_first = true;
   bool takes_parts = false;  // this rank's tokens are parts of the head axis
@@ -115,6 +121,11 @@ struct Context {
 
   // Rows are sharded as chunks j and 2 m - 1 - j of 2 m.
   bool zigzag() const { return zigzag_rows(row, sizes.causal || takes_parts); }
+  // Of the batch, before attention and after it.
+  Chunking enter_chunks() const { return two_level_mha::enter_chunks(row, sizes); }
+  Chunking leave_chunks() const { return two_level_mha::leave_chunks(row, sizes); }
+  // The call of chunk c of the batch alone.
+  Context of_chunk(const Chunking& chunks, int64_t c) const;
   // The dim of q and o (B, heads, length, d) that the slice group splits: whole heads, or d-slices.
   int64_t split_dim() const { return sizes.whole_heads ? 1 : 3; }
   // Dim of (B, heads, length, d) along which the queries are sharded: 0, 2, or -1 if they are not.

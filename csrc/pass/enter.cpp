@@ -4,10 +4,10 @@
 #include "../comm/gather.h"
 #include "../comm/replicated.h"
 #include "gathered_weights.h"
+#include "grid_projection.h"
 #include "inputs.h"
 #include "move.h"
 #include "pass.h"
-#include "split_inputs.h"
 #include "tokens.h"
 
 namespace two_level_mha {
@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor> project_tokens(Inputs inputs, const QkvWeight
   const auto keys = context.sizes.given_keys();
   Tensor q, k, v;
   if (context.takes_parts) {
-    std::tie(q, k, v) = project_split(inputs, whole, context);
+    std::tie(q, k, v) = GridProjection(inputs, whole, context, {})(0);
   } else {
     if (context.splits())
       inputs.distinct = whole_inputs(inputs, context);
@@ -39,21 +39,31 @@ std::tuple<Tensor, Tensor, Tensor> project_tokens(Inputs inputs, const QkvWeight
           with_extra_keys(v, whole_extra.bias_v, extra.zero)};
 }
 
-// All tokens through this rank's blocks, then into the layout of attention.
+// All tokens through this rank's blocks, then into the layout of attention: in chunks of the batch, of which one moves
+// while the next is projected.
 std::tuple<Tensor, Tensor, Tensor> project_and_move(Inputs inputs, const QkvWeights& weights,
                                                     const ExtraKeys& extra, const Context& context) {
-  Tensor q, k, v;
-  if (context.splits()) {
-    std::tie(q, k, v) = project_split(inputs, weights, context);
-  } else {
-    inputs.distinct = enter_replicated(inputs.distinct, over_grid(context.groups), context.reduce_dtype);
-    std::tie(q, k, v) =
+  if (context.grid.size() == 1) {
+    auto [q, k, v] =
         qkv_projection(inputs.query(), inputs.key(), inputs.value(), weights, context.batch_first);
+    return {q, with_extra_keys(k, extra.bias_k, extra.zero), with_extra_keys(v, extra.bias_v, extra.zero)};
   }
-  auto moved =
-      move_in({q, with_extra_keys(k, extra.bias_k, extra.zero), with_extra_keys(v, extra.bias_v, extra.zero)},
-              context);
-  return {moved[0], moved[1], moved[2]};
+  const Chunking chunks = context.enter_chunks();
+  const GridProjection projection(inputs, weights, context, chunks);
+  std::vector<Later<std::vector<Tensor>>> moving;
+  for (int64_t c = 0; c < chunks.count; ++c) {
+    auto [q, k, v] = projection(c);
+    moving.push_back(begin_move_in(
+        {q, with_extra_keys(k, extra.bias_k, extra.zero), with_extra_keys(v, extra.bias_v, extra.zero)},
+        context));
+  }
+  std::array<std::vector<Tensor>, 3> moved;
+  for (auto& later : moving) {
+    const std::vector<Tensor> chunk = arrived(later);
+    for (size_t i = 0; i < 3; ++i) moved[i].push_back(chunk[i]);
+  }
+  const Chunking here{chunks.count, 1};  // a chunk has as many sequences of each rank
+  return {from_chunks(moved[0], 0, here), from_chunks(moved[1], 0, here), from_chunks(moved[2], 0, here)};
 }
 
 // What must be alike on every rank of the call, as far as it goes in here.

@@ -4,6 +4,7 @@
 #include "../comm/hierarchical.h"
 #include "../comm/replicated.h"
 #include "attention_weights.h"
+#include "chunks.h"
 #include "gathered_weights.h"
 #include "local.h"
 #include "move.h"
@@ -26,35 +27,40 @@ Tensor concatenate_heads(const Tensor& o, const Context& context) {
 }
 
 // O -> Y, the output projection and the sum over the ranks, or the concatenation and all of the projection.
-Tensor combine(Tensor o, const OutWeights& out, const Context& context) {
+Later<Tensor> begin_combine(Tensor o, const OutWeights& out, const Context& context) {
   // before the copy that projecting makes
   const bool swap = !context.batch_first && !context.shards_y() && !context.splits();
   if (swap) o = o.transpose(0, 2);
-  Tensor y;
+  auto of = [](const Tensor& y) -> Later<Tensor> { return [=] { return y; }; };
+  Later<Tensor> coming;
+  std::optional<Tensor> bias;  // that is to be added
   if (context.sizes.concat) {
-    y = out_projection(concatenate_heads(o, context), out.weight, out.bias);
+    coming = of(out_projection(concatenate_heads(o, context), out.weight, out.bias));
   } else if (context.grid.size() == 1) {
-    y = out_projection(o, out.weight, out.bias);
+    coming = of(out_projection(o, out.weight, out.bias));
   } else if (context.takes_parts) {
-    y = out_projection(o, gather_out_weight(out.weight, context), std::nullopt).unsqueeze(1);
-    y = sum_split(y, std::nullopt, context.head_split(), context.reduce_dtype, context.seal).squeeze(1);
-    if (out.bias)
-      y = y + enter_replicated({*out.bias}, over_grid(context.groups), context.reduce_dtype)[0].to(
-                  y.scalar_type());
+    Tensor y = out_projection(o, gather_out_weight(out.weight, context), std::nullopt).unsqueeze(1);
+    coming = begin_sum_split(y, std::nullopt, context.head_split(), context.reduce_dtype, context.seal);
+    if (out.bias) bias = enter_replicated({*out.bias}, over_grid(context.groups), context.reduce_dtype)[0];
   } else if (context.splits() && !context.shards_y()) {
-    y = sum_split(out_projection(o, out.weight, std::nullopt).unsqueeze(1), out.bias, context.split(),
-                  context.reduce_dtype, context.seal);
-    y = y.squeeze(1);
+    coming = begin_sum_split(out_projection(o, out.weight, std::nullopt).unsqueeze(1), out.bias,
+                             context.split(), context.reduce_dtype, context.seal);
   } else {
-    y = context.shards_y()
-            ? reduce_sharded(out_projection(o, gather_out_weight(out.weight, context), std::nullopt), context)
-            : reduce_replicated(out_projection(o, out.weight, std::nullopt), over_grid(context.groups),
-                                context.reduce_dtype, context.seal);
-    if (out.bias) y = y + out.bias->to(y.scalar_type());
+    coming = context.shards_y()
+                 ? of(reduce_sharded(out_projection(o, gather_out_weight(out.weight, context), std::nullopt),
+                                     context))
+                 : begin_reduce_replicated(out_projection(o, out.weight, std::nullopt),
+                                           over_grid(context.groups), context.reduce_dtype, context.seal);
+    bias = out.bias;
   }
-  if (context.splits() && (context.sizes.concat || (context.shards_y() && !context.takes_parts)))
-    y = keep_split(y.unsqueeze(1), context.split()).squeeze(1);
-  return context.batch_first || swap ? y : y.transpose(0, 1).contiguous();
+  return [=] {
+    Tensor y = coming();
+    if (y.dim() == 4) y = y.squeeze(1);
+    if (bias) y = y + bias->to(y.scalar_type());
+    if (context.splits() && (context.sizes.concat || (context.shards_y() && !context.takes_parts)))
+      y = keep_split(y.unsqueeze(1), context.split()).squeeze(1);
+    return context.batch_first || swap ? y : y.transpose(0, 1).contiguous();
+  };
 }
 
 // The context with all that must be alike on every rank in its seal.
@@ -75,6 +81,12 @@ Context sealed(Context context, const Attend& attend, const OutWeights& out) {
   return context;
 }
 
+// The call's options with its mask as `attend_local` takes it.
+Attend with_whole_mask(Attend attend, const Context& context) {
+  if (attend.mask) attend.mask = whole_mask(*attend.mask, context);
+  return attend;
+}
+
 // The keys and values that the call attends to.
 std::pair<Tensor, Tensor> seen_by(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend,
                                   const Context& context, CacheLayer* cache) {
@@ -85,14 +97,38 @@ std::pair<Tensor, Tensor> seen_by(const Tensor& q, const Tensor& k, const Tensor
 
 }  // namespace
 
+// In chunks of the batch: while one is attended to, the one before moves and is summed.
 Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend, const OutWeights& out,
              const Context& call, CacheLayer* cache) {
   const Context context = sealed(call, attend, out);
   const auto [keys, values] = seen_by(q, k, v, attend, context, cache);
   check_layout(q, keys, values, context);
-  auto [o, logsumexp] = attend_local(q, keys, values, attend, context, partial_attention);
-  const bool partial = context.row.out == Move::merge;
-  return combine(partial ? merge_out(o, logsumexp, context) : move_out(o, context), out, context);
+  const Attend whole = with_whole_mask(attend, context);
+  if (context.row.out == Move::merge) {
+    auto [o, logsumexp] = attend_local(q, keys, values, whole, context, partial_attention);
+    return begin_combine(merge_out(o, logsumexp, context), out, context)();
+  }
+  const Chunking chunks = context.leave_chunks(), here{chunks.count, 1};
+  const auto qs = in_chunks(q, 0, here), ks = in_chunks(keys, 0, here), vs = in_chunks(values, 0, here);
+  const bool one_mask = !whole.mask || whole.mask->sym_size(0) == 1;
+  const auto masks = one_mask ? std::vector<Tensor>() : in_chunks(*whole.mask, 0, chunks);
+  std::vector<Later<Tensor>> moving, combining;
+  auto combine = [&](int64_t c) {
+    combining.push_back(begin_combine(arrived(moving[c]), out, context.of_chunk(chunks, c)));
+  };
+  const int64_t behind = moves_out(context) ? 1 : 0;  // a chunk moves while the next is attended to
+  for (int64_t c = 0; c < chunks.count; ++c) {
+    const Context chunk = context.of_chunk(chunks, c);
+    Attend options = whole;
+    if (!one_mask) options.mask = masks[c];
+    auto [o, logsumexp] = attend_local(qs[c], ks[c], vs[c], options, chunk, partial_attention);
+    moving.push_back(begin_move_out(o, chunk));
+    if (c >= behind) combine(c - behind);
+  }
+  if (behind == 1) combine(chunks.count - 1);
+  std::vector<Tensor> ys;
+  for (auto& later : combining) ys.push_back(arrived(later));
+  return from_chunks(ys, context.batch_first ? 0 : 1, chunks);
 }
 
 std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -102,8 +138,10 @@ std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, 
   check_layout(q, k, v, context);
   TORCH_CHECK_VALUE(context.row.out != Move::merge,
                     "attention weights are not available with scheme 'position'");
-  auto [o, weights] = attend_local(q, k, v, attend, context, attention_with_weights);
-  return {combine(move_out(o, context), out, context), gather_weights(weights, context, average)};
+  auto [o, weights] =
+      attend_local(q, k, v, with_whole_mask(attend, context), context, attention_with_weights);
+  Tensor y = begin_combine(begin_move_out(o, context)(), out, context)();
+  return {y, gather_weights(weights, context, average)};
 }
 
 }  // namespace two_level_mha

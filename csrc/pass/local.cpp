@@ -25,7 +25,6 @@ void check_mask(const Tensor& mask, const c10::SymInt& heads, const c10::SymInt&
 // The heads, sequences and keys of the mask that this rank attends to; its rows stay whole.
 Tensor local_mask(Tensor mask, const c10::SymInt& first_head, int64_t heads, const c10::SymInt& first_cyclic,
                   const Context& context) {
-  mask = enter_replicated({mask}, over_grid(context.groups), context.reduce_dtype)[0];
   if (fixed_size(mask, 1) != 1) mask = mask.narrow_symint(1, first_head, heads);
   if (context.row.k == Move::cyclic && context.sizes.m > 1 && mask.sym_size(3) != 1)
     mask = mask.slice_symint(3, first_cyclic, std::nullopt, context.sizes.m);
@@ -37,6 +36,13 @@ Tensor local_mask(Tensor mask, const c10::SymInt& first_head, int64_t heads, con
 
 }  // namespace
 
+Tensor whole_mask(Tensor mask, const Context& context) {
+  const CallSizes<c10::SymInt>& s = context.sizes;
+  while (mask.dim() < 4) mask = mask.unsqueeze(0);
+  check_mask(mask, s.H * s.n, s.S - context.first_key, context);
+  return enter_replicated({mask}, over_grid(context.groups), context.reduce_dtype)[0];
+}
+
 std::tuple<Tensor, Tensor> attend_local(const Tensor& q, const Tensor& k, const Tensor& v, Attend attend,
                                         const Context& context, const Core& core) {
   const CallSizes<c10::SymInt>& s = context.sizes;
@@ -46,19 +52,13 @@ std::tuple<Tensor, Tensor> attend_local(const Tensor& q, const Tensor& k, const 
   const bool own_heads = context.row.q == Move::keep && context.row.storage == Storage::whole_heads;
   const auto first_cyclic = cyclic ? context.first_cyclic(context.first_key) : c10::SymInt(0);
   attend.origin[1] = own_heads ? H * (context.head_group * s.m + context.slice) : H * context.head_group;
-  if (attend.mask) {
-    Tensor mask = *attend.mask;
-    while (mask.dim() < 4) mask = mask.unsqueeze(0);
-    check_mask(mask, s.H * s.n, s.S - context.first_key, context);
-    attend.mask = local_mask(mask, attend.origin[1], H, first_cyclic, context);
-  }
+  if (attend.mask) attend.mask = local_mask(*attend.mask, attend.origin[1], H, first_cyclic, context);
   if (attend.causal) attend.causal = *attend.causal - context.first_key - first_cyclic;
   if (cyclic) attend.key_stride = s.m;
   const int64_t dim = context.sharded_dim();
-  if (dim != 2) {
-    if (dim == 0) attend.origin[0] = context.runs(s.B)[0].first;
-    return core(q, k, v, attend);
-  }
+  attend.origin[0] = context.first_sequence;
+  if (dim == 0) attend.origin[0] = attend.origin[0] + context.runs(s.B)[0].first;
+  if (dim != 2) return core(q, k, v, attend);
   std::vector<Tensor> outs, seconds;
   c10::SymInt at_row(0);
   for (const auto& [first, count] : context.runs(s.L)) {

@@ -12,7 +12,11 @@ namespace two_level_mha {
 using Core =
     std::function<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Attend&)>;
 
-// attend.mask is the whole call's, broadcastable to (B, h, L, S); attend.causal counts positions.
+// The whole call's mask, broadcastable to (B, h, L, S), with four dims; its gradient becomes the sum over the grid.
+// Raises ValueError, on all ranks alike, for one that does not fit.
+Tensor whole_mask(Tensor mask, const Context& context);
+
+// attend.mask is a whole mask; attend.causal counts positions.
 std::tuple<Tensor, Tensor> attend_local(const Tensor& q, const Tensor& k, const Tensor& v, Attend attend,
                                         const Context& context, const Core& core);
 

@@ -5,7 +5,6 @@
 
 #include "../attend/merge.h"
 #include "../base/sizes.h"
-#include "../comm/exchange.h"
 #include "../comm/pack.h"
 
 namespace two_level_mha {
@@ -60,7 +59,7 @@ int64_t pack_dim(Move move) {
 
 }  // namespace
 
-std::vector<Tensor> move_in(const std::vector<Tensor>& qkv, const Context& context) {
+Later<std::vector<Tensor>> begin_move_in(const std::vector<Tensor>& qkv, const Context& context) {
   const int64_t m = context.sizes.m;
   const std::array<Move, 3> moves{context.row.q, context.row.k, context.row.v};
   std::vector<Tensor> xs = qkv, moving;
@@ -73,11 +72,10 @@ std::vector<Tensor> move_in(const std::vector<Tensor>& qkv, const Context& conte
     gathered.push_back(i == 0 ? context.split_dim() : 3);
     all_replicated &= pack_dim(moves[i]) < 0;
   }
-  if (moving.empty()) return xs;
+  if (moving.empty()) return [=] { return xs; };
   Tensor packed = pack(moving, dims, all_replicated ? 1 : m, context.zigzag());
-  Tensor buffer =
-      start(all_replicated ? Collective::all_gather : Collective::all_to_all, packed, context.groups.slice)
-          .wait();
+  auto coming =
+      start(all_replicated ? Collective::all_gather : Collective::all_to_all, packed, context.groups.slice);
   std::vector<c10::SymInt> sizes;
   for (size_t i = 0; i < moving.size(); ++i)
     for (int64_t dim = 0; dim < 4; ++dim) {
@@ -86,33 +84,40 @@ std::vector<Tensor> move_in(const std::vector<Tensor>& qkv, const Context& conte
       if (dim == dims[i]) size = shard_rows(size, m, context.zigzag() && dim == 2);
       sizes.push_back(size);
     }
-  auto moved = unpack(buffer, sizes, gathered, m, false);
-  size_t next = 0;
-  for (size_t i = 0; i < xs.size(); ++i) {
-    if (moves[i] == Move::keep) continue;
-    xs[i] = moved[next++];
-    if (moves[i] == Move::cyclic) xs[i] = without_padding(xs[i], context);
-    if (moves[i] == Move::one_head) xs[i] = xs[i].narrow(1, context.slice * fixed_size(xs[i], 1) / m, 1);
-  }
-  return xs;
+  return [=] {
+    auto moved = unpack(coming(), sizes, gathered, m, false), found = xs;
+    size_t next = 0;
+    for (size_t i = 0; i < found.size(); ++i) {
+      Tensor& x = found[i];
+      if (moves[i] == Move::keep) continue;
+      x = moved[next++];
+      if (moves[i] == Move::cyclic) x = without_padding(x, context);
+      if (moves[i] == Move::one_head) x = x.narrow(1, context.slice * fixed_size(x, 1) / m, 1);
+    }
+    return found;
+  };
 }
 
-Tensor move_out(const Tensor& o, const Context& context) {
+bool moves_out(const Context& context) {
+  return context.sharded_dim() >= 0 && context.row.out != Move::keep;
+}
+
+Later<Tensor> begin_move_out(const Tensor& o, const Context& context) {
+  if (!moves_out(context)) return [=] { return o; };
   const int64_t dim = context.sharded_dim(), m = context.sizes.m;
-  if (dim < 0 || context.row.out == Move::keep) return o;
-  Tensor buffer =
-      start(Collective::all_to_all, pack({o}, {context.split_dim()}, m, false), context.groups.slice).wait();
+  auto coming =
+      start(Collective::all_to_all, pack({o}, {context.split_dim()}, m, false), context.groups.slice);
   auto sizes = o.sym_sizes().vec();
   sizes[context.split_dim()] = sizes[context.split_dim()] / m;
   sizes[dim] = dim == 0 ? context.sizes.B : context.sizes.L;
-  return unpack(buffer, sizes, {dim}, m, context.zigzag())[0];
+  return [=, zigzag = context.zigzag()] { return unpack(coming(), sizes, {dim}, m, zigzag)[0]; };
 }
 
 Tensor merge_out(const Tensor& o, const Tensor& logsumexp, const Context& context) {
   const int64_t m = context.sizes.m;
   if (m == 1) return o;
   auto exchange = [&](const std::vector<Tensor>& xs, const std::vector<int64_t>& dims) {
-    return start(Collective::all_to_all, pack(xs, dims, m, false), context.groups.slice).wait();
+    return start(Collective::all_to_all, pack(xs, dims, m, false), context.groups.slice)();
   };
   auto out_sizes = o.sym_sizes().vec();
   out_sizes[context.split_dim()] = out_sizes[context.split_dim()] / m;

@@ -1,6 +1,7 @@
 // The exchanges into the layout of a call's scheme and out of it, and what goes with its tokens.
 #pragma once
 
+#include "../comm/exchange.h"
 #include "context.h"
 
 namespace two_level_mha {
@@ -14,10 +15,12 @@ Tensor shard(const Tensor& x, const Context& context, double fill = 0.0);
 Tensor shard_cyclic(const Tensor& x, const Context& context);
 
 // q, k, v as projected -> as the scheme's row says, in one exchange inside the slice group.
-std::vector<Tensor> move_in(const std::vector<Tensor>& qkv, const Context& context);
+Later<std::vector<Tensor>> begin_move_in(const std::vector<Tensor>& qkv, const Context& context);
 
 // O in the layout of q -> as it would have been projected: d-slices or whole heads, of all rows.
-Tensor move_out(const Tensor& o, const Context& context);
+Later<Tensor> begin_move_out(const Tensor& o, const Context& context);
+// Whether that is an exchange.
+bool moves_out(const Context& context);
 
 // O and logsumexp over this rank's keys, of all rows -> O over all keys, as it would have been projected.
 Tensor merge_out(const Tensor& o, const Tensor& logsumexp, const Context& context);

@@ -26,6 +26,7 @@ struct LayerSizes {
   int64_t reduce_size = 0;   // bytes of an element of reduce_dtype; 0: those of the call
   int64_t node = 1;          // ranks of a node, by the profile: profiles.h
   Activations activations = Activations::replicated;
+  int64_t overlap = 1;  // chunks to cut the batch into (schemes.h); 0: as many as are predicted to be fastest
 };
 
 // What a call of it is given. I is int64_t for tables and c10::SymInt in the pass.
@@ -56,6 +57,7 @@ struct CallSizes {
   bool bias = false, out_bias = false, bias_kv = false;
   int64_t node = 1;
   Activations activations = Activations::replicated;
+  int64_t overlap = 1;
 
   // What no choice of a scheme looks at.
   int64_t inputs = 1;             // distinct tensors among query, key and value; 2: the key is the value
@@ -97,6 +99,7 @@ CallSizes<I> call_sizes(const LayerSizes& layer, const Grid& grid, const CallSha
   s.bias_kv = layer.bias_kv;
   s.node = layer.node;
   s.activations = layer.activations;
+  s.overlap = layer.overlap;
   return s;
 }
 

@@ -77,7 +77,9 @@ inline Option option_of(const PlanRequest& request, const Grid& grid, Scheme sch
   LayerSizes layer = request.layer;
   layer.whole_heads = whole_heads;
   layer.node = rates.node;
-  const CallSizes<Checked> s = call_sizes(layer, grid, request.call);
+  CallSizes<Checked> s = call_sizes(layer, grid, request.call);
+  const Price<Checked> priced = price(scheme, s, rates);
+  s.overlap = priced.chunks;
   CallSizes<Checked> sent = s;
   sent.sealed = true;  // in the traffic, and in no price
   return {grid,
@@ -89,7 +91,7 @@ inline Option option_of(const PlanRequest& request, const Grid& grid, Scheme sch
           forward_traffic(scheme, sent),
           backward_traffic(scheme, s),
           memory_of(scheme, s),
-          price(scheme, s, rates)};
+          priced};
 }
 
 // Throws for a layer whose constants alone, which price.h and traffic.h multiply as int64_t, leave no room:

@@ -13,6 +13,7 @@ namespace two_level_mha {
 template <class I>
 struct Work {
   I attention, projections;  // FLOPs, 2 per multiply-add
+  I out;                     // of the projections, the output's
   I read;                    // bytes of weights, keys and values read from memory
 };
 
@@ -47,13 +48,14 @@ Work<I> forward_work(Scheme scheme, const CallSizes<I>& s) {
   const Local<I> local = local_sizes(row, s);
   const int64_t width = row.w == Move::replicate ? s.d : s.d / s.m;
   const int64_t out_width = s.concat ? s.n * s.H * s.d : s.H * width;
-  Work<I> work{I(0), I(0), I(0)};
+  Work<I> work{I(0), I(0), I(0), I(0)};
   const I seen =
       s.causal ? local.keys - ceil_div(s.S - s.position, 2 * (row.k == Move::cyclic ? s.m : 1)) : local.keys;
   work.attention = local.batch * local.rows * seen * (2 * local.heads * (local.qk_width + local.v_width));
+  work.out = traffic::tokens(row.y, s.L, s) * (2 * s.D * out_width);
   work.projections = traffic::tokens(row.x, s.L, s) * (2 * s.D * s.H * width) +
                      traffic::tokens(row.x, s.given_keys(), s) * (2 * (s.kdim() + s.vdim()) * s.K * width) +
-                     traffic::tokens(row.y, s.L, s) * (2 * s.D * out_width);
+                     work.out;
   const int64_t weights = width * (s.D * s.H + (s.kdim() + s.vdim()) * s.K) + s.D * out_width;
   work.read =
       local.batch * local.keys * (local.kv_heads * (local.qk_width + local.v_width) * s.element_size) +
@@ -69,32 +71,80 @@ I at_rate(const I& work, int64_t flops, int64_t rate) {
 }
 
 // Durations in FLOPs of the same duration, so that SymInts stay integers: divided by profile.flops they are
-// seconds. Nothing is taken to overlap.
+// seconds.
 template <class I>
 struct Price {
   I compute, memory, sending, latency;
-  I total() const { return compute + memory + sending + latency; }
+  I hidden;            // of sending, what runs beside computing
+  int64_t chunks = 1;  // of the batch
+  I total() const { return compute + memory + sending + latency - hidden; }
 };
 
+// Of two that take turns in chunks, what runs beside the other: n chunks take c / n, then n - 1 times the longer of both
+// c / n and x / n, then x / n.
 template <class I>
-Price<I> price(Scheme scheme, const CallSizes<I>& s, const Rates& profile) {
+I beside(const I& computing, const I& sending, int64_t chunks) {
+  const I& shorter = computing < sending ? computing : sending;
+  return shorter / chunks * (chunks - 1);
+}
+
+template <class I>
+Price<I> price_in_chunks(Scheme scheme, const CallSizes<I>& s, const Rates& profile) {
   const Work<I> work = forward_work(scheme, s);
-  const Local<I> local = local_sizes(concrete_row(scheme, s), s);
+  const SchemeRow row = concrete_row(scheme, s);
+  const Local<I> local = local_sizes(row, s);
   const int64_t widest = std::max(local.qk_width, local.v_width);
   I attention = work.attention;
   if (s.element_size == 2 && s.d <= profile.equal)
     attention = attention / (local.qk_width + local.v_width) * (2 * widest);
-  const I compute = at_rate(attention, profile.flops, profile.attention(s.element_size, widest)) +
-                    at_rate(work.projections, profile.flops, profile.projections(s.element_size));
-  Price<I> price{compute, work.read * (profile.flops / profile.memory), I(0), I(0)};
+  auto projecting = [&](const I& flops) {
+    return at_rate(flops, profile.flops, profile.projections(s.element_size));
+  };
+  const I entering = projecting(work.projections - work.out);
+  const I leaving =
+      at_rate(attention, profile.flops, profile.attention(s.element_size, widest)) + projecting(work.out);
+  Price<I> price{entering + leaving, work.read * (profile.flops / profile.memory), I(0), I(0), I(0)};
   int64_t collectives = 0;
-  for (const Sent<I>& row : forward_traffic(scheme, s)) {
-    price.sending =
-        price.sending + (row.bytes + row.biases) * (profile.flops / profile.bandwidth(row.axis, s.n, s.m));
-    collectives += row.collectives;
+  I sent_in(0), sent_out(0);
+  for (const Sent<I>& sent : forward_traffic(scheme, s)) {
+    I& sending = sent.enters ? sent_in : sent_out;
+    sending = sending + (sent.bytes + sent.biases) * (profile.flops / profile.bandwidth(sent.axis, s.n, s.m));
+    collectives += sent.collectives;
   }
+  price.sending = sent_in + sent_out;
   price.latency = I(collectives * (profile.flops / 1'000'000'000 * profile.latency));
+  const Chunking in = enter_chunks(row, s), out = leave_chunks(row, s);
+  price.chunks = std::max(in.count, out.count);
+  if (price.chunks > 1)
+    price.hidden =
+        (beside(entering, sent_in, in.count) + beside(leaving, sent_out, out.count)) / 100 * profile.hidden;
   return price;
+}
+
+// Whether a call could gain by chunks at all.
+template <class I>
+bool may_overlap(Scheme scheme, CallSizes<I> s, const Rates& profile) {
+  s.overlap = 2;
+  return profile.hidden > 0 && enter_chunks(concrete_row(scheme, s), s).count > 1;
+}
+
+// In as many chunks as are asked for, or as are predicted to be the fastest: more of them hide more, and begin more
+// exchanges, so that the first number which does not gain ends the search.
+template <class I>
+Price<I> price(Scheme scheme, const CallSizes<I>& s, const Rates& profile) {
+  constexpr int64_t kMostPredicted = 16;
+  CallSizes<I> chunked = s;
+  chunked.overlap = std::max<int64_t>(1, s.overlap);
+  Price<I> best = price_in_chunks(scheme, chunked, profile);
+  if (s.overlap != 0 || !may_overlap(scheme, s, profile)) return best;
+  for (int64_t count = 2; count <= kMostPredicted; count *= 2) {
+    chunked.overlap = count;
+    if (enter_chunks(concrete_row(scheme, s), chunked).count != count) break;
+    Price<I> found = price_in_chunks(scheme, chunked, profile);
+    if (!(found.total() < best.total())) break;
+    best = found;
+  }
+  return best;
 }
 
 // The scheme with the smallest price among those that may be chosen per call; the earlier row wins a tie.

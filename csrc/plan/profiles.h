@@ -26,9 +26,10 @@ struct Rates {
   // to 256, wider.
   int64_t attention_128, attention_256, attention_wide;
   int64_t attention_single_128, attention_single_256, attention_single_wide;
+  int64_t hidden;  // percent of an exchange that computing beside it hides
 
   // As plain integers, and back.
-  using Numbers = std::array<int64_t, 14>;
+  using Numbers = std::array<int64_t, 15>;
   Numbers numbers() const {
     return {flops,
             memory,
@@ -43,20 +44,25 @@ struct Rates {
             attention_wide,
             attention_single_128,
             attention_single_256,
-            attention_single_wide};
+            attention_single_wide,
+            hidden};
   }
   static Rates from_numbers(const Numbers& n) {
-    const Rates rates{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13]};
-    if (!rates.valid()) throw std::invalid_argument("rates must be positive, latency and equal not negative");
+    const Rates rates{n[0], n[1], n[2],  n[3],  n[4],  n[5],  n[6], n[7],
+                      n[8], n[9], n[10], n[11], n[12], n[13], n[14]};
+    if (!rates.valid()) throw std::invalid_argument(kInvalid);
     return rates;
   }
+
+  static constexpr const char* kInvalid =
+      "rates must be positive, latency and equal not negative, hidden from 0 to 100";
 
   // What others are divided by is positive.
   bool valid() const {
     return std::min({flops, memory, link, network, node, flops_single, attention_128, attention_256,
                      attention_wide, attention_single_128, attention_single_256, attention_single_wide}) >=
                1 &&
-           std::min(latency, equal) >= 0;
+           std::min({latency, equal, hidden}) >= 0 && hidden <= 100;
   }
 
   int64_t projections(int64_t element_size) const { return element_size > 2 ? flops_single : flops; }
@@ -89,20 +95,20 @@ struct Profile {
 
 // What good kernels reach, not the peak. h100: assumed, none of it measured here. In float32 projections run without
 // tensor cores (67 TFLOP/s at most), and attention takes three tf32 products for each of its own.
-// cpu: a node of one, since there the three stages of a sum add up in float32, and one all-reduce would round half
+// cpu: over loopback the cores that compute also carry what is sent, so that nothing is hidden. A node of one, since there the three stages of a sum add up in float32, and one all-reduce would round half
 // precision at every step.
 inline constexpr std::array<Profile, 2> kProfiles{{
     {"h100",
      "cuda",
      {400'000'000'000'000, 2'500'000'000'000, 350'000'000'000, 50'000'000'000, 20'000, 8, 256,
       50'000'000'000'000, 400'000'000'000'000, 300'000'000'000'000, 130'000'000'000'000, 80'000'000'000'000,
-      80'000'000'000'000, 40'000'000'000'000},
+      80'000'000'000'000, 40'000'000'000'000, 90},
      "H100 SXM data sheet: 8 GPUs a node, NVLink 450 GB/s a way, an adapter of 400 Gb/s a GPU; rates "
      "assumed"},
     {"cpu",
      "cpu",
      {90'000'000'000, 10'000'000'000, 1'000'000'000, 1'000'000'000, 250'000, 1, 0, 90'000'000'000,
-      90'000'000'000, 90'000'000'000, 90'000'000'000, 90'000'000'000, 90'000'000'000, 90'000'000'000},
+      90'000'000'000, 90'000'000'000, 90'000'000'000, 90'000'000'000, 90'000'000'000, 90'000'000'000, 0},
      "Gloo over loopback, one AVX-512 core a rank, float32: measured by benchmarks/predictions.py"},
 }};
 

@@ -6,10 +6,13 @@
 // head's dimension after projection. `heads` stores the query side otherwise: H / m whole heads a rank.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "call.h"
 
@@ -150,6 +153,53 @@ SchemeRow concrete_row(Scheme scheme, const CallSizes<I>& s) {
 template <class I>
 bool takes_parts(const SchemeRow& concrete, const CallSizes<I>& s) {
   return concrete.x != Move::replicate && whole_chunks(s);
+}
+
+// The value of an integer that is known while tracing; a guard on a symbolic one would cost a graph per side.
+template <class I>
+std::optional<int64_t> known(const I& x) {
+  if constexpr (std::is_integral_v<I>)
+    return x;
+  else
+    return x.maybe_as_int();
+}
+
+// Of a call that asks for them: beyond it exchanges are all latency.
+inline constexpr int64_t kMostChunks = 1024;
+
+// Chunks of the batch, each computed while the one before is exchanged. A chunk has every `parts`-th of the sequences'
+// equal parts: of those that the ranks of a slice group attend to each, it has as many.
+struct Chunking {
+  int64_t count = 1, parts = 1;
+};
+
+// Those of `enter`, and of `leave`, where what is gathered in two stages, or averaged over ranks, stays whole. One where
+// the batch is no dim of what is exchanged: scheme "weights", keys in a cache by position, activations split by sequences.
+// A symbolic batch costs a guard, and so another graph only for one that is smaller, or divides otherwise.
+template <class I>
+Chunking enter_chunks(const SchemeRow& concrete, const CallSizes<I>& s) {
+  const bool whole = s.n * s.m == 1 || concrete.x != Move::replicate || concrete.out == Move::merge ||
+                     (s.split() && s.activations == Activations::batch);
+  const int64_t asked = s.overlap, parts = concrete.q == Move::batch ? s.m : 1;
+  if (whole || asked <= 1) return {};
+  if (parts == 1) {
+    if (!(s.B < I(asked))) return {asked, 1};
+    return {std::max<int64_t>(1, known(s.B).value_or(1)), 1};
+  }
+  for (int64_t count = asked; count > 1; --count)
+    if (s.B % I(parts * count) == I(0)) return {known(s.B) == 0 ? 1 : count, parts};
+  return {1, parts};
+}
+
+template <class I>
+Chunking leave_chunks(const SchemeRow& concrete, const CallSizes<I>& s) {
+  return s.concat || s.attention_weights ? Chunking{} : enter_chunks(concrete, s);
+}
+
+// The sequences before chunk c of `batch` in one part.
+template <class I>
+I chunk_begin(const Chunking& chunks, const I& batch, int64_t c) {
+  return batch * c / (chunks.parts * chunks.count);
 }
 
 // Whether rows are sharded as chunks j and 2 m - 1 - j of 2 m, which balances causal attention.

@@ -26,7 +26,8 @@ struct Sent {
   Axis axis;  // the group it runs in
   I bytes;    // without `biases`
   int64_t collectives;
-  int64_t biases = 0;  // bytes of biases that travel along
+  int64_t biases = 0;   // bytes of biases that travel along
+  bool enters = false;  // before attention
 };
 
 template <class I>
@@ -50,15 +51,6 @@ inline SealCode seal_code(int64_t element_size, int64_t ranks) {
   int64_t exact = element_size >= 8 ? 53 : element_size >= 4 ? 24 : 8;  // bits of the largest integer
   for (int64_t reach = 1; reach < ranks; reach *= 2) --exact;
   return exact >= 2 ? SealCode{std::min(exact / 2, SealCode::kBits), false} : SealCode{1, true};
-}
-
-// The value of an integer that is known while tracing; a guard on a symbolic one would cost a graph per side.
-template <class I>
-std::optional<int64_t> known(const I& x) {
-  if constexpr (std::is_integral_v<I>)
-    return x;
-  else
-    return x.maybe_as_int();
 }
 
 // Whether a sum over an (n, m) grid is one all-reduce over all of it, or a reduce-scatter over the slices, an
@@ -166,20 +158,35 @@ I split_elements(int64_t inputs, const CallSizes<I>& s) {
   return elements;
 }
 
+// The same in chunks of the batch, of which the elements are a multiple, with what is sealed in the last.
+template <class I>
+void add_sums(Traffic<I>& rows, const char* what, const Chunking& chunks, const I& elements, const I& sealed,
+              const CallSizes<I>& s) {
+  if (chunks.count == 1) return add_sum<I>(rows, what, elements + sealed, s);
+  const I each = elements / s.B;
+  for (int64_t c = 0; c < chunks.count; ++c) {
+    const I batch = (chunk_begin(chunks, s.B, c + 1) - chunk_begin(chunks, s.B, c)) * chunks.parts;
+    add_sum<I>(rows, what, c + 1 < chunks.count ? each * batch : each * batch + sealed, s);
+  }
+}
+
 // An all-gather of split tensors, or the reduce-scatter that is its adjoint: they send alike. parts: over the head axis,
 // whose ranks' parts are taken as they are.
 template <class I>
 void add_split(Traffic<I>& rows, const char* what, const I& elements, int64_t element_size, bool parts,
-               const CallSizes<I>& s) {
+               const CallSizes<I>& s, const Chunking& chunks = {}) {
   const int64_t ranks = parts ? s.n : s.n * s.m;
   if (ranks > 1)
-    rows.push_back({what, parts ? Axis::head : Axis::grid, elements * (element_size * (ranks - 1)), 1});
+    rows.push_back(
+        {what, parts ? Axis::head : Axis::grid, elements * (element_size * (ranks - 1)), chunks.count});
 }
 
 // The tokens of Y, or of the gradient of X: as every rank has them, or as they are sharded.
 template <class I>
-void add_tokens_sum(Traffic<I>& rows, const char* what, Move move, const I& elements, const CallSizes<I>& s) {
-  move == Move::replicate ? add_sum<I>(rows, what, elements, s) : add_sharded_sum<I>(rows, what, elements, s);
+void add_tokens_sum(Traffic<I>& rows, const char* what, Move move, const Chunking& chunks, const I& elements,
+                    const I& sealed, const CallSizes<I>& s) {
+  move == Move::replicate ? add_sums<I>(rows, what, chunks, elements, sealed, s)
+                          : add_sharded_sum<I>(rows, what, elements + sealed, s);
 }
 
 // The exchanges inside a slice group. Each one's adjoint sends as much as it does: an all-to-all is its own,
@@ -199,7 +206,7 @@ void add_exchanges(Traffic<I>& rows, const SchemeRow& row, const CallSizes<I>& s
   } else if (row.q != Move::keep || row.k != Move::keep) {
     const I sent = part(row.q, s.H, s.L, s, zigzag) + part(row.k, s.K, s.moved_keys(), s, zigzag) +
                    part(row.v, s.K, s.moved_keys(), s, zigzag);
-    rows.push_back({"move in", Axis::slice, sent * each, 1});
+    rows.push_back({"move in", Axis::slice, sent * each, enter_chunks(row, s).count, 0, /*enters=*/true});
   }
   if (row.out == Move::keep) return;
   I bytes = part(row.out, s.H, s.L, s, zigzag) * each;
@@ -208,7 +215,7 @@ void add_exchanges(Traffic<I>& rows, const SchemeRow& row, const CallSizes<I>& s
             s.B * s.L * ((s.whole_heads ? s.H / s.m : s.H) * std::max<int64_t>(4, s.element_size) * others);
   // two dtypes do not share an exchange that has a gradient
   const bool two = row.out == Move::merge && s.training && s.element_size < 4;
-  rows.push_back({"move out", Axis::slice, bytes, two ? 2 : 1});
+  rows.push_back({"move out", Axis::slice, bytes, (two ? 2 : 1) * leave_chunks(row, s).count});
 }
 
 template <class I>
@@ -237,8 +244,11 @@ Traffic<I> forward_traffic(Scheme scheme, const CallSizes<I>& s) {
   if (s.n * s.m == 1) return rows;
   const SchemeRow row = concrete_row(scheme, s);
   const bool parts = takes_parts(row, s), parts_out = parts && !s.concat;
-  if (s.split())
-    traffic::add_split(rows, "X", traffic::split_elements(s.inputs, s), s.element_size, parts, s);
+  const Chunking in = enter_chunks(row, s), out = leave_chunks(row, s);
+  if (s.split()) {
+    traffic::add_split(rows, "X", traffic::split_elements(s.inputs, s), s.element_size, parts, s, in);
+    if (!rows.empty()) rows.back().enters = true;
+  }
   if (s.m > 1) traffic::add_exchanges(rows, row, s);
   const int64_t reduce_size = traffic::reduce_size(s);
   const bool summed = !s.concat && row.y == Move::replicate;
@@ -248,9 +258,9 @@ Traffic<I> forward_traffic(Scheme scheme, const CallSizes<I>& s) {
   else if (parts_out)
     traffic::add_split(rows, "combine", traffic::split_elements(1, s), reduce_size, true, s);
   else if (s.split() && summed)
-    traffic::add_split(rows, "combine", traffic::split_elements(1, s) + sealed, reduce_size, false, s);
+    traffic::add_split(rows, "combine", traffic::split_elements(1, s) + sealed, reduce_size, false, s, out);
   else
-    traffic::add_tokens_sum<I>(rows, "combine", row.y, traffic::tokens(row.y, s.L, s) * s.D + sealed, s);
+    traffic::add_tokens_sum<I>(rows, "combine", row.y, out, traffic::tokens(row.y, s.L, s) * s.D, sealed, s);
   if (parts_out && s.sealed)
     rows.push_back({"compared", Axis::grid, traffic::all_reduce<I>(sealed * s.element_size, s.n * s.m), 1});
   if (s.attention_weights) traffic::add_attention_weights(rows, row, s);
@@ -268,14 +278,17 @@ Traffic<I> backward_traffic(Scheme scheme, const CallSizes<I>& s) {
   const bool parts = takes_parts(row, s), parts_out = parts && !s.concat;
   const bool again =
       s.split() && (parts || row.x == Move::replicate);  // X is not kept, but for this rank's part
-  if (s.split()) traffic::add_split(rows, "dY", traffic::split_elements(1, s), s.element_size, parts_out, s);
+  const Chunking in = enter_chunks(row, s), out = leave_chunks(row, s);
+  if (s.split())
+    traffic::add_split(rows, "dY", traffic::split_elements(1, s), s.element_size, parts_out, s, out);
   if (parts_out && s.out_bias) traffic::add_sum<I>(rows, "output bias gradient", I(s.D), s);
   if (again) traffic::add_split(rows, "X", traffic::split_elements(s.inputs, s), s.element_size, parts, s);
   if (s.m > 1) traffic::add_exchanges(rows, row, s);
   if (again)
-    traffic::add_split(rows, "dX", traffic::split_elements(s.inputs, s), traffic::reduce_size(s), parts, s);
+    traffic::add_split(rows, "dX", traffic::split_elements(s.inputs, s), traffic::reduce_size(s), parts, s,
+                       in);
   else
-    traffic::add_tokens_sum<I>(rows, "dX", row.x, traffic::input_elements(row, s), s);
+    traffic::add_tokens_sum<I>(rows, "dX", row.x, in, traffic::input_elements(row, s), I(0), s);
   if (s.mask_elements) traffic::add_sum<I>(rows, "mask gradient", I(s.mask_elements), s);
   return rows;
 }

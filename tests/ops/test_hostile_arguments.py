@@ -214,7 +214,7 @@ def module_call(draw: random.Random):
     def integer() -> int:
         return draw.choice(INTEGERS) if draw.random() < 0.4 else draw.choice([1, 2, 4, 8, 64])
 
-    rates = [integer() for _ in range(14)] if draw.random() < 0.3 else list(tlm.Profile.named("cpu").numbers)
+    rates = [integer() for _ in range(15)] if draw.random() < 0.3 else list(tlm.Profile.named("cpu").numbers)
     name = draw.choice(["grid_problem", "has_grid", "ranked_grids", "grid_choices", "whole_heads_fit",
                         "stores_whole_heads", "resolve_scheme", "traffic", "plan", "serving"])  # fmt: skip
     counts = {"grid_problem": 5, "has_grid": 4, "grid_choices": 4, "whole_heads_fit": 3, "stores_whole_heads": 4}
@@ -227,7 +227,11 @@ def module_call(draw: random.Random):
     if name == "plan":
         fields = ("ranks", "heads", "kv_heads", "head_dim", "embed_dim", "B", "L", "S", "element_size")
         flags = {flag: draw.random() < 0.5 for flag in ("cached", "causal", "concat", "bias")}
-        given = {field: integer() for field in fields} | flags | {"profile": rates, "activations": integer()}
+        given = (
+            {field: integer() for field in fields}
+            | flags
+            | {"profile": rates, "activations": integer(), "overlap": integer()}
+        )
         return name, given, lambda: C.plan(**given)
     if name == "serving":
         given = {field: integer() for field in ("B", "H", "K", "L", "S", "d_qk", "d_v")}

@@ -33,17 +33,18 @@ def test_constants():
     flags = {"bias": True, "out_bias": False, "bias_kv": False, "whole_heads": True, "concat": False}
     sizes = {"num_heads": 11, "num_kv_heads": 12, "head_dim": 13, "embed_dim": 14, "key_dim": 15, "value_dim": 16}
     at = Place(Grid(7, 8), 2, 3)
-    layer = context.layer_numbers(at, range(30, 44), **sizes, **flags, reduce_dtype=torch.float32, activations="batch")
+    others = {"reduce_dtype": torch.float32, "activations": "batch", "overlap": 9}
+    layer = context.layer_numbers(at, range(30, 45), **sizes, **flags, **others)
     how = {"causal": True, "element_size": 21, "zero_key": False, "batch_first": True}
     numbers, *groups = context.constants(layer, ("a", "b", "c"), scheme="batch", **how).split("\n")
     assert groups == ["a", "b", "c"]
     found = dict(zip(_C.constant_fields(), map(int, numbers.split(" ")), strict=True))
     widths = [f"attention{kind}_{width}" for kind in ("", "_single") for width in ("128", "256", "wide")]
-    rates = ("flops", "memory", "link", "network", "latency", "node", "equal", "flops_single", *widths)
+    rates = ("flops", "memory", "link", "network", "latency", "node", "equal", "flops_single", *widths, "hidden")
     expected = {"head_groups": 7, "slices": 8, "head_group": 2, "slice": 3, **sizes, **flags, **how}
-    expected |= dict(zip(rates, range(30, 44), strict=True))
+    expected |= dict(zip(rates, range(30, 45), strict=True))
     expected |= {"scheme": context.SCHEME_NUMBERS["batch"], "reduce_dtype": _C.scalar_type(torch.float32)}
-    expected["activations"] = 2
+    expected |= {"activations": 2, "overlap": 9}
     assert found == expected
     assert len(Profile.for_device("cpu").numbers) == len(rates)
 
@@ -71,7 +72,7 @@ def test_a_call_that_is_none():
 
     q, k, v = enter()
     for wrong, message in (
-        ({"numbers": numbers.rpartition(" ")[0]}, "must begin with 36 integers, .* there is no batch_first in"),
+        ({"numbers": numbers.rpartition(" ")[0]}, "must begin with 38 integers, .* there is no batch_first in"),
         ({"numbers": numbers.replace(" ", " x", 1)}, "there is no slices in"),
         ({"groups": groups[:2]}, "groups must name those of the slice axis"),
         ({"sizes": [*sizes, 0]}, "sizes must be a list of 5 numbers, got 6"),

@@ -285,7 +285,7 @@ def test_the_private_module_refuses():
         wrong = C.Call(**call | {name: 0})
         assert f"{name} must be positive" in refused(lambda w=wrong: C.traffic("slices", w))
         assert f"{name} must be positive" in refused(lambda w=wrong: C.resolve_scheme("auto", w, rates))
-    assert "rates must be positive" in refused(lambda: C.resolve_scheme("auto", C.Call(**call), [0] * 14))
+    assert "rates must be positive" in refused(lambda: C.resolve_scheme("auto", C.Call(**call), [0] * 15))
     assert "key_stride must be positive" in refused(lambda: C.Request(causal=0, key_stride=0))
     assert not C.has_grid(2**62, 2**62, 2**62, 8)
     assert "must be at most" in C.grid_problem(2**40, 2**40, 2**40, 2**40, 2**40)
