@@ -204,6 +204,7 @@ def run(args: argparse.Namespace) -> None:
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     mesh = tlm.init_mesh(args.device, (1, dist.get_world_size()))
     name = f"overlap_{gpu_name()}" if args.device == "cuda" else "overlap"
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     rows, cases = [], [case for case in CASES if args.case in case.name]
     with tempfile.TemporaryDirectory() as scratch:
         for case in cases:

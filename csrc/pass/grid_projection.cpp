@@ -87,10 +87,8 @@ struct ProjectionState : torch::CustomClassHolder {
 
 namespace {
 
-using Shared = ProjectionState;
-
-Shared& shared_of(AutogradContext* ctx) {
-  return *c10::static_intrusive_pointer_cast<Shared>(ctx->saved_data["shared"].toCapsule());
+ProjectionState& shared_of(AutogradContext* ctx) {
+  return *c10::static_intrusive_pointer_cast<ProjectionState>(ctx->saved_data["shared"].toCapsule());
 }
 
 // x as another tensor, which counts changes as x does.
@@ -104,7 +102,7 @@ Tensor same_as(const Tensor& x, const Tensor& view) {
 // Forward: the inputs of every chunk, or what stands for those on their way. Backward: waits for their gradients.
 struct Enter : torch::autograd::Function<Enter> {
   static variable_list forward(AutogradContext* ctx, at::TensorList inputs,
-                               const c10::intrusive_ptr<Shared>& shared) {
+                               const c10::intrusive_ptr<ProjectionState>& shared) {
     ctx->set_materialize_grads(false);
     ctx->saved_data["shared"] = c10::IValue::make_capsule(shared);
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -114,7 +112,7 @@ struct Enter : torch::autograd::Function<Enter> {
     return begun;
   }
   static variable_list backward(AutogradContext* ctx, variable_list) {
-    Shared& shared = shared_of(ctx);
+    ProjectionState& shared = shared_of(ctx);
     std::vector<Tensors> chunks;
     for (auto& chunk : shared.of_chunk)
       if (chunk.sums) chunks.push_back(arrived(chunk.sums));
@@ -135,7 +133,7 @@ struct Enter : torch::autograd::Function<Enter> {
 // Forward: the weights and biases. Backward: their gradients, from what the chunks left.
 struct Weights : torch::autograd::Function<Weights> {
   static variable_list forward(AutogradContext* ctx, at::TensorList weights,
-                               const c10::intrusive_ptr<Shared>& shared) {
+                               const c10::intrusive_ptr<ProjectionState>& shared) {
     ctx->set_materialize_grads(false);
     Tensors kept = weights.vec();
     if (!shared->split) kept.insert(kept.end(), shared->inputs.begin(), shared->inputs.end());
@@ -147,7 +145,7 @@ struct Weights : torch::autograd::Function<Weights> {
     return out;
   }
   static variable_list backward(AutogradContext* ctx, variable_list nothing) {
-    Shared& shared = shared_of(ctx);
+    ProjectionState& shared = shared_of(ctx);
     const variable_list kept = ctx->get_saved_variables();
     const size_t count = nothing.size(), inputs = shared.trained.size();
     variable_list grads(count + 1);
@@ -184,7 +182,7 @@ struct Weights : torch::autograd::Function<Weights> {
 // Forward: q, k, v of a chunk. Backward: begins the sums of the inputs' gradients, and leaves the products' for `Weights`.
 struct Project : torch::autograd::Function<Project> {
   static variable_list forward(AutogradContext* ctx, at::TensorList inputs, at::TensorList weights, int64_t c,
-                               const c10::intrusive_ptr<Shared>& shared) {
+                               const c10::intrusive_ptr<ProjectionState>& shared) {
     Tensors kept{weights[0], weights[1], weights[2]};
     // backward begins with the last chunk, and so with the gathering of all
     if (shared->split && c + 1 == shared->chunks_.count)
@@ -200,7 +198,7 @@ struct Project : torch::autograd::Function<Project> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     for (const Tensor& grad : grads) once_differentiable(grad);
-    Shared& shared = shared_of(ctx);
+    ProjectionState& shared = shared_of(ctx);
     const variable_list kept = ctx->get_saved_variables();
     auto& chunk = shared.of_chunk[ctx->saved_data["chunk"].toInt()];
     const int64_t inputs = shared.trained.size(), weights = ctx->saved_data["weights"].toInt();

@@ -122,7 +122,8 @@ inline std::vector<Option> plan_options(const PlanRequest& request, const Rates&
       options.push_back(option_of(request, grid, row.scheme, stored_whole, rates));
     }
     // a cache's layout is its owner's choice; `position` is what it is made with
-    const auto sizes = option_of(request, grid, Scheme::slices, whole, rates).sizes;
+    auto sizes = option_of(request, grid, Scheme::slices, whole, rates).sizes;
+    sizes.overlap = request.layer.overlap;  // each scheme has its own number of chunks
     const Scheme taken = request.cached ? Scheme::position : resolve_scheme(Scheme::automatic, sizes, rates);
     if (grid.slices == 1) {
       options.resize(first);

@@ -44,7 +44,7 @@ def test_every_grid_with_every_scheme():
 
 def test_numbers_of_one_option():
     """E. Localises: a column of the table: FLOPs, bytes, collectives, weights, cache, kept activations."""
-    option = options(tlm.plan(**LLAMA, **CALL), (8, 2))["heads"]
+    option = options(tlm.plan(**LLAMA, **CALL, overlap=1), (8, 2))["heads"]
     tokens, D, h, k, d, P = 8 * 8192, 8192, 64, 8, 128, 16
     assert option.attention_flops == 8 * (8192 * 4096) * (h // P) * 2 * 2 * d  # half of the keys
     assert option.projection_flops == 2 * tokens * D * (2 * h + 2 * k) * d // P
@@ -124,7 +124,7 @@ def test_auto_is_the_planners_choice(device_type):
             best = min(CHOSEN_PER_CALL, key=lambda scheme: at[scheme].predicted_seconds["total"])
             assert [scheme for scheme, option in at.items() if option.auto] == [best], (sizes, n, m)
             call = _C.Call(B=B, L=L, S=L, H=h // n, K=h // n, d=128, m=m)
-            call.n, call.D, call.element_size, call.causal = n, D, 2, True
+            call.n, call.D, call.element_size, call.causal, call.overlap = n, D, 2, True, 0
             assert _C.resolve_scheme("auto", call, tlm.Profile.for_device(device_type).numbers) == best
             seen.add(best)
     assert seen == set(CHOSEN_PER_CALL)
@@ -260,8 +260,8 @@ def numbers(option):
 
 @pytest.mark.parametrize("device_type", ["cuda", "cpu"])
 @pytest.mark.parametrize("decode", [False, True])
-@pytest.mark.parametrize("combine", ["reduce", "concat"])
-def test_the_largest_sizes_that_are_not_refused(device_type, decode, combine):
+@pytest.mark.parametrize(("combine", "overlap"), [("reduce", 1), ("reduce", 4), ("concat", 1)])
+def test_the_largest_sizes_that_are_not_refused(device_type, decode, combine, overlap):
     """Localises: a bound that lets something overflow: twice the sequences would not cost more."""
     layers = (
         (HUGE | {"devices": 16}, 2**20),
@@ -273,7 +273,7 @@ def test_the_largest_sizes_that_are_not_refused(device_type, decode, combine):
 
         def priced(batch, layer=layer, seq=seq):
             try:
-                call = {"batch": batch, "seq": seq, "decode": decode}
+                call = {"batch": batch, "seq": seq, "decode": decode, "overlap": overlap}
                 return tlm.plan(**layer, **call, combine=combine, device_type=device_type).options
             except tlm.GridError as error:
                 assert "too large to price" in str(error)
