@@ -56,7 +56,7 @@ class Stack:
     """Layers whose hidden states stay split, and the modules in them that are not given parts."""
 
     name: str
-    owner: nn.Module
+    around: list[nn.Module]  # from the model to the module whose forward runs the layers
     layers: list[nn.Module]
     batch_first: bool
     attentions: list[nn.Module] = field(default_factory=list)
@@ -65,6 +65,11 @@ class Stack:
     between: set[nn.Module] = field(default_factory=set)  # act on columns, between linears
     head: tuple[nn.Module, nn.Linear] | None = None  # a model that computes its loss of these hidden states, its head
     split_head: bool = False  # by columns, as the model's plan says
+
+    @property
+    def owner(self) -> nn.Module:
+        """Whose forward runs the layers."""
+        return self.around[-1]
 
     @property
     def linears(self) -> set[nn.Module]:
@@ -106,7 +111,9 @@ def find_stacks(model: nn.Module, found: Iterable[Attention], rest: Rest) -> tup
         if len(kinds) > 1:
             problem = "batch_first differs between its attentions"
         if not problem:
-            stack = Stack(name, model.get_submodule(name.rpartition(".")[0]), list(lists[name]), kinds.pop())
+            path = name.split(".")[:-1]
+            around = [model.get_submodule(".".join(path[:i])) for i in range(len(path) + 1)]
+            stack = Stack(name, around, list(lists[name]), kinds.pop())
             stack.attentions = [one.module for ones in by_layer.values() for one in ones]
             _take_mlps(model, stack, rest, tried)
             width = _width(by_layer["0"][0])
@@ -304,8 +311,10 @@ def split_stack(stack: Stack, mesh: DeviceMesh, activations: str, reduce_dtype: 
     for layer in stack.layers if isinstance(stack.layers[0], nn.TransformerDecoderLayer) else ():
         layer.register_forward_pre_hook(stream.enter_memory, with_kwargs=True)
     stack.last.register_forward_hook(stream.leave)
-    stack.owner.register_forward_pre_hook(stream.begin, with_kwargs=True)
-    stack.owner.register_forward_hook(stream.end, with_kwargs=True, always_call=True)
+    for module in stack.around:
+        module.register_forward_pre_hook(stream.refuse, with_kwargs=True)
+    stack.owner.register_forward_pre_hook(stream.begin)
+    stack.owner.register_forward_hook(stream.end, always_call=True)
     if stack.head is not None:
         model, head = stack.head
         if stack.split_head:

@@ -32,29 +32,36 @@ class Stream:
         self.splits = True
         self.to_loss = False  # in a call that computes a loss of parts
         self.passes = False  # then the head is given what leaves the layers as it is, so that this can stay split
-        self._open = self._left = False
+        self._open = self._left = self._trains = False
         self._sizes: tuple[int, ...] = ()  # along dim, of the wholes of the call under way: hidden states, memory
         self._seen: set[tuple[int, ...]] = set()  # those of calls whose layers may be run again in backward
         self._memory: tuple[Tensor, Tensor] | None = None  # whole and part
 
-    def begin(self, owner: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Pre-hook of the module whose forward runs the layers."""
-        if kwargs.get("output_hidden_states") or getattr(getattr(owner, "config", None), "output_hidden_states", False):
+    def refuse(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Pre-hook of every module around the layers: what it would record of them are parts."""
+        if kwargs.get("output_hidden_states") or getattr(
+            getattr(module, "config", None), "output_hidden_states", False
+        ):
             raise UsageRuntimeError(
                 f"output_hidden_states is not available with activations={self.activations!r}: between the layers each "
                 'rank has its part of them; parallelize with activations="replicated"'
             )
-        self._open, self._left, self._sizes = True, False, ()
 
-    def end(self, owner: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def begin(self, owner: nn.Module, args: tuple) -> None:
+        """Pre-hook of the module whose forward runs the layers."""
+        self._open, self._left, self._sizes = True, False, ()
+        self._trains = torch.is_grad_enabled()  # layers may be run without, and again in backward
+
+    def end(self, owner: nn.Module, args: tuple, output: object) -> None:
         """Hook of the same, which is called after an error too."""
+        split, self.splits = self.splits, True
         self._open, self._memory = False, None
-        if output is not None and self._sizes and self.splits and not self._left:
+        if output is not None and self._sizes and split and not self._left:
             raise UsageRuntimeError(
                 f"{type(owner).__name__} has not called the norm behind its layers, where split hidden states become "
                 'whole again: parallelize with activations="replicated"'
             )
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and len(self._seen) < 2:
+        if self._sizes and self._trains and not torch.compiler.is_compiling() and len(self._seen) < 2:
             self._seen.add(self._sizes)
 
     def begin_model(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -72,7 +79,7 @@ class Stream:
         args, kwargs, x = _first(args, kwargs)
         size = x.shape[self.dim]
         if self._open:
-            self.splits = torch.is_grad_enabled() or size >= self.full
+            self.splits = self._trains or size >= self.full
             self._sizes = (size,)
         return (self.keep(x), *args), kwargs
 

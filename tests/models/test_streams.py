@@ -64,6 +64,18 @@ def test_families(pool, grid):
         assert not found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [(2, 1), (1, 2), (4, 1), (1, 8), (2, 8), (1, 16)])
+def test_grids(pool, grid):
+    """T. As test_decoders, when only a grid fails; fewer rows than ranks too."""
+    names = ["llama", "qwen3"] if grid[0] < 4 and grid[1] < 16 else ["28 heads"] if grid[0] == 4 else ["qwen3"]
+    for activations in ("sequence", "batch"):
+        for found in pool.run(
+            differences, grid[0] * grid[1], grid, names, activations, True, ((2, 19), (17, 3)), timeout=500
+        ):
+            assert not found
+
+
 def encoders_off(grid, activations) -> dict[str, dict]:
     found = {}
     for kind in encoders.MODELS:
@@ -177,7 +189,10 @@ def checkpoints_off(grid, activations) -> dict[str, float]:
         model.train().zero_grad()
         if model is ours:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        sum(model(prompt(4, length)[0], labels=prompt(4, length)[0]).loss for length in (9, 10, 16)).backward()
+        loss = sum(model(prompt(4, length)[0], labels=prompt(4, length)[0]).loss for length in (9, 10, 16))
+        with torch.no_grad():
+            model(prompt(1, 2)[0])  # replicated, before layers of the others run again
+        loss.backward()
         two.append({key: grad.clone() for key, grad in full_gradients(model).items()})
     return found | {"three lengths": worst(*two)}
 
@@ -257,8 +272,10 @@ def refused(grid) -> list[str]:
     texts = []
     _, ours = pair("llama", grid, (), rest=True, activations="sequence")
     ids = prompt()[0]
+    bert = tlm.parallelize(encoders.make("BertModel"), mesh(grid), activations="sequence")
     for call in (
         lambda: ours(ids, output_hidden_states=True),
+        lambda: bert(ids, output_hidden_states=True),
         lambda: tlm.parallelize(nn.ModuleList([nn.MultiheadAttention(8, 2)]), mesh(grid), activations="rows"),
     ):
         try:
@@ -275,8 +292,9 @@ def refused(grid) -> list[str]:
 
 def test_refusals(pool):
     """Localises: hidden states of parts that a user would take for whole; the report's reasons."""
-    for hidden, name, report in pool.run(refused, 4, (2, 2)):
-        assert "output_hidden_states" in hidden and 'activations="replicated"' in hidden
+    for *texts, name, report in pool.run(refused, 4, (2, 2)):
+        for hidden in texts:
+            assert "output_hidden_states" in hidden and 'activations="replicated"' in hidden
         assert name == "activations must be one of replicated, sequence, batch, got 'rows'"
         assert "the hidden states of 0.0 stays unsplit: it is no part of a layer in an nn.ModuleList" in report
 
@@ -325,3 +343,25 @@ def test_memory(pool):
     (alone,) = pool.run(peaks, 1, "sequence", timeout=240)
     for activations in ("sequence", "batch"):
         assert max(pool.run(peaks, 4, activations, timeout=240)) <= 0.3 * alone
+
+
+def copied(grid) -> dict[str, float]:
+    """Of a copy of a split model, against its original; and how far the original moves with it."""
+    ours = exact_pair("llama", grid, "sequence", rest=False)[1]
+    inputs = prompt(4, 16)
+    expected = trained(ours, *inputs)
+    ours.zero_grad()  # torch cannot copy the gradient of a DTensor
+    other = copy.deepcopy(ours)
+    found = {"copy": worst(expected, trained(other, *inputs))}
+    found["original"] = float(any(p.grad is not None for p in ours.parameters()))
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(2.0)
+    found["moved"] = worst(expected, trained(ours, *inputs))
+    return found
+
+
+def test_copies(pool):
+    """E. Localises: a copy whose modules run those of the original."""
+    for found in pool.run(copied, 4, (2, 2), timeout=120):
+        assert max(found.values()) == 0.0, found

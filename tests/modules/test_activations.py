@@ -53,6 +53,26 @@ def test_as_with_whole_activations(pool, grid, scheme, activations):
             assert not failed, "\n".join(failed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [(2, 1), (1, 2), (2, 4), (1, 8), (4, 4), (2, 8)])
+def test_on_more_grids(pool, grid):
+    """T. As test_as_with_whole_activations, when only a grid fails."""
+    for activations in SPLIT:
+        for failed in pool.run(grids_off, grid[0] * grid[1], grid, activations, timeout=500):
+            assert not failed, failed
+
+
+def grids_off(grid, activations: str) -> dict[str, dict]:
+    """By scheme, of a decoder that 16 ranks split."""
+    case = Decoder(batch=3, length=21, options={"qk_norm": 1e-3, "rope": HALF, "bias": True})
+    found = {
+        scheme: decoder_off(case, grid, activations=activations, scheme=scheme)
+        for scheme in SCHEMES
+        if scheme != "independent"
+    }
+    return {scheme: wrong for scheme, wrong in found.items() if wrong}
+
+
 def moved_there_and_back(grid) -> list[bool]:
     """Parts against those of the order as it is written down, the whole again, and gradients, for many sizes."""
     n, m = grid
