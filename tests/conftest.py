@@ -2,10 +2,16 @@
 that all of them run on (harness/device.py).
 """
 
+import zlib
+
 import pytest
 import torch
 from harness import Pool
 from harness.device import DEVICE, problem, use_device
+
+
+def pytest_addoption(parser):
+    parser.addoption("--part", metavar="K/N", help="only the K-th of N parts of the tests, by their names; K from 0")
 
 
 def pytest_configure(config):
@@ -14,8 +20,13 @@ def pytest_configure(config):
     use_device()
 
 
-def pytest_collection_modifyitems(items):
-    """Leaves out what can only be told of the CPU, where the suite runs on another device."""
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what can only be told of the CPU, where the suite runs on another device; and other parts."""
+    if part := config.getoption("--part"):
+        number, count = map(int, part.split("/"))
+        chosen = {item for item in items if zlib.crc32(item.nodeid.encode()) % count == number}
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
     for item in items if DEVICE != "cpu" else ():
         if mark := item.get_closest_marker("cpu_only"):
             item.add_marker(pytest.mark.skip(reason=f"of the CPU alone: {mark.args[0]}"))

@@ -6,6 +6,7 @@ apart.
 """
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -61,7 +62,7 @@ def find_rest(model: nn.Module, ranks: int, replaced: set[str]) -> Rest:
     return rest
 
 
-def split_rest(rest: Rest, mesh: DeviceMesh, taken: set[nn.Module]) -> None:
+def split_rest(rest: Rest, mesh: DeviceMesh, taken: Collection[nn.Module] = ()) -> None:
     """Splits what find_rest found, but for the linears `taken`."""
     for part, tp_plan in rest.tp_plans.values():
         names = {name for name, module in part.named_modules() if module in taken}
