@@ -212,7 +212,12 @@ class SplitColumns(InStream, nn.Linear):
             return nn.functional.linear(x, weight, bias)
         if self.alone:
             return self.stream.project(x, [self])[0]
-        assert self.given is not None and self.given[0] is x
+        if self.given is None or self.given[0] is not x:
+            raise UsageRuntimeError(
+                "a linear that is split by columns is not called by its MLP, with that one's input: what was put around "
+                f"it after parallelize, such as an adapter, does not work with activations={self.stream.activations!r}; "
+                'parallelize with activations="replicated"'
+            )
         return self.given[1]
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from harness import encoders
 from harness.calls import mesh
 from harness.decoders import MODELS, full_gradients, make, pair, prompt
@@ -206,13 +207,13 @@ def test_checkpoints(pool, activations):
 
 def dropout_off(grid, activations) -> dict[str, float]:
     """Of models that drop elements of hidden states, in training with one seed, against stock."""
-    from models import test_gpt2 as gpt2
-
-    found = {}
-    stock = gpt2.make(resid_pdrop=0.4)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 64}
+    config = transformers.GPT2Config(**sizes, embd_pdrop=0.2, attn_pdrop=0.0, resid_pdrop=0.4)
+    torch.manual_seed(0)
+    found, stock = {}, transformers.GPT2LMHeadModel(config).double()
     stock.loss_function = exact_loss
     ours = tlm.parallelize(copy.deepcopy(stock), mesh(grid), activations=activations)
-    found["gpt2"] = worst(*(trained(model, *gpt2.prompt()) for model in (stock, ours)))
+    found["gpt2"] = worst(*(trained(model, *prompt(2, 9)) for model in (stock, ours)))
     layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.3, batch_first=True, dtype=torch.float64)
     stock, outputs = nn.TransformerEncoder(layer, 2), []
     for kind in ("replicated", activations):  # stock's output lies in memory in another order, in which it is dropped
@@ -268,14 +269,29 @@ def test_autocast(pool):
         assert sorted(found.values())[-1] <= 3.0, found
 
 
+class Around(nn.Module):
+    """As an adapter wraps a linear."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.weight, self.bias = linear, linear.weight, linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x)
+
+
 def refused(grid) -> list[str]:
     texts = []
     _, ours = pair("llama", grid, (), rest=True, activations="sequence")
     ids = prompt()[0]
+    wrapped = copy.deepcopy(pair("llama", grid, (), rest=True)[0])
+    tlm.parallelize(wrapped, mesh(grid), activations="sequence")
+    wrapped.model.layers[1].mlp.up_proj = Around(wrapped.model.layers[1].mlp.up_proj)
     bert = tlm.parallelize(encoders.make("BertModel"), mesh(grid), activations="sequence")
     for call in (
         lambda: ours(ids, output_hidden_states=True),
         lambda: bert(ids, output_hidden_states=True),
+        lambda: wrapped(ids),
         lambda: tlm.parallelize(nn.ModuleList([nn.MultiheadAttention(8, 2)]), mesh(grid), activations="rows"),
     ):
         try:
@@ -293,6 +309,8 @@ def refused(grid) -> list[str]:
 def test_refusals(pool):
     """Localises: hidden states of parts that a user would take for whole; the report's reasons."""
     for *texts, name, report in pool.run(refused, 4, (2, 2)):
+        adapter = texts.pop()
+        assert "such as an adapter, does not work with activations='sequence'" in adapter
         for hidden in texts:
             assert "output_hidden_states" in hidden and 'activations="replicated"' in hidden
         assert name == "activations must be one of replicated, sequence, batch, got 'rows'"
