@@ -214,9 +214,9 @@ class SplitColumns(InStream, nn.Linear):
             return self.stream.project(x, [self])[0]
         if self.given is None or self.given[0] is not x:
             raise UsageRuntimeError(
-                "a linear that is split by columns is not called by its MLP, with that one's input: what was put around "
-                f"it after parallelize, such as an adapter, does not work with activations={self.stream.activations!r}; "
-                'parallelize with activations="replicated"'
+                "a linear that is split by columns is called by something else than its MLP, or with another input than "
+                "that one's: what was put around it after parallelize, such as an adapter, does not work with "
+                f'activations={self.stream.activations!r}; parallelize with activations="replicated"'
             )
         return self.given[1]
 
