@@ -66,9 +66,9 @@ class Stream:
 
     def begin_model(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Pre-hook of a model that computes its loss on vocabulary shards."""
-        asked = kwargs.get("labels") is not None and isinstance(kwargs.get("logits_to_keep", 0), int)
-        whole = kwargs.get("logits_to_keep", 0) != 0 or torch.compiler.is_compiling()
-        self.to_loss = asked and not whole and torch.is_grad_enabled()
+        rows = kwargs.get("logits_to_keep", 0)
+        asked = kwargs.get("labels") is not None and isinstance(rows, int) and rows == 0
+        self.to_loss = asked and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def end_model(self, model: nn.Module, args: tuple, output: object) -> None:
         """Hook of the same, which is called after an error too."""
@@ -214,8 +214,8 @@ class SplitColumns(InStream, nn.Linear):
             return self.stream.project(x, [self])[0]
         if self.given is None or self.given[0] is not x:
             raise UsageRuntimeError(
-                "a linear that is split by columns is called by something else than its MLP, or with another input than "
-                "that one's: what was put around it after parallelize, such as an adapter, does not work with "
+                "a linear that is split by columns must be called by its MLP, with the input of that one, got another "
+                "call: what was put around it after parallelize, such as an adapter, does not work with "
                 f'activations={self.stream.activations!r}; parallelize with activations="replicated"'
             )
         return self.given[1]
