@@ -155,7 +155,10 @@ Later<Tensor> start(Collective kind, const Tensor& buffer, const Group& group) {
 
 Later<Tensor> begin_run(Collective kind, const Tensor& buffer, const Group& group) {
   Tensor started = issue(kind, buffer, group);
-  return [=] { return finish(kind, started, group); };
+  return [=]() mutable {
+    const Tensor mine = std::move(started);  // nobody else keeps it once it has come
+    return finish(kind, mine, group);
+  };
 }
 
 Tensor run(Collective kind, const Tensor& buffer, const Group& group) {

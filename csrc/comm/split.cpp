@@ -135,25 +135,27 @@ Later<std::vector<Tensor>> begin_all_parts(at::TensorList xs, const std::vector<
   }
   Tensor mine = flat.size() == 1 ? flat[0] : at::cat(flat);
   auto parts = begin_run(Collective::all_gather, mine.unsqueeze(0), split.grid);
-  return [=, dims = std::vector<int64_t>(xs.size(), split.dim)] {
-    return unpack(reordered(parts(), split.head_groups, split.slices), shapes, dims, ranks(split),
-                  /*zigzag=*/true);
+  return [=, dims = std::vector<int64_t>(xs.size(), split.dim)]() mutable {
+    const Tensor buffer = reordered(parts(), split.head_groups, split.slices);  // what came is freed here
+    return unpack(buffer, shapes, dims, ranks(split), /*zigzag=*/true);
   };
 }
 
-Later<std::vector<Tensor>> begin_sum_parts(at::TensorList xs, const Split& split,
+Later<std::vector<Tensor>> begin_sum_parts(std::vector<Tensor> xs, const Split& split,
                                            std::optional<at::ScalarType> reduce_dtype,
                                            const std::optional<Seal>& seal) {
   const int64_t P = ranks(split);
-  if (P == 1 && !seal) return [xs = xs.vec()] { return xs; };
-  const std::vector<int64_t> dims(xs.size(), split.dim);
-  Tensor parts = reordered(pack(xs, dims, P, /*zigzag=*/true), split.slices, split.head_groups);
+  if (P == 1 && !seal) return [=] { return xs; };
+  const auto dtype = xs[0].scalar_type();
+  std::vector<std::vector<c10::SymInt>> shapes;
+  for (const Tensor& x : xs) shapes.push_back(x.sym_sizes().vec());
+  Tensor parts = pack(xs, std::vector<int64_t>(xs.size(), split.dim), P, /*zigzag=*/true);
+  xs.clear();  // before there is another of their size
+  parts = reordered(parts, split.slices, split.head_groups);
   if (reduce_dtype) parts = parts.to(*reduce_dtype);
   if (seal) parts = at::cat({parts, digits_of(*seal, parts).expand({P, -1})}, 1);
   auto coming = begin_run(Collective::reduce_scatter, parts, split.grid);
-  std::vector<std::vector<c10::SymInt>> shapes;
-  for (const Tensor& x : xs) shapes.push_back(x.sym_sizes().vec());
-  return [=, dtype = xs[0].scalar_type()] {
+  return [=]() mutable {
     Tensor mine = coming().squeeze(0);
     std::vector<Tensor> sums;
     c10::SymInt first = 0;

@@ -56,7 +56,7 @@ Later<Tensor> begin_sum_split(const Tensor& x, const std::optional<Tensor>& bias
 // them the sums of what they compare.
 Later<std::vector<Tensor>> begin_all_parts(at::TensorList xs, const std::vector<c10::SymInt>& sizes,
                                            const Split& split);
-Later<std::vector<Tensor>> begin_sum_parts(at::TensorList xs, const Split& split,
+Later<std::vector<Tensor>> begin_sum_parts(std::vector<Tensor> xs, const Split& split,
                                            std::optional<at::ScalarType> reduce_dtype,
                                            const std::optional<Seal>& seal);
 

@@ -65,9 +65,9 @@ struct ProjectLinears : torch::autograd::Function<ProjectLinears> {
     if (of_whole.defined()) {
       auto sizes = all[0].sym_sizes().vec();
       sizes[how->split.dim == 2 ? 1 : 0] = how->size;
-      of_whole = of_whole.view_symint(sizes).unsqueeze(1);
-      sum = begin_sum_parts({of_whole}, how->split, how->reduce_dtype, std::nullopt);
+      std::vector<Tensor> summed{of_whole.view_symint(sizes).unsqueeze(1)};
       of_whole = Tensor();
+      sum = begin_sum_parts(std::move(summed), how->split, how->reduce_dtype, std::nullopt);
     }
     const Tensor x = trained ? arrived(whole)[0].flatten(0, 2) : Tensor();
     for (size_t i = 0; i < grads.size(); ++i) {

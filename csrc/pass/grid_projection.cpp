@@ -66,8 +66,8 @@ struct ProjectionState : torch::CustomClassHolder {
                           {weights[0], weights[1], weights[2], of(0), of(1), of(2)}, split || batch_first);
   }
 
-  Later<Tensors> begin_sums(const Tensors& grads) const {
-    if (split) return begin_sum_parts(grads, *split, reduce_dtype, std::nullopt);
+  Later<Tensors> begin_sums(Tensors grads) const {
+    if (split) return begin_sum_parts(std::move(grads), *split, reduce_dtype, std::nullopt);
     Tensors flat;
     std::vector<c10::SymInt> lengths;
     std::vector<std::vector<c10::SymInt>> shapes;
@@ -227,7 +227,7 @@ struct Project : torch::autograd::Function<Project> {
                               .view_symint(sizes)
                               .to(shared.dtypes[input]));
     }
-    if (!of_inputs.empty()) chunk.sums = shared.begin_sums(of_inputs);
+    if (!of_inputs.empty()) chunk.sums = shared.begin_sums(std::move(of_inputs));
     return variable_list(inputs + weights + 2);
   }
 };

@@ -360,7 +360,7 @@ def test_memory(pool):
     """Localises: a whole tensor that is kept for backward, or whole logits."""
     (alone,) = pool.run(peaks, 1, "sequence", timeout=240)
     for activations in ("sequence", "batch"):
-        assert max(pool.run(peaks, 4, activations, timeout=240)) <= 0.3 * alone
+        assert max(pool.run(peaks, 4, activations, timeout=240)) <= 0.36 * alone
 
 
 def copied(grid) -> dict[str, float]:
