@@ -51,14 +51,14 @@ def gather_activations(x: Tensor, activations: str, mesh: DeviceMesh | None, *, 
 def keep_part(x: Tensor, activations: str, place: Place, batch_first: bool) -> Tensor:
     """shard_activations on a grid of several ranks."""
     whole = x if batch_first else x.transpose(0, 1)
-    part = _ops.shard_activations(whole, activations == "sequence", grid_numbers(place), place.groups[2])
+    part = _ops.shard_activations(whole, activations == "sequence", place.args[0], place.groups[2])
     return part if batch_first else part.transpose(0, 1).contiguous()
 
 
 def gather_part(x: Tensor, size: int, activations: str, place: Place, batch_first: bool) -> Tensor:
     """gather_activations where the size of the whole is known."""
     part = x if batch_first else x.transpose(0, 1)
-    whole = _ops.gather_activations(part, size, activations == "sequence", grid_numbers(place), place.groups[2])
+    whole = _ops.gather_activations(part, size, activations == "sequence", place.args[0], place.groups[2])
     return whole if batch_first else whole.transpose(0, 1).contiguous()
 
 
@@ -103,8 +103,3 @@ def _place(x: Tensor, activations: str, mesh: DeviceMesh | None) -> Place:
     if x.dim() < 2:
         raise GridError(f"x must have dims for sequences and rows, (B, L, ..), got {x.dim()}")
     return place_on(mesh)
-
-
-def grid_numbers(place: Place) -> list[int]:
-    """(n, m, i, j), as the operators take them."""
-    return [place.grid.head_groups, place.grid.slices, place.head_group, place.slice]

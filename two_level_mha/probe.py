@@ -4,7 +4,7 @@ import copy
 import inspect
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -35,6 +35,11 @@ def random_copy(modules: list[nn.Module], gain: float = 1.0) -> list[nn.Module]:
             with torch.no_grad():
                 p.normal_(std=gain * p.shape[-1] ** -0.5)
     return copies
+
+
+def first_output(output) -> Tensor:
+    """The tensor that a module gave, or the first of them."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def settings(module: nn.Module) -> tuple:

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.tp_plan import apply_tp_plan, find_tp_plan
 from two_level_mha.mesh import grid_mesh
-from two_level_mha.probe import has_hooks, random_copy, settings
+from two_level_mha.probe import first_output, has_hooks, random_copy, settings
 from two_level_mha.stock import take_full_tensors
 
 # Paths of the two linears inside the module that is called with (B, L, D).
@@ -132,7 +132,7 @@ def _probe(module: nn.Module, paths: tuple[str, str], share: int) -> str | tuple
             first, second = (original.get_submodule(path) for path in paths)
             x_BLD = torch.randn(2, 3, first.in_features, dtype=torch.float64)
             args = (x_BLD, x_BLD) if isinstance(module, nn.TransformerDecoderLayer) else (x_BLD,)
-            expected = _first(original(*args))
+            expected = first_output(original(*args))
             parts = [_Part(original, paths, columns) for columns in (slice(0, share), slice(share, None))]
             total = sum(part.run(args) for part in parts) + (0 if second.bias is None else second.bias)
             got = parts[0].run(args, total)
@@ -163,10 +163,6 @@ def _parameters_between(module: nn.Module, paths: tuple[str, str], args: tuple) 
     return [name for name, gradient in zip(names, gradients, strict=True) if gradient is not None]
 
 
-def _first(output) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
 class _Part:
     """A rank's part of an MLP: some columns of what is between the linears."""
 
@@ -188,7 +184,7 @@ class _Part:
         """This part's product with the second linear; or the module's output, given the sum of all parts'."""
         products = []
         hook = self.second.register_forward_hook(lambda module, args, y: products.append(y) or total)
-        output = _first(self.module(*args))
+        output = first_output(self.module(*args))
         hook.remove()
         (product,) = products
         return product if total is None else output

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from two_level_mha.adapters import Adapter
 from two_level_mha.class_like import become
@@ -20,7 +20,7 @@ from two_level_mha.integrations.head import head_of, split_head
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.layer import GridAttention
 from two_level_mha.mesh import grid_mesh
-from two_level_mha.probe import random_copy
+from two_level_mha.probe import first_output, random_copy
 from two_level_mha.rest import Rest
 from two_level_mha.stock import take_full_tensors
 from two_level_mha.stream import DropoutOnParts, OnParts, SplitColumns, SplitMLP, SplitRows, Stream
@@ -115,7 +115,7 @@ def find_stacks(model: nn.Module, found: Iterable[Attention], rest: Rest) -> tup
             around = [model.get_submodule(".".join(path[:i])) for i in range(len(path) + 1)]
             stack = Stack(name, around, list(lists[name]), kinds.pop())
             stack.attentions = [one.module for ones in by_layer.values() for one in ones]
-            _take_mlps(model, stack, rest, tried)
+            _take_mlps(stack, rest)
             width = _width(by_layer["0"][0])
             for i, layer in enumerate(stack.layers):
                 refused, routed = _tried(layer, stack, width, tried)
@@ -134,7 +134,7 @@ def _width(one: Attention) -> int:
         return one.adapter.inputs(one.module, torch.float64)[0][0][0].shape[-1]
 
 
-def _take_mlps(model: nn.Module, stack: Stack, rest: Rest, tried: dict) -> None:
+def _take_mlps(stack: Stack, rest: Rest) -> None:
     """Notes which modules of the layers take all rows, and how."""
     inside = {module for layer in stack.layers for module in layer.modules()}
     for module, paths, between in rest.mlps.values():
@@ -256,10 +256,10 @@ def _trial(layer: nn.Module, stubs: dict[int, nn.Module], width: int) -> tuple[s
             x = torch.randn(6, 6, width, dtype=torch.float64)
             rows = (slice(1, 4), slice(2, 4))
             inputs = (x, x) if isinstance(layer, nn.TransformerDecoderLayer) else (x,)
-            whole, again = (_output(trial(*inputs)) for _ in range(2))
-            part = _output(trial(*(one[rows].contiguous() for one in inputs)))
+            whole, again = (first_output(trial(*inputs)) for _ in range(2))
+            part = first_output(trial(*(one[rows].contiguous() for one in inputs)))
             trained = _trained(trial, whole)
-            without_rows = _trained(trial, _output(trial(*(one[:0] for one in inputs))))
+            without_rows = _trained(trial, first_output(trial(*(one[:0] for one in inputs))))
         except Exception as error:  # of any kind: it is another's code
             return f"cannot be run on a part of its rows: {error!r}", ()
     if whole.shape != x.shape or part.shape != x[rows].shape:
@@ -280,10 +280,6 @@ def _trained(module: nn.Module, y: Tensor) -> set[str]:
         return set()
     gradients = torch.autograd.grad(y.sum(), list(parameters.values()), allow_unused=True)
     return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
-
-
-def _output(output) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def split_stack(stack: Stack, mesh: DeviceMesh, activations: str, reduce_dtype: torch.dtype | None) -> None:
@@ -318,35 +314,25 @@ def split_stack(stack: Stack, mesh: DeviceMesh, activations: str, reduce_dtype: 
     if stack.head is not None:
         model, head = stack.head
         if stack.split_head:
-            distribute_module(head, grid_mesh(mesh), _by_columns)
-            take_full_tensors(head)
+            _distribute(head, mesh, {"weight": Shard(0), "bias": Shard(0)})
         split_head(model, head, stack.owner, stream, mesh)
 
 
 def _split_mlp(mlp: MLP, mesh: DeviceMesh, stream: Stream) -> None:
     for path in mlp.columns:
         linear = mlp.module.get_submodule(path)
-        distribute_module(linear, grid_mesh(mesh), _by_columns)
+        _distribute(linear, mesh, {"weight": Shard(0), "bias": Shard(0)})
         become(linear, SplitColumns, stream=stream, alone=not mlp.gathers)
     rows = mlp.module.get_submodule(mlp.rows)
-    distribute_module(rows, grid_mesh(mesh), _by_rows)
+    _distribute(rows, mesh, {"weight": Shard(1), "bias": Replicate()})
     become(rows, SplitRows, stream=stream)
-    for linear in mlp.linears:
-        take_full_tensors(linear)
     if mlp.gathers:
         become(mlp.module, SplitMLP, stream=stream, columns=mlp.columns)
 
 
-def _by_columns(name: str, linear: nn.Module, mesh: DeviceMesh) -> None:
-    for own, p in list(linear.named_parameters(recurse=False)):
-        _distribute(linear, own, p, mesh, Shard(0))
-
-
-def _by_rows(name: str, linear: nn.Module, mesh: DeviceMesh) -> None:
-    for own, p in list(linear.named_parameters(recurse=False)):
-        _distribute(linear, own, p, mesh, Shard(1) if own == "weight" else Replicate())
-
-
-def _distribute(linear: nn.Module, name: str, p: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> None:
-    kept = distribute_tensor(p.detach(), mesh, [placement], src_data_rank=None)
-    linear.register_parameter(name, nn.Parameter(kept, p.requires_grad))
+def _distribute(linear: nn.Module, mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
+    """Over the flattened grid; load_state_dict takes full tensors."""
+    for name, p in list(linear.named_parameters(recurse=False)):
+        kept = distribute_tensor(p.detach(), grid_mesh(mesh), [placements[name]], src_data_rank=None)
+        linear.register_parameter(name, nn.Parameter(kept, p.requires_grad))
+    take_full_tensors(linear)

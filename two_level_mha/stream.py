@@ -4,12 +4,14 @@ A Stream knows how those of the call under way are split, and is shared by all m
 the layers everything is whole: positions, masks, what comes from the embedding and what goes to the head.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha import _C
-from two_level_mha.activations import gather_part, grid_numbers, keep_part, whole_sizes
+from two_level_mha.activations import gather_part, keep_part, whole_sizes
 from two_level_mha.blocks import local_blocks
 from two_level_mha.context import cast
 from two_level_mha.errors import GridError, UsageRuntimeError
@@ -97,9 +99,7 @@ class Stream:
         self._left = True
         if self.to_loss and self.passes:
             return output
-        if isinstance(output, tuple):
-            return (self.gather(output[0]), *output[1:])
-        return self.gather(output)
+        return _of_first(output, self.gather)
 
     def gather_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Pre-hook of a module that takes all rows: its first argument becomes whole."""
@@ -108,7 +108,7 @@ class Stream:
 
     def keep_output(self, module: nn.Module, args: tuple, output):
         """Hook of the same: of its output, or the first of it, this rank's part."""
-        return (self.keep(output[0]), *output[1:]) if isinstance(output, tuple) else self.keep(output)
+        return _of_first(output, self.keep)
 
     def whole_sizes(self, shapes: list[tuple[int, ...]]) -> list[int]:
         """Those of wholes along dim, of which this rank has parts of `shapes`. Outside a call, where checkpoints run
@@ -165,7 +165,7 @@ class Stream:
 
     @property
     def _grid(self) -> tuple[list[int], str]:
-        return grid_numbers(self.place), self.place.groups[2]
+        return self.place.args[0], self.place.groups[2]
 
     def _batch_first(self, x: Tensor) -> Tensor:
         return x if self.batch_first else x.transpose(0, 1)
@@ -190,6 +190,11 @@ def _first(args: tuple, kwargs: dict) -> tuple[tuple, dict, Tensor]:
         return args[1:], kwargs, args[0]
     name = next(name for name in ("hidden_states", "src", "tgt") if name in kwargs)
     return (), {key: value for key, value in kwargs.items() if key != name}, kwargs[name]
+
+
+def _of_first(output, change: Callable[[Tensor], Tensor]):
+    """An output with its tensor changed, or the first of them."""
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
 
 class InStream(nn.Module):
