@@ -17,7 +17,7 @@ endif
 PINS_STAMP := $(ENV_STAMP)-pins
 BUILD_STAMP := build/built
 
-export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PATH := $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)):)$(PATH)
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -87,8 +87,8 @@ tsan: $(PINS_STAMP)
 	  TSAN_OPTIONS=suppressions=tests/cpp/tsan.supp:ignore_noninstrumented_modules=1 build/tsan/two_threads || exit 1; done
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	rm -rf two_level_mha/*.so two_level_mha/_build.json two_level_mha/include two_level_mha/share
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf src/two_level_mha/*.so src/two_level_mha/_build.json src/two_level_mha/include src/two_level_mha/share
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(ENV_STAMP):

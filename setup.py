@@ -169,7 +169,7 @@ class Build(BuildExtension):
 
     def run(self) -> None:
         super().run()
-        base = ROOT if self.inplace else Path(self.build_lib).resolve()
+        base = ROOT / "src" if self.inplace else Path(self.build_lib).resolve()
         package = base / PACKAGE
         copy_tree(ROOT / "csrc", package / "include" / PACKAGE, "*.h")
         copy_tree(ROOT / "cmake", package / "share" / "cmake" / PACKAGE, "*.cmake")

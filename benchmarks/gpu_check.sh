@@ -41,7 +41,7 @@ done
 
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd)
 rm -rf "$WORK" && mkdir -p "$WORK" && WORK=$(cd "$WORK" && pwd)
-export PYTHONPATH=$PWD:$PWD/benchmarks:$PWD/tests PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TLM_TEST_DEVICE=$DEVICE
+export PYTHONPATH=$PWD/src:$PWD/benchmarks:$PWD/tests PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TLM_TEST_DEVICE=$DEVICE
 dry() { [ $DEVICE = cpu ]; }
 program() { "$PYTHON" -m "$1" --device $DEVICE --out "$WORK" "${@:2}"; }
 skip() { echo "$*"; exit $SKIPPED; }

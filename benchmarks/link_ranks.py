@@ -1,6 +1,5 @@
 """What the ranks of links.py run, and where the bytes that they send go."""
 
-import inspect
 import json
 import time
 from collections.abc import Callable
@@ -22,8 +21,7 @@ from two_level_mha.testing import Collective, record_collectives
 
 TIMEOUT = timedelta(seconds=120)  # of a collective
 ACTIVATIONS = ("replicated", "sequence", "batch")
-HAS_OVERLAP = "overlap" in inspect.signature(tlm.TwoLevelMultiheadAttention).parameters
-CHUNKS = (1, 4) if HAS_OVERLAP else (1,)  # values of overlap=; 1: nothing is computed while something travels
+CHUNKS = (1, 4)  # values of overlap=; 1: nothing is computed while something travels
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,10 @@ class Part:
     block: int = 0  # bytes of a rank that are gathered; 0: no gathers
     round_robin: bool = False
     only_alone: bool = False  # nothing but computing
+    across: bool = False  # one rank a node, and the slice axis between them
+
+    def grid(self, ranks: int) -> tuple[int, int]:
+        return (1, ranks) if self.across else (NODES, ranks // NODES)
 
 
 @dataclass
@@ -115,23 +117,22 @@ def layers(part: Part, mesh: DeviceMesh) -> list[Case]:
         mine = tlm.shard_activations(x, activations, mesh)
         found: dict[str, Case] = {}
         for chunks in CHUNKS:
-            more = {"overlap": chunks} if HAS_OVERLAP else {}
             plan = tlm.plan(
-                **layer, **more, devices=mesh.size(), batch=part.batch, seq=part.length, causal=False,
+                **layer, overlap=chunks, devices=mesh.size(), batch=part.batch, seq=part.length, causal=False,
                 dtype=torch.float32, activations=activations, device_type="cpu",
             )  # fmt: skip
             for option in plan.options:
                 if option.grid != tuple(mesh.shape):
                     continue
                 make = partial(
-                    tlm.TwoLevelMultiheadAttention, **layer, **more, bias=False, batch_first=True,
+                    tlm.TwoLevelMultiheadAttention, **layer, overlap=chunks, bias=False, batch_first=True,
                     scheme=option.scheme, activations=activations,
                 )  # fmt: skip
                 if option.scheme not in found:
                     # debug=False: what an exchange without a wire leaves in memory would not compare
                     alone = _call(make(mesh=fake, debug=False), mine)
                     found[option.scheme] = Case(f"{option.scheme}, {activations}", {}, alone)
-                if not part.only_alone:
+                if not part.only_alone and option.overlap == chunks:  # not every call can be cut
                     found[option.scheme].variants[str(chunks)] = _call(make(mesh=mesh), mine)
                     found[option.scheme].table_bytes[str(chunks)] = option.sent_bytes()
         cases += found.values()
@@ -180,7 +181,7 @@ def run(part: Part) -> None:
     torch.set_flush_denormal(True)  # they would slow down what computes with whatever is in memory
     torch.manual_seed(0)
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    mesh = tlm.init_mesh("cpu", (NODES, dist.get_world_size() // NODES))
+    mesh = tlm.init_mesh("cpu", part.grid(dist.get_world_size()))
     node_of = places(mesh.size(), part.round_robin)
     with torch.no_grad():
         cases = (gathers(part, mesh) if part.block else []) + layers(part, mesh)

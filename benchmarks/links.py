@@ -8,7 +8,7 @@ says so and ends with 2. On the grid (2, m) the slice axis lies inside a node an
   short        at --rate, where communication takes longer than computing
   wrong order  the same with the ranks dealt to the nodes in turn, so that the slice axis crosses the link
   balanced     longer sequences, at a rate at which the bytes of no case take more than 1 / BALANCE of its computing:
-               what is hidden where the layers compute one chunk while another travels (overlap=, if they have it)
+               what is hidden where the layers compute one chunk while another travels (overlap=)
 
 Bytes over the link are what a node sends, by the counters of its interface, headers taken off. Beside them is a
 prediction: the bytes that a rank sends by the table of csrc/plan/traffic.h, placed as Gloo does.
@@ -53,7 +53,7 @@ BYTES = 1.01  # limit of measured over predicted, or the inverse
 
 def measure(nodes: Nodes, part: Part, ranks_per_node: int) -> list[dict]:
     command = [sys.executable, __file__, "--part", json.dumps(asdict(part))]
-    outputs = nodes.run(command, ranks_per_node, round_robin=part.round_robin)
+    outputs = nodes.run(command, 1 if part.across else ranks_per_node, round_robin=part.round_robin)
     return [judged(row, nodes.rate) for row in json.loads(outputs[0].splitlines()[-1])]
 
 
@@ -154,7 +154,7 @@ def main() -> None:
         raise SystemExit(2)
     torch.set_num_threads(1)  # as the ranks have
     short = Part("short", args.repeats, length=32, embed_dim=512, block=1 << 19)
-    long = Part("balanced", args.repeats, length=1280, embed_dim=64)
+    long = Part("balanced", args.repeats, length=1280, embed_dim=64, across=True)
     if args.quick:
         short = replace(short, repeats=2)
     wrong = replace(short, name="wrong order", repeats=max(1, short.repeats // 3), round_robin=True)

@@ -22,7 +22,9 @@ LINE = re.compile(r"^(?P<case>.*?)\s+ours\s+(?P<ours>[\d.]+) ms\s+stock\s+(?P<st
 def ratios(tree: Path, case: str, repeats: int) -> dict[str, float]:
     """Case -> our time over stock's, in one run of that tree's module benchmark."""
     command = [sys.executable, "benchmarks/module.py", "--case", case, "--repeats", str(repeats)]
-    environment = os.environ | {"PYTHONPATH": str(tree)}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tree / "src"), str(tree)])
+    }  # where older trees have it
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     found = {match["case"]: float(match["ours"]) / float(match["stock"]) for match in LINE.finditer(done.stdout)}
     if not found:

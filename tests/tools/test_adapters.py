@@ -3,15 +3,13 @@
 Each case is a program of its own, with packages in a folder on its path: what is registered stays for a process.
 """
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from harness.programs import environment
 
 TOY = """
 import torch
@@ -100,9 +98,8 @@ def program(folder: Path, code: str, **points: str) -> str:
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[two_level_mha.adapters]\nmine = {value}\n")
-    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
     done = subprocess.run(
-        [sys.executable, "-c", RUN + code], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", RUN + code], env=environment(folder), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -5,7 +5,6 @@ check makes process groups, stops, and ends processes; harness/check_rank.py pla
 """
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness.programs import environment
 
 import two_level_mha as tlm
 from two_level_mha.__main__ import main
@@ -26,8 +26,7 @@ from two_level_mha.facts import facts_of_rank, may_differ
 
 pytestmark = pytest.mark.cpu_only("its programs run on Gloo")
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ROOT / "tests" / "harness" / "check_rank.py"
+PROGRAM = Path(__file__).resolve().parents[1] / "harness" / "check_rank.py"
 PLANTED = (
     *("slow rank", "slow link", "other builds", "hosts in turn", "wrong weight", "wrong arithmetic"),
     *("clock and memory", "never comes", "stops"),
@@ -36,17 +35,15 @@ CPU = tlm.Profile.named("cpu")
 LAYER = Sizes(num_heads=8, num_kv_heads=8, head_dim=16)
 
 
-def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    fixed = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    return {**os.environ, **fixed, **more}
+def on_loopback(**more: str) -> dict[str, str]:
+    return environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", GLOO_SOCKET_IFNAME="lo", **more)
 
 
 def start(rank: int, port: int, command: list[str], **more: str) -> subprocess.Popen:
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4"}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *command], env=environment(**place, **more), **pipes)
+    return subprocess.Popen([sys.executable, *command], env=on_loopback(**place, **more), **pipes)
 
 
 def free_port() -> int:
@@ -73,7 +70,7 @@ def test_sound_ranks():
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "4", "-m", "two_level_mha", "check", "--json"]
     done = subprocess.run(
         [sys.executable, *command, "--device-type", "cpu"],
-        env=environment(), capture_output=True, text=True, timeout=120,
+        env=on_loopback(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)

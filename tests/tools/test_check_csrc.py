@@ -47,6 +47,6 @@ def test_the_lint_sees_them(tmp_path):
 def test_contributing_names_every_file():
     """Localises: a file or folder that a newcomer finds in no table of CONTRIBUTING.md."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    modules = [file.name for file in (ROOT / "two_level_mha").glob("*.py") if file.name != "__init__.py"]
+    modules = [file.name for file in (ROOT / "src" / "two_level_mha").glob("*.py") if file.name != "__init__.py"]
     folders = [f"{path.name}/" for path in (ROOT / "csrc").iterdir() if path.is_dir()]
     assert [name for name in [*modules, *folders] if f"`{name}`" not in text] == []

@@ -2,13 +2,13 @@
 green is in the script, in `parallelize` on BERT, or in starting the ranks.
 """
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from harness.programs import environment
 
 pytestmark = pytest.mark.cpu_only("its programs run on Gloo")
 
@@ -19,9 +19,8 @@ NEAREST = "Bats find insects in the dark by listening to the echoes of their own
 
 
 def run(command: list[str], timeout: float) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=timeout, env=environment)
+    ours = environment(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=timeout, env=ours)
 
 
 def difference(output: str) -> float:

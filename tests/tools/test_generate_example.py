@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import io
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from harness.device import DEVICE
+from harness.programs import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "generate.py"
@@ -41,10 +41,9 @@ def test_short(pool):
 @pytest.mark.slow
 def test_under_torchrun():
     """Localises: how a user starts it."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    ours = environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "8", str(SCRIPT), "--tokens", "6"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, env=ours)
     assert result.returncode == 0, result.stdout + result.stderr
     check(result.stdout, 8)
 
@@ -52,7 +51,7 @@ def test_under_torchrun():
 @pytest.mark.slow
 def test_without_torchrun():
     """Localises: the message in place of a hang."""
-    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
-    environment["PYTHONPATH"] = str(ROOT)
-    result = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=120, env=environment)
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=120, env=environment()
+    )
     assert result.returncode == 2 and "torchrun" in result.stderr

@@ -3,7 +3,6 @@ is in the script.
 """
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness.programs import environment
 
 pytestmark = pytest.mark.cpu_only("its programs run on Gloo")
 
@@ -48,10 +48,10 @@ def test_eight_ranks(pool, tmp_path):
 
 
 def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, cwd=tmp_path)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=400, env=environment(CUDA_VISIBLE_DEVICES=""), cwd=tmp_path
+    )
 
 
 @pytest.mark.slow
@@ -74,6 +74,7 @@ def test_grid_that_does_not_fit(tmp_path):
 
 def test_without_torchrun():
     """Localises: the sentence for who starts the example without ranks."""
-    environment = {name: value for name, value in os.environ.items() if name != "RANK"} | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=200, env=environment)
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=200, env=environment()
+    )
     assert result.returncode == 2 and "start it under torchrun" in result.stderr
