@@ -12,6 +12,7 @@ from two_level_mha.convert import parallelize  # noqa: E402
 from two_level_mha.decoder import Rotary, TwoLevelAttention  # noqa: E402
 from two_level_mha.errors import GridError, IntegrityError, RankFailure  # noqa: E402
 from two_level_mha.guard import guard  # noqa: E402
+from two_level_mha.integrations.lora import adaptable  # noqa: E402
 from two_level_mha.loading import load_pretrained  # noqa: E402
 from two_level_mha.mesh import Grid, close, init_mesh, reopen  # noqa: E402
 from two_level_mha.multihead import TwoLevelMultiheadAttention  # noqa: E402
@@ -34,6 +35,7 @@ __all__ = [
     "Rotary",
     "TwoLevelAttention",
     "TwoLevelMultiheadAttention",
+    "adaptable",
     "clip_grad_norm_",
     "close",
     "full_state_dict",

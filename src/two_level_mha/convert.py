@@ -16,9 +16,11 @@ from two_level_mha.agreement import ModelInputs, NoteOfFailure, check_same_weigh
 from two_level_mha.cache_layer import CACHE_LAYOUTS
 from two_level_mha.errors import GridError
 from two_level_mha.families import FAMILIES, later
+from two_level_mha.integrations.lora import adapters_aside, digest_of, is_projection, refusal_of
 from two_level_mha.integrations.private import pretrained_models, private_method
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
 from two_level_mha.layer import GridAttention, check_options, check_overlap, stores_whole_heads
+from two_level_mha.low_rank import Projection
 from two_level_mha.mesh import Grid, control_on, place_on
 from two_level_mha.probe import HOOKS, changed_linear, has_hooks, layer_settings, random_copy, settings
 from two_level_mha.profile import Profile, resolve_profile
@@ -96,7 +98,31 @@ def parallelize(
     "two_level_mha", level INFO). Attributes, forward and backward hooks, and the training mode of the originals are
     kept, and load_state_dict takes the original model's state dict. A transformers model that generates becomes one of
     a subclass, of the same name, whose generate() takes the token that the grid's first rank drew on every rank.
+    PEFT's LoRA layers stay, around what is split then: adapters whole on every rank (two_level_mha.adaptable adds some
+    afterwards).
     """
+    options = {"scheme": scheme, "combine": combine, "rest": rest, "cache": cache, "debug": debug, "overlap": overlap}
+    options |= {"reduce_dtype": reduce_dtype, "profile": profile, "activations": activations}
+    with adapters_aside(model) as layers:
+        return _parallelize(model, mesh, layers, **options)
+
+
+def _parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh | None,
+    layers: dict[str, nn.Module],
+    *,
+    scheme: str,
+    combine: str,
+    rest: bool,
+    cache: str,
+    debug: bool | None,
+    reduce_dtype: torch.dtype | None,
+    profile: Profile | str | os.PathLike | None,
+    activations: str,
+    overlap: int | None,
+) -> nn.Module:
+    """parallelize, of a model whose LoRA layers are aside."""
     options = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache, "reduce_dtype": reduce_dtype}
     options["overlap"] = overlap
     grid = place_on(mesh).grid
@@ -114,6 +140,8 @@ def parallelize(
             private_method(part, "_get_stopping_criteria")  # or it is refused
         found = _find(model)
         _check_grid(found, grid, scheme)
+        if (unadapted := refusal_of(layers, found, activations)) is not None:
+            raise unadapted
         _probe_all(found, options)
         if rest and grid.size > 1:
             others = find_rest(model, grid.size, {name for one in found for name in one.names()})
@@ -124,6 +152,7 @@ def parallelize(
         refusal = error
     arguments = {"refusal": refusal, "scheme": scheme, "combine": combine, "rest": rest, "cache": cache}
     arguments |= {"activations": activations, "overlap": overlap, "reduce_dtype": str(reduce_dtype), "profile": rates}
+    arguments |= {"the adapters, drawn with one seed": digest_of(layers.values())}
     same_on_all_ranks(arguments, mesh, "call parallelize alike on every rank")
     if mesh is not None:
         check_same_weights(model, mesh, any(_dropout(module) > 0.0 for module in model.modules()))
@@ -335,6 +364,10 @@ def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
     for name, value in vars(one.module).items():  # what others may read or hook stays
         if name in (*HOOKS, "_is_full_backward_hook") or (not name.startswith("_") and name not in vars(ours)):
             vars(ours)[name] = value
+    for letters, projection in one.projections.items() if isinstance(ours, GridAttention) else ():
+        if is_projection(one.adapter.paths, letters):
+            ours.add_module(one.adapter.paths[letters], Projection(ours, letters, projection))
+            ours.projection_names[letters] = one.adapter.paths[letters]
     for parent, child in one.uses:
         setattr(parent, child, ours)
     if one.adapter.out_in_parent:
