@@ -6,7 +6,7 @@ from torch.distributed.tensor import DTensor
 
 from two_level_mha.blocks import full_tensor
 from two_level_mha.layer import GridAttention
-from two_level_mha.stock import put, resolve
+from two_level_mha.stock import put, resolve, stored_key
 
 
 def _first_rank(model: nn.Module) -> int:
@@ -54,5 +54,5 @@ def full_state_dict(model: nn.Module) -> dict[str, object]:
             elif keep:
                 put(kept, source, stock, full.cpu())
         if keep:
-            state[name if stock is None else resolve(owner, stock.key)] = kept[source]
+            state[name if stock is None else resolve(owner, stored_key(module, stock.key))] = kept[source]
     return state

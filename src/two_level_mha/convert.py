@@ -16,7 +16,7 @@ from two_level_mha.agreement import ModelInputs, NoteOfFailure, check_same_weigh
 from two_level_mha.cache_layer import CACHE_LAYOUTS
 from two_level_mha.errors import GridError
 from two_level_mha.families import FAMILIES, later
-from two_level_mha.integrations.lora import adapters_aside, digest_of, is_projection, refusal_of
+from two_level_mha.integrations.lora import adapters_aside, check_adapters, is_projection, refusal_of
 from two_level_mha.integrations.private import pretrained_models, private_method
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
 from two_level_mha.layer import GridAttention, check_options, check_overlap, stores_whole_heads
@@ -152,8 +152,10 @@ def _parallelize(
         refusal = error
     arguments = {"refusal": refusal, "scheme": scheme, "combine": combine, "rest": rest, "cache": cache}
     arguments |= {"activations": activations, "overlap": overlap, "reduce_dtype": str(reduce_dtype), "profile": rates}
-    arguments |= {"the adapters, drawn with one seed": digest_of(layers.values())}
+    arguments["LoRA layers"] = list(layers)
     same_on_all_ranks(arguments, mesh, "call parallelize alike on every rank")
+    if layers:
+        check_adapters(layers.values(), mesh)
     if mesh is not None:
         check_same_weights(model, mesh, any(_dropout(module) > 0.0 for module in model.modules()))
         kinds = {

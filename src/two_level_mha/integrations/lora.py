@@ -23,7 +23,6 @@ from two_level_mha.mesh import Place, place_on
 from two_level_mha.probe import has_hooks
 
 _WAY_OUT = "put it there inside two_level_mha.adaptable(model), or before parallelize"
-_SEED = "seed every rank alike before adapters are made, or load them from one file"
 # Styles of a tensor-parallel plan -> what a rank takes and gives. Those of embeddings take and give all, as PEFT's
 # layers around them do.
 _STYLES = {
@@ -244,8 +243,8 @@ def adaptable(model: nn.Module) -> Iterator[nn.Module]:
                 wrapped.append(found)
             elif not hasattr(found, "base_layer"):
                 setattr(parent, name, module)
-    mesh = next((_mesh_of(module) for *_, module in stands if _mesh_of(module) is not None), None)
-    same_on_all_ranks({"refusal": error, "the adapters": digest_of(wrapped)}, mesh, _SEED)
+    mesh = next((mesh for *_, module in stands if (mesh := _mesh_of(module)) is not None), None)
+    check_adapters(wrapped, mesh, error)
 
 
 @contextlib.contextmanager
@@ -286,9 +285,11 @@ def is_projection(paths: dict[str, str], letter: str) -> bool:
     return "." not in paths[letter] and set("".join(paths)) == set("qkvo")
 
 
-def digest_of(layers: Iterable[nn.Module]) -> str:
-    """A digest of the adapters of LoRA layers, meta ones aside."""
-    return digest([p for layer in layers for name, p in layer.named_parameters() if "lora_" in name and not p.is_meta])
+def check_adapters(layers: Iterable[nn.Module], mesh: DeviceMesh | None, refusal: Exception | None = None) -> None:
+    """Raises GridError on every rank, for the refusal of one or where adapters, meta ones aside, differ."""
+    own = [p for layer in layers for name, p in layer.named_parameters() if "lora_" in name and not p.is_meta]
+    advice = "seed every rank alike before adapters are made, or load them from one file"
+    same_on_all_ranks({"refusal": refusal, "what the adapters hold": digest(own)}, mesh, advice)
 
 
 def settle(layer: nn.Module, module: nn.Module) -> None:
