@@ -1,7 +1,6 @@
-"""PEFT's LoRA on a split model. Its layers stay PEFT's, around what is split, with what they compute and merge ours.
+"""PEFT's LoRA on a split model, put there before or after the split; what came another way is refused.
 
-The adapters A (r, in) and B (out, r) are whole and the same on every rank, as PEFT makes them: it draws, saves and
-loads them as of the unsplit model. A rank computes with the rows of B, or the columns of A, that go with its part.
+Adapters are whole and the same on every rank: PEFT draws, saves and loads them as of the unsplit model.
 """
 
 import contextlib
@@ -10,34 +9,31 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.nn.functional import linear
 
 from two_level_mha.agreement import digest, same_on_all_ranks
 from two_level_mha.class_like import become
 from two_level_mha.errors import GridError, UsageRuntimeError
-from two_level_mha.low_rank import Cut, Projection, Term
+from two_level_mha.integrations.lora_layers import ADAPTED, PLAIN_ONLY, Adapted, AdaptedProjection
+from two_level_mha.low_rank import Projection
 from two_level_mha.mesh import Place, place_on
-from two_level_mha.probe import has_hooks
 
 _WAY_OUT = "put it there inside two_level_mha.adaptable(model), or before parallelize"
 # Styles of a tensor-parallel plan -> what a rank takes and gives. Those of embeddings take and give all, as PEFT's
 # layers around them do.
 _STYLES = {
     "colwise": "columns", "rowwise": "rows", "colwise_gather_output": "whole", "colwise_rep": "whole",
-    "rowwise_split_input": "whole", "rowwise_rep": "whole",
+    "rowwise_split_input": "whole", "rowwise_rep": "whole", "moe_tp_experts": "experts",
 }  # fmt: skip
 _UNCHANGED = ("embedding_rowwise", "embedding_colwise")
-
-_ops = torch.ops.two_level_mha
 
 
 class Split(NamedTuple):
     """How a module is split besides attention; kept on it under `split_as`."""
 
-    kind: str  # "columns", "rows", "whole" (takes and gives whole features); another: takes no adapter
+    kind: str  # "columns", "rows", "whole" (takes and gives whole features), "experts"; another: takes no adapter
     mesh: DeviceMesh
 
 
@@ -73,137 +69,6 @@ class _Watch:
                 )
 
 
-class Adapted(nn.Module):
-    """A LoRA layer of PEFT around what is split: made of one by `become`. Below, what PEFT's own would do otherwise."""
-
-    def terms(self) -> list[Term]:
-        """Those of the active adapters; none of merged ones."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return []
-        return [] if self.merged else [self.term(name) for name in self.active_adapters if name in self.lora_A]
-
-    def term(self, name: str) -> Term:
-        if self.lora_variant.get(name) is not None or self.lora_bias[name]:
-            raise UsageRuntimeError(f"adapter {name!r}: {_plain_only()}")
-        return Term(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], self.lora_dropout[name])
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As PEFT's, into this rank's part of the weight."""
-        for name in _peft("tuners.tuners_utils").check_adapters_to_merge(self, adapter_names):
-            if name not in self.lora_A:
-                continue
-            term = self.term(name)
-            if safe_merge and not all(torch.isfinite(x).all() for x in (term.a, term.b)):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            with torch.no_grad():
-                self.add(term, term.scale)
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """As PEFT's."""
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            if name in self.lora_A:
-                with torch.no_grad():
-                    self.add(self.term(name), -self.scaling[name])
-
-    def add(self, term: Term, scale: float) -> None:
-        """Adds scale * B A to the weight."""
-        raise NotImplementedError
-
-
-class AdaptedProjection(Adapted):
-    """Of a split attention, which asks for the terms."""
-
-    def terms(self) -> list[Term]:
-        if has_hooks(self):  # as those by which PEFT passes adapter_names
-            raise UsageRuntimeError(
-                "a LoRA layer of a split attention has hooks, which would not run (adapter_names= of a call are such): "
-                "remove them, or call with one set of active adapters"
-            )
-        return super().terms()
-
-    def forward(self, *args, **kwargs) -> Tensor:
-        return self.base_layer(*args, **kwargs)  # says what is wrong
-
-    def add(self, term: Term, scale: float) -> None:
-        layer, letters = self.base_layer.whose
-        cut, d = Cut(layer.place, layer.head_dim), layer.head_dim
-        if letters == "o":
-            own = _local(layer.out_weight)  # (D, heads, width)
-            a = cut.of(term.a.unflatten(1, (-1, d)), 1, *own.shape[1:])
-            own.add_(torch.einsum("or,rhd->ohd", term.b.to(own.dtype), a.to(own.dtype)), alpha=scale)
-            return
-        first = 0
-        for letter in letters:
-            own = _local(getattr(layer, f"{letter}_weight"))  # (heads, width, D)
-            heads = layer.num_heads if letter == "q" else layer.num_kv_heads
-            b = term.b.narrow(0, first, heads * d).unflatten(0, (heads, d))
-            b = cut.of(b, 0, *own.shape[:2])
-            own.add_(torch.einsum("hdr,ri->hdi", b.to(own.dtype), term.a.to(own.dtype)), alpha=scale)
-            first += heads * d
-
-
-class AdaptedLinear(Adapted):
-    """Of a linear that takes and gives whole features, whose weight is split; PEFT's own forward is right for it."""
-
-    own: tuple[tuple[int, int], tuple[int, int]]  # rows and columns of the weight that this rank has: first, count
-    place: Place
-
-    def add(self, term: Term, scale: float) -> None:
-        own = _local(self.base_layer.weight)
-        b, a = term.b.narrow(0, *self.own[0]), term.a.narrow(1, *self.own[1])
-        own.add_(b.to(own.dtype) @ a.to(own.dtype), alpha=scale)
-
-    def alone(self, adapter_names: object) -> None:
-        """Refuses what is not done here."""
-        if adapter_names is not None:
-            raise UsageRuntimeError("adapter_names= is not supported by a split linear: call with one set of adapters")
-
-    def everywhere(self, xs: list[Tensor]) -> list[Tensor]:
-        return _ops.replicated(xs, self.place.grid.size, self.place.groups[2])
-
-
-class AdaptedColumns(AdaptedLinear):
-    """Gives this rank's columns."""
-
-    def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
-        self.alone(adapter_names)
-        result = y = self.base_layer(x, *args, **kwargs)
-        for term in self.terms():
-            a, b = self.everywhere([linear(term.dropout(x).to(term.a.dtype), term.a), term.b])
-            result = result + linear(a, b.narrow(0, *self.own[0])) * term.scale
-        return result.to(y.dtype)
-
-
-class AdaptedRows(AdaptedLinear):
-    """Takes this rank's columns of its input, gives the sum."""
-
-    def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
-        self.alone(adapter_names)
-        result = y = self.base_layer(x, *args, **kwargs)
-        for term in self.terms():
-            (a,) = self.everywhere([term.a])
-            inner = linear(self._dropped(x, term).to(a.dtype), a.narrow(1, *self.own[1]))
-            inner = _ops.all_reduce(inner, self.place.grid.size, self.place.groups[2])
-            result = result + linear(inner, term.b) * term.scale
-        return result.to(y.dtype)
-
-    def _dropped(self, x: Tensor, term: Term) -> Tensor:
-        """x without the elements that would be dropped of the whole."""
-        p = getattr(term.dropout, "p", 0.0)
-        if not term.dropout.training or p == 0.0:
-            return x
-        kept = torch.empty((*x.shape[:-1], term.a.shape[1]), dtype=torch.bool, device=x.device).bernoulli_(1.0 - p)
-        scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
-        return x * kept.narrow(-1, *self.own[1]).to(x.dtype).mul_(scale)
-
-
-_ADAPTED = {"columns": AdaptedColumns, "rows": AdaptedRows, "whole": AdaptedLinear}
-
-
 @contextlib.contextmanager
 def adaptable(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, PEFT can put LoRA around what parallelize has split of `model`, as if it were whole:
@@ -217,18 +82,14 @@ def adaptable(model: nn.Module) -> Iterator[nn.Module]:
     A collective over each grid. Raises GridError where adapters differ between ranks, are of another kind than plain
     LoRA (no DoRA, no bias, none drawn from the weights), or are on a model with split activations.
     """
-    places = list(_split_places(model))
     stands = []
-    for parent, name, module in places:
-        stand = _stand_in(module.base_layer if isinstance(module, Adapted) else module)
-        if isinstance(module, Adapted):
-            stands.append((parent, name, stand, module.base_layer))
-            module.base_layer = stand
-        else:
-            stands.append((parent, name, stand, module))
-            setattr(parent, name, stand)
-    error: Exception | None = None
-    wrapped: list[nn.Module] = []
+    for parent, name, child in list(_split_places(model)):
+        module = _inside(child)
+        stand = module if vars(module).get("split_as", (None,))[0] == "experts" else _stand_in(module)
+        stands.append((parent, name, stand, module))
+        _fill(parent, name, stand)
+    refusal: GridError | None = None
+    adapted: list[nn.Module] = []
     try:
         yield model
     finally:
@@ -237,14 +98,12 @@ def adaptable(model: nn.Module) -> Iterator[nn.Module]:
                 module.get_parameter(own).requires_grad_(p.requires_grad)  # PEFT freezes what it sees
             found = getattr(parent, name)
             if found is not stand:
-                error = error or _refusal(found, stand)
-            settle(found, module)
-            if isinstance(found, Adapted):
-                wrapped.append(found)
-            elif not hasattr(found, "base_layer"):
-                setattr(parent, name, module)
+                refusal = refusal or _refusal(found, stand)
+            _fill(parent, name, module)
+            if isinstance(getattr(parent, name), Adapted):
+                adapted.append(getattr(parent, name))
     mesh = next((mesh for *_, module in stands if (mesh := _mesh_of(module)) is not None), None)
-    check_adapters(wrapped, mesh, error)
+    check_adapters(adapted, mesh, refusal)
 
 
 @contextlib.contextmanager
@@ -253,22 +112,26 @@ def adapters_aside(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
 
     Gives them, by name. Where nothing was split there, they are as they were.
     """
-    layers = {name: module for name, module in model.named_modules() if _takes(module)}
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if _takes(module) and not any(name.startswith(f"{outer}.") for outer in layers):
+            layers[name] = module
     for name, layer in layers.items():
-        _put(model, name, layer.base_layer)
+        _put(model, name, _inside(layer))
     try:
         yield layers
     finally:
         for name, layer in layers.items():
-            settle(layer, model.get_submodule(name))
+            module = model.get_submodule(name)
             _put(model, name, layer)
+            _fill(*_place(model, name), module)
 
 
 def refusal_of(layers: dict[str, nn.Module], attentions: list, activations: str) -> GridError | None:
     """Why a model with these LoRA layers, taken aside, cannot be split; attentions: what convert found."""
     if layers and activations != "replicated":
         return GridError(_not_split(activations))
-    bases = {id(layer.base_layer): name for name, layer in layers.items()}
+    bases = {id(_inside(layer)): name for name, layer in layers.items()}
     for one in attentions:
         known = {id(part) for letter, part in one.projections.items() if is_projection(one.adapter.paths, letter)}
         parts = [*one.module.modules(), *one.projections.values()]
@@ -292,37 +155,52 @@ def check_adapters(layers: Iterable[nn.Module], mesh: DeviceMesh | None, refusal
     same_on_all_ranks({"refusal": refusal, "what the adapters hold": digest(own)}, mesh, advice)
 
 
-def settle(layer: nn.Module, module: nn.Module) -> None:
-    """Puts `module`, which may be split, inside a layer of PEFT, and makes that one of ours if it is."""
-    if not hasattr(layer, "base_layer"):
+def _fill(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` at its place in `parent`: inside the layers of PEFT that are there, which become ours if it is
+    split and they are plain LoRA.
+    """
+    found = outer = getattr(parent, name)
+    if not hasattr(outer, "base_layer"):
+        setattr(parent, name, module)
         return
-    layer.base_layer = module
-    if not _takes(layer) or isinstance(layer, Adapted):
-        return
+    split = vars(module).get("split_as")
+    while hasattr(found, "base_layer"):
+        inner = found.base_layer
+        if not hasattr(inner, "base_layer"):
+            found.base_layer = module
+        if _takes(found) and not isinstance(found, Adapted):
+            _adapt(found, module, split)
+        found = inner
+    if isinstance(outer, Adapted) and split is not None:
+        outer.split_as = split
+
+
+def _adapt(layer: nn.Module, module: nn.Module, split: Split | None) -> None:
     if isinstance(module, Projection):
         become(layer, AdaptedProjection)
-    elif (split := vars(module).get("split_as")) is not None:
+    elif split is not None and split.kind in ADAPTED:
         place = place_on(split.mesh)
-        become(layer, _ADAPTED[split.kind], own=_own(module.weight, place), place=place)
-        layer.split_as = split
+        become(layer, ADAPTED[split.kind], place=place)
+        if split.kind != "experts":
+            layer.own = _own(module.weight, place)
+
+
+def _inside(layer: nn.Module) -> nn.Module:
+    """What PEFT's layers are around; a module that is none is that itself."""
+    while hasattr(layer, "base_layer"):
+        layer = layer.base_layer
+    return layer
 
 
 def _refusal(layer: nn.Module, stand: nn.Module) -> GridError | None:
     """Why what PEFT put around a stand-in cannot be used."""
     module = f"{type(layer).__module__}.{type(layer).__name__}"
-    if not _takes(layer) or layer.base_layer is not stand:
-        return GridError(f"a {module} was put around what is split: {_plain_only()}")
+    if not _takes(layer) or _inside(layer) is not stand:
+        return GridError(f"a {module} was put around what is split: {PLAIN_ONLY}")
     for name, x in layer.named_parameters():
         if "lora_" in name and x.isnan().any():
-            return GridError(f"an adapter was drawn from weights that are split: {_plain_only()}")
+            return GridError(f"an adapter was drawn from weights that are split: {PLAIN_ONLY}")
     return None
-
-
-def _plain_only() -> str:
-    return (
-        "only plain LoRA is supported on what is split (no DoRA or other variant, no lora_bias, no init_lora_weights "
-        "that reads the weights, no modules_to_save): merge it before parallelize, or leave those modules out"
-    )
 
 
 def _not_split(activations: str) -> str:
@@ -333,20 +211,20 @@ def _not_split(activations: str) -> str:
 
 
 def _takes(module: nn.Module) -> bool:
-    """Whether it is a LoRA layer of PEFT around one linear, with plain adapters alone."""
+    """Whether it is a LoRA layer of PEFT, around a linear or a parameter, with plain adapters alone."""
     layers = sys.modules.get("peft.tuners.lora.layer")  # where it was not imported, no module is of it
-    if layers is None or not (type(module) is layers.Linear or isinstance(module, Adapted)):
+    if layers is None or not (type(module) in (layers.Linear, layers.ParamWrapper) or isinstance(module, Adapted)):
         return False
     return not module.lora_variant and not any(module.lora_bias.values())
 
 
-def _peft(name: str):
-    return sys.modules[f"peft.{name}"]
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, child = name.rpartition(".")
+    return model.get_submodule(parent), child
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    setattr(*_place(model, name), module)
 
 
 def _split_places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -355,14 +233,12 @@ def _split_places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]
         activations = getattr(parent, "activations", "replicated")
         if getattr(parent, "projection_names", None) and activations != "replicated":
             raise GridError(_not_split(activations))
-        for name, child in list(parent._modules.items()):
-            if isinstance(parent, Adapted):
-                continue
-            if isinstance(child, (Projection, AdaptedProjection)):
+        for name, child in parent._modules.items():
+            split = None if child is None else vars(child).get("split_as")
+            if isinstance(child, Projection | AdaptedProjection) and not isinstance(parent, Adapted):
                 yield parent, name, child
-            elif getattr(vars(child).get("split_as") if child is not None else None, "kind", None) in _ADAPTED:
-                if isinstance(child, (nn.Linear, Adapted)):
-                    yield parent, name, child
+            elif split is not None and split.kind in ADAPTED and not isinstance(parent, Adapted):
+                yield parent, name, child
 
 
 def _stand_in(module: nn.Module) -> nn.Module:
@@ -392,7 +268,3 @@ def _own(p: DTensor, place: Place) -> tuple[tuple[int, int], tuple[int, int]]:
         first = min(rank * share, size) if share < size else 0
         found.append((first, min(share, size - first)))
     return tuple(found)
-
-
-def _local(p: Tensor) -> Tensor:
-    return p.to_local() if isinstance(p, DTensor) else p
