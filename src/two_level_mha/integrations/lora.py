@@ -21,19 +21,19 @@ from two_level_mha.low_rank import Projection
 from two_level_mha.mesh import Place, place_on
 
 _WAY_OUT = "put it there inside two_level_mha.adaptable(model), or before parallelize"
-# Styles of a tensor-parallel plan -> what a rank takes and gives. Those of embeddings take and give all, as PEFT's
-# layers around them do.
+# Styles of a tensor-parallel plan -> what a rank takes and gives.
 _STYLES = {
     "colwise": "columns", "rowwise": "rows", "colwise_gather_output": "whole", "colwise_rep": "whole",
     "rowwise_split_input": "whole", "rowwise_rep": "whole", "moe_tp_experts": "experts",
+    "embedding_rowwise": "embedding", "embedding_colwise": "embedding",
 }  # fmt: skip
-_UNCHANGED = ("embedding_rowwise", "embedding_colwise")
+_AS_THEY_ARE = ("experts", "embedding")  # PEFT sees their whole sizes
 
 
 class Split(NamedTuple):
     """How a module is split besides attention; kept on it under `split_as`."""
 
-    kind: str  # "columns", "rows", "whole" (takes and gives whole features), "experts"; another: takes no adapter
+    kind: str  # "columns", "rows", "whole", "embedding" (whole features), "experts"; another: takes no adapter
     mesh: DeviceMesh
 
 
@@ -44,7 +44,7 @@ def mark(owner: nn.Module, styles: dict[str, str], mesh: DeviceMesh) -> None:
     watched: dict[nn.Module, list[str]] = {}
     modules = dict(owner.named_modules())
     for path, style in styles.items():
-        if path not in modules or style in _UNCHANGED:
+        if path not in modules:
             continue
         parent, _, name = path.rpartition(".")
         modules[path].split_as = Split(_STYLES.get(style, style), mesh)
@@ -85,7 +85,7 @@ def adaptable(model: nn.Module) -> Iterator[nn.Module]:
     stands = []
     for parent, name, child in list(_split_places(model)):
         module = _inside(child)
-        stand = module if vars(module).get("split_as", (None,))[0] == "experts" else _stand_in(module)
+        stand = module if vars(module).get("split_as", (None,))[0] in _AS_THEY_ARE else _stand_in(module)
         stands.append((parent, name, stand, module))
         _fill(parent, name, stand)
     refusal: GridError | None = None
@@ -211,9 +211,10 @@ def _not_split(activations: str) -> str:
 
 
 def _takes(module: nn.Module) -> bool:
-    """Whether it is a LoRA layer of PEFT, around a linear or a parameter, with plain adapters alone."""
+    """Whether it is one of PEFT's LoRA layers that can be around what is split, with plain adapters alone."""
     layers = sys.modules.get("peft.tuners.lora.layer")  # where it was not imported, no module is of it
-    if layers is None or not (type(module) in (layers.Linear, layers.ParamWrapper) or isinstance(module, Adapted)):
+    known = () if layers is None else (layers.Linear, layers.Embedding, layers.ParamWrapper)
+    if not (type(module) in known or isinstance(module, Adapted)):
         return False
     return not module.lora_variant and not any(module.lora_bias.values())
 

@@ -5,6 +5,7 @@ rows of B, or the columns of A, that go with its part.
 """
 
 import sys
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,12 @@ class Adapted(nn.Module):
             if self.merged:
                 self.unmerge()
             return []
-        return [] if self.merged else [self.term(name) for name in self.active_adapters if name in self.lora_A]
+        return [] if self.merged else [self.term(name) for name in self.active_adapters if name in self.names]
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of its adapters."""
+        return self.lora_A.keys()
 
     def term(self, name: str) -> Term:
         if self.lora_variant.get(name) is not None or self.lora_bias[name]:
@@ -43,7 +49,7 @@ class Adapted(nn.Module):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As PEFT's, into this rank's part of the weight."""
         for name in sys.modules["peft.tuners.tuners_utils"].check_adapters_to_merge(self, adapter_names):
-            if name not in self.lora_A:
+            if name not in self.names:
                 continue
             term = self.term(name)
             if safe_merge and not all(torch.isfinite(x).all() for x in (term.a, term.b)):
@@ -56,7 +62,7 @@ class Adapted(nn.Module):
         """As PEFT's."""
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            if name in self.lora_A:
+            if name in self.names:
                 with torch.no_grad():
                     self.add(self.term(name), -self.scaling[name])
 
@@ -160,6 +166,24 @@ class AdaptedRows(AdaptedLinear):
         return x * kept.narrow(-1, *self.own[1]).to(x.dtype).mul_(scale)
 
 
+class AdaptedEmbedding(AdaptedRest):
+    """Of an embedding whose weight (vocabulary, D) is split; it gives whole features: PEFT's own forward is right."""
+
+    own: tuple[tuple[int, int], tuple[int, int]]
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.lora_embedding_A.keys()
+
+    def term(self, name: str) -> Term:
+        return Term(self.lora_embedding_A[name], self.lora_embedding_B[name], self.scaling[name], nn.Identity())
+
+    def add(self, term: Term, scale: float) -> None:
+        own = _local(self.base_layer.weight)
+        a, b = term.a.narrow(1, *self.own[0]), term.b.narrow(0, *self.own[1])
+        own.add_(a.t().to(own.dtype) @ b.t().to(own.dtype), alpha=scale)
+
+
 class AdaptedExperts(AdaptedRest):
     """Of one parameter of experts (experts, out, in) or (experts, in, out), each of whose experts is split."""
 
@@ -208,4 +232,7 @@ def _local(p: Tensor) -> Tensor:
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-ADAPTED = {"columns": AdaptedColumns, "rows": AdaptedRows, "whole": AdaptedLinear, "experts": AdaptedExperts}
+ADAPTED = {
+    "columns": AdaptedColumns, "rows": AdaptedRows, "whole": AdaptedLinear, "embedding": AdaptedEmbedding,
+    "experts": AdaptedExperts,
+}  # fmt: skip
