@@ -22,6 +22,7 @@ from two_level_mha.layer import GridAttention, check_options, check_overlap, sto
 from two_level_mha.mesh import Grid, control_on, place_on
 from two_level_mha.probe import HOOKS, changed_linear, has_hooks, layer_settings, random_copy, settings
 from two_level_mha.profile import Profile, resolve_profile
+from two_level_mha.replaced import note_replaced
 from two_level_mha.report import keep_report
 from two_level_mha.rest import Rest, find_rest, split_rest
 from two_level_mha.stacks import find_stacks, split_stack
@@ -94,7 +95,8 @@ def parallelize(
     when an attention is found that is not supported, when the grid does not fit one, or when the ranks' arguments or
     weights differ. What was split is told by two_level_mha.report(model), which the grid's first rank also logs (logger
     "two_level_mha", level INFO). Attributes, forward and backward hooks, and the training mode of the originals are
-    kept, and load_state_dict takes the original model's state dict. A transformers model that generates becomes one of
+    kept, and load_state_dict takes the original model's state dict; an optimizer is made afterwards, one that holds a
+    parameter which was replaced raises GridError in its first step. A transformers model that generates becomes one of
     a subclass, of the same name, whose generate() takes the token that the grid's first rank drew on every rank.
     """
     options = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache, "reduce_dtype": reduce_dtype}
@@ -134,6 +136,7 @@ def parallelize(
             "what attention does": [(one.adapter.name, one.variant) for one in found],
         }
         same_on_all_ranks(kinds, mesh, "build the model alike on every rank")
+    before = dict(model.named_parameters())
     split = {module for stack in stacks for module in stack.attentions}
     for one in found:
         _replace(one, mesh, options | ({"activations": activations} if one.module in split else {}))
@@ -146,6 +149,7 @@ def parallelize(
         split_rest(others, mesh, {linear for stack in stacks for linear in stack.linears})
         for stack in stacks:
             split_stack(stack, mesh, activations, reduce_dtype)
+    note_replaced(before, model, "parallelize")
     report = keep_report(model, len(found), others)
     if mesh is None or not any(mesh.get_coordinate()):
         logging.getLogger("two_level_mha").info("%s", report)
