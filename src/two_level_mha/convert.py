@@ -96,13 +96,14 @@ def parallelize(
     weights differ. What was split is told by two_level_mha.report(model), which the grid's first rank also logs (logger
     "two_level_mha", level INFO). Attributes, forward and backward hooks, and the training mode of the originals are
     kept, and load_state_dict takes the original model's state dict; an optimizer is made afterwards, one that holds a
-    parameter which was replaced raises GridError in its first step. A transformers model that generates becomes one of
-    a subclass, of the same name, whose generate() takes the token that the grid's first rank drew on every rank.
+    parameter which was replaced raises GridError in its first step. A transformers model becomes one of a subclass, of
+    the same name: generate() takes the token that the grid's first rank drew on every rank, save_pretrained(folder)
+    writes whole tensors on the first rank, and is called on every one.
     """
     options = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache, "reduce_dtype": reduce_dtype}
     options["overlap"] = overlap
     grid = place_on(mesh).grid
-    found, generating, others, stacks, refusal, rates = [], [], Rest(), [], None, None
+    found, pretrained, others, stacks, refusal, rates = [], [], Rest(), [], None, None
     try:
         check_options(scheme, combine)
         check_activations(activations)
@@ -111,9 +112,10 @@ def parallelize(
         rates = options["profile"].numbers
         if cache not in CACHE_LAYOUTS:
             raise GridError(f"cache must be one of {', '.join(CACHE_LAYOUTS)}, got {cache!r}")
-        generating = [part for part in pretrained_models(model).values() if part.can_generate()]
-        for part in generating:
-            private_method(part, "_get_stopping_criteria")  # or it is refused
+        pretrained = list(pretrained_models(model).values())
+        for part in pretrained:
+            if part.can_generate():
+                private_method(part, "_get_stopping_criteria")  # or it is refused
         found = _find(model)
         _check_grid(found, grid, scheme)
         _probe_all(found, options)
@@ -140,12 +142,12 @@ def parallelize(
     split = {module for stack in stacks for module in stack.attentions}
     for one in found:
         _replace(one, mesh, options | ({"activations": activations} if one.module in split else {}))
+    for part in pretrained:
+        later("on_grid", "put_on_grid")(part, mesh)
     if grid.size > 1:
         control = control_on(mesh)
         model.register_forward_pre_hook(ModelInputs(control), with_kwargs=True)
         model.register_forward_hook(NoteOfFailure(control), always_call=True)
-        for part in generating:
-            later("generate", "generate_together")(part, mesh)
         split_rest(others, mesh, {linear for stack in stacks for linear in stack.linears})
         for stack in stacks:
             split_stack(stack, mesh, activations, reduce_dtype)
