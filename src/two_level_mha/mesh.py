@@ -3,6 +3,7 @@
 import datetime
 import enum
 import os
+import re
 from dataclasses import dataclass, field
 from numbers import Integral
 
@@ -47,6 +48,13 @@ class Grid:
         """Raises GridError, with the grids that would do, unless this grid fits such a layer."""
         if problem := _C.grid_problem(self.head_groups, self.slices, num_heads, num_kv_heads, head_dim):
             raise GridError(problem)
+
+    @staticmethod
+    def parse(text: str) -> "Grid":
+        """ "2x4" -> Grid(2, 4): head groups x slices, on command lines. Raises GridError for what is no grid."""
+        if not (found := re.fullmatch(r"(\d+)[xX](\d+)", text.strip())):
+            raise GridError(f"a grid is written as head groups x slices, such as 2x4, got {text!r}")
+        return Grid(int(found[1]), int(found[2]))
 
     @staticmethod
     def candidates(

@@ -92,7 +92,7 @@ def _take(
     """A pre-hook of load_state_dict. What is missing or has another shape is named as the caller knows it."""
     module, taken, found = owner.get_submodule(child), set(), {}
     names = {name: stock for name, stock in module.stock_names.items() if module._parameters[name] is not None}
-    by_ours = any(prefix + resolve(child, name) in state for name in names)
+    by_ours = any(prefix + resolve(child, name) in state for name, stock in names.items() if name != stock.key)
     for name, stock in names.items():
         own = module._parameters[name]
         key, mine = prefix + resolve(child, stock.key), prefix + resolve(child, name)
@@ -104,14 +104,15 @@ def _take(
         x = state[key if key in state else mine]
         if key in state:
             taken.add(key)
-            if x.shape != stock.shape:
+            if x.shape == stock.shape:
+                x = stock.part(x)
+            elif key != mine or x.shape != own.shape:
                 errors.append(
                     f"size mismatch for {key}: copying a param with shape {x.shape} from checkpoint, the shape in "
                     f"current model is {torch.Size(stock.shape)}."
                 )
                 found[mine] = own
                 continue
-            x = stock.part(x)
         if isinstance(own, DTensor) and not isinstance(x, DTensor) and x.shape == own.shape:
             x = module.block(x, name)
         found[mine] = x
