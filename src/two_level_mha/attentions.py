@@ -26,6 +26,12 @@ _MIXER = re.compile(
     r"Mixer$|DeltaNet$|DeltaAttention$|ShortConv$|LightningAttention$|RecurrentBlock$|mLSTMLayer$|^Rwkv\w*Attention$"
 )
 
+# Classes that die with transformers' plan for them, and why: they are gathered as well.
+_UNPLANNED = {
+    "Llama4TextMoe": "it writes to what its plan makes a view",
+    "InklingMoE": "it multiplies tensors with what its plan makes DTensors",
+}
+
 # Classes that give their parts away while the model runs, and the way out.
 _CHANGING = {
     "BigBirdBlockSparseAttention": 'it becomes another in short calls: set attention_type="original_full" first'
@@ -67,7 +73,8 @@ class Found:
 
 def _looks_like_attention(module: nn.Module) -> bool:
     names = (*module._modules, *module._parameters)
-    return "Attention" in type(module).__name__ and any(_PROJECTION.search(name) for name in names)
+    called = type(module).__name__
+    return ("Attention" in called or called.endswith("MLA")) and any(_PROJECTION.search(name) for name in names)
 
 
 def _mixes_tokens(module: nn.Module) -> bool:
@@ -142,7 +149,8 @@ def _find(
             continue
         adapter = next((one for one in adapters if one.matches(module, parent)), None)
         mixer = module in gathers and _mixes_tokens(module)
-        if adapter is None and not (_looks_like_attention(module) or mixer):
+        unplanned = _UNPLANNED.get(type(module).__name__) if module in gathers else None
+        if adapter is None and not (_looks_like_attention(module) or mixer or unplanned):
             continue
         if any(name.startswith(f"{outer}.") for outer in attentions.gathered):
             continue
@@ -158,7 +166,8 @@ def _find(
         if adapter is None and module in gathers:
             if problem := _not_gathered(module, owners):
                 raise GridError(f"{where} is not supported: {problem}")
-            attentions.gathered[name] = module, f"no adapter knows its structure ({type(module).__name__})"
+            why = unplanned or f"no adapter knows its structure ({type(module).__name__})"
+            attentions.gathered[name] = module, why
             continue
         if adapter is None:
             raise GridError(

@@ -9,8 +9,8 @@ from torch.distributed.tensor import Partial, Replicate
 from transformers.cache_utils import Cache
 
 from two_level_mha.class_like import become
-from two_level_mha.gathered import Sequences, store_split, whole_weights
-from two_level_mha.integrations.dealt_cache import deal_cache
+from two_level_mha.gathered import Sequences, like, store_split, whole_weights
+from two_level_mha.integrations.dealt_cache import can_be_dealt, deal_cache
 from two_level_mha.mesh import Place, grid_mesh, place_on
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the trial in the first call; others 0.1
@@ -26,36 +26,35 @@ class Gathered(nn.Module):
 
     place: Place
     mesh: DeviceMesh  # the flattened grid
-    dealt: bool | None  # whether sequences are dealt to the ranks; None: not tried yet
+    dealt: dict[bool, bool]  # whether sequences are dealt to the ranks, by whether a call is of one row without a cache
 
     def forward(self, *args, **kwargs):
         given = (kwargs.get("hidden_states"), *args, *kwargs.values())
         hidden = next(x for x in given if isinstance(x, Tensor))
         caches = [x for x in given if isinstance(x, Cache)]
-        if hidden.dim() < 3 or self.dealt is False:
+        layer = next((part.layer_idx for part in self.modules() if getattr(part, "layer_idx", None) is not None), None)
+        if hidden.dim() < 3 or not all(layer is not None and can_be_dealt(cache) for cache in caches):
             return self._whole(args, kwargs)
+        kind = hidden.shape[1] == 1 and not caches
         sequences = Sequences(hidden.shape[0], self.place)
         mine = [sequences.deal(x, "", self.mesh) for x in args]
         named = {name: sequences.deal(x, name, self.mesh) for name, x in kwargs.items()}
-        if self.dealt is None and not torch.compiler.is_compiling():
-            self._try(sequences, (args, kwargs), (mine, named))
-            if not self.dealt:
-                return self._whole(args, kwargs)
+        if kind not in self.dealt and not torch.compiler.is_compiling():
+            self.dealt[kind] = self._try(sequences, (args, kwargs), (mine, named))
+        if not self.dealt.get(kind, True):
+            return self._whole(args, kwargs)
         for cache in caches:
-            deal_cache(cache, self.layer_index(), sequences.batch, self.place)
+            deal_cache(cache, layer, sequences.batch, self.place)
         with whole_weights(self, Partial()) as weights:
             output = super().forward(*mine, **named)
             return sequences.gather(output, weights)
-
-    def layer_index(self) -> int:
-        return next(part.layer_idx for part in self.modules() if getattr(part, "layer_idx", None) is not None)
 
     def _whole(self, args: tuple, kwargs: dict):
         with whole_weights(self, Replicate()):
             return super().forward(*args, **kwargs)
 
-    def _try(self, sequences: Sequences, whole: tuple, own: tuple) -> None:
-        """Runs this rank's sequences alone and among the others, without a cache, and tells the other ranks."""
+    def _try(self, sequences: Sequences, whole: tuple, own: tuple) -> bool:
+        """Whether on all ranks their sequences get the same numbers alone and among the others, without a cache."""
         training = [part for part in self.modules() if part.training]
         self.eval()
         with torch.no_grad(), whole_weights(self, Partial()):
@@ -69,20 +68,27 @@ class Gathered(nn.Module):
         for part in training:
             part.training = True
         everyone = self.place.control.gather(alike, "trying whether sequences can be dealt to the ranks")
-        self.dealt = all(everyone)
-        if not self.dealt and not any(self.place.args[0][2:]):
+        if not all(everyone) and not any(self.place.args[0][2:]):
             logging.getLogger("two_level_mha").warning(
                 "every rank runs all of %s: its sequences cannot be dealt to the ranks (%s)", type(self).__name__, why
             )
+        return all(everyone)
 
     def _first(self, args: tuple, kwargs: dict) -> Tensor:
-        args = [None if isinstance(x, Cache) else x for x in args]
-        kwargs = {name: None if isinstance(x, Cache) else x for name, x in kwargs.items()}
-        output = super().forward(*args, **kwargs)
+        output = super().forward(*map(_for_trial, args), **{name: _for_trial(x) for name, x in kwargs.items()})
         return output[0] if isinstance(output, (list, tuple)) else output
+
+
+def _for_trial(x: object) -> object:
+    """An argument that the trial may write to."""
+    if isinstance(x, Cache):
+        return None
+    if isinstance(x, (list, tuple)):
+        return like(x, [_for_trial(one) for one in x])
+    return x.clone() if isinstance(x, Tensor) else x
 
 
 def gather_weights(module: nn.Module, mesh: DeviceMesh) -> None:
     """Makes a module, in place, a Gathered one."""
     store_split(module, grid_mesh(mesh))
-    become(module, Gathered, place=place_on(mesh), mesh=grid_mesh(mesh), dealt=None)
+    become(module, Gathered, place=place_on(mesh), mesh=grid_mesh(mesh), dealt={})
