@@ -47,6 +47,33 @@ SIZES = {
 }  # fmt: skip
 
 
+SHARED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+# What single families need besides; None: their own default.
+MORE = {
+    "bamba": {"attn_layer_indices": [1]},
+    "dbrx": {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": SHARED,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
+    "prophetnet": {"num_hidden_layers": None, "num_encoder_layers": 1, "num_decoder_layers": 2},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
 def small(family: str) -> transformers.PretrainedConfig:
     """A small configuration of a family."""
     made = transformers.AutoConfig.for_model(family)
@@ -54,7 +81,8 @@ def small(family: str) -> transformers.PretrainedConfig:
     for name, part in vars(made).items():
         if isinstance(part, transformers.PretrainedConfig):
             options[name] = _sizes(part)
-    return type(made)(**options)
+    options |= MORE.get(family, {})
+    return type(made)(**{name: value for name, value in options.items() if value is not None})
 
 
 def _sizes(config: transformers.PretrainedConfig) -> dict:
