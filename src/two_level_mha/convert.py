@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.activations import check_activations
 from two_level_mha.agreement import ModelInputs, NoteOfFailure, check_same_weights, same_on_all_ranks
-from two_level_mha.attentions import Attentions, Found, find_attentions
+from two_level_mha.attentions import Attentions, Found, add_whole, find_attentions
 from two_level_mha.cache_layer import CACHE_LAYOUTS
 from two_level_mha.errors import GridError
 from two_level_mha.families import later
@@ -21,7 +21,7 @@ from two_level_mha.mesh import Grid, control_on, place_on
 from two_level_mha.probe import HOOKS
 from two_level_mha.profile import Profile, resolve_profile
 from two_level_mha.report import keep_report
-from two_level_mha.rest import Rest, find_rest, split_rest
+from two_level_mha.rest import Rest, find_rest, plan_trials, split_rest
 from two_level_mha.stacks import find_stacks, split_stack
 from two_level_mha.stock import resolve, take_stock_keys
 
@@ -90,6 +90,8 @@ def parallelize(
         _check_grid(found, grid, scheme)
         if rest and grid.size > 1:
             others = find_rest(model, grid.size, attentions.names(), skips)
+            if activations == "replicated" and scheme != "independent":
+                add_whole(model, attentions, others.splits, skips)
         others.left_out |= dict.fromkeys(attentions.skipped, "skip= or only= says so")
         if activations != "replicated" and grid.size > 1:
             stacks, whole = find_stacks(model, found, others)
@@ -128,9 +130,12 @@ def parallelize(
             later("generate", "generate_together")(part, mesh)
         for module, _ in attentions.gathered.values():
             later("gathered", "gather_weights")(module, mesh)
+        trials = plan_trials(others) if not stacks else []
         split_rest(others, mesh, {linear for stack in stacks for linear in stack.linears})
         for stack in stacks:
             split_stack(stack, mesh, activations, reduce_dtype)
+        for trial in trials:
+            trial.check()
     report = keep_report(model, attentions, others)
     if mesh is None or not any(mesh.get_coordinate()):
         logging.getLogger("two_level_mha").info("%s", report)

@@ -180,3 +180,27 @@ def test_wrong_patterns(pool):
     text, nothing, everything = pool.run(wrong_patterns, 4, timeout=60)[0]
     assert "skip must be a list of patterns" in text and "no module of LlamaForCausalLM" in nothing
     assert "all are left out by skip= or only=" in everything
+
+
+def with_wrong_plan():
+    """The error for a model whose plan, another library's, gives other numbers."""
+    model = build("llama")
+    plan = {
+        name: "rowwise_split_input" if name.endswith("gate_proj") else style for name, style in model.tp_plan.items()
+    }
+    model._tp_plan = plan
+    with pytest.raises(tlm.GridError) as error:
+        tlm.parallelize(model, mesh((2, 2)))
+    return str(error.value)
+
+
+def test_wrong_plan(pool):
+    """Localises: a tensor-parallel plan that is taken for right."""
+    for text in pool.run(with_wrong_plan, 4, timeout=60):
+        assert "model.layers.0.mlp" in text
+
+
+def test_mlps_without_a_plan(pool):
+    """Localises: what no plan splits, kept whole on every rank."""
+    found = pool.run(try_family, 4, "gpt2", (2, 2), timeout=120)[0]
+    assert found["verdict"] == "right" and found["held"] < 0.4, found
