@@ -20,7 +20,7 @@ from two_level_mha.stock import take_full_tensors
 # Styles whose module takes and gives full activations: leaving one out changes nothing else.
 _ALONE = {
     "embedding_rowwise", "embedding_colwise", "colwise_gather_output", "colwise_rep", "rowwise_split_input",
-    "rowwise_rep",
+    "rowwise_rep", "replicate",
 }  # fmt: skip
 _ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")  # in the name of a module
 
