@@ -15,6 +15,7 @@ from two_level_mha.guard import guard  # noqa: E402
 from two_level_mha.loading import load_pretrained  # noqa: E402
 from two_level_mha.mesh import Grid, close, init_mesh, reopen  # noqa: E402
 from two_level_mha.multihead import TwoLevelMultiheadAttention  # noqa: E402
+from two_level_mha.partial import partial_attention  # noqa: E402
 from two_level_mha.planner import plan  # noqa: E402
 from two_level_mha.pretrained import from_pretrained  # noqa: E402
 from two_level_mha.profile import Profile  # noqa: E402
@@ -46,6 +47,7 @@ __all__ = [
     "load_pretrained",
     "parallelize",
     "param_groups",
+    "partial_attention",
     "plan",
     "register_adapter",
     "reopen",

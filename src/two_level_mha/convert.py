@@ -18,6 +18,7 @@ from two_level_mha.families import later
 from two_level_mha.integrations.private import pretrained_models, private_method
 from two_level_mha.layer import GridAttention, check_options, check_overlap, stores_whole_heads
 from two_level_mha.mesh import Grid, control_on, place_on
+from two_level_mha.names import Activations, CacheLayout, Combine, Model, Scheme
 from two_level_mha.probe import HOOKS
 from two_level_mha.profile import Profile, resolve_profile
 from two_level_mha.replaced import note_replaced
@@ -28,21 +29,21 @@ from two_level_mha.stock import resolve, take_stock_keys
 
 
 def parallelize(
-    model: nn.Module,
+    model: Model,
     mesh: DeviceMesh | None,
     *,
-    scheme: str = "auto",
-    combine: str = "reduce",
+    scheme: Scheme = "auto",
+    combine: Combine = "reduce",
     rest: bool = True,
-    cache: str = "position",
+    cache: CacheLayout = "position",
     debug: bool | None = None,
     reduce_dtype: torch.dtype | None = None,
     profile: Profile | str | os.PathLike | None = None,
-    activations: str = "replicated",
+    activations: Activations = "replicated",
     overlap: int | None = None,
     skip: Collection[str] = (),
     only: Collection[str] = ("*",),
-) -> nn.Module:
+) -> Model:
     """Replaces every supported attention of `model` by its split form, in place; returns the model.
 
     Supported: nn.MultiheadAttention, and transformers' BERT, RoBERTa, ViT, GPT-2 and Llama attention and what has their

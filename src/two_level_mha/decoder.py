@@ -17,6 +17,7 @@ from two_level_mha.cache_layer import NO_CACHE, CacheLayer
 from two_level_mha.errors import MASK_DTYPE_NAMES, MASK_DTYPES, GridError, no_tensor, wrong_device, wrong_dtype
 from two_level_mha.layer import Aside, Drops, GridAttention
 from two_level_mha.mesh import NoMesh, check_no_mesh, given_mesh
+from two_level_mha.names import Activations, Combine, Scheme
 from two_level_mha.profile import Profile
 from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
 
@@ -89,14 +90,14 @@ class TwoLevelAttention(Drops, GridAttention):
         scale: float | None = None,
         dropout: float = 0.0,
         mesh: DeviceMesh | None | NoMesh = NoMesh.NOT_GIVEN,
-        scheme: str = "auto",
-        combine: str = "reduce",
+        scheme: Scheme = "auto",
+        combine: Combine = "reduce",
         device=None,
         dtype=None,
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
-        activations: str = "replicated",
+        activations: Activations = "replicated",
         overlap: int | None = None,
     ) -> None:
         check_no_mesh({

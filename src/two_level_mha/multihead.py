@@ -14,6 +14,7 @@ from two_level_mha.errors import GridError, UsageAssertionError, UsageAttributeE
 from two_level_mha.layer import Drops, GridAttention
 from two_level_mha.masks import check_inputs, one_mask
 from two_level_mha.mesh import NoMesh, check_no_mesh, given_mesh
+from two_level_mha.names import Activations, Combine, Scheme
 from two_level_mha.probe import changed_linear
 from two_level_mha.profile import Profile
 from two_level_mha.stock import StockTensor, from_stock, put, take_stock_keys
@@ -96,12 +97,12 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         dtype=None,
         *,
         mesh: DeviceMesh | None | NoMesh = NoMesh.NOT_GIVEN,
-        scheme: str = "auto",
-        combine: str = "reduce",
+        scheme: Scheme = "auto",
+        combine: Combine = "reduce",
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
-        activations: str = "replicated",
+        activations: Activations = "replicated",
         overlap: int | None = None,
     ) -> None:
         check_no_mesh({
@@ -214,12 +215,12 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         mha: nn.MultiheadAttention,
         mesh: DeviceMesh | None | NoMesh = NoMesh.NOT_GIVEN,
         *,
-        scheme: str = "auto",
-        combine: str = "reduce",
+        scheme: Scheme = "auto",
+        combine: Combine = "reduce",
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
-        activations: str = "replicated",
+        activations: Activations = "replicated",
         overlap: int | None = None,
     ) -> "TwoLevelMultiheadAttention":
         """The same layer on a grid. Raises GridError on every rank if mha's weights differ between ranks.
