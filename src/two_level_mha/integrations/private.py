@@ -12,6 +12,7 @@ FLOOR = (5, 23)
 _MODULES = {
     "DistributedConfig": "transformers.distributed",
     "apply_tensor_parallelism": "transformers.distributed.tensor_parallel",
+    "ALL_PARALLEL_STYLES": "transformers.distributed.parallel_utils",
     "get_model_conversion_mapping": "transformers.conversion_mapping",
     "WeightConverter": "transformers.core_model_loading",
     "WeightRenaming": "transformers.core_model_loading",
