@@ -47,7 +47,7 @@ from two_level_mha.experiment.model import SEED, SMALL, Sizes, layouts
 
 TIMEOUT = timedelta(seconds=120)  # of a collective
 MODES, MASKS = ("prefill", "training", "decode"), ("causal", "full")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="small")
     for name in asdict(SEED):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="in place of the preset's")
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=["prefill", "training"])
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=["prefill"])
     parser.add_argument("--mask", nargs="+", choices=MASKS, default=list(MASKS))
-    parser.add_argument("--layout", default="", help="only the layouts whose names contain this")
+    parser.add_argument("--layout", nargs="+", default=[""], help="only the layouts whose names contain one of these")
     parser.add_argument("--micro-batches", type=int, default=4, help="of the pipeline, which runs with 1 too")
     parser.add_argument("--overlap", type=int, default=2, help="chunks; 1: only in one piece")
     parser.add_argument("--kernel", choices=("ours", "stock"), default="ours", help="of attention that is not ours")
@@ -177,7 +177,7 @@ def cases_of(setting: Setting, mode: str, mask: str, meshes: dict) -> Iterator[C
     options = {"micro_batches": setting.micro_batches, "overlap": setting.overlap, "training": mode == "training"}
     reference = None
     for layout in layouts(setting.sizes, dist.get_world_size(), **options):
-        if setting.only in layout.name:
+        if setting.asked(layout.name):
             reference = reference or Reference(setting, mode == "training", mask == "causal")
             yield prepared(setting, reference, layout, meshes)
 

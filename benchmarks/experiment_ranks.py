@@ -21,7 +21,12 @@ import two_level_mha as tlm
 from two_level_mha.experiment.model import ONE_RANK, Built, Layout, Sizes, build, mesh_of
 from two_level_mha.testing import record_collectives
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest element
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}  # of the largest element
 CHECKED = {"batch": 64, "length": 256}  # at most as much is compared, since the unsplit model must run it too
 GATHERED = 1 << 19  # bytes of a rank
 
@@ -48,7 +53,7 @@ class Setting:
     micro_batches: int = 4
     overlap: int = 2
     repeats: int = 3
-    only: str = ""  # layouts whose names contain it
+    only: tuple[str, ...] = ("",)  # layouts whose names contain one of them
     node_of: tuple[int, ...] = ()  # of each rank; empty: one machine
     without_wire: bool = False
     batches: tuple[int, ...] = ()  # of decode, as is what follows
@@ -58,6 +63,9 @@ class Setting:
     @property
     def factory(self) -> dict:
         return {"dtype": self.dtype, "device": self.device}
+
+    def asked(self, name: str) -> bool:
+        return any(text in name for text in self.only)
 
     @property
     def compared(self) -> Sizes:
