@@ -1,1 +1,1 @@
-"""The seed's experiment: a two-layer transformer in many layouts, recorded, priced and predicted at any size."""
+"""The experiment of the method: a model, its layouts on ranks, and what they cost."""

@@ -82,8 +82,7 @@ def _gpu(ranks: int, *, holds: int, sheet: str, **changes) -> Hardware:
         sources={
             "memory of a GPU, peak FLOP/s": sheet,
             "rates": f"profile 'h100': {known.source}",
-            "intervals": "assumed ranges of these rates: benchmarks of others reach 600 to 750 TFLOP/s in large products; "
-            "no kernel for heads of 512 was timed on this GPU",
+            "intervals": "assumed ranges of these rates: no kernel was timed on this GPU",
         },
     )
 
@@ -93,7 +92,7 @@ _KINDS = {
     "h100-nvl": lambda ranks: _gpu(
         ranks,
         holds=80 * GB,
-        sheet="H100 SXM data sheet: 80 GB, 989 TFLOP/s dense in fp16; all GPUs in one NVLink domain, as no DGX H100 has",
+        sheet="H100 SXM data sheet: 80 GB, 989 TFLOP/s dense in fp16; all in one NVLink domain, which a DGX H100 has of 8",
         node_ranks=ranks,
     ),
     "h200": lambda ranks: _gpu(

@@ -11,7 +11,7 @@ other nodes what their ranks there get, each by its own adapter.
 from dataclasses import dataclass
 from typing import Protocol
 
-from two_level_mha.experiment.recorder import ATTENTION, MEMORY, Start, Work
+from two_level_mha.experiment.recorder import ATTENTION, Start, Work
 from two_level_mha.profile import RANGES, Profile
 
 PAIRWISE = ("all_to_all", "send")
@@ -74,7 +74,7 @@ class ProfilePrices:
     def _bandwidth(self, start: Start) -> float:
         link, network, node = (self.rates[name] for name in ("link", "network", "node_ranks"))
         together = _in_first_node(start, node)
-        if together == len(ends_of(start)):
+        if together == len(start.ranks):
             return link
         if start.name in PAIRWISE:
             outside = _outside(start, together)
@@ -82,31 +82,20 @@ class ProfilePrices:
         return min(link, network * together)
 
 
-def ends_of(start: Start) -> tuple[int, ...]:
-    """The ranks that a collective or a message is between."""
-    return start.ranks if start.peer is None or start.name == "broadcast" else tuple(sorted((_self(start), start.peer)))
-
-
-def _self(start: Start) -> int:
-    return next(rank for rank in start.ranks if rank != start.peer)
-
-
 def _in_first_node(start: Start, node: int) -> int:
     """Ranks of the group in the node of its first: as many as in its others, where groups are regular."""
-    ends = ends_of(start)
-    return sum(rank // node == ends[0] // node for rank in ends)
+    return sum(rank // node == start.ranks[0] // node for rank in start.ranks)
 
 
 def _outside(start: Start, together: int) -> float:
     """The share of what a rank sends pairwise that leaves its node."""
-    ends = len(ends_of(start))
-    return (ends - together) / (ends - 1)
+    return (len(start.ranks) - together) / (len(start.ranks) - 1)
 
 
 def link_bytes(start: Start, node: int) -> tuple[float, float]:
     """Bytes that a rank sends over links of its node, and to other nodes: of a ring the mean over a node's ranks."""
     together = _in_first_node(start, node)
-    if together == len(ends_of(start)):
+    if together == len(start.ranks):
         return float(start.sent), 0.0
     slow = start.sent * (_outside(start, together) if start.name in PAIRWISE else 1 / together)
     return start.sent - slow, slow

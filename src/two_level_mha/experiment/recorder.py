@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,8 +39,8 @@ _WAITS = ("_c10d_functional.wait_tensor", "_c10d_functional.wait_tensors")
 class Work:
     """An operator that computes or moves data in memory.
 
-    kind: PRODUCT, ATTENTION or MEMORY; shape: of a product its (rows, inner, columns); of attention (B * H, L, S, width of
-    keys, width of values).
+    kind: PRODUCT, ATTENTION or MEMORY; shape: of a product its (rows, inner, columns); of attention (B * H, L, S, width
+    of keys, width of values).
     """
 
     name: str
@@ -53,7 +54,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Start:
-    """A collective, or a message, as it is begun. bytes: of the inputs; sent: what leaves the rank."""
+    """A collective, or a message, as it is begun. ranks: those it is between, as the job numbers them; bytes: of the
+    inputs; sent: what leaves the rank.
+    """
 
     name: str
     ranks: tuple[int, ...]
@@ -131,13 +134,14 @@ class Record(TorchDispatchMode):
     def _start(self, func, collectives: list[Collective], out: object) -> None:
         functional = func.namespace == "_c10d_functional"
         first = collectives[0]
+        message = first.name in ("send", "recv")
         if functional:
             for tensor in _tensors(out):
                 self._begun[_address(tensor)] = len(self.events)
         self.events.append(
             Start(
                 name=first.name,
-                ranks=first.ranks,
+                ranks=tuple(sorted((dist.get_rank(), first.peer))) if message else first.ranks,
                 peer=first.peer,
                 bytes=sum(one.elements * one.dtype.itemsize for one in collectives),
                 sent=sum(one.sent for one in collectives),
@@ -221,9 +225,7 @@ def causal_pairs(L: int, S: int, causal: int | None, window: int | None = None, 
     def until(position: int) -> int:
         return 0 if position < 0 else min(S, position // key_stride + 1)
 
-    return sum(
-        until(row + causal) - (0 if window is None else until(row + causal - window)) for row in range(L)
-    )
+    return sum(until(row + causal) - (0 if window is None else until(row + causal - window)) for row in range(L))
 
 
 def _flops(func, args: tuple, kwargs: dict, out: object) -> tuple[int, str, tuple[int, ...]]:

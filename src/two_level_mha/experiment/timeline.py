@@ -1,9 +1,10 @@
 """Recorded events of several ranks on one clock: what overlaps, who waits for whom, where a pipeline is empty.
 
 Each rank computes one operator at a time, in the order of its events, and sends by one collective at a time beside it.
-A collective holds the rank up at once for the share that cannot be hidden, and for the rest where it is waited for; one
-that nothing waits for, of c10d, at once for all of it. A message is sent beside what follows, and a receive waits for
-its end.
+A collective holds the rank up at once for the share that cannot be hidden, and for the rest where it is waited for. A
+message is sent beside what follows, and a receive waits for its end. Collectives of c10d do not say when their results
+are needed. They are those of FSDP2 here: an all-gather of weights needs nothing that is computed, so it is begun where
+the one before was needed, and needed where it is recorded; what sums gradients is needed at the end.
 """
 
 from collections import Counter, defaultdict
@@ -43,6 +44,8 @@ class Lane:
 class _Progress:
     at: int = 0
     free: float = 0.0  # when its links are
+    needed: float = 0.0  # when the last all-gather of weights was
+    summed: float = 0.0  # when the last sum of gradients is through
     ends: dict[int, float] = field(default_factory=dict)  # event -> when that collective is through
 
 
@@ -95,14 +98,21 @@ def _run(rank, events, costs, lane: Lane, progress: _Progress, mail, prices: Pri
                 lane.waiting += max(0.0, end - lane.now)
                 lane.now = max(lane.now, end)
         else:
-            begin = max(lane.now, progress.free)
+            gathers = event.name == "all_gather" and not event.waited
+            begin = max(progress.needed if gathers else lane.now, progress.free)
             end = progress.free = begin + cost.seconds
             lane.sending[cost.bound] += cost.seconds
-            if event.name == "send":
+            held = lane.now if event.name == "send" else max(lane.now, begin) + (1 - prices.hidden) * cost.seconds
+            if gathers:
+                progress.needed, held = lane.now, max(held, end)
+            elif event.name == "send":
                 mail[rank, event.peer].append(end)
-            else:
-                held = end if not event.waited else begin + (1 - prices.hidden) * cost.seconds
-                lane.exposed += held - lane.now
-                lane.now = held
+            elif event.waited:
                 progress.ends[turn] = end
+            else:
+                progress.summed = end
+            lane.exposed += held - lane.now
+            lane.now = held
         progress.at += 1
+    lane.exposed += max(0.0, progress.summed - lane.now)
+    lane.now = max(lane.now, progress.summed)
