@@ -35,7 +35,7 @@ class Hardware:
     ranks: int
     memory: int
     peak: float | None
-    measured: bool
+    device: str  # "cuda" or "cpu": whose collectives and kernels are meant
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
 
@@ -66,7 +66,7 @@ def hardware(name: str, profile: Profile | None = None) -> Hardware:
     if profile is None:
         return replace(found, name=name)
     sources = {**found.sources, "rates": f"profile {profile.name!r}: {profile.source}"}
-    return replace(found, name=name, profile=profile, measured=True, ranges={}, sources=sources)
+    return replace(found, name=name, profile=profile, ranges={}, sources=sources)
 
 
 def _gpu(ranks: int, *, holds: int, sheet: str, **changes) -> Hardware:
@@ -77,7 +77,7 @@ def _gpu(ranks: int, *, holds: int, sheet: str, **changes) -> Hardware:
         ranks=ranks,
         memory=holds,
         peak=989e12,
-        measured=False,
+        device="cuda",
         ranges=ASSUMED,
         sources={
             "memory of a GPU, peak FLOP/s": sheet,
@@ -92,7 +92,7 @@ _KINDS = {
     "h100-nvl": lambda ranks: _gpu(
         ranks,
         holds=80 * GB,
-        sheet="H100 SXM data sheet: 80 GB, 989 TFLOP/s dense in fp16; all in one NVLink domain, which a DGX H100 has of 8",
+        sheet="H100 SXM data sheet: 80 GB, 989 TFLOP/s dense in fp16; one NVLink domain for all: assumed",
         node_ranks=ranks,
     ),
     "h200": lambda ranks: _gpu(
@@ -107,7 +107,7 @@ _KINDS = {
         ranks=ranks,
         memory=4 * GB,
         peak=None,
-        measured=True,
+        device="cpu",
         ranges={"flops": (0.7, 1.2), "link": (0.4, 1.2), "latency_ns": (3.0, 1.0)},
         sources={
             "rates": Profile.named("cpu").source,

@@ -159,7 +159,8 @@ class Record(TorchDispatchMode):
         if not (flops or moved or written) or _only_allocates(inputs, func):
             return
         distinct = {id(x): x for x in (*inputs, *moved)}.values()
-        size = max((x.element_size() for x in (*inputs, *moved) if x.is_floating_point()), default=1)
+        # of what it works on: attention of half precision gives a logsumexp in float32
+        size = next((x.element_size() for x in (*inputs, *moved) if x.is_floating_point()), 1)
         self.events.append(
             Work(
                 name=str(func.overloadpacket),

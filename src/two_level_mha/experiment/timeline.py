@@ -9,7 +9,7 @@ the one before was needed, and needed where it is recorded; what sums gradients 
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from two_level_mha.experiment.pricing import Cost, Prices
 from two_level_mha.experiment.recorder import Event, Start, Wait, Work
@@ -24,6 +24,19 @@ class Lane:
     exposed: float = 0.0  # sending that nothing hid
     busy: Counter = field(default_factory=Counter)  # of operators, by what bounds them
     sending: Counter = field(default_factory=Counter)  # of collectives, hidden or not, by what bounds them
+
+    def extended(self, longer: "Lane", times: float) -> "Lane":
+        """This lane, and `times` what a longer one has more."""
+
+        def line(a, b):
+            if isinstance(a, Counter):
+                return Counter({key: line(a[key], b[key]) for key in {**a, **b}})
+            return a + times * (b - a)
+
+        return Lane(*(line(getattr(self, f.name), getattr(longer, f.name)) for f in fields(Lane)))
+
+    def scaled(self, times: float) -> "Lane":
+        return Lane().extended(self, times)
 
     @property
     def computing(self) -> float:
@@ -49,12 +62,17 @@ class _Progress:
     ends: dict[int, float] = field(default_factory=dict)  # event -> when that collective is through
 
 
-def simulate(ranks: dict[int, Sequence[Event]], prices: Prices, repeats: int = 1) -> dict[int, Lane]:
+def simulate(
+    ranks: dict[int, Sequence[Event]], prices: Prices, *, repeats: int = 1, hidden: float | None = None
+) -> dict[int, Lane]:
     """The lanes of these ranks, whose events are run `repeats` times, one after the other without a barrier.
+
+    hidden: the share of an exchange that is hidden beside computing, in place of that of the prices.
 
     Messages are matched in order, between each two ranks; a rank that a message is from or for must be among them, or
     the receive finds its message sent. Raises ValueError where ranks wait for each other in a circle.
     """
+    hidden = prices.hidden if hidden is None else hidden
     costs = {rank: [_cost(event, prices) for event in events] for rank, events in ranks.items()}
     lanes = {rank: Lane() for rank in ranks}
     progress = {rank: _Progress() for rank in ranks}
@@ -64,7 +82,7 @@ def simulate(ranks: dict[int, Sequence[Event]], prices: Prices, repeats: int = 1
         moved = False
         for rank, events in ranks.items():
             before = progress[rank].at
-            _run(rank, events, costs[rank], lanes[rank], progress[rank], mail, prices, repeats, set(ranks))
+            _run(rank, events, costs[rank], lanes[rank], progress[rank], mail, hidden, repeats, set(ranks))
             moved |= progress[rank].at > before
     stuck = [rank for rank, events in ranks.items() if progress[rank].at < repeats * len(events)]
     if stuck:
@@ -78,7 +96,7 @@ def _cost(event: Event, prices: Prices) -> Cost | None:
     return prices.start(event) if isinstance(event, Start) else None
 
 
-def _run(rank, events, costs, lane: Lane, progress: _Progress, mail, prices: Prices, repeats: int, known: set) -> None:
+def _run(rank, events, costs, lane: Lane, progress: _Progress, mail, hidden: float, repeats: int, known: set) -> None:
     """Runs a rank until it is done, or waits for a message that has not been sent yet."""
     while progress.at < repeats * len(events):
         turn = progress.at % len(events)
@@ -102,7 +120,7 @@ def _run(rank, events, costs, lane: Lane, progress: _Progress, mail, prices: Pri
             begin = max(progress.needed if gathers else lane.now, progress.free)
             end = progress.free = begin + cost.seconds
             lane.sending[cost.bound] += cost.seconds
-            held = lane.now if event.name == "send" else max(lane.now, begin) + (1 - prices.hidden) * cost.seconds
+            held = lane.now if event.name == "send" else max(lane.now, begin) + (1 - hidden) * cost.seconds
             if gathers:
                 progress.needed, held = lane.now, max(held, end)
             elif event.name == "send":
