@@ -70,6 +70,7 @@ class Layout:
 
     scheme, activations, overlap: as TwoLevelAttention has them. mlp: "split" by columns and rows, or "gathered": each
     rank keeps 1 / P of its weights, and gathers them for its own tokens (FSDP2).
+    tp: past the number of KV heads these are copied to the ranks that need them, which cannot be trained.
     rows: tensor parallelism with the activations split by rows between layers (sequence parallelism).
     sharded: the weights over the data-parallel ranks (FSDP2); else these have copies.
     schedule, micro_batches: of the pipeline.
@@ -142,10 +143,10 @@ def ours(sizes: Sizes, ranks: int, overlap: int) -> Iterator[Layout]:
 
 
 def baselines(sizes: Sizes, ranks: int, micro_batches: int, training: bool) -> Iterator[Layout]:
-    """Tensor parallelism only where the number of ranks divides that of the KV heads."""
+    """Tensor parallelism where its ranks divide the KV heads, and past them with copies, which cannot be trained so."""
     factors = [(a, ranks // a) for a in range(1, ranks + 1) if ranks % a == 0]
     for tp, others in factors:
-        if sizes.kv_heads % tp:
+        if sizes.heads % tp or sizes.kv_heads % tp and (training or tp % sizes.kv_heads):
             continue
         if tp > 1 and others == 1:
             yield Layout(tp=tp)
@@ -398,7 +399,7 @@ def _split_hidden_states(model: Transformer, layout: Layout, mesh: DeviceMesh) -
     stream = stack.layers[0].attention.stream
     stream.to_loss = stream.passes = True
     for mlp in mlps if layout.mlp == "gathered" and layout.ranks > 1 else ():
-        fully_shard(mlp, mesh=grid_mesh(mesh))
+        fully_shard(mlp, mesh=grid_mesh(mesh), reshard_after_forward=True)  # each is a root, which would keep them
         mlp.set_gradient_divide_factor(1.0)  # the sum over the ranks, as for all that acts on parts
         mlp.set_force_sum_reduction_for_comms(True)  # Gloo has no reduction that multiplies
 
@@ -411,11 +412,13 @@ def _without_grad(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _split_tensors(model: Transformer, layout: Layout, mesh: DeviceMesh | None) -> None:
-    """Tensor parallelism by torch's styles."""
+def _split_tensors(model: Transformer, sizes: Sizes, layout: Layout, mesh: DeviceMesh | None) -> None:
+    """Tensor parallelism by torch's styles; of fewer KV heads than ranks, each keeps the one that it needs."""
     if layout.tp == 1:
         return
-    columns = {f"attention.{name}_proj": ColwiseParallel() for name in "qkv"}
+    columns = {
+        f"attention.{name}_proj": ColwiseParallel() for name in ("qkv" if sizes.kv_heads % layout.tp == 0 else "q")
+    }
     styles = {
         **columns,
         "attention.o_proj": RowwiseParallel(),
@@ -430,8 +433,11 @@ def _split_tensors(model: Transformer, layout: Layout, mesh: DeviceMesh | None) 
         )
         styles["norm1"] = styles["norm2"] = SequenceParallel(use_local_output=True)
         parallelize_module(model.norm, mesh["tp"], SequenceParallel(use_local_output=True), src_data_rank=None)
+    d, head = sizes.head_dim, mesh.get_local_rank("tp") * sizes.kv_heads // layout.tp
     for block in model.layers.values():
         parallelize_module(block, mesh["tp"], styles, src_data_rank=None)
+        for linear in (block.attention.k_proj, block.attention.v_proj) if "attention.k_proj" not in styles else ():
+            linear.weight = nn.Parameter(linear.weight.detach()[head * d : (head + 1) * d].clone())
 
 
 def _build_parallel(
@@ -445,7 +451,7 @@ def _build_parallel(
     """TP, DP, FSDP2, and both."""
     model = Transformer(sizes, **options)
     _load(model, state)
-    _split_tensors(model, layout, mesh)
+    _split_tensors(model, sizes, layout, mesh)
     called: nn.Module = model
     if layout.sharded:
         for block in model.layers.values():
@@ -484,7 +490,7 @@ def _build_pipeline(
     at, each = mesh.get_local_rank("pp"), sizes.layers // layout.pp
     model = Transformer(sizes, only=range(at * each, (at + 1) * each), **options)
     _load(model, state)
-    _split_tensors(model, layout, mesh)
+    _split_tensors(model, sizes, layout, mesh)
     shape = (sizes.batch // layout.micro_batches, sizes.length, sizes.embed_dim)
 
     def example(grad: bool) -> Tensor:
