@@ -28,9 +28,12 @@ class Cost:
 
 
 class Prices(Protocol):
-    """What prices events. hidden: the share of a collective that computing beside it hides."""
+    """What prices events. hidden: the share of a collective that computing beside it hides. cores: processors that
+    ranks share, rank r on r % cores; None: one each.
+    """
 
     hidden: float
+    cores: int | None
 
     def work(self, work: Work) -> Cost: ...
     def start(self, start: Start) -> Cost: ...
@@ -43,6 +46,7 @@ class ProfilePrices:
         self.profile = profile
         self.rates = dict(zip(RANGES, profile.numbers, strict=True))
         self.hidden = self.rates["hidden_percent"] / 100
+        self.cores = None
 
     def work(self, work: Work) -> Cost:
         flops, rate = work.flops, self._rate(work)

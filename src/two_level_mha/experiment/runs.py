@@ -174,6 +174,7 @@ def _decode(sizes: Sizes, layout: Layout, mesh: DeviceMesh | None, built: Built,
     if layout.grid is not None:
         with torch.no_grad():
             built.model(torch.empty(batch, sizes.length - 1, sizes.embed_dim), caches=caches)
+
     def held() -> list[Tensor]:
         memory = [x for cache in caches for x in cache.memory]
         return memory + [torch.empty_like(x) for x in memory for _ in range(layout.micro_batches - 1)]

@@ -5,19 +5,23 @@ A collective holds the rank up at once for the share that cannot be hidden, and 
 message is sent beside what follows, and a receive waits for its end. Collectives of c10d do not say when their results
 are needed. They are those of FSDP2 here: an all-gather of weights needs nothing that is computed, so it is begun where
 the one before was needed, and needed where it is recorded; what sums gradients is needed at the end.
+
+Ranks that share a processor are priced as if all of them computed; while some wait, the others have their time.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 
 from two_level_mha.experiment.pricing import Cost, Prices
 from two_level_mha.experiment.recorder import Event, Start, Wait, Work
 
+SEND, RECEIVE = "send", "recv"
+
 
 @dataclass
 class Lane:
-    """One rank: seconds by what bound them. now: when it is done; waiting: for messages that had not been sent."""
+    """One rank: seconds by what bound them. now: when it is done; waiting: for messages that had not come."""
 
     now: float = 0.0
     waiting: float = 0.0
@@ -54,12 +58,22 @@ class Lane:
 
 
 @dataclass
-class _Progress:
-    at: int = 0
+class _Rank:
+    """Where a rank is: it computes until `work` is done, or sleeps until `until`, or waits for a message."""
+
+    lane: Lane
+    turns: Iterator[tuple[int, Event, Cost | None]]
+    work: float = 0.0
+    until: float = 0.0
+    waits: tuple[int, Event, None] | None = None
+    done: bool = False
     free: float = 0.0  # when its links are
     needed: float = 0.0  # when the last all-gather of weights was
     summed: float = 0.0  # when the last sum of gradients is through
     ends: dict[int, float] = field(default_factory=dict)  # event -> when that collective is through
+
+
+Mail = dict[tuple[int, int], list[float]]  # (from, to) -> when messages come, in order
 
 
 def simulate(
@@ -67,27 +81,43 @@ def simulate(
 ) -> dict[int, Lane]:
     """The lanes of these ranks, whose events are run `repeats` times, one after the other without a barrier.
 
-    hidden: the share of an exchange that is hidden beside computing, in place of that of the prices.
-
-    Messages are matched in order, between each two ranks; a rank that a message is from or for must be among them, or
-    the receive finds its message sent. Raises ValueError where ranks wait for each other in a circle.
+    hidden: the share of an exchange that is hidden beside computing, in place of that of the prices. Messages are
+    matched in order between each two ranks; what comes from a rank that is not among these is there.
+    Raises ValueError where ranks wait for messages that are never sent.
     """
     hidden = prices.hidden if hidden is None else hidden
-    costs = {rank: [_cost(event, prices) for event in events] for rank, events in ranks.items()}
-    lanes = {rank: Lane() for rank in ranks}
-    progress = {rank: _Progress() for rank in ranks}
-    mail: dict[tuple[int, int], list[float]] = defaultdict(list)
-    moved = True
-    while moved:
-        moved = False
-        for rank, events in ranks.items():
-            before = progress[rank].at
-            _run(rank, events, costs[rank], lanes[rank], progress[rank], mail, hidden, repeats, set(ranks))
-            moved |= progress[rank].at > before
-    stuck = [rank for rank, events in ranks.items() if progress[rank].at < repeats * len(events)]
-    if stuck:
-        raise ValueError(f"ranks {stuck} wait for messages that are never sent: record every stage of the pipeline")
-    return lanes
+    mail: Mail = defaultdict(list)
+    states = {rank: _Rank(Lane(), _turns(events, prices, repeats)) for rank, events in ranks.items()}
+    core = {rank: rank if prices.cores is None else rank % prices.cores for rank in ranks}
+    shared = Counter(core.values())
+    now = 0.0
+    while True:
+        for rank, state in states.items():
+            _advance(rank, state, now, hidden, mail, ranks)
+        if all(state.done for state in states.values()):
+            return {rank: state.lane for rank, state in states.items()}
+        computing = {rank: state for rank, state in states.items() if state.work > 0}
+        active = Counter(core[rank] for rank in computing)
+        speed = {rank: shared[core[rank]] / active[core[rank]] for rank in computing}
+        steps = [state.work / speed[rank] for rank, state in computing.items()]
+        steps += [state.until - now for state in states.values() if state.until > now]
+        steps += [
+            mail[state.waits[1].peer, rank][0] - now for rank, state in states.items() if _mail(state, rank, mail)
+        ]
+        if not steps:
+            stuck = [rank for rank, state in states.items() if not state.done]
+            raise ValueError(f"ranks {stuck} wait for messages that are never sent: record every stage of the pipeline")
+        step = min(steps)
+        for rank, state in computing.items():
+            left = state.work - step * speed[rank]
+            state.work = left if left > 1e-12 * state.work else 0.0
+        now += step
+
+
+def _turns(events: Sequence[Event], prices: Prices, repeats: int) -> Iterator[tuple[int, Event, Cost | None]]:
+    costs = [_cost(event, prices) for event in events]
+    for _ in range(repeats):
+        yield from zip(range(len(events)), events, costs, strict=True)
 
 
 def _cost(event: Event, prices: Prices) -> Cost | None:
@@ -96,41 +126,58 @@ def _cost(event: Event, prices: Prices) -> Cost | None:
     return prices.start(event) if isinstance(event, Start) else None
 
 
-def _run(rank, events, costs, lane: Lane, progress: _Progress, mail, hidden: float, repeats: int, known: set) -> None:
-    """Runs a rank until it is done, or waits for a message that has not been sent yet."""
-    while progress.at < repeats * len(events):
-        turn = progress.at % len(events)
-        event, cost = events[turn], costs[turn]
+def _mail(state: _Rank, rank: int, mail: Mail) -> bool:
+    return state.waits is not None and bool(mail[state.waits[1].peer, rank])
+
+
+def _advance(rank: int, state: _Rank, now: float, hidden: float, mail: Mail, known: dict) -> None:
+    """Runs a rank's events until it computes, sleeps, waits for a message, or is done."""
+    lane = state.lane
+    while not state.done and state.work == 0 and state.until <= now:
+        if state.waits is not None:
+            if not _mail(state, rank, mail) or mail[state.waits[1].peer, rank][0] > now:
+                return
+            mail[state.waits[1].peer, rank].pop(0)
+            state.waits = None
+            lane.waiting += now - lane.now
+        lane.now = max(lane.now, now)
+        turn = next(state.turns, None)
+        if turn is None:
+            lane.exposed += max(0.0, state.summed - lane.now)
+            lane.now = max(lane.now, state.summed)
+            state.done = True
+            return
+        at, event, cost = turn
         if isinstance(event, Work):
-            lane.now += cost.seconds
+            state.work = cost.seconds
             lane.busy[cost.bound] += cost.seconds
         elif isinstance(event, Wait):
-            end = progress.ends.pop(event.start)
-            lane.exposed += max(0.0, end - lane.now)
-            lane.now = max(lane.now, end)
-        elif event.name == "recv":
-            if event.peer in known:
-                if not (box := mail[event.peer, rank]):
-                    return
-                end = box.pop(0)
-                lane.waiting += max(0.0, end - lane.now)
-                lane.now = max(lane.now, end)
+            _sleep(state, state.ends.pop(event.start))
+        elif event.name == RECEIVE:
+            state.waits = turn if event.peer in known else None
         else:
-            gathers = event.name == "all_gather" and not event.waited
-            begin = max(progress.needed if gathers else lane.now, progress.free)
-            end = progress.free = begin + cost.seconds
-            lane.sending[cost.bound] += cost.seconds
-            held = lane.now if event.name == "send" else max(lane.now, begin) + (1 - hidden) * cost.seconds
-            if gathers:
-                progress.needed, held = lane.now, max(held, end)
-            elif event.name == "send":
-                mail[rank, event.peer].append(end)
-            elif event.waited:
-                progress.ends[turn] = end
-            else:
-                progress.summed = end
-            lane.exposed += held - lane.now
-            lane.now = held
-        progress.at += 1
-    lane.exposed += max(0.0, progress.summed - lane.now)
-    lane.now = max(lane.now, progress.summed)
+            _begin(rank, state, at, event, cost, hidden, mail)
+
+
+def _sleep(state: _Rank, until: float) -> None:
+    state.lane.exposed += max(0.0, until - state.lane.now)
+    state.until = max(state.until, until)
+
+
+def _begin(rank: int, state: _Rank, at: int, event: Start, cost: Cost, hidden: float, mail: Mail) -> None:
+    now = state.lane.now
+    state.lane.sending[cost.bound] += cost.seconds
+    gathers = event.name == "all_gather" and not event.waited
+    begin = max(state.needed if gathers else now, state.free)
+    end = state.free = begin + cost.seconds
+    if event.name == SEND:
+        mail[rank, event.peer].append(end)
+        return
+    held = max(now, begin) + (1 - hidden) * cost.seconds
+    if gathers:
+        state.needed, held = now, max(held, end)
+    elif event.waited:
+        state.ends[at] = end
+    else:
+        state.summed = end
+    _sleep(state, held)
