@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import two_level_mha as tlm
 from two_level_mha.mesh import grid_mesh
+from two_level_mha.profile import Profile
 from two_level_mha.stacks import MLP, Stack, split_stack
 
 SCHEDULES = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}
@@ -307,16 +308,18 @@ def build(
     state: dict[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    profile: Profile | None = None,
 ) -> Built:
     """One rank of a layout on its mesh (mesh_of), the same call on all ranks.
 
     state: the unsplit model's, alike on every rank; None: what is drawn, which must be alike then.
+    profile: the hardware that ours decides for, None: that of the device.
     stock: attention by torch's own kernel where the layout is not ours.
     """
     check(sizes, layout)
     options = {"causal": causal, "dtype": dtype, "device": device}
     if layout.grid is not None:
-        return _build_ours(sizes, layout, mesh, state, options)
+        return _build_ours(sizes, layout, mesh, state, options | {"profile": profile})
     builder = _build_pipeline if layout.pp > 1 else _build_parallel
     return builder(sizes, layout, mesh, state, options | {"stock": stock}, training)
 
@@ -347,7 +350,7 @@ def _build_ours(
     causal, factory = options["causal"], {"dtype": options["dtype"], "device": options["device"]}
     make = partial(
         _Ours, sizes.embed_dim, sizes.heads, sizes.kv_heads, sizes.head_dim, mesh=mesh, scheme=layout.scheme,
-        activations=layout.activations, overlap=layout.overlap, **factory,
+        activations=layout.activations, overlap=layout.overlap, profile=options["profile"], **factory,
     )  # fmt: skip
     model = Transformer(sizes, causal=causal, attention=make, **factory)
     blocks = list(model.layers.values())
