@@ -60,7 +60,7 @@ def test_disturbed_runs():
     """Localises: a rule that looks at more than computing alone; a run left out of the list, or in a median."""
 
     def run(before, after, at_once, chunks):
-        size = {"1": 1000, "4": 1000}
+        size = {"1": 1010, "4": 1010}
         alone = {"alone_ms": [before, after], "around_link_bytes": [10, 10]}
         return alone | {"ms": {"1": at_once, "4": chunks}, "link_bytes": size}
 
@@ -73,6 +73,7 @@ def test_disturbed_runs():
     assert row["predicted"]["link_ms"] == {"1": 1000.0, "4": 990.0}
     assert links.missed(row) == " ABOVE EXPOSED" and links.line(row).endswith(" ABOVE EXPOSED")
     assert not links.missed(row | {"ratio": 1.01, "compute_over_exchange": 1.2})
+    assert links.missed(row | {"ratio": 1.0, "compute_over_exchange": 1.2, "planned_ratio": 1.04}) == " SLOWER"
 
 
 @pytest.mark.parametrize("rate", ["100", "fast", "0mbit", "-1mbit"])
