@@ -134,12 +134,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.sizes = replace(preset.sizes, **own)
     args.ranks, args.without_wire = preset.ranks, preset.without_wire
     args.dtype = DTYPES[args.dtype or preset.dtype]
-    if args.nodes:
-        try:
+    try:
+        if args.nodes:
             bits_per_second(args.nodes)
-        except ValueError as error:
-            parser.error(str(error))
+        for mode in {"prefill", "training"} & set(args.mode):
+            layouts(args.sizes, int(os.environ.get("WORLD_SIZE", args.ranks)), **options_of(args, mode))
+    except ValueError as error:
+        parser.error(str(error))
     return args
+
+
+def options_of(asked: argparse.Namespace | Setting, mode: str) -> dict:
+    return {"micro_batches": asked.micro_batches, "overlap": asked.overlap, "training": mode == "training"}
 
 
 def launched(args: argparse.Namespace) -> int:
@@ -174,9 +180,8 @@ def cases_of(setting: Setting, mode: str, mask: str, meshes: dict) -> Iterator[C
     if mode == "decode":
         yield from decode_cases(setting, meshes)
         return
-    options = {"micro_batches": setting.micro_batches, "overlap": setting.overlap, "training": mode == "training"}
     reference = None
-    for layout in layouts(setting.sizes, dist.get_world_size(), **options):
+    for layout in layouts(setting.sizes, dist.get_world_size(), **options_of(setting, mode)):
         if setting.asked(layout.name):
             reference = reference or Reference(setting, mode == "training", mask == "causal")
             yield prepared(setting, reference, layout, meshes)

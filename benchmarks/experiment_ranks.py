@@ -1,5 +1,6 @@
 """What the ranks of experiment.py run: every layout checked against the unsplit model, recorded, and timed in turns."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -69,7 +70,17 @@ class Setting:
 
     @property
     def compared(self) -> Sizes:
-        return replace(self.sizes, **{name: min(getattr(self.sizes, name), most) for name, most in CHECKED.items()})
+        """Parts of batch and length that every layout can cut as it cuts the whole, or the whole."""
+        pieces = {"batch": math.lcm(self.micro_batches, dist.get_world_size()), "length": dist.get_world_size()}
+        own = {name: _part_of(getattr(self.sizes, name), most, pieces[name]) for name, most in CHECKED.items()}
+        return replace(self.sizes, **own)
+
+
+def _part_of(whole: int, most: int, pieces: int) -> int:
+    """The largest divisor of `whole` up to `most` that `pieces` divides; where there is none, all of it."""
+    if whole <= most:
+        return whole
+    return max((part for part in range(1, most + 1) if whole % part == 0 == part % pieces), default=whole)
 
 
 class Reference:

@@ -149,6 +149,20 @@ def test_presets():
     assert args.sizes == replace(seed.sizes, kv_heads=4, batch=8) and args.dtype is torch.float16
 
 
+def test_refused_before_anything_starts(capsys):
+    """Localises: a batch that micro-batches do not divide, which would first be told of on every rank."""
+    with pytest.raises(SystemExit) as stopped:
+        experiment.arguments(["--micro-batches", "3"])
+    assert stopped.value.code == 2 and "3 micro-batches do not divide the batch of 8" in capsys.readouterr().err
+    assert experiment.arguments(["--micro-batches", "3", "--mode", "decode"]).micro_batches == 3
+
+
+@pytest.mark.parametrize("whole, pieces, part", [(1024, 16, 64), (8, 4, 8), (96, 3, 48), (97, 4, 97), (64, 3, 64)])
+def test_what_is_compared_of_a_large_batch(whole, pieces, part):
+    """Localises: a part that a layout cannot cut as it cuts the whole."""
+    assert experiment_ranks._part_of(whole, 64, pieces) == part
+
+
 def test_layouts_of_the_paper():
     """Localises: tensor parallelism past the heads, or the baseline of the paper, missing at its size."""
     found = model.layouts(model.SEED, 16, micro_batches=4, overlap=2)
