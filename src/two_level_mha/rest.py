@@ -6,7 +6,7 @@ apart.
 """
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -40,8 +40,11 @@ class Rest:
     left_out_mlps: dict[str, str] = field(default_factory=dict)
 
 
-def find_rest(model: nn.Module, ranks: int, replaced: set[str]) -> Rest:
-    """What can be split over `ranks`, of a model whose modules called `replaced` are split already or will be.
+def find_rest(
+    model: nn.Module, ranks: int, replaced: set[str], skips: Callable[[str], bool] = lambda name: False
+) -> Rest:
+    """What can be split over `ranks`, of a model whose modules called `replaced` are split already or will be; and not
+    what `skips` says of by name.
 
     Runs a copy of one of each kind of MLP, before the model is changed; sends nothing. Raises GridError where a
     transformers model's plan cannot be applied.
@@ -54,10 +57,12 @@ def find_rest(model: nn.Module, ranks: int, replaced: set[str]) -> Rest:
     for name, part in pretrained_models(model).items():
         prefix = f"{name}." if name else ""
         inside = {other.removeprefix(prefix) for other in replaced if other.startswith(prefix)}
+        inside |= {other for other, _ in part.named_modules() if skips(prefix + other)}
         if (found := find_tp_plan(part, ranks, inside, owners)) is not None:
             rest.tp_plans[name] = (part, found[0])
             rest.left_out |= {prefix + owner: why for owner, why in found[1].items()}
     planned = {module for part, _ in rest.tp_plans.values() for module in part.modules()}
+    planned |= {module for name, module in model.named_modules() if skips(name)}
     _find_mlps(model, ranks, owners, planned, rest)
     return rest
 
