@@ -250,7 +250,8 @@ def finish(cases: list[Case], setting: Setting) -> None:
         if "steps" in case.row:
             case.row["tpot_ms"] = round(ms / case.row["steps"], 3)
         if setting.node_of:
-            case.row["link_bytes"] = round(statistics.median(size for _, size in case.runs))
+            sizes = [size for _, size in case.runs]
+            case.row |= {"link_bytes": round(statistics.median(sizes)), "runs_link_bytes": sizes}
 
 
 def gather_rows(setting: Setting) -> list[dict]:
@@ -264,6 +265,6 @@ def gather_rows(setting: Setting) -> list[dict]:
         rows.append({
             "layout": case.name, "mode": "gather", "mask": "", "ranks": mesh.size(), "bytes_of_a_rank": GATHERED,
             "ms": statistics.median(ms), "runs_ms": ms, "link_bytes": round(statistics.median(sizes)),
-            "predicted_link_bytes": predicted["1"],
+            "runs_link_bytes": sizes, "predicted_link_bytes": predicted["1"],
         })  # fmt: skip
     return rows
