@@ -299,8 +299,8 @@ Every causal language model of transformers, small and with random weights, with
 lets one choose, on {ranks} Gloo ranks in a grid of 2 head groups. Of {len(built)} families {number.get("right", 0)} are
 right: logits of a padded batch, the gradient of every parameter and {TOKENS} greedy tokens with a cache are the unsplit
 model's. Of those, {split} have all of their attention and MLPs split; in the others some or all keeps its own code,
-with weights that are stored split and gathered for each call. Under transformers' own tensor parallelism, on as many ranks,
-{stock} of them give the unsplit logits and tokens.
+with weights that are stored split and gathered for each call. Under transformers' own tensor parallelism, on as many
+ranks, {stock} of them give the unsplit logits and tokens.
 
 Kept is the share of all parameters that the first rank holds: 1/{ranks} is {1 / ranks:.2f}. Small models have large
 embeddings, which stay whole where they are tied.
