@@ -1,4 +1,4 @@
-"""Command line: `python -m two_level_mha info`, `plan` and `check`."""
+"""Command line: `python -m two_level_mha info`, `plan`, `predict`, `calibrate` and `check`."""
 
 import argparse
 import contextlib
@@ -16,6 +16,8 @@ from two_level_mha import _C, _load
 from two_level_mha.blocks import COMBINES
 from two_level_mha.check import add_check
 from two_level_mha.context import ACTIVATIONS
+from two_level_mha.experiment.calibrate import add_calibrate
+from two_level_mha.experiment.command import add_predict
 from two_level_mha.facts import version_of
 from two_level_mha.profile import DEVICE_TYPES
 from two_level_mha.served import table_of
@@ -157,6 +159,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, build, arch list, operators, kernels").set_defaults(run=info)
     add_plan(commands.add_parser("plan", help="which grid and scheme to take: predicted costs of all"))
+    add_predict(commands.add_parser("predict", help="tokens/s of a transformer in every layout, on other hardware"))
+    add_calibrate(commands.add_parser("calibrate", help="measures this machine's CPU, for predict"))
     add_check(commands.add_parser("check", help="under torchrun: what is wrong with a cluster, before a job finds out"))
     try:
         args = parser.parse_args()

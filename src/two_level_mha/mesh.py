@@ -9,6 +9,7 @@ from numbers import Integral
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from two_level_mha import _C
@@ -252,8 +253,13 @@ def _new_mesh(device_type: str, n: int, m: int) -> DeviceMesh:
     return mesh
 
 
+def _rank_rows(mesh: DeviceMesh) -> list[list[int]]:
+    with unset_fake_temporarily():  # the ranks are real also where modules are made of fake tensors
+        return mesh.mesh.tolist()
+
+
 def _ranks(mesh: DeviceMesh) -> tuple[int, ...]:
-    return tuple(sorted(mesh.mesh.flatten().tolist()))
+    return tuple(sorted(rank for row in _rank_rows(mesh) for rank in row))
 
 
 def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
@@ -299,9 +305,10 @@ def place_on(mesh: DeviceMesh | None) -> Place:
         raise GridError("mesh was closed: make another by two_level_mha.init_mesh") from None
     if mesh.size() == 1:
         return Place()
-    if any((mesh.mesh.diff(dim=dim) < 0).any() for dim in (0, 1)):
+    rows = _rank_rows(mesh)
+    if any(line != sorted(line) for line in (*rows, *map(list, zip(*rows, strict=True)))):
         raise GridError(
-            f"the ranks of mesh must ascend along head and along slice, got {mesh.mesh.tolist()}: torch.distributed "
+            f"the ranks of mesh must ascend along head and along slice, got {rows}: torch.distributed "
             "orders the ranks of a group; order the mesh, and start the processes in the order of its ranks"
         )
     names = tuple(group.group_name for group in _groups(mesh))

@@ -90,13 +90,17 @@ class PlanTrial:
 
     def check(self) -> None:
         """Raises GridError if the split module gives other numbers: the plan is another library's, and may be wrong."""
-        with torch.no_grad(), in_eval(self.module):
-            got = first_output(self.module(self.x_BLD))
-        off = (got - self.expected).abs().max() / self.expected.abs().max().clamp(min=1e-30)
-        if not off <= PLAN_TOLERANCE.get(got.dtype, 0.1):
+        try:
+            with torch.no_grad(), in_eval(self.module):
+                got = first_output(self.module(self.x_BLD))
+            off = ((got - self.expected).abs().max() / self.expected.abs().max().clamp(min=1e-30)).item()
+            found = None if off <= PLAN_TOLERANCE.get(got.dtype, 0.1) else f"gives numbers that are off by {off:.1e}"
+        except Exception as error:  # of any kind: it is another's code
+            found = f"dies of {error!r}"
+        if found is not None:
             raise GridError(
-                f"{self.name} ({type(self.module).__name__}), split by the model's tensor-parallel plan, gives numbers "
-                f"that are off by {off:.1e}: make the model again, and leave it whole by skip=[{self.name!r}]"
+                f"{self.name} ({type(self.module).__name__}), split by the model's tensor-parallel plan, "
+                f"{found}: make the model again, and leave it whole by skip=[{self.name!r}]"
             )
 
 

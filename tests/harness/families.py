@@ -289,18 +289,21 @@ def page(found: dict[str, dict], ranks: int) -> str:
             f"| {family} | {one['verdict']} | {_cell(how)} | {held} | {'dies' if stock == 'crash' else stock} |"
         )
     left = [f"{family} ({_cell(one['why'])})" for family, one in found.items() if one["verdict"] == "not built"]
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    split, stock = (number[key] for key in ("right by split attention alone", "right under transformers' own"))
     return f"""# Models
 
-Made by `make models` on {datetime.date.today()}, torch {torch.__version__}, transformers {transformers.__version__}: every causal
-language model of transformers, small and with random weights, with 2 key/value heads where the family lets one choose,
-on {ranks} Gloo ranks in a grid of 2 head groups. Of {len(built)} families {number.get("right", 0)} are right: logits of a padded batch,
-the gradient of every parameter and {TOKENS} greedy tokens with a cache are the unsplit model's. Of those,
-{number["right by split attention alone"]} have all of their attention split by head groups and slices; in the others some or all keeps its own code, with
-weights that are stored split and gathered for each call. Under transformers' own tensor parallelism, on as many ranks,
-{number["right under transformers' own"]} of them give the unsplit logits and tokens.
+Made by `make models` on {datetime.date.today()}, {versions}.
 
-Kept is the share of all parameters that the first rank holds: 1/{ranks} is {1 / ranks:.2f}; small models have large embeddings, which stay
-whole where they are tied.
+Every causal language model of transformers, small and with random weights, with 2 key/value heads where the family
+lets one choose, on {ranks} Gloo ranks in a grid of 2 head groups. Of {len(built)} families {number.get("right", 0)} are
+right: logits of a padded batch, the gradient of every parameter and {TOKENS} greedy tokens with a cache are the unsplit
+model's. Of those, {split} have all of their attention and MLPs split; in the others some or all keeps its own code,
+with weights that are stored split and gathered for each call. Under transformers' own tensor parallelism, on as many
+ranks, {stock} of them give the unsplit logits and tokens.
+
+Kept is the share of all parameters that the first rank holds: 1/{ranks} is {1 / ranks:.2f}. Small models have large
+embeddings, which stay whole where they are tied.
 
 | family | here | attention | kept | transformers' own |
 |---|---|---|---|---|
