@@ -40,6 +40,7 @@ class Rotary:
     interleaved: bool = False
 
     def width(self, head_dim: int) -> int:
+        """How many dims of a head of `head_dim` turn."""
         return head_dim if self.dim is None else self.dim
 
     def embeddings(self, first: int, length: int, head_dim: int, device=None) -> tuple[Tensor, Tensor]:

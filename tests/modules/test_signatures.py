@@ -64,3 +64,12 @@ def test_one_word_for_the_number_of_ranks():
     assert str(tlm.plan(**sizes, ranks=4)) == str(tlm.plan(**sizes, devices=4))
     for wrong in ({}, {"ranks": 4, "devices": 4}):
         assert text_of(tlm.plan, **sizes, **wrong) == "plan needs the number of ranks, once: ranks=16"
+
+
+def test_public_names():
+    """Localises: a name that is exported and not there, or a class that callers must annotate and cannot name."""
+    assert sorted(tlm.__all__) == tlm.__all__
+    assert all(hasattr(tlm, name) for name in tlm.__all__)
+    assert isinstance(tlm.plan(embed_dim=64, num_heads=4, ranks=4, batch=1, seq=8), tlm.Plan)
+    cache = tlm.KVCache({"num_layers": 1, "num_kv_heads": 2, "head_dim": 8}, None)
+    assert isinstance(cache.layers[0], tlm.CacheLayer)
