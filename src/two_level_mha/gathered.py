@@ -56,9 +56,7 @@ class Sequences:
         table = x.dim() == 2 and x.is_floating_point() and "mask" not in name
         if x.dim() >= 2 and x.shape[0] and x.shape[0] % self.batch == 0 and not table:
             return self.part(x)
-        if x.requires_grad:
-            return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-        return x
+        return summed(x, mesh, Partial())
 
     def gather(self, output: object, weights: Container[int]) -> object:
         """The module's output for the batch; weights: storages of its weights, which it may return as well.
@@ -80,6 +78,13 @@ class Sequences:
                 "sequences: leave it whole by parallelize(..., skip=[..])"
             )
         return self.whole(output)
+
+
+def summed(x: Tensor, mesh: DeviceMesh, gradient: Partial | Replicate) -> Tensor:
+    """A tensor that every rank has whole, with the gradient that all ranks have in parts, or each has whole."""
+    if not x.requires_grad:
+        return x
+    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[gradient])
 
 
 def like(x: list | tuple, entries: list) -> list | tuple:
@@ -109,10 +114,11 @@ def whole_weights(module: nn.Module, gradient: Partial | Replicate) -> Iterator[
 
     gradient: Partial() where each rank has its part of it, Replicate() where all have the same.
     """
-    owners = [(part, name, p) for part in module.modules() for name, p in part._parameters.items()]
-    split = [(part, name, p) for part, name, p in owners if isinstance(p, DTensor)]
-    wholes = {p: p.full_tensor(grad_placements=[gradient]) for _, _, p in split}
-    parts = {whole.untyped_storage()._cdata: (p, p._version) for p, whole in wholes.items()}
+    owners = [(part, name, p) for part in module.modules() for name, p in part._parameters.items() if p is not None]
+    split = {p: p.full_tensor(grad_placements=[gradient]) for _, _, p in owners if isinstance(p, DTensor)}
+    # what was added since, adapters for example, is whole on every rank
+    added = {p: summed(p, next(iter(split)).device_mesh, gradient) for _, _, p in owners if p not in split}
+    parts = {whole.untyped_storage()._cdata: (p, p._version) for p, whole in split.items()}
 
     def pack(x: Tensor):
         if x.untyped_storage()._cdata not in parts:
@@ -127,11 +133,12 @@ def whole_weights(module: nn.Module, gradient: Partial | Replicate) -> Iterator[
             raise RuntimeError("a weight that a gradient needs was changed in place since the forward pass")
         return p.detach().full_tensor().as_strided(*view)
 
-    for part, name, p in split:
+    wholes = split | added
+    for part, name, p in owners:
         part._parameters[name] = wholes[p]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield parts.keys()
     finally:
-        for part, name, p in split:
+        for part, name, p in owners:
             part._parameters[name] = p

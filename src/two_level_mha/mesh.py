@@ -4,6 +4,7 @@ import datetime
 import enum
 import os
 import re
+import warnings
 from dataclasses import dataclass, field
 from numbers import Integral
 
@@ -322,17 +323,16 @@ class NoMesh(enum.Enum):
 
 
 def given_mesh(mesh: DeviceMesh | None | NoMesh) -> DeviceMesh | None:
-    """The mesh of a layer. Raises GridError where none was given in a job of several ranks: the layer would silently
-    not be split.
-    """
+    """The mesh of a layer. Warns where none was given in a job of several ranks: the layer is not split there."""
     if not isinstance(mesh, NoMesh):
         return mesh
     started = dist.is_available() and dist.is_initialized()
     ranks = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
-        raise GridError(
+        warnings.warn(
             f"mesh was not given, in a job of {ranks} ranks: mesh=two_level_mha.init_mesh(..) splits the layer over "
-            "them, mesh=None keeps all of it on each rank"
+            "them, mesh=None, which is taken now, keeps all of it on each rank",
+            stacklevel=3,
         )
     return None
 

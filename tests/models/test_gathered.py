@@ -60,7 +60,8 @@ class Together(torch.nn.Module):
 
 class Apart(Together):
     def forward(self, hidden_states, bias=None):
-        return hidden_states @ self.weight + (0 if bias is None else bias), None
+        y = hidden_states @ self.weight + (0 if bias is None else bias)
+        return y * getattr(self, "added", 1.0), None
 
 
 def gradients(kind):
@@ -69,6 +70,8 @@ def gradients(kind):
     whole = kind()
     split = copy.deepcopy(whole)
     gather_weights(split, mesh((2, 2)))
+    for module in (whole, split):
+        module.added = torch.nn.Parameter(torch.full((6,), 2.0, dtype=torch.float64))
     x = torch.randn(3, 5, 6, dtype=torch.float64)
     results = []
     for module in (whole, split):
@@ -77,6 +80,8 @@ def gradients(kind):
         (y**3).sum().backward()
         grad = module.weight.grad
         results.append([y, grad.full_tensor() if module is split else grad, given.grad, bias.grad])
+        if kind is Apart:
+            results[-1].append(module.added.grad)
     return [(a - b).abs().max().item() for a, b in zip(*results, strict=True)], split.dealt[False]
 
 
