@@ -66,8 +66,8 @@ class TwoLevelAttention(Drops, GridAttention):
     window: a row sees itself and the window - 1 tokens before it; needs is_causal.
     softcap: scores s become softcap * tanh(s / softcap), before the mask. scale: of the scores, None: 1 / sqrt(d).
     dropout: probability with which an attention weight is dropped in training, the same ones on every grid.
-    mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process; may be left out only in a job
-        of one rank. head_groups must divide k, slices must divide d.
+    mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process; left out, it is None, which a
+        job of several ranks is warned of. head_groups must divide k, slices must divide d.
     scheme, combine, debug, reduce_dtype, profile, activations, overlap: as for TwoLevelMultiheadAttention. scheme
         "independent" takes neither norm nor rotary, which need d whole.
 

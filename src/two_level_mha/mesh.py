@@ -317,7 +317,7 @@ def place_on(mesh: DeviceMesh | None) -> Place:
 
 
 class NoMesh(enum.Enum):
-    """The default of a mesh that only a job of one rank may leave out."""
+    """The default of a mesh: it tells one that was forgotten from None."""
 
     NOT_GIVEN = "not given"
 

@@ -55,8 +55,9 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
     Rank (i, j) owns the weight blocks of head group i and slice j of the head dimension. Arguments are those of
     nn.MultiheadAttention, and:
 
-    mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process; may be left out only in a job
-        of one rank. head_groups must divide num_heads, slices must divide embed_dim // num_heads; else GridError.
+    mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process; left out, it is None, which a
+        job of several ranks is warned of. head_groups must divide num_heads, slices must divide embed_dim // num_heads;
+        else GridError.
     scheme: "auto" or one of the exact "slices", "sequence", "batch", "heads", "weights" (the same numbers, other
         costs), or "independent": the paper's literal per-slice softmax, which is another model (num_heads * m heads of
         width d / m).
