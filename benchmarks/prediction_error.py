@@ -4,8 +4,8 @@
 
 Calibrates the machine, as `python -m two_level_mha calibrate` does, predicts the cases of held_out.json, which were
 fixed beforehand and are of other sizes than those that were fitted, and times them, all in two passes. What is printed
-beside an error is how far the two passes are from each other. A case is rejected by what else ran on the machine, not by
-its error, and is listed all the same. Exits with 1 where the limits of held_out.json are missed.
+beside an error is how far the two passes are from each other. A case is rejected by what else ran on the machine, not
+by its error, and is listed all the same. Exits with 1 where the limits of held_out.json are missed.
 """
 
 import argparse
