@@ -3,7 +3,9 @@
     seconds of an operator    = compute * (as it took alone, on all ranks at once) + operator
     seconds of a collective   = exchange * (as it took alone) + collective
 
-The pieces are interpolated in tables; the four coefficients, none negative, are fitted to whole runs of the model: they
+Over loopback the cores that compute also carry what is sent, so that the first part of a collective hides behind no
+computing; the second is waiting, beside which a rank computes if it has begun the collective before it needs it. The
+pieces are interpolated in tables; the four coefficients, none negative, are fitted to whole runs of the model: they
 hold what no piece shows, as ranks that wait for the slower one, and the time between operators.
 """
 
@@ -63,8 +65,6 @@ class Calibration:
     coefficients: dict[str, float]
     error: float = 0.0
 
-    hidden = 0.0  # over loopback the cores that compute also carry what is sent
-
     def alone(self, event: Work | Start) -> float:
         """Seconds of a piece by the tables."""
         if isinstance(event, Start):
@@ -87,7 +87,8 @@ class Calibration:
 
     def start(self, start: Start) -> Cost:
         c = self.coefficients
-        return Cost(c["exchange"] * self.alone(start) + c["collective"], "fast links")
+        sending = c["exchange"] * self.alone(start)
+        return Cost(sending + c["collective"], "fast links", held=sending)
 
     def features(self, events: list[Event]) -> list[float]:
         """What the coefficients multiply, for a run whose ranks do alike."""
