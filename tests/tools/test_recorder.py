@@ -61,7 +61,7 @@ def test_tensor_parallelism_does_its_share(training):
 
 
 def test_torchs_counter_takes_the_whole_shape():
-    """Localises: nothing of ours. Should it fail, torch counts local shapes now, and the recorder can use its counter."""
+    """Localises: nothing of ours. Should it fail, torch counts local shapes, and the recorder can use its counter."""
 
     def run():
         mesh = mesh_of(Layout(tp=P))["tp"]
