@@ -51,7 +51,7 @@ class Calibration:
 
     products: rate by (rows, inner, columns). attention, attention_causal: by (S, width). memory: operator -> seconds by
     bytes. collectives: "all_reduce 4", of a group of 4 -> seconds by bytes of the input. error: of whole runs that were
-    fitted, the largest; it is the interval of predictions.
+    fitted, the largest; it is the interval of predictions. spread: how far passes of the pieces were apart.
     """
 
     ranks: int
@@ -64,6 +64,7 @@ class Calibration:
     collectives: dict[str, Table]
     coefficients: dict[str, float]
     error: float = 0.0
+    spread: float = 1.0
 
     def alone(self, event: Work | Start) -> float:
         """Seconds of a piece by the tables."""
