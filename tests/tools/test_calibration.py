@@ -81,15 +81,22 @@ def test_files(tmp_path):
 def test_fitted_to_what_it_predicts():
     """T. Localises: features that are not those of the runs: seconds made of known coefficients give them back."""
     kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-    plain = made_up(collectives={f"{kind} 2": FLAT for kind in kinds})
+    rising = Table([[64, 10**8]], [1e-6, 1e-1])
+    plain = made_up(collectives={f"{kind} 2": rising for kind in kinds}, memory={OTHER: rising})
     true = dict(zip(COEFFICIENTS, (1.5, 2.0, 1e-4, 1e-5), strict=True))
     machine, seconds = hardware("cpu-2"), []
     for case in calibrate.cases(2):
         run = record_layout(case.sizes, case.layout, machine, Call("prefill", case.causal, torch.float32))
         parts = plain.features(run.events[0])
         seconds.append(sum(c * x for c, x in zip(true.values(), parts, strict=True)))
-    names = ("products", "attention", "attention_causal", "memory", "collectives")
-    found = calibrate.fitted({name: getattr(plain, name) for name in names}, seconds, 2, "made up")
+    names = ("products", "attention", "attention_causal")
+    tables = {name: getattr(plain, name) for name in names}
+    tables |= {f"collectives {name}": table for name, table in plain.collectives.items()}
+    tables |= {f"memory {name}": table for name, table in plain.memory.items()}
+    slower = {name: replace(one, values=(torch.tensor(one.values) * 3).tolist()) for name, one in tables.items()}
+    together, spread = calibrate.together([tables, slower, tables])
+    assert spread == pytest.approx(3)  # and the pass that was disturbed is in no table
+    found = calibrate.fitted(together, seconds, 2, "made up")
     assert found.coefficients == pytest.approx(true, rel=1e-4)
     assert found.error < 1e-6
 

@@ -167,7 +167,7 @@ def _text(sizes: Sizes, machine: Hardware, args, dtype: torch.dtype, found: dict
         f"PREDICTED: {what}, {sizes.layers} layers, {sizes.heads} heads of {sizes.head_dim}, {sizes.kv_heads} KV "
         f"heads, MLP {sizes.mlp_hidden}, {name}, on {machine.name}",
         *(f"{key}: {source}" for key, source in machine.sources.items()),
-        f"rates: {_rates(machine, dtype)}",
+        *([] if args.calibration else [f"rates: {_rates(machine, dtype)}"]),
     ]
     lines = [line for text in head for line in textwrap.wrap(text, WIDTH, subsequent_indent="    ")]
     for causal, rows in found.items():
@@ -176,9 +176,10 @@ def _text(sizes: Sizes, machine: Hardware, args, dtype: torch.dtype, found: dict
         limit = "" if ceiling is None else f"; {ceiling / 1e6:.2f} M tokens/s is all ranks at their peak"
         lines += ["", f"{args.mode}{mask}{limit}", *_table(rows, decode)]
     notes = (
-        "[..]: with all rates at the slow and at the fast end of their ranges. alone: with no exchange hidden. GB: the "
-        "most that a rank holds. sent: by a rank for the whole batch, inside its node and to others. pieces: of the "
-        "batch, run in turn, as many as memory asks for. *: another model."
+        "[..]: with all rates at the slow and at the fast end of their ranges; of a calibration, the largest error of "
+        "what it was fitted to. alone: with no exchange hidden. GB: the most that a rank holds. sent: by a rank for the "
+        "whole batch, inside its node and to others. pieces: of the batch, run in turn, as many as memory asks for. "
+        "*: another model."
     )
     return "\n".join([*lines, "", *textwrap.wrap(notes, WIDTH)])
 
