@@ -4,10 +4,9 @@
 
 FLOPs, bytes sent and memory are those of fake tensors of the full size (1024 x 10000 tokens, float16, full attention):
 exact, and no time is measured of them. Overhead is: the time to make the mesh and the model, the memory that Python
-holds of them, and the time of a call of a small model of real tensors whose collectives return at once, the shortest of many. They are
-of rank P // 2. Exits with 1 where a rank of 16 does more than 1.15 times 1/16 of the FLOPs, or where making or calling a
-model, or what it holds, grows by more than half from 64 to 1024 ranks, both grids of two
-axes.
+holds of them, and the time of a call of a small model of real tensors whose collectives return at once, the shortest
+of many. All are of rank P // 2. Exits with 1 where a rank of 16 does more than 1.15 times 1/16 of the FLOPs, or where
+making or calling a model, or what it holds, grows by more than half from 64 to 1024 ranks, both grids of two axes.
 """
 
 import argparse

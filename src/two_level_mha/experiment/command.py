@@ -177,9 +177,9 @@ def _text(sizes: Sizes, machine: Hardware, args, dtype: torch.dtype, found: dict
         lines += ["", f"{args.mode}{mask}{limit}", *_table(rows, decode)]
     notes = (
         "[..]: with all rates at the slow and at the fast end of their ranges; of a calibration, the largest error of "
-        "what it was fitted to. alone: with no exchange hidden. GB: the most that a rank holds. sent: by a rank for the "
-        "whole batch, inside its node and to others. pieces: of the batch, run in turn, as many as memory asks for. "
-        "*: another model."
+        "what it was fitted to. alone: with no exchange hidden. GB: the most that a rank holds. sent: by a rank for "
+        "the whole batch, inside its node and to others. pieces: of the batch, run in turn, as many as memory asks "
+        "for. *: another model."
     )
     return "\n".join([*lines, "", *textwrap.wrap(notes, WIDTH)])
 
