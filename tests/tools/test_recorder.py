@@ -121,7 +121,8 @@ def test_a_layer_against_the_planner(scheme, activations):
 
 def test_what_fsdp_and_pipelines_send():
     """E. Localises: a collective of c10d that is not seen, or its group, peer or bytes."""
-    weights = 4 * SIZES.layers * (4 * 128 * 128 + 2 * 128 * 512 + 4 * 128) + 4 * 2 * 128
+    # the last norm stays gathered from the first call on, as FSDP2 has it for what is no layer
+    weights = 4 * SIZES.layers * (4 * 128 * 128 + 2 * 128 * 512 + 4 * 128)
     _, _, sent, events = recorded(Layout(dp=4, sharded=True))
     gathers = [event for event in events if isinstance(event, Start)]
     assert {(event.name, event.ranks, event.waited) for event in gathers} == {("all_gather", (0, 1, 2, 3), False)}

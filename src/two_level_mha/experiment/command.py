@@ -12,7 +12,7 @@ import torch
 from two_level_mha.errors import GridError
 from two_level_mha.experiment.calibration import Calibration
 from two_level_mha.experiment.hardware import Hardware, hardware
-from two_level_mha.experiment.model import SEED, SMALL, Layout, Sizes, layouts
+from two_level_mha.experiment.model import SEED, SMALL, Layout, Sizes, baselines, ours
 from two_level_mha.experiment.predict import Prediction, dtype_of, model_flops, predict
 from two_level_mha.experiment.pricing import Prices
 from two_level_mha.experiment.runs import MODES, Call
@@ -97,7 +97,10 @@ def _sizes(args: argparse.Namespace) -> Sizes:
 
 def _chosen(args: argparse.Namespace, sizes: Sizes, machine: Hardware) -> list[Layout]:
     training = args.mode == "training"
-    known = layouts(sizes, machine.ranks, micro_batches=args.micro_batches, overlap=args.overlap, training=training)
+    known = [  # those that the batch does not fit are rows of the table too
+        *ours(sizes, machine.ranks, args.overlap),
+        *baselines(sizes, machine.ranks, args.micro_batches, training),
+    ]
     if args.mode == "decode":  # one token is not split, and its scheme is the cache's
         known = [one for one in known if not one.rows and not one.sharded and one.schedule in ("", "GPipe")]
         grids = dict.fromkeys(one.grid for one in known if one.grid)
