@@ -36,10 +36,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from common import machine, write_results
+from common import ROOT, machine, write_results
 from experiment_decode import decode_cases
 from experiment_ranks import Case, Reference, Setting, finish, gather_rows, measure, prepared
-from nodes import Nodes, bits_per_second, missing, places
+from nodes import NODES, Nodes, bits_per_second, missing, places
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from tqdm import tqdm
 
@@ -47,7 +47,7 @@ from two_level_mha.experiment.model import SEED, SMALL, Sizes, layouts
 
 TIMEOUT = timedelta(seconds=120)  # of a collective
 MODES, MASKS = ("prefill", "training", "decode"), ("causal", "full")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="small")
     for name in asdict(SEED):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="in place of the preset's")
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=["prefill", "training"])
+    parser.add_argument(
+        "--ranks", type=int, help="that are started, in place of the preset's; torchrun's have their own"
+    )
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=["prefill"])
     parser.add_argument("--mask", nargs="+", choices=MASKS, default=list(MASKS))
-    parser.add_argument("--layout", default="", help="only the layouts whose names contain this")
+    parser.add_argument("--layout", nargs="+", default=[""], help="only the layouts whose names contain one of these")
     parser.add_argument("--micro-batches", type=int, default=4, help="of the pipeline, which runs with 1 too")
     parser.add_argument("--overlap", type=int, default=2, help="chunks; 1: only in one piece")
     parser.add_argument("--kernel", choices=("ours", "stock"), default="ours", help="of attention that is not ours")
@@ -127,19 +130,31 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--nodes", metavar="RATE", help="on two nodes, whose link has this rate, as tc writes it")
     parser.add_argument("--delay", type=float, default=0.0, help="of that link, each way, in ms")
     parser.add_argument("--round-robin", action="store_true", help="with --nodes: the ranks dealt to the nodes in turn")
-    parser.add_argument("--json", type=Path, help="where results are written, as benchmarks/results/experiment.json")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="of the results; default: benchmarks/results/experiment.json, of a run without arguments",
+    )
     args = parser.parse_args(argv)
     preset = PRESETS[args.preset]
     own = {name: value for name in asdict(SEED) if (value := getattr(args, name)) is not None}
     args.sizes = replace(preset.sizes, **own)
-    args.ranks, args.without_wire = preset.ranks, preset.without_wire
+    args.ranks, args.without_wire = args.ranks or preset.ranks, preset.without_wire
     args.dtype = DTYPES[args.dtype or preset.dtype]
-    if args.nodes:
-        try:
+    try:
+        if args.nodes:
             bits_per_second(args.nodes)
-        except ValueError as error:
-            parser.error(str(error))
+            if args.ranks % NODES:
+                raise ValueError(f"--nodes shares the ranks between {NODES} nodes, which do not divide {args.ranks}")
+        for mode in {"prefill", "training"} & set(args.mode):
+            layouts(args.sizes, int(os.environ.get("WORLD_SIZE", args.ranks)), **options_of(args, mode))
+    except ValueError as error:
+        parser.error(str(error))
     return args
+
+
+def options_of(asked: argparse.Namespace | Setting, mode: str) -> dict:
+    return {"micro_batches": asked.micro_batches, "overlap": asked.overlap, "training": mode == "training"}
 
 
 def launched(args: argparse.Namespace) -> int:
@@ -152,7 +167,7 @@ def launched(args: argparse.Namespace) -> int:
         return 2
     with Nodes(args.nodes, args.delay) as nodes:
         command = [sys.executable, __file__, *sys.argv[1:]]
-        print(nodes.run(command, args.ranks // 2, round_robin=args.round_robin, timeout=1800)[0], end="")
+        print(nodes.run(command, args.ranks // NODES, round_robin=args.round_robin, timeout=1800)[0], end="")
     return 0
 
 
@@ -174,10 +189,9 @@ def cases_of(setting: Setting, mode: str, mask: str, meshes: dict) -> Iterator[C
     if mode == "decode":
         yield from decode_cases(setting, meshes)
         return
-    options = {"micro_batches": setting.micro_batches, "overlap": setting.overlap, "training": mode == "training"}
     reference = None
-    for layout in layouts(setting.sizes, dist.get_world_size(), **options):
-        if setting.only in layout.name:
+    for layout in layouts(setting.sizes, dist.get_world_size(), **options_of(setting, mode)):
+        if setting.asked(layout.name):
             reference = reference or Reference(setting, mode == "training", mask == "causal")
             yield prepared(setting, reference, layout, meshes)
 
@@ -205,19 +219,20 @@ def main() -> None:
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     start(args)
+    node_of = tuple(places(dist.get_world_size(), args.round_robin)) if args.nodes else ()
     setting = Setting(
         args.sizes, args.dtype, args.device, args.kernel == "stock", args.micro_batches, args.overlap, args.repeats,
-        args.layout, tuple(places(dist.get_world_size(), args.round_robin)) if args.nodes else (), args.without_wire,
-        tuple(args.decode_batch), args.context, args.steps,
+        tuple(args.layout), node_of, args.without_wire, tuple(args.decode_batch), args.context, args.steps,
     )  # fmt: skip
     rows = run(setting, args.mode, args.mask)
     if dist.get_rank() == 0:
         print("\n".join(table(rows)), flush=True)
-        if args.json:
+        path = args.json or (ROOT / "results/experiment.json" if len(sys.argv) == 1 else None)
+        if path:
             link = {"rate": args.nodes, "delay_ms": args.delay, "round_robin": args.round_robin} if args.nodes else None
             of = machine(args.device) | {"command": " ".join(["benchmarks/experiment.py", *sys.argv[1:]])}
             of |= {"load_average": os.getloadavg(), "link": link, "without_wire": args.without_wire}
-            print(write_results(args.json.stem, rows, folder=args.json.parent, of=of))
+            print(write_results(path.stem, rows, folder=path.parent, of=of))
     if not args.without_wire:
         dist.barrier()
     dist.destroy_process_group()

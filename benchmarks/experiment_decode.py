@@ -31,7 +31,7 @@ def decode_cases(setting: Setting, meshes: dict) -> Iterator[Case]:
         sizes = replace(setting.sizes, batch=batch, length=1)
         found = Found(setting, sizes)
         for layout, cache in decode_layouts(sizes, dist.get_world_size()):
-            if setting.only in f"{layout.name}, cache by {cache}":
+            if setting.asked(f"{layout.name}, cache by {cache}"):
                 yield prepared(replace(setting, sizes=sizes), found, layout, cache, meshes)
 
 

@@ -1,5 +1,6 @@
 """What the ranks of experiment.py run: every layout checked against the unsplit model, recorded, and timed in turns."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -21,7 +22,12 @@ import two_level_mha as tlm
 from two_level_mha.experiment.model import ONE_RANK, Built, Layout, Sizes, build, mesh_of
 from two_level_mha.testing import record_collectives
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest element
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}  # of the largest element
 CHECKED = {"batch": 64, "length": 256}  # at most as much is compared, since the unsplit model must run it too
 GATHERED = 1 << 19  # bytes of a rank
 
@@ -48,7 +54,7 @@ class Setting:
     micro_batches: int = 4
     overlap: int = 2
     repeats: int = 3
-    only: str = ""  # layouts whose names contain it
+    only: tuple[str, ...] = ("",)  # layouts whose names contain one of them
     node_of: tuple[int, ...] = ()  # of each rank; empty: one machine
     without_wire: bool = False
     batches: tuple[int, ...] = ()  # of decode, as is what follows
@@ -59,9 +65,22 @@ class Setting:
     def factory(self) -> dict:
         return {"dtype": self.dtype, "device": self.device}
 
+    def asked(self, name: str) -> bool:
+        return any(text in name for text in self.only)
+
     @property
     def compared(self) -> Sizes:
-        return replace(self.sizes, **{name: min(getattr(self.sizes, name), most) for name, most in CHECKED.items()})
+        """Parts of batch and length that every layout can cut as it cuts the whole, or the whole."""
+        pieces = {"batch": math.lcm(self.micro_batches, dist.get_world_size()), "length": dist.get_world_size()}
+        own = {name: _part_of(getattr(self.sizes, name), most, pieces[name]) for name, most in CHECKED.items()}
+        return replace(self.sizes, **own)
+
+
+def _part_of(whole: int, most: int, pieces: int) -> int:
+    """The largest divisor of `whole` up to `most` that `pieces` divides; where there is none, all of it."""
+    if whole <= most:
+        return whole
+    return max((part for part in range(1, most + 1) if whole % part == 0 == part % pieces), default=whole)
 
 
 class Reference:
@@ -231,7 +250,8 @@ def finish(cases: list[Case], setting: Setting) -> None:
         if "steps" in case.row:
             case.row["tpot_ms"] = round(ms / case.row["steps"], 3)
         if setting.node_of:
-            case.row["link_bytes"] = round(statistics.median(size for _, size in case.runs))
+            sizes = [size for _, size in case.runs]
+            case.row |= {"link_bytes": round(statistics.median(sizes)), "runs_link_bytes": sizes}
 
 
 def gather_rows(setting: Setting) -> list[dict]:
@@ -245,6 +265,6 @@ def gather_rows(setting: Setting) -> list[dict]:
         rows.append({
             "layout": case.name, "mode": "gather", "mask": "", "ranks": mesh.size(), "bytes_of_a_rank": GATHERED,
             "ms": statistics.median(ms), "runs_ms": ms, "link_bytes": round(statistics.median(sizes)),
-            "predicted_link_bytes": predicted["1"],
+            "runs_link_bytes": sizes, "predicted_link_bytes": predicted["1"],
         })  # fmt: skip
     return rows

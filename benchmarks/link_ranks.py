@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 
@@ -13,7 +13,6 @@ import torch.testing._internal.distributed.fake_pg  # noqa: F401  registers the 
 from nodes import NODES, places, sent
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 import two_level_mha as tlm
 from two_level_mha.mesh import place_on
@@ -21,7 +20,8 @@ from two_level_mha.testing import Collective, record_collectives
 
 TIMEOUT = timedelta(seconds=120)  # of a collective
 ACTIVATIONS = ("replicated", "sequence", "batch")
-CHUNKS = (1, 4)  # values of overlap=; 1: nothing is computed while something travels
+OVERLAPS = {"1": 1, "4": 4, "planned": None}  # values of overlap=; 1: nothing is computed while something travels
+HIDDEN = 50  # percent of an exchange, by the profile that "planned" is predicted with
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Part:
     round_robin: bool = False
     only_alone: bool = False  # nothing but computing
     across: bool = False  # one rank a node, and the slice axis between them
+    rate: int = 0  # of the link, bits a second, for predictions; 0: nothing is planned
 
     def grid(self, ranks: int) -> tuple[int, int]:
         return (1, ranks) if self.across else (NODES, ranks // NODES)
@@ -63,10 +64,13 @@ def crossing(kind: str, sent_bytes: float, group: list[int], rank: int, node_of:
 def over_link(calls: list[Collective], node_of: list[int]) -> int:
     """Bytes of the node that sends most over the link in these collectives; a collective."""
     rank = dist.get_rank()
-    mine = sum(
-        crossing(call.name, call.sent, dist.get_process_group_ranks(_resolve_process_group(call.group)), rank, node_of)
-        for call in calls
-    )
+    mine = 0.0
+    for call in calls:
+        if call.name == "send":
+            mine += call.sent * (node_of[call.peer] != node_of[rank])
+        else:  # Gloo's reduce-scatter sends what its all-reduce does, twice what it must
+            sent_bytes = call.sent * (2 if call.name == "reduce_scatter" else 1)
+            mine += crossing(call.name, sent_bytes, list(call.ranks), rank, node_of)
     of_nodes = torch.zeros(NODES, dtype=torch.float64)
     of_nodes[node_of[rank]] = mine
     dist.all_reduce(of_nodes)
@@ -109,6 +113,12 @@ def without_wire(mesh: DeviceMesh) -> DeviceMesh:
     return fake
 
 
+def profile_of(part: Part) -> tlm.Profile:
+    """The CPU's rates on this link."""
+    link = part.rate // 8
+    return replace(tlm.Profile.named("cpu"), name="this link", link=link, network=link, hidden_percent=HIDDEN)
+
+
 def layers(part: Part, mesh: DeviceMesh) -> list[Case]:
     fake, cases = without_wire(mesh), []
     layer = {"embed_dim": part.embed_dim, "num_heads": 2 * mesh.size() // NODES}
@@ -116,25 +126,29 @@ def layers(part: Part, mesh: DeviceMesh) -> list[Case]:
     for activations in ACTIVATIONS:
         mine = tlm.shard_activations(x, activations, mesh)
         found: dict[str, Case] = {}
-        for chunks in CHUNKS:
+        for name, overlap in OVERLAPS.items():
+            if overlap is None and part.rate == 0:
+                continue
+            chosen = {"overlap": overlap} | ({} if overlap else {"profile": profile_of(part)})
             plan = tlm.plan(
-                **layer, overlap=chunks, devices=mesh.size(), batch=part.batch, seq=part.length, causal=False,
+                **layer, **chosen, devices=mesh.size(), batch=part.batch, seq=part.length, causal=False,
                 dtype=torch.float32, activations=activations, device_type="cpu",
             )  # fmt: skip
             for option in plan.options:
                 if option.grid != tuple(mesh.shape):
                     continue
                 make = partial(
-                    tlm.TwoLevelMultiheadAttention, **layer, overlap=chunks, bias=False, batch_first=True,
+                    tlm.TwoLevelMultiheadAttention, **layer, **chosen, bias=False, batch_first=True,
                     scheme=option.scheme, activations=activations,
                 )  # fmt: skip
                 if option.scheme not in found:
                     # debug=False: what an exchange without a wire leaves in memory would not compare
                     alone = _call(make(mesh=fake, debug=False), mine)
                     found[option.scheme] = Case(f"{option.scheme}, {activations}", {}, alone)
-                if not part.only_alone and option.overlap == chunks:  # not every call can be cut
-                    found[option.scheme].variants[str(chunks)] = _call(make(mesh=mesh), mine)
-                    found[option.scheme].table_bytes[str(chunks)] = option.sent_bytes()
+                is_cut = option.overlap == overlap or (overlap is None and option.overlap > 1)
+                if not part.only_alone and is_cut:
+                    found[option.scheme].variants[name] = _call(make(mesh=mesh), mine)
+                    found[option.scheme].table_bytes[name] = option.sent_bytes()
         cases += found.values()
     return cases
 

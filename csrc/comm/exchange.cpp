@@ -141,7 +141,11 @@ struct Wait : torch::autograd::Function<Wait> {
 Later<Tensor> begin(const std::vector<Tensor>& xs, Begin forward, BeginBack backward) {
   auto shared = c10::make_intrusive<Transfer>(std::move(forward), std::move(backward));
   Tensor started = Start::apply(at::TensorList(xs), shared);
-  return [=] { return Wait::apply(started, shared); };
+  return {[=] { return Wait::apply(started, shared); },
+          [=] {
+            at::AutoDispatchBelowADInplaceOrView guard;
+            return shared->coming.advance();
+          }};
 }
 
 Later<Tensor> start(Collective kind, const Tensor& buffer, const Group& group) {

@@ -11,6 +11,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <functional>
+#include <memory>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "group.h"
@@ -21,15 +24,37 @@ using at::Tensor;
 
 enum class Collective : int64_t { all_gather, reduce_scatter, all_to_all };
 
-// What is on its way: called once, it waits, and gives what came. Other work may run until then.
+// What is on its way: called once, it waits, and gives what came. Other work may run until then. If it comes in stages,
+// advance() waits for the one that was begun and begins the next; false: there is none.
 template <class T>
-using Later = std::function<T()>;
+class Later {
+ public:
+  Later() = default;
+  template <class F, class = std::enable_if_t<std::is_invocable_r_v<T, F&>>>
+  Later(F finish, std::function<bool()> advance = nullptr)
+      : finish_(std::move(finish)), advance_(std::move(advance)) {}
+
+  T operator()() const { return finish_(); }
+  bool advance() const { return advance_ && advance_(); }
+  explicit operator bool() const { return bool(finish_); }
+
+ private:
+  std::function<T()> finish_;
+  std::function<bool()> advance_;
+};
+
+// f of what comes.
+template <class T, class F>
+auto then(Later<T> before, F f) -> Later<decltype(f(before()))> {
+  auto shared = std::make_shared<Later<T>>(std::move(before));
+  return {[shared, f = std::move(f)]() mutable { return f((*shared)()); },
+          [shared] { return shared->advance(); }};
+}
 
 // What it gives, after which `later` is empty.
 template <class T>
 T arrived(Later<T>& later) {
-  Later<T> mine = std::move(later);
-  later = nullptr;
+  const Later<T> mine = std::exchange(later, {});
   return mine();
 }
 

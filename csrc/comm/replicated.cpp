@@ -37,11 +37,23 @@ Later<Tensor> begin_sum_in_stages(const Tensor& x, const SumGroups& groups) {
   auto elements = x.sym_numel();
   auto padded = ceil_div(elements, near.size) * near.size;
   Tensor flat = pad_dim(x.reshape(-1), 0, 0, padded - elements).view_symint({near.size, padded / near.size});
-  auto mine = begin_run(Collective::reduce_scatter, flat, near);
-  return [=, sizes = x.sym_sizes().vec()] {
-    Tensor all = run(Collective::all_gather, begin_sum_in_group(mine(), far, /*own=*/true)(), near);
-    return all.view(-1).narrow_symint(0, 0, elements).view_symint(sizes);
+  struct Coming {
+    Later<Tensor> stage;
+    int begun = 1;
   };
+  auto coming = std::make_shared<Coming>(Coming{begin_run(Collective::reduce_scatter, flat, near)});
+  auto advance = [=] {
+    if (coming->begun == 3) return false;
+    const Tensor came = arrived(coming->stage);
+    coming->stage = ++coming->begun == 2 ? begin_sum_in_group(came, far, /*own=*/true)
+                                         : begin_run(Collective::all_gather, came, near);
+    return true;
+  };
+  return {[=, sizes = x.sym_sizes().vec()] {
+            while (advance()) continue;
+            return arrived(coming->stage).view(-1).narrow_symint(0, 0, elements).view_symint(sizes);
+          },
+          advance};
 }
 
 Later<Tensor> begin_sum(const Tensor& x, const SumGroups& groups, bool own) {
@@ -91,7 +103,7 @@ Later<Tensor> begin_sum_over(const Tensor& x, const SumGroups& groups,
   once_differentiable(x);
   Tensor y = reduce_dtype ? x.to(*reduce_dtype) : x;
   auto sum = begin_sum(y, groups, own || !y.is_same(x));
-  return [=, dtype = x.scalar_type()] { return sum().to(dtype); };
+  return then(sum, [dtype = x.scalar_type()](const Tensor& y) { return y.to(dtype); });
 }
 
 Tensor sum_over(const Tensor& x, const SumGroups& groups, std::optional<at::ScalarType> reduce_dtype,
@@ -108,12 +120,11 @@ Later<Tensor> begin_reduce_replicated(const Tensor& x, const SumGroups& groups,
     Tensor mine = reduce_dtype ? xs[0].to(*reduce_dtype) : xs[0];
     const Tensor digits = digits_of(*seal, mine);
     auto coming = begin_sum(with_digits(mine, digits), groups, /*own=*/true);
-    return [=, sizes = xs[0].sym_sizes().vec(), elements = xs[0].sym_numel(), count = digits.size(0),
-            dtype = xs[0].scalar_type()] {
-      Tensor sums = coming();
+    return then(coming, [=, sizes = xs[0].sym_sizes().vec(), elements = xs[0].sym_numel(),
+                         count = digits.size(0), dtype = xs[0].scalar_type()](const Tensor& sums) {
       Tensor y = sums.narrow_symint(0, 0, elements).view_symint(sizes);
       return opened(y, sums.narrow_symint(0, elements, count), *seal).to(dtype);
-    };
+    });
   };
   return begin({x}, forward, [](const Tensor& gradient) -> Later<std::vector<Tensor>> {
     return [=] { return std::vector<Tensor>{gradient}; };

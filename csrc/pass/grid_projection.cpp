@@ -41,6 +41,13 @@ struct ProjectionState : torch::CustomClassHolder {
   std::vector<Chunk> of_chunk;
   Later<Tensors> wholes;  // on their way for the weights, if split
 
+  // Whether a sum had another stage.
+  bool advance_sums() const {
+    bool more = false;
+    for (const Chunk& chunk : of_chunk) more |= chunk.sums.advance();
+    return more;
+  }
+
   int64_t batch_dim() const { return split || batch_first ? 0 : 1; }
 
   Tensors begin_inputs(const Tensors& xs) {
@@ -77,11 +84,11 @@ struct ProjectionState : torch::CustomClassHolder {
       shapes.push_back(grad.sym_sizes().vec());
     }
     auto sum = begin_sum_over(flat.size() > 1 ? at::cat(flat) : flat[0], groups, reduce_dtype, /*own=*/true);
-    return [=] {
-      Tensors found = at::split_with_sizes_symint(sum(), lengths);
+    return then(sum, [=](const Tensor& all) {
+      Tensors found = at::split_with_sizes_symint(all, lengths);
       for (size_t i = 0; i < found.size(); ++i) found[i] = found[i].view_symint(shapes[i]);
       return found;
-    };
+    });
   }
 };
 
@@ -113,6 +120,7 @@ struct Enter : torch::autograd::Function<Enter> {
   }
   static variable_list backward(AutogradContext* ctx, variable_list) {
     ProjectionState& shared = shared_of(ctx);
+    while (shared.advance_sums()) continue;
     std::vector<Tensors> chunks;
     for (auto& chunk : shared.of_chunk)
       if (chunk.sums) chunks.push_back(arrived(chunk.sums));
@@ -173,6 +181,7 @@ struct Weights : torch::autograd::Function<Weights> {
         }
         first += width;
       }
+      shared.advance_sums();
     }
     for (auto& chunk : shared.of_chunk) chunk.products.clear();
     return grads;
@@ -227,6 +236,7 @@ struct Project : torch::autograd::Function<Project> {
                               .view_symint(sizes)
                               .to(shared.dtypes[input]));
     }
+    shared.advance_sums();
     if (!of_inputs.empty()) chunk.sums = shared.begin_sums(std::move(of_inputs));
     return variable_list(inputs + weights + 2);
   }

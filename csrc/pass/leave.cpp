@@ -53,14 +53,13 @@ Later<Tensor> begin_combine(Tensor o, const OutWeights& out, const Context& cont
                                            over_grid(context.groups), context.reduce_dtype, context.seal);
     bias = out.bias;
   }
-  return [=] {
-    Tensor y = coming();
+  return then(coming, [=](Tensor y) {
     if (y.dim() == 4) y = y.squeeze(1);
     if (bias) y = y + bias->to(y.scalar_type());
     if (context.splits() && (context.sizes.concat || (context.shards_y() && !context.takes_parts)))
       y = keep_split(y.unsqueeze(1), context.split()).squeeze(1);
     return context.batch_first || swap ? y : y.transpose(0, 1).contiguous();
-  };
+  });
 }
 
 // The context with all that must be alike on every rank in its seal.
@@ -113,7 +112,13 @@ Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& at
   const bool one_mask = !whole.mask || whole.mask->sym_size(0) == 1;
   const auto masks = one_mask ? std::vector<Tensor>() : in_chunks(*whole.mask, 0, chunks);
   std::vector<Later<Tensor>> moving, combining;
+  auto advance = [&] {
+    bool more = false;
+    for (const auto& sum : combining) more |= sum.advance();
+    return more;
+  };
   auto combine = [&](int64_t c) {
+    advance();
     combining.push_back(begin_combine(arrived(moving[c]), out, context.of_chunk(chunks, c)));
   };
   const int64_t behind = moves_out(context) ? 1 : 0;  // a chunk moves while the next is attended to
@@ -126,6 +131,7 @@ Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& at
     if (c >= behind) combine(c - behind);
   }
   if (behind == 1) combine(chunks.count - 1);
+  while (advance()) continue;
   std::vector<Tensor> ys;
   for (auto& later : combining) ys.push_back(arrived(later));
   return from_chunks(ys, context.batch_first ? 0 : 1, chunks);

@@ -134,8 +134,9 @@ def ours(sizes: Sizes, ranks: int, overlap: int) -> Iterator[Layout]:
                 device_type="cpu",
             )  # fmt: skip
             for option in plan.options:
-                independent = not option.exact and (activations, chunks) == ("replicated", 1)
-                if option.overlap == chunks and (option.exact or independent):
+                # of grouped heads its slices would read other key/value heads than the same heads, narrower, do
+                paper = sizes.kv_heads == sizes.heads and (activations, chunks) == ("replicated", 1)
+                if option.overlap == chunks and (option.exact or paper):
                     one = Layout(option.grid, option.scheme, activations, chunks)
                     yield one
                     if option.scheme == "weights" and activations != "replicated":
