@@ -16,6 +16,7 @@ from two_level_mha.loading import load_pretrained  # noqa: E402
 from two_level_mha.mesh import Grid, close, init_mesh, reopen  # noqa: E402
 from two_level_mha.multihead import TwoLevelMultiheadAttention  # noqa: E402
 from two_level_mha.planner import plan  # noqa: E402
+from two_level_mha.pretrained import from_pretrained  # noqa: E402
 from two_level_mha.profile import Profile  # noqa: E402
 from two_level_mha.report import report  # noqa: E402
 from two_level_mha.saving import Loaded, load, save  # noqa: E402
@@ -36,6 +37,7 @@ __all__ = [
     "TwoLevelMultiheadAttention",
     "clip_grad_norm_",
     "close",
+    "from_pretrained",
     "full_state_dict",
     "gather_activations",
     "guard",

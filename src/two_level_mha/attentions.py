@@ -26,6 +26,18 @@ _MIXER = re.compile(
     r"Mixer$|DeltaNet$|DeltaAttention$|ShortConv$|LightningAttention$|RecurrentBlock$|mLSTMLayer$|^Rwkv\w*Attention$"
 )
 
+# Of what is gathered beside attention: the least share of its layer, one in so many; classes inside a module that is
+# split in part.
+_LEAST = 20
+_OF_LAYERS = re.compile(r"MLP|Mlp|Moe|MoE|Expert|FeedForward")
+
+# Classes that die or do something else with transformers' plan for them, and why: they are gathered as well.
+_UNPLANNED = {
+    "Inkling2SparseMoeBlock": "its plan gives other numbers",
+    "Llama4TextMoe": "it writes to what its plan makes a view",
+    "InklingMoE": "it multiplies tensors with what its plan makes DTensors",
+}
+
 # Classes that give their parts away while the model runs, and the way out.
 _CHANGING = {
     "BigBirdBlockSparseAttention": 'it becomes another in short calls: set attention_type="original_full" first'
@@ -67,7 +79,8 @@ class Found:
 
 def _looks_like_attention(module: nn.Module) -> bool:
     names = (*module._modules, *module._parameters)
-    return "Attention" in type(module).__name__ and any(_PROJECTION.search(name) for name in names)
+    called = type(module).__name__
+    return ("Attention" in called or called.endswith("MLA")) and any(_PROJECTION.search(name) for name in names)
 
 
 def _mixes_tokens(module: nn.Module) -> bool:
@@ -122,17 +135,57 @@ def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dic
     return attentions
 
 
+def add_whole(
+    model: nn.Module, attentions: Attentions, split: Callable[[str], bool], skips: Callable[[str], bool]
+) -> None:
+    """Adds to those whose weights are gathered what else stays whole in layers of transformers' models: MLPs without a
+    plan. split: whether the parameter of a name is split otherwise.
+    """
+    owners = _owners(model)
+    inside = attentions.names()
+    for prefix, part in pretrained_models(model).items():
+        for name, layers in part.named_modules(prefix=prefix):
+            for number, layer in layers._modules.items() if isinstance(layers, nn.ModuleList) else ():
+                own = f"{name}.{number}."
+                if not any(other.startswith(own) for other in inside):
+                    continue
+                size = sum(p.numel() for p in layer.parameters())
+                for child, module in layer.named_children():
+                    _add_whole_module(own + child, module, size, attentions, split, skips, owners)
+
+
+def _add_whole_module(name: str, module: nn.Module, size: int, attentions, split, skips, owners) -> None:
+    held = dict(module.named_parameters(prefix=name))
+    if skips(name) or any(other == name or other.startswith(f"{name}.") for other in attentions.names()):
+        return
+    if sum(p.numel() for p in held.values()) * _LEAST < size or all(p.dim() < 2 for p in held.values()):
+        return
+    if any(map(split, held)):
+        for child, part in module.named_children():
+            if _OF_LAYERS.search(type(part).__name__):
+                _add_whole_module(f"{name}.{child}", part, size, attentions, split, skips, owners)
+    elif not _not_gathered(module, owners) and not has_hooks(module):
+        attentions.gathered[name] = module, "no plan splits it"
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Parameter -> modules that own it; a module used in several places is one."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for p in module._parameters.values():
+            owners.setdefault(id(p), []).append(name)
+    return owners
+
+
 def _find(
     model: nn.Module, gathers: set[nn.Module], generates: set[nn.Module], skips: Callable[[str], bool]
 ) -> Attentions:
     """Every attention by its structure alone. generates: modules of models that generate."""
-    owners: dict[int, list[str]] = {}  # parameter -> modules that own it; a module used in several places is one
+    owners = _owners(model)
     uses: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     adapters = adapters_with(FAMILIES)
     supported = "supported: " + ", ".join(adapter.name for adapter in adapters)
-    for name, module in model.named_modules():
-        for p in module._parameters.values():
-            owners.setdefault(id(p), []).append(name)
+    for module in model.modules():
         for child_name, child in module._modules.items():
             uses.setdefault(child, []).append((module, child_name))
     attentions = Attentions()
@@ -142,7 +195,8 @@ def _find(
             continue
         adapter = next((one for one in adapters if one.matches(module, parent)), None)
         mixer = module in gathers and _mixes_tokens(module)
-        if adapter is None and not (_looks_like_attention(module) or mixer):
+        unplanned = _UNPLANNED.get(type(module).__name__) if module in gathers else None
+        if adapter is None and not (_looks_like_attention(module) or mixer or unplanned):
             continue
         if any(name.startswith(f"{outer}.") for outer in attentions.gathered):
             continue
@@ -158,7 +212,8 @@ def _find(
         if adapter is None and module in gathers:
             if problem := _not_gathered(module, owners):
                 raise GridError(f"{where} is not supported: {problem}")
-            attentions.gathered[name] = module, f"no adapter knows its structure ({type(module).__name__})"
+            why = unplanned or f"no adapter knows its structure ({type(module).__name__})"
+            attentions.gathered[name] = module, why
             continue
         if adapter is None:
             raise GridError(

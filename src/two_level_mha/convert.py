@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.activations import check_activations
 from two_level_mha.agreement import ModelInputs, NoteOfFailure, check_same_weights, same_on_all_ranks
-from two_level_mha.attentions import Attentions, Found, find_attentions
+from two_level_mha.attentions import Attentions, Found, add_whole, find_attentions
 from two_level_mha.cache_layer import CACHE_LAYOUTS
 from two_level_mha.errors import GridError
 from two_level_mha.families import later
@@ -20,8 +20,9 @@ from two_level_mha.layer import GridAttention, check_options, check_overlap, sto
 from two_level_mha.mesh import Grid, control_on, place_on
 from two_level_mha.probe import HOOKS
 from two_level_mha.profile import Profile, resolve_profile
+from two_level_mha.replaced import note_replaced
 from two_level_mha.report import keep_report
-from two_level_mha.rest import Rest, find_rest, split_rest
+from two_level_mha.rest import Rest, find_rest, plan_trials, split_rest
 from two_level_mha.stacks import find_stacks, split_stack
 from two_level_mha.stock import resolve, take_stock_keys
 
@@ -66,13 +67,15 @@ def parallelize(
     when an attention is found that is not supported, when the grid does not fit one, or when the ranks' arguments or
     weights differ. What was split is told by two_level_mha.report(model), which the grid's first rank also logs (logger
     "two_level_mha", level INFO). Attributes, forward and backward hooks, and the training mode of the originals are
-    kept, and load_state_dict takes the original model's state dict. A transformers model that generates becomes one of
-    a subclass, of the same name, whose generate() takes the token that the grid's first rank drew on every rank.
+    kept, and load_state_dict takes the original model's state dict; an optimizer is made afterwards, one that holds a
+    parameter which was replaced raises GridError in its first step. A transformers model becomes one of a subclass, of
+    the same name: generate() takes the token that the grid's first rank drew on every rank, save_pretrained(folder)
+    writes whole tensors on the first rank, and is called on every one.
     """
     options = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache, "reduce_dtype": reduce_dtype}
     options["overlap"] = overlap
     grid = place_on(mesh).grid
-    attentions, generating, others, stacks, refusal, rates = Attentions(), [], Rest(), [], None, None
+    attentions, pretrained, others, stacks, refusal, rates = Attentions(), [], Rest(), [], None, None
     try:
         check_options(scheme, combine)
         check_activations(activations)
@@ -81,15 +84,18 @@ def parallelize(
         rates = options["profile"].numbers
         if cache not in CACHE_LAYOUTS:
             raise GridError(f"cache must be one of {', '.join(CACHE_LAYOUTS)}, got {cache!r}")
-        generating = [part for part in pretrained_models(model).values() if part.can_generate()]
-        for part in generating:
-            private_method(part, "_get_stopping_criteria")  # or it is refused
+        pretrained = list(pretrained_models(model).values())
+        for part in pretrained:
+            if part.can_generate():
+                private_method(part, "_get_stopping_criteria")  # or it is refused
         skips = _skips(model, skip, only)
         attentions = find_attentions(model, skips, options)
         found = attentions.found
         _check_grid(found, grid, scheme)
         if rest and grid.size > 1:
             others = find_rest(model, grid.size, attentions.names(), skips)
+            if activations == "replicated" and scheme != "independent":
+                add_whole(model, attentions, others.splits, skips)
         others.left_out |= dict.fromkeys(attentions.skipped, "skip= or only= says so")
         if activations != "replicated" and grid.size > 1:
             stacks, whole = find_stacks(model, found, others)
@@ -117,20 +123,25 @@ def parallelize(
             "whose weights are gathered": list(attentions.gathered),
         }
         same_on_all_ranks(kinds, mesh, "build the model alike on every rank")
+    before = dict(model.named_parameters())
     split = {module for stack in stacks for module in stack.attentions}
     for one in attentions.found:
         _replace(one, mesh, options | ({"activations": activations} if one.module in split else {}))
+    for part in pretrained:
+        later("on_grid", "put_on_grid")(part, mesh)
     if grid.size > 1:
         control = control_on(mesh)
         model.register_forward_pre_hook(ModelInputs(control), with_kwargs=True)
         model.register_forward_hook(NoteOfFailure(control), always_call=True)
-        for part in generating:
-            later("generate", "generate_together")(part, mesh)
         for module, _ in attentions.gathered.values():
             later("gathered", "gather_weights")(module, mesh)
+        trials = plan_trials(others) if not stacks else []
         split_rest(others, mesh, {linear for stack in stacks for linear in stack.linears})
         for stack in stacks:
             split_stack(stack, mesh, activations, reduce_dtype)
+        for trial in trials:
+            trial.check()
+    note_replaced(before, model, "parallelize")
     report = keep_report(model, attentions, others)
     if mesh is None or not any(mesh.get_coordinate()):
         logging.getLogger("two_level_mha").info("%s", report)

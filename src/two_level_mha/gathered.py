@@ -48,7 +48,7 @@ class Sequences:
     def deal(self, x: object, name: str, mesh: DeviceMesh) -> object:
         """What this rank's call is given for an argument called `name`; mesh: the flattened grid."""
         if isinstance(x, (list, tuple)):
-            return _like(x, [self.deal(one, name, mesh) for one in x])
+            return like(x, [self.deal(one, name, mesh) for one in x])
         if isinstance(x, dict) and ("position" in name or "mask" in name):  # others are where layers leave states
             return {key: self.deal(one, name, mesh) for key, one in x.items()}
         if not isinstance(x, Tensor):
@@ -66,7 +66,7 @@ class Sequences:
         Raises UsageRuntimeError for a tensor that is neither of sequences nor a weight.
         """
         if isinstance(output, (list, tuple)):
-            return _like(output, [self.gather(one, weights) for one in output])
+            return like(output, [self.gather(one, weights) for one in output])
         if not isinstance(output, Tensor):
             return output
         # the same for all sequences: its gradient must come from one rank
@@ -82,7 +82,7 @@ class Sequences:
         return self.whole(output)
 
 
-def _like(x: list | tuple, entries: list) -> list | tuple:
+def like(x: list | tuple, entries: list) -> list | tuple:
     return type(x)(*entries) if hasattr(x, "_fields") else type(x)(entries)
 
 

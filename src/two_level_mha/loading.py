@@ -21,6 +21,7 @@ from two_level_mha.integrations.private import pretrained_models, private, priva
 from two_level_mha.layer import GridAttention
 from two_level_mha.manifest import some
 from two_level_mha.pretrained_files import check_hashes, open_tensors, weight_files
+from two_level_mha.replaced import note_replaced
 from two_level_mha.stock import StockTensor, resolve
 
 _FLOATS = ("F64", "F32", "BF16", "F16")  # which torch converts to each other; not integers, bools or float8
@@ -147,7 +148,7 @@ def load_pretrained(model: nn.Module, path: str | Path, *, sha256: dict[str, str
         problem, shapes, sha256 = error, None, None
     fields = {"refusal": problem, "the names and shapes in the checkpoint": shapes, "sha256": sha256}
     same_on_all_ranks(fields, grid, "give every rank the same files")
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     try:
         checkpoint.load()
     except Exception as error:
@@ -155,7 +156,8 @@ def load_pretrained(model: nn.Module, path: str | Path, *, sha256: dict[str, str
         problem.__cause__ = error
     same_on_all_ranks({"an error while reading": problem}, grid, "")
     for name, p in model.named_parameters():
-        p.requires_grad_(trained[name])
+        p.requires_grad_(before[name].requires_grad)
+    note_replaced(before, model, "load_pretrained")
     model.eval()
     if generation_config is not None:
         model.generation_config = generation_config

@@ -1,7 +1,10 @@
 """The grid of ranks: n head groups times m slices of the head dimension."""
 
 import datetime
+import enum
 import os
+import re
+import warnings
 from dataclasses import dataclass, field
 from numbers import Integral
 
@@ -47,6 +50,13 @@ class Grid:
         """Raises GridError, with the grids that would do, unless this grid fits such a layer."""
         if problem := _C.grid_problem(self.head_groups, self.slices, num_heads, num_kv_heads, head_dim):
             raise GridError(problem)
+
+    @staticmethod
+    def parse(text: str) -> "Grid":
+        """ "2x4" -> Grid(2, 4): head groups x slices, on command lines. Raises GridError for what is no grid."""
+        if not (found := re.fullmatch(r"(\d+)[xX](\d+)", text.strip())):
+            raise GridError(f"a grid is written as head groups x slices, such as 2x4, got {text!r}")
+        return Grid(int(found[1]), int(found[2]))
 
     @staticmethod
     def candidates(
@@ -165,7 +175,16 @@ def reopen(mesh: DeviceMesh) -> None:
 
 
 def _check_device(device_type: str) -> None:
-    """Raises GridError where CUDA tensors of a mesh would go wrong."""
+    """Raises GridError for what is no type of device, and where CUDA tensors of a mesh would go wrong."""
+    try:
+        known = isinstance(device_type, str) and torch.device(device_type).index is None
+    except RuntimeError:  # torch lists the types it knows, most of which are no backend's
+        known = False
+    if not known:
+        raise GridError(
+            f'device_type must be a type of device without a number, "cuda" for GPUs or "cpu", got {device_type!r}; '
+            'the grid comes after it: init_mesh("cuda", (n, m))'
+        )
     if device_type != "cuda":
         return
     backends = dict(part.split(":") for part in str(dist.get_backend_config()).split(",") if ":" in part)
@@ -293,6 +312,34 @@ def place_on(mesh: DeviceMesh | None) -> Place:
         )
     names = tuple(group.group_name for group in _groups(mesh))
     return Place(Grid(*mesh.shape), *mesh.get_coordinate(), names, control_on(mesh))
+
+
+class NoMesh(enum.Enum):
+    """The default of a mesh that only a job of one rank may leave out."""
+
+    NOT_GIVEN = "not given"
+
+
+def given_mesh(mesh: DeviceMesh | None | NoMesh) -> DeviceMesh | None:
+    """The mesh of a layer. Warns where none was given in a job of several ranks: the layer is not split there."""
+    if not isinstance(mesh, NoMesh):
+        return mesh
+    started = dist.is_available() and dist.is_initialized()
+    ranks = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        warnings.warn(
+            f"mesh was not given, in a job of {ranks} ranks: mesh=two_level_mha.init_mesh(..) splits the layer over "
+            "them, mesh=None, which is taken now, keeps all of it on each rank",
+            stacklevel=3,
+        )
+    return None
+
+
+def check_no_mesh(arguments: dict[str, object]) -> None:
+    """Raises GridError for a mesh in the place of another argument."""
+    for name, value in arguments.items():
+        if isinstance(value, DeviceMesh):
+            raise GridError(f"{name} was given a mesh, which goes by its name: mesh=mesh")
 
 
 def control_on(mesh: DeviceMesh) -> Control:

@@ -1,15 +1,18 @@
 """Every causal language model of transformers, small, split over 4 ranks and not: what is right, what is refused.
 
-    PYTHONPATH=tests python -m harness.families [--ranks 4] [--only llama gpt_oss] [--json FILE]
+    PYTHONPATH=tests python -m harness.families [--ranks 4] [--only llama gpt_oss] [--json FILE] [--docs FILE]
 
 Of each family of transformers' mapping one model with random weights and 2 key/value heads where it lets one choose, on
 a grid of 2 head groups. Right: logits of a padded batch, the gradient of every parameter, and 8 greedy tokens with a
-cache are the unsplit model's. Families of which no small model can be made are listed with the reason.
+cache are the unsplit model's. Beside it what transformers' own tensor parallelism does with the same model, saved and
+read again: right if the logits and the tokens are. Families of which no small model can be made have the reason.
 """
 
 import argparse
 import copy
+import datetime
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -47,6 +50,33 @@ SIZES = {
 }  # fmt: skip
 
 
+SHARED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+# What single families need besides; None: their own default.
+MORE = {
+    "bamba": {"attn_layer_indices": [1]},
+    "dbrx": {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": SHARED,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
+    "prophetnet": {"num_hidden_layers": None, "num_encoder_layers": 1, "num_decoder_layers": 2},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
 def small(family: str) -> transformers.PretrainedConfig:
     """A small configuration of a family."""
     made = transformers.AutoConfig.for_model(family)
@@ -54,7 +84,8 @@ def small(family: str) -> transformers.PretrainedConfig:
     for name, part in vars(made).items():
         if isinstance(part, transformers.PretrainedConfig):
             options[name] = _sizes(part)
-    return type(made)(**options)
+    options |= MORE.get(family, {})
+    return type(made)(**{name: value for name, value in options.items() if value is not None})
 
 
 def _sizes(config: transformers.PretrainedConfig) -> dict:
@@ -179,40 +210,125 @@ def _off(got: torch.Tensor, expected: torch.Tensor, least: float = 1e-9) -> floa
     return ((got - expected).abs().max() / expected.abs().max().clamp(min=least)).item()
 
 
+def try_stock(family: str, folder: str) -> dict[str, object]:
+    """transformers' own tensor parallelism, on every rank, of the model that the first rank saves in `folder`."""
+    model, batch = build(family), inputs()
+    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+    if torch.distributed.get_rank() == 0:
+        model.save_pretrained(folder)
+    torch.distributed.barrier()
+    config = transformers.distributed.DistributedConfig(tp_size=torch.distributed.get_world_size())
+    split = type(model).from_pretrained(folder, distributed_config=config).eval()
+    if not any(isinstance(p, DTensor) for p in split.parameters()):
+        return {"verdict": "refused", "why": "it has no plan: every rank holds all"}
+    with torch.no_grad():
+        keep = batch["attention_mask"].bool()
+        logits = [(one(**batch, use_cache=False).logits)[keep] for one in (model, split)]
+        tokens = [one.generate(**batch, **options) for one in (model, split)]
+    off = _off(logits[1], logits[0])
+    right = off <= TOLERANCE[logits[0].dtype] and torch.equal(*tokens)
+    return {"verdict": "right" if right else "wrong", "why": "" if right else f"logits differ by {off:.1e}"}
+
+
 def survey(families: list[str], ranks: int) -> dict[str, dict]:
-    from harness.families import try_family  # ranks import it by this name, also where this module is __main__
+    """By family what try_family found, and under "stock" what try_stock did."""
+    from harness.families import (
+        try_family,
+        try_stock,
+    )  # ranks import it by this name, also where this module is __main__
 
     pool, found = Pool(alive=1), {}
+
+    def on_ranks(*call) -> dict[str, object]:
+        try:
+            results = pool.run(call[0], ranks, *call[1:], timeout=TIMEOUT)
+        except RankFailure as error:
+            lines = str(error.__cause__ or error).strip().splitlines()
+            return {"verdict": "crash", "why": lines[-1][-300:] if lines else type(error.__cause__).__name__}
+        return next((one for one in results if one["verdict"] != "right"), results[0])
+
     for family in families:
         start = time.monotonic()
-        try:
-            results = pool.run(try_family, ranks, family, (2, ranks // 2), timeout=TIMEOUT)
-            found[family] = next((one for one in results if one["verdict"] != "right"), results[0])
-        except RankFailure as error:
-            text = str(error.__cause__ or error)
-            found[family] = {"verdict": "crash", "why": text[-600:]}
-        found[family]["seconds"] = round(time.monotonic() - start, 1)
+        one = found[family] = on_ranks(try_family, family, (2, ranks // 2))
+        if one["verdict"] != "not built":
+            with tempfile.TemporaryDirectory() as folder:
+                one["stock"] = on_ranks(try_stock, family, folder)
+        one["seconds"] = round(time.monotonic() - start, 1)
+        ways = f"{one.get('attentions', '')} + {one.get('gathered', '')}"
         print(
-            f"{family:28} {found[family]['verdict']:10} {found[family].get('gathered', '')}",
-            repr(found[family]["why"][:150]),
+            f"{family:28} {one['verdict']:10} {ways:8}",
+            one.get("stock", {}).get("verdict"),
+            one["why"][:120],
             flush=True,
         )
     pool.close()
     return found
 
 
+def counts(found: dict[str, dict]) -> dict[str, int]:
+    """How many families are right, and so on; and of those that are right how many under transformers' own."""
+    verdicts = [one["verdict"] for one in found.values()]
+    known = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
+    right = [one for one in found.values() if one["verdict"] == "right"]
+    known["right by split attention alone"] = sum(not one["gathered"] for one in right)
+    known["right under transformers' own"] = sum(one["stock"]["verdict"] == "right" for one in right)
+    return known
+
+
+def page(found: dict[str, dict], ranks: int) -> str:
+    """docs/models.md."""
+    built = {family: one for family, one in found.items() if one["verdict"] != "not built"}
+    number = counts(found)
+    rows = []
+    for family, one in built.items():
+        ways = [(one.get("attentions"), "split"), (one.get("gathered"), "gathered")]
+        how = " and ".join(way for count, way in ways if count) if one["verdict"] == "right" else one["why"]
+        held = f"{one['held']:.2f}" if "held" in one else ""
+        stock = one["stock"]["verdict"]
+        rows.append(
+            f"| {family} | {one['verdict']} | {_cell(how)} | {held} | {'dies' if stock == 'crash' else stock} |"
+        )
+    left = [f"{family} ({_cell(one['why'])})" for family, one in found.items() if one["verdict"] == "not built"]
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    split, stock = (number[key] for key in ("right by split attention alone", "right under transformers' own"))
+    return f"""# Models
+
+Made by `make models` on {datetime.date.today()}, {versions}.
+
+Every causal language model of transformers, small and with random weights, with 2 key/value heads where the family
+lets one choose, on {ranks} Gloo ranks in a grid of 2 head groups. Of {len(built)} families {number.get("right", 0)} are
+right: logits of a padded batch, the gradient of every parameter and {TOKENS} greedy tokens with a cache are the unsplit
+model's. Of those, {split} have all of their attention and MLPs split; in the others some or all keeps its own code,
+with weights that are stored split and gathered for each call. Under transformers' own tensor parallelism, on as many
+ranks, {stock} of them give the unsplit logits and tokens.
+
+Kept is the share of all parameters that the first rank holds: 1/{ranks} is {1 / ranks:.2f}. Small models have large
+embeddings, which stay whole where they are tied.
+
+| family | here | attention | kept | transformers' own |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+
+No small model was made of {len(left)}: {"; ".join(left)}.
+"""
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "/").split())[:160]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="all that was found")
+    parser.add_argument("--docs", type=Path, help="a page of it, in Markdown")
     args = parser.parse_args()
     families = args.only or sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     found = survey(families, args.ranks)
-    counts: dict[str, int] = {}
-    for one in found.values():
-        counts[one["verdict"]] = counts.get(one["verdict"], 0) + 1
-    print(counts)
+    print(counts(found))
+    if args.docs:
+        args.docs.write_text(page(found, args.ranks))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

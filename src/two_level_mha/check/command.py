@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import os
-import re
 import sys
 import time
 from dataclasses import asdict
@@ -135,9 +134,7 @@ def grid_and_sizes(args: argparse.Namespace, ranks: int, alone: bool, profile) -
     if args.heads is not None:
         given = Sizes(args.heads, args.heads if args.kv_heads is None else args.kv_heads, args.head_dim)
     if args.grid is not None:
-        if not (found := re.fullmatch(r"(\d+)x(\d+)", args.grid)):
-            raise GridError(f"--grid must be head groups x slices, such as 2x4, got {args.grid!r}")
-        grid = Grid(int(found[1]), int(found[2]))
+        grid = Grid.parse(args.grid)
         if grid.size != ranks:
             pairs = ", ".join(f"{d}x{ranks // d}" for d in range(ranks, 0, -1) if ranks % d == 0)
             start = f"; start that many: {HOW.replace('4', str(grid.size), 1)}" if alone else ""

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from two_level_mha.class_like import class_like
 from two_level_mha.errors import GridError
 from two_level_mha.gathered import Sequences
-from two_level_mha.integrations.cache import ModelCacheLayer
+from two_level_mha.integrations.cache import ModelCache, ModelCacheLayer
 from two_level_mha.mesh import Place
 
 
@@ -41,6 +41,11 @@ class DealtLayer:
         if sizes:
             self.sequences = Sequences(sizes[0], self.sequences.place)
             each(self.sequences.part)
+
+
+def can_be_dealt(cache: Cache) -> bool:
+    """Whether all that a cache holds is in its layers: those of single models may have more."""
+    return type(cache) in (DynamicCache, EncoderDecoderCache, ModelCache)
 
 
 def deal_cache(cache: Cache, index: int, batch: int, place: Place) -> None:
