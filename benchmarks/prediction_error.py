@@ -4,8 +4,9 @@
 
 Calibrates the machine, as `python -m two_level_mha calibrate` does, predicts the cases of held_out.json, which were
 fixed beforehand and are of other sizes than those that were fitted, and times them, all in two passes. What is printed
-beside an error is how far the two passes are from each other. A case is rejected by what else ran on the machine, not by
-its error, and is listed all the same. Exits with 1 where the limits of held_out.json are missed.
+beside an error is how far the two passes are from each other. A case is rejected by what else ran on the machine, not
+by its error, and is listed all the same: results/prediction_error_RANKS.json. Exits with 1 where the limits of
+held_out.json are missed.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from common import write_results
 
-from two_level_mha.experiment.calibrate import Case, Timer, calibrate, on_ranks, sizes_of, whole_run
+from two_level_mha.experiment.calibrate import DISTURBED, Case, Timer, calibrate, on_ranks, sizes_of, whole_run
 from two_level_mha.experiment.calibration import Calibration
 from two_level_mha.experiment.hardware import hardware
 from two_level_mha.experiment.model import Layout
@@ -24,7 +25,7 @@ from two_level_mha.experiment.predict import priced
 from two_level_mha.experiment.runs import Call, record_layout
 
 HELD_OUT = json.loads((Path(__file__).parent / "held_out.json").read_text())
-REPEATS, SLOWED = 15, 1.25
+REPEATS, SLOWED, TRIES = 15, 1.25, 2
 
 
 def held_out(ranks: int) -> list[Case]:
@@ -62,12 +63,15 @@ def predicted(cases: list[Case], calibration: Calibration) -> list[float]:
 
 def compare(ranks: int) -> list[dict]:
     cases = held_out(ranks)
-    calibration = calibrate(ranks)
+    tried = []
+    while len(tried) < TRIES and not (tried and tried[-1].spread <= DISTURBED):
+        tried.append(calibrate(ranks))
+    calibration = min(tried, key=lambda one: one.spread)
     expected = predicted(cases, calibration)
     passes = [on_ranks(ranks, measured, cases, REPEATS) for _ in range(2)]
     usual = statistics.median(product for one in passes for runs in one for _, product in runs)
     rows = [{"case": f"calibration, {ranks} ranks", "ranks": ranks, **calibration.coefficients}]
-    rows[0]["fitted_error"] = round(calibration.error, 4)
+    rows[0] |= {"fitted_error": round(calibration.error, 4), "spreads": [round(one.spread, 3) for one in tried]}
     for i, (case, seconds) in enumerate(zip(cases, expected, strict=True)):
         medians = [statistics.median(taken for taken, _ in one[i]) for one in passes]
         slowed = [statistics.median(product for _, product in one[i]) / usual for one in passes]
@@ -102,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     args = parser.parse_args()
-    rows, missed = [], []
+    missed = []
     for ranks in args.ranks:
         found = compare(ranks)
         found.append(summary(found, ranks))
@@ -111,8 +115,7 @@ def main() -> None:
         last = found[-1]
         if last["error_median"] > last.get("limit_median", 9) or last["error_worst"] > last.get("limit_worst", 9):
             missed.append(str(ranks))
-        rows += found
-    print(write_results("prediction_error", rows))
+        print(write_results(f"prediction_error_{ranks}", found))
     if missed:
         raise SystemExit(f"the limits of held_out.json are missed on {', '.join(missed)} ranks")
 

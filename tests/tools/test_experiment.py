@@ -175,6 +175,16 @@ def test_layouts_of_the_paper():
 
 
 @pytest.mark.cpu_only("layouts of torch's own parts over Gloo")
+def test_bytes_of_tensor_parallel_training(pool):
+    """E. Localises: a gradient of q, k and v's input that is summed over the ranks three times."""
+    setting = replace(SETTING, only=("TP4", "ours 4x1, slices, replicated"), overlap=1)
+    for row in pool.run(rows_of, RANKS, setting, "training", "causal", timeout=120)[0]:
+        sums = 4 * TINY.layers * 2 * TINY.tokens * TINY.embed_dim * 8 * 3 // 4  # two a layer, forward and backward
+        small = 4096  # what the ranks of a grid compare, gradients of norms that act on rows
+        assert 0 <= row["sent_bytes"] - sums <= small, row["layout"]
+
+
+@pytest.mark.cpu_only("layouts of torch's own parts over Gloo")
 def test_bytes_by_hand(pool):
     """E. Localises: a collective that the recorder does not see, in a layout whose bytes are known."""
     found = pool.run(rows_of, RANKS, replace(SETTING, only=("P",)), "prefill", "causal", timeout=120)

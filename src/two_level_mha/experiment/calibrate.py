@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -29,7 +30,9 @@ ROWS, INNER, COLUMNS = [128, 512, 2048], [64, 256, 1024], [64, 256, 1024]
 KEYS, WIDTHS = [64, 128, 256, 512], [32, 64, 128]
 BYTES = [1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24]
 SENT = [1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22]
-LONG = 0.01  # seconds that a piece is repeated for, so that ranks on one processor take turns
+PASSES = 3  # what disturbs the machine in one of them is not in the median of all
+DISTURBED = 1.25  # spread of a calibration that is not to be relied on
+LONG = 0.006  # seconds that a piece is repeated for, so that ranks on one processor take turns
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Timer:
         dist.all_reduce(taken, dist.ReduceOp.MAX)
         return taken.item()
 
-    def piece(self, function: Callable[[], object], repeats: int = 5) -> float:
+    def piece(self, function: Callable[[], object], repeats: int = 3) -> float:
         """Seconds of one call among as many as take LONG."""
         first = self.median(function, 2)
         count = max(1, min(1000, int(LONG / max(first, 1e-6))))
@@ -144,16 +147,22 @@ def _memory(timer: Timer) -> dict[str, Table]:
     return found
 
 
-def _collectives(timer: Timer) -> dict[str, Table]:
+def _groups() -> dict[int, str]:
+    """Of neighbours, by size: the name of this rank's."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
+    found = {}
+    for size in [size for size in range(2, ranks + 1) if ranks % size == 0]:
+        for first in range(0, ranks, size):
+            group = dist.new_group(list(range(first, first + size)))
+            if first <= rank < first + size:
+                found[size] = group.group_name
+    return found
+
+
+def _collectives(timer: Timer, groups: dict[int, str]) -> dict[str, Table]:
     ops, wait = torch.ops._c10d_functional, torch.ops._c10d_functional.wait_tensor
     found: dict[str, Table] = {}
-    for size in [size for size in range(2, ranks + 1) if ranks % size == 0]:
-        group = None
-        for first in range(0, ranks, size):
-            made = dist.new_group(list(range(first, first + size)))
-            group = made if first <= rank < first + size else group
-        name = group.group_name
+    for size, name in groups.items():
 
         def calls(x: torch.Tensor, size: int = size, name: str = name) -> dict[str, Callable[[], object]]:
             even = [x.numel() // size] * size
@@ -207,30 +216,55 @@ def _on_rank(rank: int, ranks: int, store: str, found: str, function: Callable, 
     dist.destroy_process_group()
 
 
-def _measure(repeats: int) -> tuple[dict, list[float]]:
-    """The tables, and the seconds of the cases."""
+def _measure(repeats: int) -> tuple[list[dict], list[float]]:
+    """The tables of each pass, and the seconds of the cases, whose runs are spread over the passes."""
     timer = Timer()
-    tables = {
-        "products": _products(timer),
-        "attention": _attention(timer, causal=False),
-        "attention_causal": _attention(timer, causal=True),
-        "memory": _memory(timer),
-        "collectives": _collectives(timer),
-    }
+    groups = _groups()
     runs = [whole_run(case) for case in cases(dist.get_world_size())]
-    times = [[] for _ in runs]
-    for repeat in range(repeats + 2):
-        for run, of_one in zip(runs, times, strict=True):
-            taken = timer.once(run)
-            if repeat > 1:
-                of_one.append(taken)
+    times: list[list[float]] = [[] for _ in runs]
+    tables = []
+    for _ in range(PASSES):
+        tables.append(
+            {
+                "products": _products(timer),
+                "attention": _attention(timer, causal=False),
+                "attention_causal": _attention(timer, causal=True),
+                **{f"memory {name}": table for name, table in _memory(timer).items()},
+                **{f"collectives {name}": table for name, table in _collectives(timer, groups).items()},
+            }
+        )
+        for repeat in range(1 + -(-repeats // PASSES)):
+            for run, of_one in zip(runs, times, strict=True):
+                taken = timer.once(run)
+                if repeat:  # the first warms up
+                    of_one.append(taken)
     return tables, [statistics.median(of_one) for of_one in times]
 
 
-def fitted(tables: dict, seconds: list[float], ranks: int, source: str) -> Calibration:
+def together(passes: list[dict[str, Table]]) -> tuple[dict, float]:
+    """The fields of a Calibration from tables of several passes, by their median; and how far the passes are apart: the
+    median over all entries of the slowest over the fastest.
+    """
+    found: dict = {"memory": {}, "collectives": {}}
+    apart: list[float] = []
+    for name in passes[0]:
+        values = np.array([one[name].values for one in passes])
+        apart += (values.max(0) / values.min(0)).flatten().tolist()
+        table = Table(passes[0][name].axes, np.median(values, 0).tolist())
+        kind, _, of = name.partition(" ")
+        if of:
+            found[kind][of] = table
+        else:
+            found[kind] = table
+    return found, statistics.median(apart)
+
+
+def fitted(tables: dict, seconds: list[float], ranks: int, source: str, spread: float = 1.0) -> Calibration:
     """A calibration from what was measured of cases(ranks)."""
     one = dict.fromkeys(COEFFICIENTS, 1.0)
-    plain = Calibration(ranks=ranks, cores=os.cpu_count() or 1, source=source, coefficients=one, **tables)
+    plain = Calibration(
+        ranks=ranks, cores=os.cpu_count() or 1, source=source, coefficients=one, spread=spread, **tables
+    )
     machine = hardware(f"cpu-{ranks}")
     features = []
     for case in cases(ranks):
@@ -246,9 +280,10 @@ def calibrate(ranks: int, repeats: int = 11) -> Calibration:
     """Measures this machine with `ranks` Gloo ranks; half a minute for 2, minutes for more than it has processors."""
     if ranks < 2 or ranks % 2:
         raise GridError(f"--ranks must be an even number, got {ranks}")
-    tables, seconds = on_ranks(ranks, _measure, repeats)
+    passes, seconds = on_ranks(ranks, _measure, repeats)
+    tables, spread = together(passes)
     source = f"measured on this machine with {ranks} Gloo ranks on {os.cpu_count()} processors, float32"
-    return fitted(tables, seconds, ranks, source)
+    return fitted(tables, seconds, ranks, source, spread)
 
 
 def add_calibrate(parser: argparse.ArgumentParser) -> None:
@@ -269,3 +304,5 @@ def command(args: argparse.Namespace) -> None:
     found.to_file(args.out)
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in found.coefficients.items())
     print(f"{args.out}: coefficients {numbers}; whole runs that were fitted differ by up to {found.error:.0%}")
+    if found.spread > DISTURBED:
+        print(f"passes were {found.spread:.2f} times apart: something else ran, measure again", file=sys.stderr)

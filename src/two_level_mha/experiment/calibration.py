@@ -3,7 +3,9 @@
     seconds of an operator    = compute * (as it took alone, on all ranks at once) + operator
     seconds of a collective   = exchange * (as it took alone) + collective
 
-The pieces are interpolated in tables; the four coefficients, none negative, are fitted to whole runs of the model: they
+Over loopback the cores that compute also carry what is sent, so that the first part of a collective hides behind no
+computing; the second is waiting, beside which a rank computes if it has begun the collective before it needs it. The
+pieces are interpolated in tables; the four coefficients, none negative, are fitted to whole runs of the model: they
 hold what no piece shows, as ranks that wait for the slower one, and the time between operators.
 """
 
@@ -49,7 +51,7 @@ class Calibration:
 
     products: rate by (rows, inner, columns). attention, attention_causal: by (S, width). memory: operator -> seconds by
     bytes. collectives: "all_reduce 4", of a group of 4 -> seconds by bytes of the input. error: of whole runs that were
-    fitted, the largest; it is the interval of predictions.
+    fitted, the largest; it is the interval of predictions. spread: how far passes of the pieces were apart.
     """
 
     ranks: int
@@ -62,8 +64,7 @@ class Calibration:
     collectives: dict[str, Table]
     coefficients: dict[str, float]
     error: float = 0.0
-
-    hidden = 0.0  # over loopback the cores that compute also carry what is sent
+    spread: float = 1.0
 
     def alone(self, event: Work | Start) -> float:
         """Seconds of a piece by the tables."""
@@ -87,7 +88,8 @@ class Calibration:
 
     def start(self, start: Start) -> Cost:
         c = self.coefficients
-        return Cost(c["exchange"] * self.alone(start) + c["collective"], "fast links")
+        sending = c["exchange"] * self.alone(start)
+        return Cost(sending + c["collective"], "fast links", held=sending)
 
     def features(self, events: list[Event]) -> list[float]:
         """What the coefficients multiply, for a run whose ranks do alike."""

@@ -12,7 +12,7 @@ import torch
 from two_level_mha.errors import GridError
 from two_level_mha.experiment.calibration import Calibration
 from two_level_mha.experiment.hardware import Hardware, hardware
-from two_level_mha.experiment.model import SEED, SMALL, Layout, Sizes, layouts
+from two_level_mha.experiment.model import SEED, SMALL, Layout, Sizes, baselines, ours
 from two_level_mha.experiment.predict import Prediction, dtype_of, model_flops, predict
 from two_level_mha.experiment.pricing import Prices
 from two_level_mha.experiment.runs import MODES, Call
@@ -97,7 +97,10 @@ def _sizes(args: argparse.Namespace) -> Sizes:
 
 def _chosen(args: argparse.Namespace, sizes: Sizes, machine: Hardware) -> list[Layout]:
     training = args.mode == "training"
-    known = layouts(sizes, machine.ranks, micro_batches=args.micro_batches, overlap=args.overlap, training=training)
+    known = [  # those that the batch does not fit are rows of the table too
+        *ours(sizes, machine.ranks, args.overlap),
+        *baselines(sizes, machine.ranks, args.micro_batches, training),
+    ]
     if args.mode == "decode":  # one token is not split, and its scheme is the cache's
         known = [one for one in known if not one.rows and not one.sharded and one.schedule in ("", "GPipe")]
         grids = dict.fromkeys(one.grid for one in known if one.grid)
@@ -167,7 +170,7 @@ def _text(sizes: Sizes, machine: Hardware, args, dtype: torch.dtype, found: dict
         f"PREDICTED: {what}, {sizes.layers} layers, {sizes.heads} heads of {sizes.head_dim}, {sizes.kv_heads} KV "
         f"heads, MLP {sizes.mlp_hidden}, {name}, on {machine.name}",
         *(f"{key}: {source}" for key, source in machine.sources.items()),
-        f"rates: {_rates(machine, dtype)}",
+        *([] if args.calibration else [f"rates: {_rates(machine, dtype)}"]),
     ]
     lines = [line for text in head for line in textwrap.wrap(text, WIDTH, subsequent_indent="    ")]
     for causal, rows in found.items():
@@ -176,9 +179,10 @@ def _text(sizes: Sizes, machine: Hardware, args, dtype: torch.dtype, found: dict
         limit = "" if ceiling is None else f"; {ceiling / 1e6:.2f} M tokens/s is all ranks at their peak"
         lines += ["", f"{args.mode}{mask}{limit}", *_table(rows, decode)]
     notes = (
-        "[..]: with all rates at the slow and at the fast end of their ranges. alone: with no exchange hidden. GB: the "
-        "most that a rank holds. sent: by a rank for the whole batch, inside its node and to others. pieces: of the "
-        "batch, run in turn, as many as memory asks for. *: another model."
+        "[..]: with all rates at the slow and at the fast end of their ranges; of a calibration, the largest error of "
+        "what it was fitted to. alone: with no exchange hidden. GB: the most that a rank holds. sent: by a rank for "
+        "the whole batch, inside its node and to others. pieces: of the batch, run in turn, as many as memory asks "
+        "for. *: another model."
     )
     return "\n".join([*lines, "", *textwrap.wrap(notes, WIDTH)])
 

@@ -417,27 +417,24 @@ def _split_tensors(model: Transformer, sizes: Sizes, layout: Layout, mesh: Devic
     """Tensor parallelism by torch's styles; of fewer KV heads than ranks, each keeps the one that it needs."""
     if layout.tp == 1:
         return
-    columns = {
-        f"attention.{name}_proj": ColwiseParallel() for name in ("qkv" if sizes.kv_heads % layout.tp == 0 else "q")
-    }
-    styles = {
-        **columns,
-        "attention.o_proj": RowwiseParallel(),
-        "mlp.fc1": ColwiseParallel(),
-        "mlp.fc2": RowwiseParallel(),
-    }
+    whole_heads = sizes.kv_heads % layout.tp == 0
+    styles = {f"attention.{name}_proj": ColwiseParallel() for name in ("qkv" if whole_heads else "q")}
+    styles |= {"attention.o_proj": RowwiseParallel(), "mlp.fc1": ColwiseParallel(), "mlp.fc2": RowwiseParallel()}
     if layout.rows:
         styles["attention.o_proj"] = styles["mlp.fc2"] = RowwiseParallel(output_layouts=Shard(1))
         styles["mlp.fc1"] = ColwiseParallel(input_layouts=Shard(1))
-        styles["attention"] = PrepareModuleInput(
-            input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),), use_local_output=True
-        )
         styles["norm1"] = styles["norm2"] = SequenceParallel(use_local_output=True)
         parallelize_module(model.norm, mesh["tp"], SequenceParallel(use_local_output=True), src_data_rank=None)
+    if layout.rows or whole_heads:
+        # one input of q, k and v: its gradient is summed over them before it is over the ranks
+        styles["attention"] = PrepareModuleInput(
+            input_layouts=(Shard(1) if layout.rows else Replicate(),), desired_input_layouts=(Replicate(),),
+            use_local_output=not whole_heads,
+        )  # fmt: skip
     d, head = sizes.head_dim, mesh.get_local_rank("tp") * sizes.kv_heads // layout.tp
     for block in model.layers.values():
         parallelize_module(block, mesh["tp"], styles, src_data_rank=None)
-        for linear in (block.attention.k_proj, block.attention.v_proj) if "attention.k_proj" not in styles else ():
+        for linear in (block.attention.k_proj, block.attention.v_proj) if not whole_heads else ():
             linear.weight = nn.Parameter(linear.weight.detach()[head * d : (head + 1) * d].clone())
 
 

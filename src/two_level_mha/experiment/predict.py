@@ -109,7 +109,7 @@ def priced(
         seconds=lane.now,
         low=ends[0],
         high=ends[1],
-        alone=run_seconds(run, used, pieces, hidden=0.0).now,
+        alone=run_seconds(run, used, pieces, hides=False).now,
         computing=lane.computing,
         exposed=lane.exposed,
         bubbles=lane.waiting,
@@ -123,25 +123,25 @@ def priced(
     )
 
 
-def run_seconds(run: Run, prices: Prices, pieces: int, hidden: float | None = None) -> Lane:
-    """The lane of the rank that is done last, for all pieces. hidden: in place of that of the prices.
+def run_seconds(run: Run, prices: Prices, pieces: int, hides: bool = True) -> Lane:
+    """The lane of the rank that is done last, for all pieces. hides: as in timeline.simulate.
 
     Pieces follow each other without a gap, but for those of one micro-batch, which is how a pipeline runs that is
     called once for each.
     """
     drains = run.layout.pp > 1 and run.layout.micro_batches == 1
     repeats = 1 if drains else min(pieces, MOST_REPEATS)
-    lane = _last(run, prices, repeats, hidden)
+    lane = _last(run, prices, repeats, hides)
     if repeats == pieces:
         return lane
     if drains or run.layout.pp == 1:
         return lane.scaled(pieces / repeats)
-    half = _last(run, prices, repeats // 2, hidden)
+    half = _last(run, prices, repeats // 2, hides)
     return half.extended(lane, (pieces - repeats // 2) / (repeats - repeats // 2))
 
 
-def _last(run: Run, prices: Prices, repeats: int, hidden: float | None) -> Lane:
-    lanes = simulate(run.events, prices, repeats=repeats, hidden=hidden)
+def _last(run: Run, prices: Prices, repeats: int, hides: bool) -> Lane:
+    lanes = simulate(run.events, prices, repeats=repeats, hides=hides)
     return lanes[max(stages_of(run.layout), key=lambda rank: lanes[rank].now)]
 
 

@@ -19,20 +19,18 @@ PAIRWISE = ("all_to_all", "send")
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds, and which of the rates they come from: "products", "attention", "memory", "launches"; "fast links",
-    "slow links", "latency".
+    """Seconds, and which of the rates they come from: "products", "attention", "memory"; "fast links", "slow links",
+    "latency". held: of a collective's, those in which its rank cannot compute beside it.
     """
 
     seconds: float
     bound: str
+    held: float = 0.0
 
 
 class Prices(Protocol):
-    """What prices events. hidden: the share of a collective that computing beside it hides. cores: processors that
-    ranks share, rank r on r % cores; None: one each.
-    """
+    """What prices events. cores: processors that ranks share, rank r on r % cores; None: one each."""
 
-    hidden: float
     cores: int | None
 
     def work(self, work: Work) -> Cost: ...
@@ -64,9 +62,8 @@ class ProfilePrices:
         latency = self.rates["latency_ns"] * 1e-9
         sending = start.sent / self._bandwidth(start)
         _, slow = link_bytes(start, self.rates["node_ranks"])
-        if sending <= latency:
-            return Cost(latency + sending, "latency")
-        return Cost(latency + sending, "slow links" if slow else "fast links")
+        bound = "latency" if sending <= latency else "slow links" if slow else "fast links"
+        return Cost(latency + sending, bound, (1 - self.hidden) * (latency + sending))
 
     def _rate(self, work: Work) -> float:
         single = "_single" if work.element_size > 2 else ""

@@ -1,7 +1,7 @@
 """Recorded events of several ranks on one clock: what overlaps, who waits for whom, where a pipeline is empty.
 
 Each rank computes one operator at a time, in the order of its events, and sends by one collective at a time beside it.
-A collective holds the rank up at once for the share that cannot be hidden, and for the rest where it is waited for. A
+A collective holds the rank up at once for what cannot be hidden of it, and for the rest where it is waited for. A
 message is sent beside what follows, and a receive waits for its end. Collectives of c10d do not say when their results
 are needed. They are those of FSDP2 here: an all-gather of weights needs nothing that is computed, so it is begun where
 the one before was needed, and needed where it is recorded; what sums gradients is needed at the end.
@@ -77,15 +77,14 @@ Mail = dict[tuple[int, int], list[float]]  # (from, to) -> when messages come, i
 
 
 def simulate(
-    ranks: dict[int, Sequence[Event]], prices: Prices, *, repeats: int = 1, hidden: float | None = None
+    ranks: dict[int, Sequence[Event]], prices: Prices, *, repeats: int = 1, hides: bool = True
 ) -> dict[int, Lane]:
     """The lanes of these ranks, whose events are run `repeats` times, one after the other without a barrier.
 
-    hidden: the share of an exchange that is hidden beside computing, in place of that of the prices. Messages are
-    matched in order between each two ranks; what comes from a rank that is not among these is there.
+    hides: whether computing beside an exchange hides it, as far as its price says. Messages are matched in order
+    between each two ranks; what comes from a rank that is not among these is there.
     Raises ValueError where ranks wait for messages that are never sent.
     """
-    hidden = prices.hidden if hidden is None else hidden
     mail: Mail = defaultdict(list)
     states = {rank: _Rank(Lane(), _turns(events, prices, repeats)) for rank, events in ranks.items()}
     core = {rank: rank if prices.cores is None else rank % prices.cores for rank in ranks}
@@ -93,7 +92,7 @@ def simulate(
     now = 0.0
     while True:
         for rank, state in states.items():
-            _advance(rank, state, now, hidden, mail, ranks)
+            _advance(rank, state, now, hides, mail, ranks)
         if all(state.done for state in states.values()):
             return {rank: state.lane for rank, state in states.items()}
         computing = {rank: state for rank, state in states.items() if state.work > 0}
@@ -130,7 +129,7 @@ def _mail(state: _Rank, rank: int, mail: Mail) -> bool:
     return state.waits is not None and bool(mail[state.waits[1].peer, rank])
 
 
-def _advance(rank: int, state: _Rank, now: float, hidden: float, mail: Mail, known: dict) -> None:
+def _advance(rank: int, state: _Rank, now: float, hides: bool, mail: Mail, known: dict) -> None:
     """Runs a rank's events until it computes, sleeps, waits for a message, or is done."""
     lane = state.lane
     while not state.done and state.work == 0 and state.until <= now:
@@ -156,7 +155,7 @@ def _advance(rank: int, state: _Rank, now: float, hidden: float, mail: Mail, kno
         elif event.name == RECEIVE:
             state.waits = turn if event.peer in known else None
         else:
-            _begin(rank, state, at, event, cost, hidden, mail)
+            _begin(rank, state, at, event, cost, hides, mail)
 
 
 def _sleep(state: _Rank, until: float) -> None:
@@ -164,7 +163,7 @@ def _sleep(state: _Rank, until: float) -> None:
     state.until = max(state.until, until)
 
 
-def _begin(rank: int, state: _Rank, at: int, event: Start, cost: Cost, hidden: float, mail: Mail) -> None:
+def _begin(rank: int, state: _Rank, at: int, event: Start, cost: Cost, hides: bool, mail: Mail) -> None:
     now = state.lane.now
     state.lane.sending[cost.bound] += cost.seconds
     gathers = event.name == "all_gather" and not event.waited
@@ -173,7 +172,7 @@ def _begin(rank: int, state: _Rank, at: int, event: Start, cost: Cost, hidden: f
     if event.name == SEND:
         mail[rank, event.peer].append(end)
         return
-    held = max(now, begin) + (1 - hidden) * cost.seconds
+    held = max(now, begin) + (cost.held if hides else cost.seconds)
     if gathers:
         state.needed, held = now, max(held, end)
     elif event.waited:
