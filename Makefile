@@ -1,5 +1,5 @@
 # Everything is set up on the first call and stamped, so the second starts at once.
-#   make demo [QUERY="..."] [GRID=4x4]    make test    make bench    make lint    make format    make clean
+#   make demo [QUERY="..."] [GRID=4x4]    make test    make bench    make lint    make format    make wheel    make clean
 # PYTHON=/path/to/python uses an environment that already has torch and installs the other pins into it;
 # without it a .venv is made here with torch TORCH_VERSION (2.11.0 is the oldest that works).
 TORCH_VERSION ?= 2.15.0
@@ -26,7 +26,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc cmake -type f 2>/dev/null)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow smoke soak bench lint format build asan tsan clean FORCE
+.PHONY: demo test test-slow models smoke soak bench lint format build wheel asan tsan clean FORCE
 
 demo: $(BUILD_STAMP)
 	$(PYTHON) examples/semantic_search.py --grid $(GRID) --query '$(subst ','\'',$(value QUERY))'
@@ -42,6 +42,10 @@ soak: $(BUILD_STAMP)
 	$(PYTHON) tests/faults/saves.py --kills 100
 	cd tests && $(PYTHON) -m faults.test_ranks
 
+# docs/models.md: what of transformers' models is right on 4 ranks. About 20 minutes on 2 cores.
+models: $(BUILD_STAMP)
+	PYTHONPATH=tests:$(PYTHONPATH) $(PYTHON) -m harness.families --json docs/models.json --docs docs/models.md
+
 smoke: $(BUILD_STAMP)
 	$(PYTHON) -m pytest -m smoke $(PYTEST_ARGS) tests
 
@@ -56,6 +60,7 @@ lint: $(PINS_STAMP)
 	$(PYTHON) -m ruff format --check .
 	clang-format --dry-run -Werror $(CXX_FILES)
 	$(PYTHON) tools/check_csrc.py
+	$(PYTHON) -m mypy tests/tools/typed_program.py
 
 format: $(PINS_STAMP)
 	$(PYTHON) -m ruff check --fix .
@@ -63,6 +68,10 @@ format: $(PINS_STAMP)
 	clang-format -i $(CXX_FILES)
 
 build: $(BUILD_STAMP)
+
+# dist/two_level_mha-0.1.0+cpu.torch215-..whl: a wheel serves one torch, so its version names it.
+wheel: $(PINS_STAMP)
+	TLM_LOCAL_VERSION=1 $(PYTHON) -m build --wheel --no-isolation .
 
 # The operators built with gcc's sanitizers, in folders of their own: build/asan, build/tsan. torch itself is as it is.
 # Of what "undefined" means only what costs little to compile.
@@ -87,7 +96,7 @@ tsan: $(PINS_STAMP)
 	  TSAN_OPTIONS=suppressions=tests/cpp/tsan.supp:ignore_noninstrumented_modules=1 build/tsan/two_threads || exit 1; done
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf src/two_level_mha/*.so src/two_level_mha/_build.json src/two_level_mha/include src/two_level_mha/share
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

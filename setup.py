@@ -3,6 +3,7 @@
 Environment: TLM_CUDA=0 leaves the CUDA sources out, FORCE_CUDA=1 makes their absence an error,
 TORCH_CUDA_ARCH_LIST picks the GPU architectures of the sources that are not written for one of their own (own_arch),
 TLM_SANITIZE builds with gcc's sanitizers of these names, as in "address,bounds" (`make asan`, `make tsan`),
+TLM_LOCAL_VERSION=1 adds what was built to the version, as in 0.1.0+cpu.torch215 (`make wheel`),
 MAX_JOBS limits the compilers run at once.
 """
 
@@ -12,12 +13,64 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from setuptools import Extension, setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler
+import setuptools
+
+OLDEST_TORCH, OLDEST_SETUPTOOLS = (2, 11), 77
+INSTALL = "pip install --no-build-isolation ."
+
+
+def release(version: str) -> tuple[int, ...]:
+    """2.15.0+cu132 -> (2, 15)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def missing_packages() -> list[str]:
+    """What is missing to read this file and pyproject.toml: a sentence each."""
+    found = []
+    if release(setuptools.__version__)[0] < OLDEST_SETUPTOOLS:
+        found.append(
+            f"setuptools {setuptools.__version__} cannot read the licence in pyproject.toml: "
+            f"pip install 'setuptools>={OLDEST_SETUPTOOLS}', then {INSTALL}"
+        )
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        if Path(sysconfig.get_path("platlib"), "torch").exists():
+            found.append(
+                f"the torch of {sys.prefix} is not seen, since pip builds in an environment of its own, where another "
+                f"torch would be built for: {INSTALL}"
+            )
+        else:
+            found.append(
+                f"torch is not installed in {sys.prefix}, and the libraries are built for the torch that runs them: "
+                f"pip install torch ninja, then {INSTALL}"
+            )
+    else:
+        if release(torch.__version__) < OLDEST_TORCH:
+            oldest = ".".join(map(str, OLDEST_TORCH))
+            found.append(f"torch {torch.__version__} is too old: pip install 'torch>={oldest}', then {INSTALL}")
+    return found
+
+
+if problems := missing_packages():
+    raise SystemExit("\n".join(problems))
+
+import torch  # noqa: E402
+from setuptools import Extension, setup  # noqa: E402
+from torch.utils.cpp_extension import (  # noqa: E402
+    CUDA_HOME,
+    BuildExtension,
+    CppExtension,
+    CUDAExtension,
+    get_cxx_compiler,
+    is_ninja_available,
+)
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "two_level_mha"
@@ -27,6 +80,35 @@ DEFAULT_ARCHS = ("8.0", "9.0a", "10.0+PTX")  # PTX: for what is newer
 class Decision(NamedTuple):
     value: str
     why: str
+
+
+def missing_tools() -> list[str]:
+    """What is missing to compile: a sentence each."""
+    found = []
+    linker = os.environ.get("CXX") or sysconfig.get_config_var("LDCXXSHARED") or "c++"
+    programs = dict.fromkeys(command.split()[0] for command in (get_cxx_compiler(), linker))
+    if absent := [program for program in programs if shutil.which(program) is None]:
+        found.append(
+            f"no C++ compiler {' and no '.join(absent)}: install g++ (on Debian and Ubuntu apt-get install g++) or "
+            "clang, or set CXX to one that is there"
+        )
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").exists():
+        found.append(f"no Python.h in {headers}: install Python's headers (apt-get install python3-dev)")
+    if not is_ninja_available():
+        found.append(
+            f"ninja is not installed in {sys.prefix}, and without it one file after the other is compiled: pip install "
+            "ninja"
+        )
+    return found
+
+
+def local_version(decisions: dict[str, Decision]) -> str:
+    """What tells a wheel from others of its version: "+cpu.torch215", "+cu130.torch215"."""
+    if os.environ.get("TLM_LOCAL_VERSION") != "1":
+        return ""
+    cuda = f"cu{torch.version.cuda.replace('.', '')}" if decisions["CUDA"].value == "yes" else "cpu"
+    return f"+{cuda}.torch{''.join(map(str, release(torch.__version__)))}"
 
 
 def nvcc_release() -> str:
@@ -187,8 +269,11 @@ def copy_tree(source: Path, target: Path, pattern: str) -> None:
 
 
 os.chdir(ROOT)
+if "sdist" not in sys.argv and (problems := missing_tools()):
+    raise SystemExit("\n".join(problems))
 DECISIONS = decide()
 print(f"{PACKAGE}: configuration")
 for name, (value, why) in DECISIONS.items():
     print(f"  {name:14} {value:16} ({why})")
-setup(ext_modules=extensions(DECISIONS), cmdclass={"build_ext": Build})
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src" / PACKAGE / "__init__.py").read_text(), re.MULTILINE)[1]
+setup(version=VERSION + local_version(DECISIONS), ext_modules=extensions(DECISIONS), cmdclass={"build_ext": Build})

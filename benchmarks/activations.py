@@ -17,16 +17,13 @@ import json
 import subprocess
 import sys
 import tempfile
-import weakref
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
 from common import machine, write_results
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from live import LiveBytes
 
 import two_level_mha as tlm
 
@@ -38,31 +35,6 @@ SIZES = {
     "vocab_size": 512, "hidden_size": WIDTH, "intermediate_size": 344, "num_attention_heads": 8,
     "num_key_value_heads": 2, "tie_word_embeddings": False,
 }  # fmt: skip
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators gave and that live, and their peak; those of `known` count nothing."""
-
-    def __init__(self, known: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.sizes = {x.untyped_storage()._cdata: 0 for x in known}
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for x in tree_leaves(output):
-            x = x._local_tensor if isinstance(x, DTensor) else x
-            if isinstance(x, torch.Tensor) and x.device.type == "cpu":
-                storage = x.untyped_storage()
-                if storage._cdata not in self.sizes:
-                    self.sizes[storage._cdata] = storage.nbytes()
-                    self.live += storage.nbytes()
-                    weakref.finalize(storage, self._freed, storage._cdata)
-        self.peak = max(self.peak, self.live)
-        return output
-
-    def _freed(self, key: int) -> None:
-        self.live -= self.sizes.pop(key)
 
 
 def peak_bytes(activations: str, layers: int) -> int:
@@ -80,7 +52,7 @@ def peak_bytes(activations: str, layers: int) -> int:
     for _ in range(2):
         step()
     tensors = [x for p in model.parameters() for x in (p, p.grad)]
-    with LiveBytes([x._local_tensor if isinstance(x, DTensor) else x for x in tensors]) as live:
+    with LiveBytes(tensors) as live:
         step()
     return live.peak
 

@@ -13,7 +13,6 @@ import torch.testing._internal.distributed.fake_pg  # noqa: F401  registers the 
 from nodes import NODES, places, sent
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 import two_level_mha as tlm
 from two_level_mha.mesh import place_on
@@ -65,10 +64,13 @@ def crossing(kind: str, sent_bytes: float, group: list[int], rank: int, node_of:
 def over_link(calls: list[Collective], node_of: list[int]) -> int:
     """Bytes of the node that sends most over the link in these collectives; a collective."""
     rank = dist.get_rank()
-    mine = sum(
-        crossing(call.name, call.sent, dist.get_process_group_ranks(_resolve_process_group(call.group)), rank, node_of)
-        for call in calls
-    )
+    mine = 0.0
+    for call in calls:
+        if call.name == "send":
+            mine += call.sent * (node_of[call.peer] != node_of[rank])
+        else:  # Gloo's reduce-scatter sends what its all-reduce does, twice what it must
+            sent_bytes = call.sent * (2 if call.name == "reduce_scatter" else 1)
+            mine += crossing(call.name, sent_bytes, list(call.ranks), rank, node_of)
     of_nodes = torch.zeros(NODES, dtype=torch.float64)
     of_nodes[node_of[rank]] = mine
     dist.all_reduce(of_nodes)

@@ -48,7 +48,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", default="The sea is", help="with --model")
     parser.add_argument("--tokens", type=int, default=50, help="how many to generate (50)")
     parser.add_argument("--cache", choices=("position", "batch"), default="position", help="layout of the KV cache")
-    parser.add_argument("--heads", type=int, help="head groups of the grid; by default as many as the model allows")
+    parser.add_argument("--grid", metavar="NxM", help="head groups x slices; by default the one predicted fastest")
     return parser.parse_args(words)
 
 
@@ -68,11 +68,12 @@ def load(path: str | None, prompt: str) -> tuple[torch.nn.Module, torch.Tensor, 
     return model.eval(), torch.randint(2, config.vocab_size, (1, 16)), None
 
 
-def make_mesh(model: torch.nn.Module, head_groups: int | None, device: str) -> DeviceMesh:
+def make_mesh(model: torch.nn.Module, text: str | None, device: str) -> DeviceMesh:
     config = model.config.get_text_config()
     h, k = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
-    if head_groups is not None:
-        return tlm.init_mesh(device, (head_groups, dist.get_world_size() // max(head_groups, 1)))
+    if text is not None:
+        grid = tlm.Grid.parse(text)
+        return tlm.init_mesh(device, (grid.head_groups, grid.slices))
     d = getattr(config, "head_dim", None) or config.hidden_size // h
     return tlm.init_mesh(device, num_heads=h, num_kv_heads=k, head_dim=d)
 
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace, device: str) -> bool:
     options = {"max_new_tokens": args.tokens, "do_sample": False}
     whole = model.generate(ids, **options) if first else None
     other = copy.deepcopy(model)
-    mesh = make_mesh(model, args.heads, device)
+    mesh = make_mesh(model, args.grid, device)
     model = tlm.parallelize(model, mesh, cache=args.cache)
     cache = tlm.KVCache(model.config, mesh, layout=args.cache, max_length=ids.shape[1] + args.tokens)
     streamer = None

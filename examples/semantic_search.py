@@ -39,14 +39,12 @@ BATCH = 16
 
 
 def parse_grid(text: str) -> tuple[int, int]:
-    """ "4x4" -> (4, 4): head groups and slices."""
+    """ "4x4" -> (4, 4), with a sentence in argparse's error for what is no grid."""
     try:
-        n, m = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected NxM, such as 4x4, got {text!r}") from None
-    if n < 1 or m < 1:
-        raise argparse.ArgumentTypeError(f"both numbers must be positive, got {text!r}")
-    return n, m
+        grid = tlm.Grid.parse(text)
+    except tlm.GridError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return grid.head_groups, grid.slices
 
 
 def parse_args() -> argparse.Namespace:

@@ -132,8 +132,9 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
             raise ValueError(f"the text must be longer than {LENGTH} bytes, got {len(text)} in {args.text}")
         if args.steps < 1:
             raise ValueError(f"--steps must be positive, got {args.steps}")
-        mesh = tlm.init_mesh(device.type, tuple(int(part) for part in args.grid.split("x")))
-        tlm.Grid(*mesh.shape).check(HEADS, KV_HEADS, HEAD_DIM)
+        grid = tlm.Grid.parse(args.grid)
+        mesh = tlm.init_mesh(device.type, (grid.head_groups, grid.slices))
+        grid.check(HEADS, KV_HEADS, HEAD_DIM)
     except ValueError as error:
         if first:
             print(f"error: {error}", file=sys.stderr)

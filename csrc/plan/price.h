@@ -67,8 +67,10 @@ Work<I> forward_work(Scheme scheme, const CallSizes<I>& s) {
 template <class I>
 I at_rate(const I& work, int64_t flops, int64_t rate) {
   constexpr int64_t kParts = 1024;
-  constexpr double kMost = 1e12;  // times slower: beyond it nothing is chosen, and the product would not be an int64_t
-  return flops == rate ? work : work / kParts * int64_t(std::min(kMost, double(flops) / double(rate)) * kParts);
+  constexpr double kMost =
+      1e12;  // times slower: beyond it nothing is chosen, and the product would not be an int64_t
+  return flops == rate ? work
+                       : work / kParts * int64_t(std::min(kMost, double(flops) / double(rate)) * kParts);
 }
 
 // Durations in FLOPs of the same duration, so that SymInts stay integers: divided by profile.flops they are

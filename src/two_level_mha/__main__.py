@@ -1,20 +1,28 @@
-"""Command line: `python -m two_level_mha info`, `plan` and `check`."""
+"""Command line: `python -m two_level_mha info`, `plan`, `predict`, `calibrate` and `check`."""
 
 import argparse
+import contextlib
 import json
+import os
 import platform
+import shutil
 import sys
 
 import torch
+import torch.distributed as dist
 
 import two_level_mha as tlm
 from two_level_mha import _C, _load
 from two_level_mha.blocks import COMBINES
 from two_level_mha.check import add_check
 from two_level_mha.context import ACTIVATIONS
+from two_level_mha.experiment.calibrate import add_calibrate
+from two_level_mha.experiment.command import add_predict
+from two_level_mha.facts import version_of
 from two_level_mha.profile import DEVICE_TYPES
 from two_level_mha.served import table_of
 
+PROGRAM = "two-level-mha" if os.path.basename(sys.argv[0]) == "two-level-mha" else "python -m two_level_mha"
 H100_CUDNN = 91900  # torch 2.11 comes with 9.19.0, and no rule asks for a newer one
 
 
@@ -33,11 +41,16 @@ def info(args: argparse.Namespace) -> None:
     rows = {
         "two_level_mha": tlm.__version__,
         "python": platform.python_version(),
+        "system": f"{platform.platform()}, {os.cpu_count()} cores",
         "torch running": torch.__version__,
         "torch built for": f"{compiled['torch']} (headers)",
         "compiler": compiled["compiler"],
         "CUDA kernels": f"{compiled['cuda']} {compiled['archs']}".strip(),
+        "CPU kernels": f"{str(_C.Machine()).removeprefix('a ')}, {torch.get_num_threads()} threads",
         "GPU": gpu,
+        "backends": backends(),
+        "transformers": version_of("transformers"),
+        "ninja": version_of("ninja") if shutil.which("ninja") is None else str(shutil.which("ninja")),
         "library": str(_load.ops_library()),
         "CMake prefix": tlm.cmake_prefix_path,
     }
@@ -48,6 +61,16 @@ def info(args: argparse.Namespace) -> None:
     h100 = _C.Machine(cuda=True, arch=90, cudnn=H100_CUDNN)
     print_table("what serves which call on an H100, forward / backward (by rule; no GPU is asked)", table_of(h100))
     print_table("what they support", {row["name"]: ", ".join(row["supports"]) for row in _C.kernels()})
+
+
+def backends() -> str:
+    """What this torch can send tensors by, with the version of NCCL."""
+    if not dist.is_available():
+        return "none: this torch was built without torch.distributed"
+    found = ["Gloo"] if dist.is_gloo_available() else []
+    if dist.is_nccl_available():
+        found.append(f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
+    return ", ".join(found) or "none"
 
 
 def usable_kernels() -> dict[str, str]:
@@ -82,7 +105,7 @@ def plan(args: argparse.Namespace) -> None:
             num_heads=args.heads,
             num_kv_heads=args.kv_heads,
             head_dim=args.head_dim,
-            devices=args.devices,
+            ranks=args.ranks,
             batch=args.batch,
             seq=args.seq,
             decode=args.decode,
@@ -103,10 +126,16 @@ def plan(args: argparse.Namespace) -> None:
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embed-dim", type=int, required=True)
-    parser.add_argument("--heads", type=int, required=True, help="query heads")
-    parser.add_argument("--kv-heads", type=int, help="key/value heads (default: as many as query heads)")
+    parser.add_argument("--num-heads", "--heads", dest="heads", type=int, required=True, help="query heads")
+    parser.add_argument(
+        "--num-kv-heads",
+        "--kv-heads",
+        dest="kv_heads",
+        type=int,
+        help="key/value heads (default: as many as query heads)",
+    )
     parser.add_argument("--head-dim", type=int, help="default: embed dim / heads")
-    parser.add_argument("--devices", type=int, required=True, help="number of ranks")
+    parser.add_argument("--ranks", "--devices", dest="ranks", type=int, required=True, help="number of ranks")
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--seq", type=int, required=True, help="tokens; with --decode those of the context")
     parser.add_argument("--decode", action="store_true", help="one new token for each sequence, with a KV cache")
@@ -125,13 +154,22 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m two_level_mha", description=tlm.__doc__)
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=tlm.__doc__)
+    parser.add_argument("--version", action="version", version=f"two_level_mha {tlm.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, build, arch list, operators, kernels").set_defaults(run=info)
     add_plan(commands.add_parser("plan", help="which grid and scheme to take: predicted costs of all"))
+    add_predict(commands.add_parser("predict", help="tokens/s of a transformer in every layout, on other hardware"))
+    add_calibrate(commands.add_parser("calibrate", help="measures this machine's CPU, for predict"))
     add_check(commands.add_parser("check", help="under torchrun: what is wrong with a cluster, before a job finds out"))
-    args = parser.parse_args()
-    args.run(args)
+    try:
+        args = parser.parse_args()
+        args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has enough, as `head` does
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.close()
+        sys.exit(1)
 
 
 if __name__ == "__main__":

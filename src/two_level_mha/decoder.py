@@ -14,8 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from two_level_mha.blocks import local_blocks
 from two_level_mha.cache_layer import NO_CACHE, CacheLayer
-from two_level_mha.errors import MASK_DTYPE_NAMES, MASK_DTYPES, GridError, wrong_device, wrong_dtype
+from two_level_mha.errors import MASK_DTYPE_NAMES, MASK_DTYPES, GridError, no_tensor, wrong_device, wrong_dtype
 from two_level_mha.layer import Aside, Drops, GridAttention
+from two_level_mha.mesh import NoMesh, check_no_mesh, given_mesh
+from two_level_mha.names import Activations, Combine, Scheme
 from two_level_mha.profile import Profile
 from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
 
@@ -38,6 +40,7 @@ class Rotary:
     interleaved: bool = False
 
     def width(self, head_dim: int) -> int:
+        """How many dims of a head of `head_dim` turn."""
         return head_dim if self.dim is None else self.dim
 
     def embeddings(self, first: int, length: int, head_dim: int, device=None) -> tuple[Tensor, Tensor]:
@@ -63,8 +66,8 @@ class TwoLevelAttention(Drops, GridAttention):
     window: a row sees itself and the window - 1 tokens before it; needs is_causal.
     softcap: scores s become softcap * tanh(s / softcap), before the mask. scale: of the scores, None: 1 / sqrt(d).
     dropout: probability with which an attention weight is dropped in training, the same ones on every grid.
-    mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process. head_groups must divide k,
-        slices must divide d.
+    mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process; left out, it is None, which a
+        job of several ranks is warned of. head_groups must divide k, slices must divide d.
     scheme, combine, debug, reduce_dtype, profile, activations, overlap: as for TwoLevelMultiheadAttention. scheme
         "independent" takes neither norm nor rotary, which need d whole.
 
@@ -87,17 +90,21 @@ class TwoLevelAttention(Drops, GridAttention):
         softcap: float | None = None,
         scale: float | None = None,
         dropout: float = 0.0,
-        mesh: DeviceMesh | None = None,
-        scheme: str = "auto",
-        combine: str = "reduce",
+        mesh: DeviceMesh | None | NoMesh = NoMesh.NOT_GIVEN,
+        scheme: Scheme = "auto",
+        combine: Combine = "reduce",
         device=None,
         dtype=None,
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
-        activations: str = "replicated",
+        activations: Activations = "replicated",
         overlap: int | None = None,
     ) -> None:
+        check_no_mesh({
+            "embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
+        })  # fmt: skip
+        mesh = given_mesh(mesh)
         k = num_heads if num_kv_heads is None else num_kv_heads
         d = _head_dim(embed_dim, num_heads, k, head_dim)
         _check_options(bias, qk_norm, rope, window, softcap, dropout, scheme, d)
@@ -280,6 +287,8 @@ def _rotary_fits(r: int, head_dim: int) -> bool:
 
 
 def _check_tensor(name: str, x: Tensor, weight: Tensor) -> None:
+    if problem := no_tensor(name, x):
+        raise GridError(problem)
     if x.is_nested:
         raise GridError(f"{name} is a nested tensor, which is not supported: pad it, and pass attn_mask")
     if isinstance(x, DTensor):
@@ -289,6 +298,8 @@ def _check_tensor(name: str, x: Tensor, weight: Tensor) -> None:
 
 
 def _check_mask(mask: Tensor, full: tuple[int, int, int, int], x: Tensor) -> None:
+    if problem := no_tensor("attn_mask", mask):
+        raise GridError(problem)
     if mask.dtype not in MASK_DTYPES:
         raise GridError(f"attn_mask must be {MASK_DTYPE_NAMES}, got {mask.dtype}: convert it, bool is True = attend")
     if mask.device != x.device:

@@ -24,6 +24,10 @@ class UsageRuntimeError(GridError, RuntimeError):
     """A usage error where nn.MultiheadAttention, or transformers, raises RuntimeError."""
 
 
+class UsageAttributeError(GridError, AttributeError):
+    """An attribute of nn.MultiheadAttention that a split layer has not."""
+
+
 class RankFailure(RuntimeError):
     """A rank is gone, does not answer, or has gone another way; raised on every rank that meets it."""
 
@@ -32,6 +36,11 @@ class IntegrityError(RuntimeError):
     """Memory that changed by itself, ranks that hold what should be alike and is not, or NaN and Inf: of two_level_mha.
     verify, alike on every rank. The message says which rank, which layer or tensor, what differs, and the way out.
     """
+
+
+def no_tensor(name: str, x: object) -> str | None:
+    """What is wrong with an argument that should be a tensor, or None."""
+    return None if isinstance(x, Tensor) else f"{name} must be a tensor, got a {type(x).__name__}: torch.as_tensor(..)"
 
 
 def wrong_device(name: str, x: Tensor, weight: Tensor) -> str | None:

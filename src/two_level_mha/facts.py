@@ -37,7 +37,7 @@ def facts_of_rank(device_type: str = "cpu") -> dict[str, str]:
         "torch": torch.__version__,
         "two_level_mha": two_level_mha.__version__,
         "Python": platform.python_version(),
-        "transformers": _version("transformers"),
+        "transformers": version_of("transformers"),
         "operator library": _digest(_load.ops_library()),
         "library _C": _digest(Path(_C.__file__)),
         "CUDA kernels": f"{compiled['cuda']} {compiled['archs']}".strip(),
@@ -69,7 +69,8 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Of an installed package, or that it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -142,7 +142,7 @@ class GridAttention(nn.Module):
 
         Where the call compares (agreement.compares), an error of one rank is raised on all, and so is a difference.
         """
-        if not compares(self.place.grid.size, self.debug, self._compared):
+        if not compares(self.place.grid.size, self.debug, self._compared) or self.place.control.alone:
             return check()
         options = {"reduce_dtype": str(self.reduce_dtype), "scheme": self.scheme, "combine": self.combine}
         options |= {"profile": self.profile.numbers, "overlap": self.overlap}

@@ -20,7 +20,9 @@ from two_level_mha.errors import GridError
 from two_level_mha.integrations.private import pretrained_models, private, private_method
 from two_level_mha.layer import GridAttention
 from two_level_mha.manifest import some
+from two_level_mha.names import Model
 from two_level_mha.pretrained_files import check_hashes, open_tensors, weight_files
+from two_level_mha.replaced import note_replaced
 from two_level_mha.stock import StockTensor, resolve
 
 _FLOATS = ("F64", "F32", "BF16", "F16")  # which torch converts to each other; not integers, bools or float8
@@ -117,7 +119,7 @@ def _flat_ranges(asked: list[range], sizes: list[int]) -> list[tuple[int, int]]:
     return ranges
 
 
-def load_pretrained(model: nn.Module, path: str | Path, *, sha256: dict[str, str] | None = None) -> nn.Module:
+def load_pretrained(model: Model, path: str | Path, *, sha256: dict[str, str] | None = None) -> Model:
     """Fills a parallelized transformers model, in place, from the safetensors files in directory `path`; returns it.
 
     The model may be on meta (then it comes to the mesh's device) or hold weights. Every rank reads only what it keeps.
@@ -147,7 +149,7 @@ def load_pretrained(model: nn.Module, path: str | Path, *, sha256: dict[str, str
         problem, shapes, sha256 = error, None, None
     fields = {"refusal": problem, "the names and shapes in the checkpoint": shapes, "sha256": sha256}
     same_on_all_ranks(fields, grid, "give every rank the same files")
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     try:
         checkpoint.load()
     except Exception as error:
@@ -155,7 +157,8 @@ def load_pretrained(model: nn.Module, path: str | Path, *, sha256: dict[str, str
         problem.__cause__ = error
     same_on_all_ranks({"an error while reading": problem}, grid, "")
     for name, p in model.named_parameters():
-        p.requires_grad_(trained[name])
+        p.requires_grad_(before[name].requires_grad)
+    note_replaced(before, model, "load_pretrained")
     model.eval()
     if generation_config is not None:
         model.generation_config = generation_config

@@ -40,24 +40,41 @@ class Projection(nn.Module):
     def __init__(self, layer: nn.Module, letters: str, original: nn.Module) -> None:
         super().__init__()
         self.whose = (layer, letters)  # in a tuple: the attention is no child of its projection
-        self.kind, self.biased = type(original), original.bias is not None
-        if isinstance(original, nn.Linear):
-            self.in_features, self.out_features = original.in_features, original.out_features
-        else:  # a Conv1D
-            self.in_features, self.out_features = original.nx, original.nf
+        self.blank = (blank_like(original),)
+        self.in_features, self.out_features = _features(original)
 
     def whole(self) -> nn.Module:
         """One like the original, on "meta"."""
-        with torch.device("meta"):
-            if issubclass(self.kind, nn.Linear):
-                return nn.Linear(self.in_features, self.out_features, self.biased)
-            return self.kind(self.out_features, self.in_features)
+        return blank_like(self.blank[0])
 
     def forward(self, *args, **kwargs) -> Tensor:
         raise UsageRuntimeError("the projections of a split attention are not called by themselves: call the attention")
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, split; adapters: inside two_level_mha.adaptable(model)"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is an nn.Linear, or transformers' Conv1D, which stores (in, out)."""
+    return isinstance(module, nn.Linear) or _is_conv(module)
+
+
+def blank_like(module: nn.Module) -> nn.Module:
+    """A linear, or Conv1D, of the same features, on "meta"."""
+    inside, outside = _features(module)
+    with torch.device("meta"):
+        if _is_conv(module):
+            return type(module)(outside, inside)
+        return nn.Linear(inside, outside, module.bias is not None)
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return hasattr(module, "nx") and hasattr(module, "nf")
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """In and out."""
+    return (module.nx, module.nf) if _is_conv(module) else (module.in_features, module.out_features)
 
 
 class Cut(NamedTuple):

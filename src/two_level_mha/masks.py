@@ -11,6 +11,7 @@ from two_level_mha.errors import (
     MASK_DTYPES,
     UsageAssertionError,
     UsageRuntimeError,
+    no_tensor,
     wrong_device,
     wrong_dtype,
 )
@@ -26,6 +27,10 @@ def check_inputs(
         distinct["key"] = key
     if value is not query and value is not key:
         distinct["value"] = value
+    masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+    for name, x in (distinct | {name: mask for name, mask in masks.items() if mask is not None}).items():
+        if problem := no_tensor(name, x):
+            raise UsageRuntimeError(problem)
     for name, x in distinct.items():
         if isinstance(x, DTensor):
             raise UsageRuntimeError(f"{name} is a DTensor: give every rank the whole tensor, {name}.full_tensor()")
@@ -54,7 +59,7 @@ def check_inputs(
             f"For {kind} `query`, expected `attn_mask` to be `None`, 2-D or 3-D"
             f" but found {attn_mask.dim()}-D tensor instead"
         )
-    _check_dtypes(mha, distinct, {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask})
+    _check_dtypes(mha, distinct, masks)
     if is_causal and attn_mask is None:
         raise UsageRuntimeError(
             "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "

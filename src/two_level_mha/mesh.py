@@ -1,12 +1,16 @@
 """The grid of ranks: n head groups times m slices of the head dimension."""
 
 import datetime
+import enum
 import os
+import re
+import warnings
 from dataclasses import dataclass, field
 from numbers import Integral
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from two_level_mha import _C
@@ -48,11 +52,18 @@ class Grid:
             raise GridError(problem)
 
     @staticmethod
+    def parse(text: str) -> "Grid":
+        """ "2x4" -> Grid(2, 4): head groups x slices, on command lines. Raises GridError for what is no grid."""
+        if not (found := re.fullmatch(r"(\d+)[xX](\d+)", text.strip())):
+            raise GridError(f"a grid is written as head groups x slices, such as 2x4, got {text!r}")
+        return Grid(int(found[1]), int(found[2]))
+
+    @staticmethod
     def candidates(
         ranks: int,
         num_heads: int,
         num_kv_heads: int | None = None,
-        head_dim: int = 1,
+        head_dim: int | None = None,
         *,
         device_type: str = "cuda",
         profile: Profile | str | os.PathLike | None = None,
@@ -63,8 +74,10 @@ class Grid:
         a layer whose embed_dim is num_heads * head_dim, with scheme="auto"; more head groups first where that is equal.
         two_level_mha.plan predicts another call.
         profile: the hardware to predict for, a Profile, its name or its JSON file; None: that of device_type.
-        Raises GridError for a profile that is none, or a device_type without one.
+        Raises GridError without a head_dim, for a profile that is none, or a device_type without one.
         """
+        if head_dim is None:
+            raise GridError("head_dim must be given: the slices of a grid divide it")
         rates = resolve_profile(profile, device_type).numbers
         try:
             found = _C.ranked_grids(ranks, num_heads, num_kv_heads or num_heads, head_dim, rates)
@@ -164,7 +177,16 @@ def reopen(mesh: DeviceMesh) -> None:
 
 
 def _check_device(device_type: str) -> None:
-    """Raises GridError where CUDA tensors of a mesh would go wrong."""
+    """Raises GridError for what is no type of device, and where CUDA tensors of a mesh would go wrong."""
+    try:
+        known = isinstance(device_type, str) and torch.device(device_type).index is None
+    except RuntimeError:  # torch lists the types it knows, most of which are no backend's
+        known = False
+    if not known:
+        raise GridError(
+            f'device_type must be a type of device without a number, "cuda" for GPUs or "cpu", got {device_type!r}; '
+            'the grid comes after it: init_mesh("cuda", (n, m))'
+        )
     if device_type != "cuda":
         return
     backends = dict(part.split(":") for part in str(dist.get_backend_config()).split(",") if ":" in part)
@@ -232,8 +254,13 @@ def _new_mesh(device_type: str, n: int, m: int) -> DeviceMesh:
     return mesh
 
 
+def _rank_rows(mesh: DeviceMesh) -> list[list[int]]:
+    with unset_fake_temporarily():  # the ranks are real also where modules are made of fake tensors
+        return mesh.mesh.tolist()
+
+
 def _ranks(mesh: DeviceMesh) -> tuple[int, ...]:
-    return tuple(sorted(mesh.mesh.flatten().tolist()))
+    return tuple(sorted(rank for row in _rank_rows(mesh) for rank in row))
 
 
 def _groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
@@ -279,13 +306,42 @@ def place_on(mesh: DeviceMesh | None) -> Place:
         raise GridError("mesh was closed: make another by two_level_mha.init_mesh") from None
     if mesh.size() == 1:
         return Place()
-    if any((mesh.mesh.diff(dim=dim) < 0).any() for dim in (0, 1)):
+    rows = _rank_rows(mesh)
+    if any(line != sorted(line) for line in (*rows, *map(list, zip(*rows, strict=True)))):
         raise GridError(
-            f"the ranks of mesh must ascend along head and along slice, got {mesh.mesh.tolist()}: torch.distributed "
+            f"the ranks of mesh must ascend along head and along slice, got {rows}: torch.distributed "
             "orders the ranks of a group; order the mesh, and start the processes in the order of its ranks"
         )
     names = tuple(group.group_name for group in _groups(mesh))
     return Place(Grid(*mesh.shape), *mesh.get_coordinate(), names, control_on(mesh))
+
+
+class NoMesh(enum.Enum):
+    """The default of a mesh: it tells one that was forgotten from None."""
+
+    NOT_GIVEN = "not given"
+
+
+def given_mesh(mesh: DeviceMesh | None | NoMesh) -> DeviceMesh | None:
+    """The mesh of a layer. Warns where none was given in a job of several ranks: the layer is not split there."""
+    if not isinstance(mesh, NoMesh):
+        return mesh
+    started = dist.is_available() and dist.is_initialized()
+    ranks = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        warnings.warn(
+            f"mesh was not given, in a job of {ranks} ranks: mesh=two_level_mha.init_mesh(..) splits the layer over "
+            "them, mesh=None, which is taken now, keeps all of it on each rank",
+            stacklevel=3,
+        )
+    return None
+
+
+def check_no_mesh(arguments: dict[str, object]) -> None:
+    """Raises GridError for a mesh in the place of another argument."""
+    for name, value in arguments.items():
+        if isinstance(value, DeviceMesh):
+            raise GridError(f"{name} was given a mesh, which goes by its name: mesh=mesh")
 
 
 def control_on(mesh: DeviceMesh) -> Control:

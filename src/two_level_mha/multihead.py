@@ -10,23 +10,43 @@ from torch.nn.init import xavier_normal_, xavier_uniform_
 
 from two_level_mha.agreement import check_same_weights
 from two_level_mha.blocks import full_tensor
-from two_level_mha.errors import GridError, UsageAssertionError
+from two_level_mha.errors import GridError, UsageAssertionError, UsageAttributeError
 from two_level_mha.layer import Drops, GridAttention
 from two_level_mha.masks import check_inputs, one_mask
+from two_level_mha.mesh import NoMesh, check_no_mesh, given_mesh
+from two_level_mha.names import Activations, Combine, Scheme
 from two_level_mha.probe import changed_linear
 from two_level_mha.profile import Profile
 from two_level_mha.stock import StockTensor, from_stock, put, take_stock_keys
 
 
-class _NoFastPath:
-    """Stands where nn.TransformerEncoder looks for in_proj_weight, so that it calls forward instead of bypassing it."""
+class _Elsewhere:
+    """Stands where nn.MultiheadAttention has a tensor of projections, and says where that went.
+
+    nn.TransformerEncoder looks for those tensors. One with a __torch_function__ makes it call forward.
+    """
+
+    def __init__(self, name: str, blocks: str) -> None:
+        self.name, self.blocks = name, blocks
+
+    def __getattr__(self, attribute: str) -> object:
+        known = vars(self)  # empty while a copy is made, which asks too
+        raise UsageAttributeError(_elsewhere(known.get("name", ""), known.get("blocks", "")))
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return NotImplemented
+    def __torch_function__(cls, func, types, args=(), kwargs=None) -> object:
+        one = next(x for x in args if isinstance(x, _Elsewhere))
+        raise UsageAttributeError(_elsewhere(one.name, one.blocks))
 
 
-_NO_FAST_PATH = _NoFastPath()
+def _elsewhere(name: str, blocks: str) -> str:
+    return (
+        f"{name} is split over the grid: this rank has its blocks, {blocks}; two_level_mha.full_state_dict(layer) "
+        "gives the whole tensor on rank 0, layer.to_torch() an nn.MultiheadAttention on every rank"
+    )
+
+
+_IN_PROJ_BIAS = _Elsewhere("in_proj_bias", "q_bias, k_bias and v_bias")
 
 
 class TwoLevelMultiheadAttention(Drops, GridAttention):
@@ -35,8 +55,9 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
     Rank (i, j) owns the weight blocks of head group i and slice j of the head dimension. Arguments are those of
     nn.MultiheadAttention, and:
 
-    mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process. head_groups must divide
-        num_heads, slices must divide embed_dim // num_heads; else GridError.
+    mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process; left out, it is None, which a
+        job of several ranks is warned of. head_groups must divide num_heads, slices must divide embed_dim // num_heads;
+        else GridError.
     scheme: "auto" or one of the exact "slices", "sequence", "batch", "heads", "weights" (the same numbers, other
         costs), or "independent": the paper's literal per-slice softmax, which is another model (num_heads * m heads of
         width d / m).
@@ -57,8 +78,10 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
     """
 
     _qkv_same_embed_dim = False  # nn.TransformerEncoderLayer's fast path reads the weights of a module that has True
-    in_proj_bias = None
-    in_proj_weight = _NO_FAST_PATH
+    in_proj_weight = _Elsewhere("in_proj_weight", "q_weight, k_weight and v_weight")
+    q_proj_weight = _Elsewhere("q_proj_weight", "q_weight")
+    k_proj_weight = _Elsewhere("k_proj_weight", "k_weight")
+    v_proj_weight = _Elsewhere("v_proj_weight", "v_weight")
 
     def __init__(
         self,
@@ -74,15 +97,21 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         device=None,
         dtype=None,
         *,
-        mesh: DeviceMesh | None = None,
-        scheme: str = "auto",
-        combine: str = "reduce",
+        mesh: DeviceMesh | None | NoMesh = NoMesh.NOT_GIVEN,
+        scheme: Scheme = "auto",
+        combine: Combine = "reduce",
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
-        activations: str = "replicated",
+        activations: Activations = "replicated",
         overlap: int | None = None,
     ) -> None:
+        check_no_mesh({
+            "embed_dim": embed_dim, "num_heads": num_heads, "dropout": dropout, "bias": bias,
+            "add_bias_kv": add_bias_kv, "add_zero_attn": add_zero_attn, "kdim": kdim, "vdim": vdim,
+            "batch_first": batch_first, "device": device, "dtype": dtype,
+        })  # fmt: skip
+        mesh = given_mesh(mesh)
         if embed_dim <= 0 or num_heads <= 0:
             raise GridError(
                 f"embed_dim and num_heads must be greater than 0,"
@@ -109,6 +138,11 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         stock = _drawn_as_stock(embed_dim, self.kdim, self.vdim, bias, add_bias_kv, device, dtype)
         self.store(from_stock(stock, self.stock_names))
         take_stock_keys(self)
+
+    @property
+    def in_proj_bias(self) -> _Elsewhere | None:
+        """As stock's attribute of that name: None without a bias."""
+        return None if self._parameters["q_bias"] is None else _IN_PROJ_BIAS
 
     @property
     def out_proj(self) -> SimpleNamespace:
@@ -180,14 +214,14 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
     def from_torch(
         cls,
         mha: nn.MultiheadAttention,
-        mesh: DeviceMesh | None = None,
+        mesh: DeviceMesh | None | NoMesh = NoMesh.NOT_GIVEN,
         *,
-        scheme: str = "auto",
-        combine: str = "reduce",
+        scheme: Scheme = "auto",
+        combine: Combine = "reduce",
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
-        activations: str = "replicated",
+        activations: Activations = "replicated",
         overlap: int | None = None,
     ) -> "TwoLevelMultiheadAttention":
         """The same layer on a grid. Raises GridError on every rank if mha's weights differ between ranks.
@@ -199,6 +233,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
             raise GridError(f"mha, or its out_proj, {problem}")
         if type(mha) is not nn.MultiheadAttention:  # a subclass may do something else
             raise GridError(f"mha must be an nn.MultiheadAttention, got {type(mha).__name__}")
+        mesh = given_mesh(mesh)
         check_same_weights(mha, mesh, mha.dropout > 0.0)
         options = {"scheme": scheme, "combine": combine, "debug": debug, "reduce_dtype": reduce_dtype}
         options |= {"profile": profile, "activations": activations, "overlap": overlap}

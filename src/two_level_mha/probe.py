@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,18 @@ def random_copy(modules: list[nn.Module], gain: float = 1.0) -> list[nn.Module]:
             with torch.no_grad():
                 p.normal_(std=gain * p.shape[-1] ** -0.5)
     return copies
+
+
+@contextmanager
+def in_eval(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode, each part of it."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def first_output(output) -> Tensor:

@@ -1,11 +1,12 @@
 """What parallelize did: how much a rank keeps, what is split and what is not, and why."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from two_level_mha.attentions import Attentions
 from two_level_mha.errors import GridError
 from two_level_mha.rest import Rest
 
@@ -17,7 +18,8 @@ _ATTRIBUTE = "two_level_mha_report"
 class Report:
     """What parallelize split in a model, and what this rank holds of it; str() gives it as one line.
 
-    attentions, mlps: how many modules. tp_plans: classes of the transformers models whose tensor-parallel plan was
+    attentions, mlps: how many modules. gathered: modules that keep their own code, whose weights are gathered for each
+    call -> why. tp_plans: classes of the transformers models whose tensor-parallel plan was
     applied. parameters, total_bytes: of the model; held_parameters, split_bytes, unsplit_bytes: of this rank.
     unsplit: module, a * for its layer's number -> bytes, the largest first. left_out: what looks as if it could be
     split, or has a rule in a plan -> why it is not.
@@ -33,26 +35,29 @@ class Report:
     unsplit_bytes: int
     unsplit: dict[str, int]
     left_out: dict[str, str]
+    gathered: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         kinds = [f"{self.attentions} attention modules"]
         kinds += [f"what the tensor-parallel plan of {name} names" for name in self.tp_plans]
         if self.mlps or not self.tp_plans:
             kinds.append(f"{self.mlps} MLPs")
+        if self.gathered:
+            kinds[0] += f" and {len(self.gathered)} with gathered weights"
         largest = [f"{name} {size(count)}" for name, count in self.unsplit.items()]
         largest = largest[:_LARGEST] + ["..."] * (len(largest) > _LARGEST)
         reasons: dict[tuple[str, str], list[str]] = {}
         for name, why in self.left_out.items():
-            reasons.setdefault((_any_layer(name), why), []).append(name)
+            reasons.setdefault((_any_layer(name), f"stays unsplit: {why}"), []).append(name)
+        for name, why in self.gathered.items():
+            kind = _any_layer(name)
+            reasons.setdefault((kind, f"has its weights gathered: {why.replace(name, kind)}"), []).append(name)
         return (
             f"{' and '.join(kinds)} split; parameters per rank {self.held_parameters:,} of {self.parameters:,}, "
             f"{size(self.split_bytes + self.unsplit_bytes)} of {size(self.total_bytes)}: {size(self.split_bytes)} "
             f"split, {size(self.unsplit_bytes)} unsplit"
             + (f" ({', '.join(largest)})" if largest else "")
-            + "".join(
-                f"; {names[0] if len(names) == 1 else kind} stays unsplit: {why}"
-                for (kind, why), names in reasons.items()
-            )
+            + "".join(f"; {names[0] if len(names) == 1 else kind} {why}" for (kind, why), names in reasons.items())
         )
 
 
@@ -66,7 +71,7 @@ def report(model: nn.Module) -> Report:
     return found
 
 
-def keep_report(model: nn.Module, attentions: int, rest: Rest) -> Report:
+def keep_report(model: nn.Module, attentions: Attentions, rest: Rest) -> Report:
     """Makes the report of a model that was just split, and keeps it on the model."""
     held = parameters = total = split = unsplit = 0
     by_module: dict[str, int] = {}
@@ -81,7 +86,7 @@ def keep_report(model: nn.Module, attentions: int, rest: Rest) -> Report:
             module = _any_layer(name.rpartition(".")[0])
             by_module[module] = by_module.get(module, 0) + count
     made = Report(
-        attentions=attentions,
+        attentions=len(attentions.found),
         tp_plans=tuple(type(part).__name__ for part, tp_plan in rest.tp_plans.values() if tp_plan),
         mlps=len(rest.mlps),
         parameters=parameters,
@@ -91,6 +96,7 @@ def keep_report(model: nn.Module, attentions: int, rest: Rest) -> Report:
         unsplit_bytes=unsplit,
         unsplit=dict(sorted(by_module.items(), key=lambda item: -item[1])),
         left_out=rest.left_out | {f"the MLP {name}": why for name, why in rest.left_out_mlps.items()},
+        gathered={name: why for name, (_, why) in attentions.gathered.items()},
     )
     setattr(model, _ATTRIBUTE, made)
     return made

@@ -6,19 +6,21 @@ apart.
 """
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from two_level_mha.errors import GridError
 from two_level_mha.integrations.lora import mark
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.tp_plan import apply_tp_plan, find_tp_plan
 from two_level_mha.mesh import grid_mesh
-from two_level_mha.probe import first_output, has_hooks, random_copy, settings
+from two_level_mha.probe import first_output, has_hooks, in_eval, random_copy, settings
 from two_level_mha.stock import take_full_tensors
 
 # Paths of the two linears inside the module that is called with (B, L, D).
@@ -27,6 +29,8 @@ _MLPS = (
     ("intermediate.dense", "output.dense"),  # BERT, RoBERTa
     ("fc1", "fc2"),  # ViT
 )
+
+PLAN_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; others 0.1
 
 _Mlps = dict[str, tuple[nn.Module, tuple[str, str], tuple[str, ...]]]  # and what is between the linears
 
@@ -40,9 +44,20 @@ class Rest:
     mlps: _Mlps = field(default_factory=dict)
     left_out_mlps: dict[str, str] = field(default_factory=dict)
 
+    def splits(self, name: str) -> bool:
+        """Whether the parameter of a name will be split."""
+        planned = (
+            f"{model}.{rule}" if model else rule for model, (_, rules) in self.tp_plans.items() for rule in rules
+        )
+        mlps = (f"{mlp}.{path}" for mlp, (_, paths, _) in self.mlps.items() for path in paths)
+        return any(name == owner or name.startswith(f"{owner}.") for owner in (*planned, *mlps))
 
-def find_rest(model: nn.Module, ranks: int, replaced: set[str]) -> Rest:
-    """What can be split over `ranks`, of a model whose modules called `replaced` are split already or will be.
+
+def find_rest(
+    model: nn.Module, ranks: int, replaced: set[str], skips: Callable[[str], bool] = lambda name: False
+) -> Rest:
+    """What can be split over `ranks`, of a model whose modules called `replaced` are split already or will be; and not
+    what `skips` says of by name.
 
     Runs a copy of one of each kind of MLP, before the model is changed; sends nothing. Raises GridError where a
     transformers model's plan cannot be applied.
@@ -55,12 +70,73 @@ def find_rest(model: nn.Module, ranks: int, replaced: set[str]) -> Rest:
     for name, part in pretrained_models(model).items():
         prefix = f"{name}." if name else ""
         inside = {other.removeprefix(prefix) for other in replaced if other.startswith(prefix)}
+        inside |= {other for other, _ in part.named_modules() if skips(prefix + other)}
         if (found := find_tp_plan(part, ranks, inside, owners)) is not None:
             rest.tp_plans[name] = (part, found[0])
             rest.left_out |= {prefix + owner: why for owner, why in found[1].items()}
     planned = {module for part, _ in rest.tp_plans.values() for module in part.modules()}
+    planned |= {module for name, module in model.named_modules() if skips(name)}
     _find_mlps(model, ranks, owners, planned, rest)
     return rest
+
+
+@dataclass
+class PlanTrial:
+    """One module of each kind that a model's plan splits, and what it gave before for a small input."""
+
+    name: str
+    module: nn.Module
+    x_BLD: Tensor
+    expected: Tensor
+
+    def check(self) -> None:
+        """Raises GridError if the split module gives other numbers: the plan is another library's, and may be wrong."""
+        try:
+            with torch.no_grad(), in_eval(self.module):
+                got = first_output(self.module(self.x_BLD))
+            off = ((got - self.expected).abs().max() / self.expected.abs().max().clamp(min=1e-30)).item()
+            found = None if off <= PLAN_TOLERANCE.get(got.dtype, 0.1) else f"gives numbers that are off by {off:.1e}"
+        except Exception as error:  # of any kind: it is another's code
+            found = f"dies of {error!r}"
+        if found is not None:
+            raise GridError(
+                f"{self.name} ({type(self.module).__name__}), split by the model's tensor-parallel plan, "
+                f"{found}: make the model again, and leave it whole by skip=[{self.name!r}]"
+            )
+
+
+def plan_trials(rest: Rest) -> list[PlanTrial]:
+    """Of every kind of module that stands in a layer and is split by a plan in part, if it can be called with hidden
+    states and holds weights; before anything is split.
+    """
+    trials: dict[tuple, PlanTrial] = {}
+    for model, (part, rules) in rest.tp_plans.items():
+        for name, layers in part.named_modules(prefix=model):
+            for number, layer in layers._modules.items() if isinstance(layers, nn.ModuleList) else ():
+                for child, module in layer.named_children():
+                    path = f"{name}.{number}.{child}"
+                    inside = path.removeprefix(f"{model}.") if model else path
+                    if not any(rule == inside or rule.startswith(f"{inside}.") for rule in rules):
+                        continue
+                    kind = (_kind(module), tuple(style for rule, style in rules.items() if rule.startswith(inside)))
+                    if kind not in trials and (trial := _plan_trial(path, module, part.config)):
+                        trials[kind] = trial
+    return list(trials.values())
+
+
+def _plan_trial(name: str, module: nn.Module, config) -> PlanTrial | None:
+    held = list(module.parameters())
+    width = getattr(config.get_text_config(), "hidden_size", None)
+    if width is None or any(p.is_meta or isinstance(p, DTensor) for p in held):
+        return None
+    draw = torch.Generator(device="cpu").manual_seed(0)
+    x_BLD = torch.randn(1, 3, width, generator=draw, device="cpu").to(held[0].device, held[0].dtype)
+    try:
+        with torch.no_grad(), in_eval(module):
+            expected = first_output(module(x_BLD))
+    except Exception:  # it is called in another way: nobody knows how
+        return None
+    return PlanTrial(name, module, x_BLD, expected) if isinstance(expected, Tensor) else None
 
 
 def split_rest(rest: Rest, mesh: DeviceMesh, taken: Collection[nn.Module] = ()) -> None:

@@ -8,6 +8,7 @@ import functools
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -92,20 +93,38 @@ def take_stock_keys(owner: nn.Module, child: str = "") -> None:
     owner.register_load_state_dict_pre_hook(functools.partial(_take, child=child))
 
 
-def _take(owner: nn.Module, state: dict, prefix: str, *_, child: str) -> None:
+def _take(
+    owner: nn.Module, state: dict, prefix: str, metadata: dict, strict: bool, missing: list[str], unexpected: list[str],
+    errors: list[str], *, child: str,
+) -> None:  # fmt: skip
+    """A pre-hook of load_state_dict. What is missing or has another shape is named as the caller knows it."""
     module, taken, found = owner.get_submodule(child), set(), {}
-    for name, stock in module.stock_names.items():
+    names = {name: stock for name, stock in module.stock_names.items() if module._parameters[name] is not None}
+    by_ours = any(prefix + resolve(child, name) in state for name, stock in names.items() if name != stock.key)
+    for name, stock in names.items():
         own = module._parameters[name]
         key, mine = prefix + resolve(child, stored_key(module, stock.key)), prefix + resolve(child, name)
-        if own is None or not (key in state or mine in state):
+        if not (key in state or mine in state):
+            if not by_ours:
+                found[mine] = own  # as it is: torch would report it by our name
+                missing += [key] if key not in missing else []
             continue
         x = state[key if key in state else mine]
         if key in state:
             taken.add(key)
-            x = stock.part(x) if x.shape == stock.shape else x  # else load_state_dict names it
+            if x.shape == stock.shape:
+                x = stock.part(x)
+            elif key != mine or x.shape != own.shape:
+                errors.append(
+                    f"size mismatch for {key}: copying a param with shape {x.shape} from checkpoint, the shape in "
+                    f"current model is {torch.Size(stock.shape)}."
+                )
+                found[mine] = own
+                continue
         if isinstance(own, DTensor) and not isinstance(x, DTensor) and x.shape == own.shape:
             x = module.block(x, name)
         found[mine] = x
+    errors[:] = dict.fromkeys(errors)  # a fused tensor is of several parameters
     for key in taken:
         del state[key]
     state.update(found)

@@ -1,4 +1,4 @@
-"""What a rank sends: a recorder of functional collectives, for tests and for looking at a model of your own.
+"""What a rank sends: a recorder of collectives, for tests and for looking at a model of your own.
 
     with record_collectives() as record:
         model(x).sum().backward()
@@ -12,6 +12,12 @@ the wire):
     all_to_all        (g - 1) / g * N        with uneven splits: what goes to others
     all_reduce        2 * (g - 1) / g * N
     broadcast         N at the source, nothing elsewhere
+    send              N
+    recv              nothing                N is what comes
+
+Recorded are functional collectives, which this package and DTensor issue. FSDP2, DDP and torch's pipelining call the
+process group instead, as do the ranks of a grid that compare their arguments: `record_collectives(c10d=True)` has
+those too.
 """
 
 from collections import Counter
@@ -23,26 +29,45 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_NAMES = {
-    "all_gather_into_tensor": "all_gather",
-    "all_gather_into_tensor_out": "all_gather",
-    "all_gather_into_tensor_coalesced": "all_gather",
-    "reduce_scatter_tensor": "reduce_scatter",
-    "reduce_scatter_tensor_coalesced": "reduce_scatter",
-    "all_to_all_single": "all_to_all",
-    "all_reduce": "all_reduce",
-    "all_reduce_": "all_reduce",
-    "all_reduce_coalesced": "all_reduce",
-    "all_reduce_coalesced_": "all_reduce",
-    "broadcast": "broadcast",
-    "broadcast_": "broadcast",
+# Operator -> what it is, and the arguments that hold its input and, of what has one peer, that peer.
+_FUNCTIONAL = {
+    "all_gather_into_tensor": ("all_gather", "input"),
+    "all_gather_into_tensor_out": ("all_gather", "input"),
+    "all_gather_into_tensor_coalesced": ("all_gather", "inputs"),
+    "reduce_scatter_tensor": ("reduce_scatter", "input"),
+    "reduce_scatter_tensor_out": ("reduce_scatter", "input"),
+    "reduce_scatter_tensor_coalesced": ("reduce_scatter", "inputs"),
+    "all_to_all_single": ("all_to_all", "input"),
+    "all_reduce": ("all_reduce", "input"),
+    "all_reduce_": ("all_reduce", "input"),
+    "all_reduce_coalesced": ("all_reduce", "inputs"),
+    "all_reduce_coalesced_": ("all_reduce", "inputs"),
+    "broadcast": ("broadcast", "input", "src"),
+    "broadcast_": ("broadcast", "input", "src"),
 }
+_C10D = {
+    "_allgather_base_": ("all_gather", "input_tensor"),
+    "allgather_": ("all_gather", "input_tensors"),
+    "allgather_into_tensor_coalesced_": ("all_gather", "inputs"),
+    "_reduce_scatter_base_": ("reduce_scatter", "input_tensor"),
+    "reduce_scatter_": ("reduce_scatter", "input_tensors"),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", "inputs"),
+    "alltoall_base_": ("all_to_all", "input"),
+    "alltoall_": ("all_to_all", "input_tensors"),
+    "allreduce_": ("all_reduce", "tensors"),
+    "allreduce_coalesced_": ("all_reduce", "tensors"),
+    "broadcast_": ("broadcast", "tensors", "root_rank"),
+    "send": ("send", "tensors", "dst"),
+    "recv_": ("recv", "tensors", "src"),
+}
+_TABLES = {"_c10d_functional": _FUNCTIONAL, "c10d": _C10D}
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective as this rank issued it. `elements` counts its input,
-    `sent` the bytes that left this rank.
+    """One collective as this rank issued it. `elements` counts its input, `sent` the bytes that left this rank.
+
+    ranks: those of the group, as the job numbers them; peer: the one of them that a message is for or from.
     """
 
     name: str
@@ -52,26 +77,25 @@ class Collective:
     group_size: int
     sent: int
     backward: bool
+    ranks: tuple[int, ...] = ()
+    peer: int | None = None
 
 
 class CollectiveRecord(TorchDispatchMode):
-    """Records the functional collectives issued while it is active, forward and backward apart.
+    """Records the collectives issued while it is active, forward and backward apart.
 
     Under torch.compile they are seen only while compiled code calls them through the dispatcher (backend
     "eager").
     """
 
-    def __init__(self) -> None:
+    def __init__(self, c10d: bool = False) -> None:
         super().__init__()
         self.calls: list[Collective] = []
+        self._c10d = c10d
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        namespace, _, name = func._schema.name.partition("::")
-        if namespace == "_c10d_functional" and name in _NAMES:
-            arguments = dict(zip((a.name for a in func._schema.arguments), args, strict=False), **(kwargs or {}))
-            inputs = arguments.get("inputs", arguments.get("input", args[0]))
-            for tensor in inputs if isinstance(inputs, (list, tuple)) else [inputs]:
-                self.calls.append(_describe(_NAMES[name], tensor, arguments))
+        if self._c10d or func.namespace != "c10d":
+            self.calls += collectives_of(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
     def sent(self, *, backward: bool | None = None, name: str | None = None) -> int:
@@ -92,33 +116,58 @@ class CollectiveRecord(TorchDispatchMode):
         ]
 
 
-def record_collectives() -> CollectiveRecord:
-    """A context manager that records this rank's functional collectives:
-    `with record_collectives() as record`.
+def record_collectives(*, c10d: bool = False) -> CollectiveRecord:
+    """A context manager that records this rank's collectives: `with record_collectives() as record`.
+
+    c10d: also what is issued past the functional collectives.
     """
-    return CollectiveRecord()
+    return CollectiveRecord(c10d)
 
 
-def _describe(name: str, tensor: torch.Tensor, arguments: dict) -> Collective:
-    group = _resolve_process_group(arguments["group_name"])
-    size = dist.get_world_size(group)
-    count = tensor.numel()
-    splits = arguments.get("input_split_sizes")
-    if name == "all_gather":
-        elements = Fraction((size - 1) * count)
-    elif name == "all_to_all" and splits:
-        own = splits[dist.get_rank(group)]
-        elements = Fraction(count * (sum(splits) - own), max(sum(splits), 1))
-    elif name == "broadcast":
-        elements = Fraction(count if dist.get_group_rank(group, dist.get_rank()) == arguments["src"] else 0)
+def collectives_of(func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, object]) -> list[Collective]:
+    """What an operator's call sends, one for each tensor; empty for an operator that is no collective."""
+    namespace, _, name = func._schema.name.partition("::")
+    if name not in _TABLES.get(namespace, {}):
+        return []
+    kind, source, *peer = _TABLES[namespace][name]
+    arguments = dict(zip((a.name for a in func._schema.arguments), args, strict=False), **kwargs)
+    if namespace == "c10d":
+        group = dist.ProcessGroup.unbox(arguments["process_group"])
     else:
-        elements = Fraction((2 if name == "all_reduce" else 1) * (size - 1) * count, size)
-    return Collective(
-        name=name,
-        dtype=tensor.dtype,
-        elements=count,
-        group=group.group_name,
-        group_size=size,
-        sent=int(elements * tensor.element_size()),
-        backward=torch._C._current_graph_task_id() != -1,
-    )
+        group = _resolve_process_group(arguments["group_name"])
+    ranks = tuple(dist.get_process_group_ranks(group))
+    at = ranks[arguments[peer[0]]] if peer else None
+    splits = arguments.get("input_split_sizes")
+    return [
+        Collective(
+            name=kind,
+            dtype=tensor.dtype,
+            elements=tensor.numel(),
+            group=group.group_name,
+            group_size=len(ranks),
+            sent=int(_sent_elements(kind, tensor.numel(), ranks, splits, at) * tensor.element_size()),
+            backward=torch._C._current_graph_task_id() != -1,
+            ranks=ranks,
+            peer=at,
+        )
+        for tensor in _tensors(arguments[source])
+    ]
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for one in value for tensor in _tensors(one)]
+
+
+def _sent_elements(kind: str, count: int, ranks: tuple[int, ...], splits: list[int] | None, peer: int | None):
+    """Of an input of `count` elements, as a fraction."""
+    size, rank = len(ranks), dist.get_rank()
+    if kind == "all_gather":
+        return Fraction((size - 1) * count)
+    if kind == "all_to_all" and splits:
+        own = splits[ranks.index(rank)]
+        return Fraction(count * (sum(splits) - own), max(sum(splits), 1))
+    if kind in ("send", "recv", "broadcast"):
+        return Fraction(count if kind == "send" or (kind == "broadcast" and rank == peer) else 0)
+    return Fraction((2 if kind == "all_reduce" else 1) * (size - 1) * count, size)

@@ -209,11 +209,11 @@ def test_load_state_dict_is_strict():
     model, state = tlm.parallelize(make("BertModel"), None), make("BertModel").state_dict()
     prefix = "encoder.layer.0.attention."
     missing = {k: v for k, v in state.items() if k != prefix + "output.dense.weight"}
-    with pytest.raises(RuntimeError, match="Missing key.*0.attention.self.out_weight"):
+    with pytest.raises(RuntimeError, match="Missing key.*0.attention.output.dense.weight"):
         model.load_state_dict(missing)
     with pytest.raises(RuntimeError, match="Unexpected key.*0.attention.self.querry.weight"):
         model.load_state_dict({**state, prefix + "self.querry.weight": torch.zeros(1)})
-    with pytest.raises(RuntimeError, match="size mismatch for encoder.layer.0.attention.self.q_weight"):
+    with pytest.raises(RuntimeError, match="size mismatch for encoder.layer.0.attention.self.query.weight"):
         model.load_state_dict({**state, prefix + "self.query.weight": torch.zeros(6, 16)})
 
 

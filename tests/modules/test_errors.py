@@ -215,7 +215,7 @@ def disagreements(grid) -> list[str]:
         "content of key_padding_mask": ({"key_padding_mask": other}, {"key_padding_mask": padding}),
         "shape of attn_mask": ({"attn_mask": x(L, L)}, {}),
         "was expecting embedding dimension of 16, but got 12": ({"query": x(L, B, 12)}, {}),
-        "no attribute": ({"query": None}, {}),
+        "must be a tensor, got a NoneType": ({"query": None}, {}),
     }
     texts = []
     for odd, rest in calls.values():
@@ -235,10 +235,10 @@ def test_ranks_that_disagree(pool):
     found = pool.run(disagreements, 4, (2, 2))
     fields = ["content of query", "shape of query", "need_weights", "average_attn_weights",
               "content of key_padding_mask", "shape of attn_mask", "was expecting embedding dimension of 16",
-              "no attribute", "training differs", "grad mode differs"]  # fmt: skip
+              "must be a tensor, got a NoneType", "training differs", "grad mode differs"]  # fmt: skip
     for rank, texts in enumerate(found):
         for field, text in zip(fields, texts, strict=True):
-            own_error = rank == ODD and ("expecting" in field or "attribute" in field)
+            own_error = rank == ODD and ("expecting" in field or "NoneType" in field)
             assert field in text and (own_error or f"rank {ODD}" in text), (rank, field, text)
 
 

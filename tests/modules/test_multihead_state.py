@@ -94,10 +94,10 @@ def loaded(grid) -> None:
     check("assign")
     incomplete = source.state_dict()
     del incomplete["out_proj.bias"]
-    with pytest.raises(RuntimeError, match="Missing key.*out_bias"):
+    with pytest.raises(RuntimeError, match="Missing key.*out_proj.bias"):
         ours.load_state_dict(incomplete)
     wrong = source.state_dict() | {"out_proj.weight": torch.zeros(8, 16)}
-    with pytest.raises(RuntimeError, match="size mismatch for out_weight"):
+    with pytest.raises(RuntimeError, match="size mismatch for out_proj.weight"):
         ours.load_state_dict(wrong)
 
 

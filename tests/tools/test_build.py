@@ -3,9 +3,12 @@
 setup.py runs in this process up to setuptools.setup; nvcc is a script that says what the test wants.
 """
 
+import platform
 import runpy
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -13,11 +16,13 @@ import setuptools
 import torch
 import torch.utils.cpp_extension
 
+import two_level_mha
 from two_level_mha import _load
 
 pytestmark = pytest.mark.cpu_only("it builds for the CPU")
 
 ROOT = Path(__file__).resolve().parents[2]
+RELEASE = "".join(torch.__version__.split(".")[:2])
 NO_TOOLKIT = "no CUDA toolkit found (set CUDA_HOME, or put nvcc on the PATH)"
 
 
@@ -35,22 +40,81 @@ def configure(monkeypatch, tmp_path):
             )
             (home / "bin" / "nvcc").write_text(f"#!/bin/sh\n{script}\n")
             (home / "bin" / "nvcc").chmod(0o755)
-        for name in ("FORCE_CUDA", "TLM_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        for name in ("FORCE_CUDA", "TLM_CUDA", "TLM_LOCAL_VERSION", "TORCH_CUDA_ARCH_LIST"):
             monkeypatch.setenv(name, "")  # so that what setup.py sets goes away again
             monkeypatch.delenv(name)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        found: dict = {}
         monkeypatch.setattr(torch.version, "cuda", torch_cuda)
         monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", home and str(home))
-        monkeypatch.setattr(
-            setuptools, "setup", lambda ext_modules, **_: found.update((e.name, e) for e in ext_modules)
-        )
+        monkeypatch.setattr(setuptools, "setup", lambda **arguments: setattr(run, "arguments", arguments))
         monkeypatch.chdir(tmp_path)
         runpy.run_path(str(ROOT / "setup.py"))
-        return found
+        return {extension.name: extension for extension in run.arguments["ext_modules"]}
 
     return run
+
+
+def stopped(configure, **options) -> list[str]:
+    """The lines with which setup.py ends."""
+    with pytest.raises(SystemExit) as stop:
+        configure(**options)
+    return str(stop.value).splitlines()
+
+
+def test_old_setuptools(configure, monkeypatch):
+    """Localises: a hundred lines about project.license, in a new environment of Python 3.11."""
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    assert stopped(configure) == [
+        "setuptools 65.5.0 cannot read the licence in pyproject.toml: pip install 'setuptools>=77', then pip install "
+        "--no-build-isolation ."
+    ]
+
+
+def test_no_torch(configure, monkeypatch, tmp_path):
+    """Localises: a traceback where torch is missing, or hidden by an environment that pip makes for the build."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    (without,) = stopped(configure)
+    assert without.startswith(f"torch is not installed in {sys.prefix}, and ")
+    assert without.endswith("pip install torch ninja, then pip install --no-build-isolation .")
+    (tmp_path / "torch").mkdir()
+    (hidden,) = stopped(configure)
+    assert hidden.startswith(f"the torch of {sys.prefix} is not seen, since pip builds in an environment of its own")
+
+
+def test_old_torch(configure, monkeypatch):
+    """Localises: errors of a compiler in place of a version."""
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
+    assert stopped(configure) == [
+        "torch 2.10.1+cpu is too old: pip install 'torch>=2.11', then pip install --no-build-isolation ."
+    ]
+
+
+def test_no_tools(configure, monkeypatch, tmp_path):
+    """Localises: what is found out after minutes, or never: ninja's absence is silent and makes a build serial."""
+    monkeypatch.setattr(torch.utils.cpp_extension, "is_ninja_available", lambda: False)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    compiler, headers, ninja = stopped(configure, CXX="no-such-compiler -O1")
+    assert compiler.startswith("no C++ compiler no-such-compiler: install g++")
+    assert headers.startswith(f"no Python.h in {tmp_path}: ")
+    assert ninja.startswith("ninja is not installed in ") and ninja.endswith("pip install ninja")
+    monkeypatch.setattr(sys, "argv", ["setup.py", "sdist"])
+    assert configure(CXX="no-such-compiler")  # archives need no compiler
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, two_level_mha.__version__),
+        ({"TLM_LOCAL_VERSION": "1"}, f"{two_level_mha.__version__}+cpu.torch{RELEASE}"),
+        ({"TLM_LOCAL_VERSION": "1", "nvcc": "13.1"}, f"{two_level_mha.__version__}+cu130.torch{RELEASE}"),
+    ],
+)
+def test_version(configure, options, expected):
+    """Localises: wheels of several torches under one name; a second source of the version."""
+    configure(**options)
+    assert configure.arguments["version"] == expected
 
 
 REFUSED = {
@@ -122,3 +186,18 @@ def test_not_built(monkeypatch, tmp_path):
     monkeypatch.setattr(_load, "PACKAGE", tmp_path)
     with pytest.raises(ImportError, match=f"two_level_mha is not built in {tmp_path}: run `pip install"):
         _load.load()
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_vector_instructions(compiler, tmp_path):
+    """Localises: a compiler that builds the kernels, in silence, for the oldest CPU alone."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler} here")
+    if platform.machine() != "x86_64":
+        pytest.skip("instructions of x86-64")
+    includes = [f"-I{path}" for path in torch.utils.cpp_extension.include_paths()]
+    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-S"]
+    source, target = ROOT / "csrc" / "attend" / "cpu" / "vectors.cpp", tmp_path / "vectors.s"
+    subprocess.run([compiler, *flags, *includes, str(source), "-o", str(target)], check=True, timeout=300)
+    text = target.read_text()
+    assert "%zmm" in text and "%ymm" in text and "%xmm" in text

@@ -108,7 +108,7 @@ def test_environment_of_a_rank():
             "two_level_mha check",
         ),
         (4, "--grid 2x3", "--grid 2x3 needs 6 ranks, but there are 4: take 4x1, 2x2, 1x4"),
-        (4, "--grid 4", "--grid must be head groups x slices, such as 2x4, got '4'"),
+        (4, "--grid 4", "a grid is written as head groups x slices, such as 2x4, got '4'"),
         (4, "--heads 4", "--heads, --head-dim and, if they differ, --kv-heads go together: give them, or none of them"),
         (
             4,

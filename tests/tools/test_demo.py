@@ -63,6 +63,14 @@ def test_grid_that_does_not_fit():
     assert "head_groups=5 must divide num_kv_heads=12; no grid of 5 ranks is valid; for 4: (4, 1)" in result.stderr
 
 
+@pytest.mark.parametrize("text", ["banana", "4x4x1", "4x"])
+def test_no_grid(text):
+    """Localises: Python's own words for a number, in place of what a grid is."""
+    result = run([str(SCRIPT), "--grid", text], timeout=120)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert f"a grid is written as head groups x slices, such as 2x4, got {text!r}" in result.stderr
+
+
 @pytest.mark.slow
 def test_under_torchrun():
     """torchrun starts the ranks instead of the script."""

@@ -60,13 +60,13 @@ def test_disturbed_runs():
     """Localises: a rule that looks at more than computing alone; a run left out of the list, or in a median."""
 
     def run(before, after, at_once, chunks):
-        size = {"1": 1010, "4": 1010}
+        size = {"1": 1000010, "4": 1000010}
         alone = {"alone_ms": [before, after], "around_link_bytes": [10, 10]}
         return alone | {"ms": {"1": at_once, "4": chunks}, "link_bytes": size}
 
     runs = [run(100, 100, 150, 110), run(100, 100, 150, 130), run(100, 130, 900, 1), run(100, 100, 160, 120)]
-    predicted = {"bytes_of_a_rank": {}, "link_bytes": {"1": 1000, "4": 990}}
-    row = links.judged({"part": "", "case": "", "predicted": predicted, "runs": runs}, rate=8000)
+    predicted = {"bytes_of_a_rank": {}, "link_bytes": {"1": 1000000, "4": 990000}}
+    row = links.judged({"part": "", "case": "", "predicted": predicted, "runs": runs}, rate=8_000_000)
     assert [one["disturbed"] for one in row["runs"]] == [False, False, True, False]
     assert row["measured"]["exposed_ms"] == {"1": 50, "4": 20} and row["measured"]["ms"] == {"1": 150, "4": 120}
     assert (row["halved"], row["compute_over_exchange"], row["ratio"]) == (2, 2.0, 1.0101)

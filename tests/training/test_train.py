@@ -70,6 +70,7 @@ def test_grid_that_does_not_fit(tmp_path):
     result = run(tmp_path, "--grid", "2x4", "--steps", "5")
     assert result.returncode != 0
     assert "error: grid 2 x 4 needs 8 ranks, but the world size is 2" in result.stderr
+    assert "error: a grid is written as head groups x slices" in run(tmp_path, "--grid", "banana").stderr
 
 
 def test_without_torchrun():

@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import os
-import re
 import sys
 import time
 from dataclasses import asdict
@@ -26,8 +25,14 @@ HOW = "torchrun --nproc-per-node 4 -m two_level_mha check"
 def add_check(parser: argparse.ArgumentParser) -> None:
     parser.description = f"Under torchrun, on the ranks of a job to come: {HOW}. Exit code 1 if a check fails."
     parser.add_argument("--grid", metavar="NxM", help="head groups x slices, such as 2x4")
-    parser.add_argument("--heads", type=int, help="query heads of the layer that is tried")
-    parser.add_argument("--kv-heads", type=int, help="key/value heads (default: as many as query heads)")
+    parser.add_argument("--num-heads", "--heads", dest="heads", type=int, help="query heads of the layer that is tried")
+    parser.add_argument(
+        "--num-kv-heads",
+        "--kv-heads",
+        dest="kv_heads",
+        type=int,
+        help="key/value heads (default: as many as query heads)",
+    )
     parser.add_argument("--head-dim", type=int)
     parser.add_argument("--device-type", choices=DEVICE_TYPES, help="default: cuda where torch finds a GPU")
     parser.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help="of each check")
@@ -135,9 +140,7 @@ def grid_and_sizes(args: argparse.Namespace, ranks: int, alone: bool, profile) -
     if args.heads is not None:
         given = Sizes(args.heads, args.heads if args.kv_heads is None else args.kv_heads, args.head_dim)
     if args.grid is not None:
-        if not (found := re.fullmatch(r"(\d+)x(\d+)", args.grid)):
-            raise GridError(f"--grid must be head groups x slices, such as 2x4, got {args.grid!r}")
-        grid = Grid(int(found[1]), int(found[2]))
+        grid = Grid.parse(args.grid)
         if grid.size != ranks:
             pairs = ", ".join(f"{d}x{ranks // d}" for d in range(ranks, 0, -1) if ranks % d == 0)
             start = f"; start that many: {HOW.replace('4', str(grid.size), 1)}" if alone else ""

@@ -105,6 +105,7 @@ class DecoderAttention(ProjectedAttention):
             return *self.positioned(q_BHLd, k_BKSd, aside), v
 
         causal = self.causal_without_mask(kwargs, L) if attention_mask is None else None
+        unrotated = self.rotary is None or position_embeddings is None  # a model may leave them out by its config
         if need_weights and attention_mask is not None and attention_mask.dtype == torch.bool:
             attention_mask = additive(attention_mask, hidden_states.dtype)  # a padded row must not become NaN
         return self.attend(
@@ -119,7 +120,7 @@ class DecoderAttention(ProjectedAttention):
             dropout_p=dropout_p,
             need_weights=need_weights,
             average_attn_weights=False,
-            rows=None if self.rotary is None else [x.unsqueeze(1) for x in position_embeddings],
+            rows=None if unrotated else [x.unsqueeze(1) for x in position_embeddings],
             shared=[p for norm in self.norms() for p in norm.parameters()] or None,
             between=between,
             cache=layer,
@@ -134,7 +135,7 @@ class DecoderAttention(ProjectedAttention):
         """Queries and keys as attention takes them: normed and rotated. On a GPU by one kernel, where nothing is
         differentiated and the model's own functions are those that it computes.
         """
-        one_kernel = self.fused is not None and q_BHLd.is_cuda and q_BHLd.dtype in FUSED_DTYPES
+        one_kernel = self.fused is not None and aside.q_rows and q_BHLd.is_cuda and q_BHLd.dtype in FUSED_DTYPES
         if one_kernel and not (torch.is_grad_enabled() and q_BHLd.requires_grad):
             return self.by_operator(q_BHLd, k_BKSd, aside)
         return self.by_model(q_BHLd, k_BKSd, aside)
@@ -152,7 +153,7 @@ class DecoderAttention(ProjectedAttention):
                 parameters = {own: next(shared) for own, _ in norm.named_parameters()}
                 xs[name] = torch.func.functional_call(norm, parameters, (xs[name],))
         q_BHLd, k_BKSd = xs.values()
-        if self.rotary is None:
+        if self.rotary is None or not aside.q_rows:
             return q_BHLd, k_BKSd
         q_BHLd = self.rotary(q_BHLd, q_BHLd[:, :0], *(x.squeeze(1) for x in aside.q_rows))[0]
         k_BKSd = self.rotary(k_BKSd[:, :0], k_BKSd, *(x.squeeze(1) for x in aside.k_rows))[1]

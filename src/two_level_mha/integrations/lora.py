@@ -17,15 +17,16 @@ from two_level_mha.agreement import digest, same_on_all_ranks
 from two_level_mha.class_like import become
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations.lora_layers import ADAPTED, PLAIN_ONLY, Adapted, AdaptedProjection
-from two_level_mha.low_rank import Projection
+from two_level_mha.low_rank import Projection, blank_like, is_linear
 from two_level_mha.mesh import Place, place_on
+from two_level_mha.names import Model
 
 _WAY_OUT = "put it there inside two_level_mha.adaptable(model), or before parallelize"
 # Styles of a tensor-parallel plan -> what a rank takes and gives.
 _STYLES = {
     "colwise": "columns", "rowwise": "rows", "colwise_gather_output": "whole", "colwise_rep": "whole",
     "rowwise_split_input": "whole", "rowwise_rep": "whole", "moe_tp_experts": "experts",
-    "embedding_rowwise": "embedding", "embedding_colwise": "embedding",
+    "embedding_rowwise": "embedding", "embedding_colwise": "embedding", "gathered": "whole",
 }  # fmt: skip
 _AS_THEY_ARE = ("experts", "embedding")  # PEFT sees their whole sizes
 
@@ -70,7 +71,7 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def adaptable(model: nn.Module) -> Iterator[nn.Module]:
+def adaptable(model: Model) -> Iterator[Model]:
     """Inside, PEFT can put LoRA around what parallelize has split of `model`, as if it were whole:
 
         with tlm.adaptable(model):
@@ -239,7 +240,8 @@ def _split_places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]
             if isinstance(child, Projection | AdaptedProjection) and not isinstance(parent, Adapted):
                 yield parent, name, child
             elif split is not None and split.kind in ADAPTED and not isinstance(parent, Adapted):
-                yield parent, name, child
+                if split.kind in _AS_THEY_ARE or is_linear(_inside(child)):
+                    yield parent, name, child
 
 
 def _stand_in(module: nn.Module) -> nn.Module:
@@ -248,8 +250,7 @@ def _stand_in(module: nn.Module) -> nn.Module:
         layer, letters = module.whose
         made, like = module.whole(), layer._parameters["out_weight" if letters == "o" else f"{letters[0]}_weight"]
     else:
-        made = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-        like = module.weight
+        made, like = blank_like(module), module.weight
     nan = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
     for name, p in list(made.named_parameters()):
         trained = p.requires_grad if isinstance(module, Projection) else module.get_parameter(name).requires_grad

@@ -136,8 +136,9 @@ class AdaptedLinear(AdaptedRest):
 
     def add(self, term: Term, scale: float) -> None:
         own = _local(self.base_layer.weight)
-        b, a = term.b.narrow(0, *self.own[0]), term.a.narrow(1, *self.own[1])
-        own.add_(b.to(own.dtype) @ a.to(own.dtype), alpha=scale)
+        delta = term.b.to(own.dtype), term.a.to(own.dtype)
+        first, second = (delta[1].t(), delta[0].t()) if self.fan_in_fan_out else delta
+        own.add_(first.narrow(0, *self.own[0]) @ second.narrow(1, *self.own[1]), alpha=scale)
 
 
 class AdaptedColumns(AdaptedLinear):

@@ -12,6 +12,7 @@ FLOOR = (5, 23)
 _MODULES = {
     "DistributedConfig": "transformers.distributed",
     "apply_tensor_parallelism": "transformers.distributed.tensor_parallel",
+    "ALL_PARALLEL_STYLES": "transformers.distributed.parallel_utils",
     "get_model_conversion_mapping": "transformers.conversion_mapping",
     "WeightConverter": "transformers.core_model_loading",
     "WeightRenaming": "transformers.core_model_loading",
@@ -22,8 +23,8 @@ _MODULES = {
     "LoadStateDictInfo": "transformers.utils.loading_report",
 }
 _METHODS = (
-    "_adjust_missing_and_unexpected_keys", "_finalize_model_loading", "_get_dtype_plan", "_get_stopping_criteria",
-    "_load_pretrained_model", "_resolve_parallel_plans",
+    "_adjust_missing_and_unexpected_keys", "_finalize_model_loading", "_from_config", "_get_dtype_plan",
+    "_get_stopping_criteria", "_load_pretrained_model", "_resolve_parallel_plans",
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ others are applied on the flattened grid, so MLPs, experts, embeddings and the h
 """
 
 import re
+from collections.abc import Callable
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,7 +20,7 @@ from two_level_mha.stock import take_full_tensors
 # Styles whose module takes and gives full activations: leaving one out changes nothing else.
 _ALONE = {
     "embedding_rowwise", "embedding_colwise", "colwise_gather_output", "colwise_rep", "rowwise_split_input",
-    "rowwise_rep",
+    "rowwise_rep", "replicate",
 }  # fmt: skip
 _ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")  # in the name of a module
 
@@ -81,7 +82,46 @@ def _problem(module: nn.Module, owner: str, name: str, tp_plan: dict[str, str], 
 
 def apply_tp_plan(model: nn.Module, tp_plan: dict[str, str], mesh: DeviceMesh) -> None:
     """Applies what find_tp_plan found. load_state_dict takes full tensors afterwards too."""
+    modules, styles = dict(model.named_modules()), private("ALL_PARALLEL_STYLES")
+    forwards = {name: modules[name].forward for name in tp_plan if name in modules}
     private("apply_tensor_parallelism")(model, grid_mesh(mesh), tp_plan)
-    modules = dict(model.named_modules())
+    for name, forward in forwards.items():
+        module, style = modules[name], styles[tp_plan[name]]
+        installed = vars(module).get("forward")
+        if getattr(installed, "__qualname__", "").startswith("TensorParallelLayer."):  # what nearly every style has
+            vars(module)["forward"] = StyledForward(module, forward, style, grid_mesh(mesh))
+        elif installed is not None:
+            vars(module)["forward"] = SharedForward(installed, f"{name} ({tp_plan[name]})")
     for owner in {name if name in modules else name.rpartition(".")[0] for name in tp_plan}:
         take_full_tensors(modules[owner])
+
+
+class StyledForward:
+    """The forward of a module by a style of transformers, which its `install_forward` makes a closure over the module:
+    a copy of the module would share it, and run the original with the original's weights. This goes with the copy.
+    """
+
+    def __init__(self, module: nn.Module, forward: Callable, style, mesh: DeviceMesh) -> None:
+        self.module, self.forward, self.style, self.mesh = module, forward, style, mesh
+
+    def __call__(self, *args, **kwargs):
+        args, kwargs = self.style.transform_inputs_pre_forward(self.module, args, kwargs, self.mesh)
+        with self.style.context_around_forward(self.module, self.mesh):
+            output = self.forward(*args, **kwargs)
+        return self.style.transform_output_post_forward(self.module, output, self.mesh)
+
+
+class SharedForward:
+    """A closure over a module, of a style that installs it in a way of its own. It refuses to go with a copy."""
+
+    def __init__(self, forward: Callable, what: str) -> None:
+        self.forward, self.what = forward, what
+
+    def __call__(self, *args, **kwargs):
+        return self.forward(*args, **kwargs)
+
+    def __reduce__(self):
+        raise GridError(
+            f"a model cannot be copied or pickled after parallelize where transformers changes {self.what}: copy it "
+            "first, and split both"
+        )

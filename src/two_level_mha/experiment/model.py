@@ -1,0 +1,530 @@
+"""The experiment's model, and one rank of it in every layout: ours and those of torch's own parts.
+
+    layout = next(one for one in layouts(SMALL, ranks=4, micro_batches=4) if one.name == "TP2 x DP2")
+    mesh = mesh_of(layout, "cpu")                       # a collective; under FakeTensorMode make it before
+    built = build(SMALL, layout, mesh, training=True)
+    y = built.forward(built.part(x_BLD))                # this rank's part of the output, None where it has none
+    built.step(built.part(x_BLD), built.part(target_BLD, target=True))
+
+A pre-norm dense transformer: x + attention(norm(x)), then x + mlp(norm(x)), `layers` times, and a norm; the MLP is two
+matrices with GELU between, nothing has a bias but the norms. Nothing here times, prints, or starts a process group.
+
+Letters: B batch, L length, D embed_dim, h and k query and KV heads, d head_dim, H and K those of this rank.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+import two_level_mha as tlm
+from two_level_mha.mesh import grid_mesh
+from two_level_mha.profile import Profile
+from two_level_mha.stacks import MLP, Stack, split_stack
+
+SCHEDULES = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}
+ACTIVATIONS = ("replicated", "sequence", "batch")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    layers: int = 2
+    heads: int = 16
+    kv_heads: int = 16
+    head_dim: int = 512
+    mlp_hidden: int = 32768
+    batch: int = 1024
+    length: int = 10000
+
+    @property
+    def embed_dim(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+SEED = Sizes()
+SMALL = Sizes(heads=4, kv_heads=4, head_dim=64, mlp_hidden=1024, batch=8, length=128)  # as many heads as ranks, too
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the model lies on the ranks. Ours where there is a grid; else tp * dp * pp ranks.
+
+    scheme, activations, overlap: as TwoLevelAttention has them. mlp: "split" by columns and rows, or "gathered": each
+    rank keeps 1 / P of its weights, and gathers them for its own tokens (FSDP2).
+    tp: past the number of KV heads these are copied to the ranks that need them, which cannot be trained.
+    rows: tensor parallelism with the activations split by rows between layers (sequence parallelism).
+    sharded: the weights over the data-parallel ranks (FSDP2); else these have copies.
+    schedule, micro_batches: of the pipeline.
+    """
+
+    grid: tuple[int, int] | None = None
+    scheme: str = "auto"
+    activations: str = "replicated"
+    overlap: int = 1
+    mlp: str = "split"
+    tp: int = 1
+    dp: int = 1
+    pp: int = 1
+    rows: bool = False
+    sharded: bool = False
+    schedule: str = ""
+    micro_batches: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.dp * self.pp if self.grid is None else self.grid[0] * self.grid[1]
+
+    @property
+    def exact(self) -> bool:
+        return self.scheme != "independent"
+
+    @property
+    def name(self) -> str:
+        if self.grid is not None:
+            words = [f"ours {self.grid[0]}x{self.grid[1]}", self.scheme, self.activations]
+            words += ["MLP gathered"] * (self.mlp == "gathered") + [f"overlap {self.overlap}"] * (self.overlap > 1)
+            return ", ".join(words)
+        words = [f"TP{self.tp}" + " by rows" * self.rows] * (self.tp > 1)
+        words += [f"{'FSDP' if self.sharded else 'DP'}{self.dp}"] * (self.dp > 1)
+        words += [f"PP{self.pp} {self.schedule} {self.micro_batches}"] * (self.pp > 1)
+        return " x ".join(words) or "one rank"
+
+
+ONE_RANK = Layout()
+
+
+def layouts(sizes: Sizes, ranks: int, *, micro_batches: int, overlap: int, training: bool = False) -> list[Layout]:
+    """All that exist for these sizes: ours of every grid, exact scheme and layout of activations, in one piece and in
+    `overlap` chunks where a call can be cut; then the others.
+
+    Raises ValueError where batch and length do not fit a layout that they would be wrong in: see check.
+    """
+    found = list(ours(sizes, ranks, overlap))
+    found += list(baselines(sizes, ranks, micro_batches, training))
+    for layout in found:
+        check(sizes, layout)
+    return found
+
+
+def ours(sizes: Sizes, ranks: int, overlap: int) -> Iterator[Layout]:
+    for activations in ACTIVATIONS:
+        for chunks in dict.fromkeys((1, overlap)):
+            plan = tlm.plan(
+                embed_dim=sizes.embed_dim, num_heads=sizes.heads, num_kv_heads=sizes.kv_heads, head_dim=sizes.head_dim,
+                devices=ranks, batch=sizes.batch, seq=sizes.length, activations=activations, overlap=chunks,
+                device_type="cpu",
+            )  # fmt: skip
+            for option in plan.options:
+                # of grouped heads its slices would read other key/value heads than the same heads, narrower, do
+                paper = sizes.kv_heads == sizes.heads and (activations, chunks) == ("replicated", 1)
+                if option.overlap == chunks and (option.exact or paper):
+                    one = Layout(option.grid, option.scheme, activations, chunks)
+                    yield one
+                    if option.scheme == "weights" and activations != "replicated":
+                        yield replace(one, mlp="gathered")
+
+
+def baselines(sizes: Sizes, ranks: int, micro_batches: int, training: bool) -> Iterator[Layout]:
+    """Tensor parallelism where its ranks divide the KV heads, and past them with copies, which cannot be trained so."""
+    factors = [(a, ranks // a) for a in range(1, ranks + 1) if ranks % a == 0]
+    for tp, others in factors:
+        if sizes.heads % tp or sizes.kv_heads % tp and (training or tp % sizes.kv_heads):
+            continue
+        if tp > 1 and others == 1:
+            yield Layout(tp=tp)
+            yield Layout(tp=tp, rows=True)
+        if others > 1:
+            yield Layout(tp=tp, dp=others, sharded=True)
+            if tp == 1 or not training:  # copies that train beside tensor parallelism: torch has no public form
+                yield Layout(tp=tp, dp=others)
+            if sizes.layers % others == 0:
+                for schedule, pieces in (("GPipe", 1), ("GPipe", micro_batches), ("1F1B", micro_batches)):
+                    if schedule == "GPipe" or (training and pieces >= others):
+                        yield Layout(tp=tp, pp=others, schedule=schedule, micro_batches=pieces)
+
+
+def check(sizes: Sizes, layout: Layout) -> None:
+    """Raises ValueError where torch's own parts would not refuse, and be wrong."""
+    if sizes.batch % layout.micro_batches:
+        raise ValueError(
+            f"{layout.micro_batches} micro-batches do not divide the batch of {sizes.batch}, with which "
+            "torch.distributed.pipelining gives wrong numbers: choose another of the two"
+        )
+    if sizes.batch % layout.dp:
+        raise ValueError(
+            f"{layout.dp} data-parallel ranks do not divide the batch of {sizes.batch}: choose another batch"
+        )
+    if layout.rows and sizes.length % layout.tp:
+        raise ValueError(f"{layout.tp} ranks do not divide the length of {sizes.length}: choose another length")
+    if layout.pp > 1 and sizes.layers % layout.pp:
+        raise ValueError(f"{layout.pp} pipeline stages do not divide {sizes.layers} layers: choose another number")
+
+
+class Attention(nn.Module):
+    """Of the heads whose projections it has. stock: by torch's scaled_dot_product_attention, else by our kernels."""
+
+    def __init__(self, sizes: Sizes, causal: bool, stock: bool, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        self.head_dim, self.causal, self.stock = sizes.head_dim, causal, stock
+        D, d, factory = sizes.embed_dim, sizes.head_dim, {"bias": False, "dtype": dtype, "device": device}
+        self.q_proj = nn.Linear(D, sizes.heads * d, **factory)
+        self.k_proj = nn.Linear(D, sizes.kv_heads * d, **factory)
+        self.v_proj = nn.Linear(D, sizes.kv_heads * d, **factory)
+        self.o_proj = nn.Linear(sizes.heads * d, D, **factory)
+
+    def forward(self, x_BLD: Tensor, cache: "HeadsCache | None" = None) -> Tensor:
+        heads = (linear(x_BLD).unflatten(-1, (-1, self.head_dim)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        q_BHLd, k_BKLd, v_BKLd = (x.transpose(1, 2) for x in heads)
+        causal = self.causal
+        if cache is not None:  # new tokens see all that is kept
+            k_BKLd, v_BKLd, causal = *cache.append(k_BKLd, v_BKLd), causal and x_BLD.shape[1] > 1
+        if self.stock:
+            y_BHLd = nn.functional.scaled_dot_product_attention(
+                q_BHLd, k_BKLd, v_BKLd, is_causal=causal, enable_gqa=True
+            )
+        else:
+            first_row = k_BKLd.shape[2] - q_BHLd.shape[2] if causal else None
+            y_BHLd = torch.ops.two_level_mha.partial_attention(q_BHLd, k_BKLd, v_BKLd, causal=first_row)[0]
+        return self.o_proj(y_BHLd.transpose(1, 2).flatten(2))
+
+
+class HeadsCache:
+    """Keys and values of one layer for the heads of this rank, in memory that is there once: (B, K, T, d)."""
+
+    def __init__(self, k_BKTd: Tensor, v_BKTd: Tensor, length: int) -> None:
+        self.memory, self.length = (k_BKTd, v_BKTd), length
+
+    def append(self, *new: Tensor) -> list[Tensor]:
+        """Takes keys and values of new tokens; gives those of all."""
+        end = self.length + new[0].shape[2]
+        for memory, x in zip(self.memory, new, strict=True):
+            memory[:, :, self.length : end] = x
+        self.length = end
+        return [memory[:, :, :end] for memory in self.memory]
+
+
+class Perceptron(nn.Module):
+    def __init__(self, sizes: Sizes, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(sizes.embed_dim, sizes.mlp_hidden, bias=False, dtype=dtype, device=device)
+        self.fc2 = nn.Linear(sizes.mlp_hidden, sizes.embed_dim, bias=False, dtype=dtype, device=device)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(x_BLD)))
+
+
+class Block(nn.Module):
+    def __init__(self, sizes: Sizes, attention: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(sizes.embed_dim, dtype=dtype, device=device) for _ in range(2))
+        self.attention, self.mlp = attention(), Perceptron(sizes, dtype, device)
+
+    def forward(self, x_BLD: Tensor, **cache) -> Tensor:
+        x_BLD = x_BLD + self.attention(self.norm1(x_BLD), **cache)
+        return x_BLD + self.mlp(self.norm2(x_BLD))
+
+
+class Transformer(nn.Module):
+    """The layers `only` of the model, by their numbers in it, and the norm behind the last if they have it."""
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        causal: bool,
+        stock: bool = False,
+        only: range | None = None,
+        attention: Callable[[], nn.Module] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
+        super().__init__()
+        only = range(sizes.layers) if only is None else only
+        attention = attention or partial(Attention, sizes, causal, stock, dtype, device)
+        self.layers = nn.ModuleDict({str(i): Block(sizes, attention, dtype, device) for i in only})
+        self.norm = nn.Identity()
+        if only.stop == sizes.layers:
+            self.norm = nn.LayerNorm(sizes.embed_dim, dtype=dtype, device=device)
+
+    def forward(self, x_BLD: Tensor, caches: list | None = None) -> Tensor:
+        for i, layer in enumerate(self.layers.values()):
+            x_BLD = layer(x_BLD) if caches is None else layer(x_BLD, cache=caches[i])
+        return self.norm(x_BLD)
+
+
+@dataclass
+class Built:
+    """One rank of the model in a layout. What every rank is given is the same whole x and target (B, L, D).
+
+    part: x -> what this rank begins with; with target=True, target -> what its part of the output is compared with.
+    forward: a prefill of that, without gradients; this rank's part of the output, or None.
+    step: forward, loss, backward, and the reduction of gradients, which then are those of `loss` over the whole batch.
+    whole: this rank's part of the output -> all of it, a collective.
+    """
+
+    model: nn.Module
+    part: Callable[..., Tensor]
+    forward: Callable[[Tensor], Tensor | None]
+    step: Callable[[Tensor, Tensor], None]
+    whole: Callable[[Tensor | None], Tensor]
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole gradients of the parameters of this rank, by the names of the unsplit model; a collective."""
+        return dict(_whole_gradient(name, p.grad) for name, p in self.model.named_parameters())
+
+
+def loss(y: Tensor, target: Tensor, whole: int) -> Tensor:
+    """The share of a part of the output in sum(y * target) / whole, where `whole` counts the elements of all of it."""
+    return (y * target).sum() / whole
+
+
+def build(
+    sizes: Sizes,
+    layout: Layout,
+    mesh: DeviceMesh | None,
+    *,
+    causal: bool = True,
+    training: bool = False,
+    stock: bool = False,
+    state: dict[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    profile: Profile | None = None,
+) -> Built:
+    """One rank of a layout on its mesh (mesh_of), the same call on all ranks.
+
+    state: the unsplit model's, alike on every rank; None: what is drawn, which must be alike then.
+    profile: the hardware that ours decides for, None: that of the device.
+    stock: attention by torch's own kernel where the layout is not ours.
+    """
+    check(sizes, layout)
+    options = {"causal": causal, "dtype": dtype, "device": device}
+    if layout.grid is not None:
+        return _build_ours(sizes, layout, mesh, state, options | {"profile": profile})
+    builder = _build_pipeline if layout.pp > 1 else _build_parallel
+    return builder(sizes, layout, mesh, state, options | {"stock": stock}, training)
+
+
+def mesh_of(layout: Layout, device: str = "cpu") -> DeviceMesh | None:
+    """The mesh of a layout over all ranks, None for one rank; a collective. Neighbouring ranks share a slice group, or
+    a tensor-parallel group.
+    """
+    if layout.grid is not None:
+        return tlm.init_mesh(device, layout.grid)
+    if layout.ranks == 1:
+        return None
+    return init_device_mesh(device, (layout.dp, layout.pp, layout.tp), mesh_dim_names=("dp", "pp", "tp"))
+
+
+def _load(model: nn.Module, state: dict[str, Tensor] | None) -> None:
+    if state is not None:
+        stage = set(model.layers)
+        mine = {key: x for key, x in state.items() if not key.startswith("layers.") or key.split(".")[1] in stage}
+        if isinstance(model.norm, nn.Identity):
+            mine = {key: x for key, x in mine.items() if not key.startswith("norm.")}
+        model.load_state_dict(mine)
+
+
+def _build_ours(
+    sizes: Sizes, layout: Layout, mesh: DeviceMesh, state: dict[str, Tensor] | None, options: dict
+) -> Built:
+    causal, factory = options["causal"], {"dtype": options["dtype"], "device": options["device"]}
+    make = partial(
+        _Ours, sizes.embed_dim, sizes.heads, sizes.kv_heads, sizes.head_dim, mesh=mesh, scheme=layout.scheme,
+        activations=layout.activations, overlap=layout.overlap, profile=options["profile"], **factory,
+    )  # fmt: skip
+    model = Transformer(sizes, causal=causal, attention=make, **factory)
+    blocks = list(model.layers.values())
+    for block in blocks:
+        block.attention.causal = causal
+    _load(model, state)
+    split = layout.activations != "replicated"
+    if split:
+        _split_hidden_states(model, layout, mesh)
+    elif layout.ranks > 1:
+        for block in blocks:
+            styles = {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()}
+            parallelize_module(block.mlp, grid_mesh(mesh), styles, src_data_rank=None)
+
+    def part(x: Tensor, target: bool = False) -> Tensor:
+        # the model is given x whole, and keeps its part itself
+        return tlm.shard_activations(x, layout.activations, mesh) if split and target else x
+
+    def step(x: Tensor, target: Tensor) -> None:
+        model.zero_grad()
+        loss(model(x), target, sizes.tokens * sizes.embed_dim).backward()
+
+    def whole(y: Tensor) -> Tensor:
+        return tlm.gather_activations(y, layout.activations, mesh) if split else y
+
+    return Built(model, part, _without_grad(model), step, whole)
+
+
+class _Ours(tlm.TwoLevelAttention):
+    """Called as Attention is."""
+
+    causal = True
+
+    def forward(self, x_BLD: Tensor, cache=None) -> Tensor:
+        return super().forward(x_BLD, is_causal=self.causal or cache is not None, cache=cache)
+
+
+def _split_hidden_states(model: Transformer, layout: Layout, mesh: DeviceMesh) -> None:
+    """What parallelize does for activations that stay split, but that the last ones leave the model as parts."""
+    mlps = [block.mlp for block in model.layers.values()]
+    stack = Stack("layers", [model], list(model.layers.values()), batch_first=True)
+    if layout.mlp == "split":
+        stack.mlps = [MLP(mlp, ("fc1",), "fc2", False) for mlp in mlps]
+    else:
+        stack.between = {part for mlp in mlps for part in mlp.modules()}
+    split_stack(stack, mesh, layout.activations, None)
+    stream = stack.layers[0].attention.stream
+    stream.to_loss = stream.passes = True
+    for mlp in mlps if layout.mlp == "gathered" and layout.ranks > 1 else ():
+        fully_shard(mlp, mesh=grid_mesh(mesh), reshard_after_forward=True)  # each is a root, which would keep them
+        mlp.set_gradient_divide_factor(1.0)  # the sum over the ranks, as for all that acts on parts
+        mlp.set_force_sum_reduction_for_comms(True)  # Gloo has no reduction that multiplies
+
+
+def _without_grad(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    return forward
+
+
+def _split_tensors(model: Transformer, sizes: Sizes, layout: Layout, mesh: DeviceMesh | None) -> None:
+    """Tensor parallelism by torch's styles; of fewer KV heads than ranks, each keeps the one that it needs."""
+    if layout.tp == 1:
+        return
+    whole_heads = sizes.kv_heads % layout.tp == 0
+    styles = {f"attention.{name}_proj": ColwiseParallel() for name in ("qkv" if whole_heads else "q")}
+    styles |= {"attention.o_proj": RowwiseParallel(), "mlp.fc1": ColwiseParallel(), "mlp.fc2": RowwiseParallel()}
+    if layout.rows:
+        styles["attention.o_proj"] = styles["mlp.fc2"] = RowwiseParallel(output_layouts=Shard(1))
+        styles["mlp.fc1"] = ColwiseParallel(input_layouts=Shard(1))
+        styles["norm1"] = styles["norm2"] = SequenceParallel(use_local_output=True)
+        parallelize_module(model.norm, mesh["tp"], SequenceParallel(use_local_output=True), src_data_rank=None)
+    if layout.rows or whole_heads:
+        # one input of q, k and v: its gradient is summed over them before it is over the ranks
+        styles["attention"] = PrepareModuleInput(
+            input_layouts=(Shard(1) if layout.rows else Replicate(),), desired_input_layouts=(Replicate(),),
+            use_local_output=not whole_heads,
+        )  # fmt: skip
+    d, head = sizes.head_dim, mesh.get_local_rank("tp") * sizes.kv_heads // layout.tp
+    for block in model.layers.values():
+        parallelize_module(block, mesh["tp"], styles, src_data_rank=None)
+        for linear in (block.attention.k_proj, block.attention.v_proj) if not whole_heads else ():
+            linear.weight = nn.Parameter(linear.weight.detach()[head * d : (head + 1) * d].clone())
+
+
+def _build_parallel(
+    sizes: Sizes,
+    layout: Layout,
+    mesh: DeviceMesh | None,
+    state: dict[str, Tensor] | None,
+    options: dict,
+    training: bool,
+) -> Built:
+    """TP, DP, FSDP2, and both."""
+    model = Transformer(sizes, **options)
+    _load(model, state)
+    _split_tensors(model, sizes, layout, mesh)
+    called: nn.Module = model
+    if layout.sharded:
+        for block in model.layers.values():
+            fully_shard(block, mesh=mesh["dp"])
+        fully_shard(model, mesh=mesh["dp"])
+    elif layout.dp > 1 and training:
+        called = DistributedDataParallel(model, process_group=mesh.get_group("dp"), gradient_as_bucket_view=True)
+
+    def part(x: Tensor, target: bool = False) -> Tensor:
+        if layout.dp > 1:
+            x = x.chunk(layout.dp)[mesh.get_local_rank("dp")]
+        return x.chunk(layout.tp, 1)[mesh.get_local_rank("tp")] if layout.rows else x
+
+    def step(x: Tensor, target: Tensor) -> None:
+        model.zero_grad()
+        # times dp: both ways take the mean of the ranks' gradients
+        loss(called(x), target, sizes.tokens * sizes.embed_dim // layout.dp).backward()
+
+    def whole(y: Tensor) -> Tensor:
+        y = _gathered(y, 1, mesh.get_group("tp")) if layout.rows else y
+        return _gathered(y, 0, mesh.get_group("dp")) if layout.dp > 1 else y
+
+    return Built(model, part, _without_grad(model), step, whole)
+
+
+def _gathered(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim)
+
+
+def _build_pipeline(
+    sizes: Sizes, layout: Layout, mesh: DeviceMesh, state: dict[str, Tensor] | None, options: dict, training: bool
+) -> Built:
+    """Stages of equal numbers of layers, each split by tensors."""
+    at, each = mesh.get_local_rank("pp"), sizes.layers // layout.pp
+    model = Transformer(sizes, only=range(at * each, (at + 1) * each), **options)
+    _load(model, state)
+    _split_tensors(model, sizes, layout, mesh)
+    shape = (sizes.batch // layout.micro_batches, sizes.length, sizes.embed_dim)
+
+    def example(grad: bool) -> Tensor:
+        return torch.empty(shape, dtype=options["dtype"], device=options["device"], requires_grad=grad)
+
+    stage = PipelineStage(
+        model, at, layout.pp, torch.device(options["device"]), input_args=(example(training and at > 0),),
+        output_args=(example(training),), group=mesh.get_group("pp"),
+    )  # fmt: skip
+    first, last = at == 0, at == layout.pp - 1
+    schedule = SCHEDULES[layout.schedule](
+        stage, layout.micro_batches, loss_fn=partial(loss, whole=sizes.tokens * sizes.embed_dim) if training else None,
+        scale_grads=False,
+    )  # fmt: skip
+
+    def forward(x: Tensor) -> Tensor | None:
+        with torch.no_grad():
+            return schedule.eval(*([x] if first else []))
+
+    def step(x: Tensor, target: Tensor) -> None:
+        model.zero_grad()
+        schedule.step(*([x] if first else []), **({"target": target} if last else {}), return_outputs=False)
+
+    def whole(y: Tensor | None) -> Tensor:
+        y = torch.empty(sizes.batch, *shape[1:], dtype=options["dtype"], device=options["device"]) if y is None else y
+        group = mesh.get_group("pp")
+        dist.broadcast(y, dist.get_global_rank(group, layout.pp - 1), group=group)
+        return y
+
+    return Built(model, lambda x, target=False: x, forward, step, whole)
+
+
+def _whole_gradient(name: str, gradient: Tensor) -> tuple[str, Tensor]:
+    gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    for letter in ("q", "k", "v", "out"):
+        if name.endswith(f"attention.{letter}_weight"):  # ours: (h, d, D), that of the output (D, h, d)
+            stock = name.replace(f"{letter}_weight", f"{letter[0]}_proj.weight")
+            return stock, gradient.flatten(1) if letter == "out" else gradient.flatten(0, 1)
+    return name, gradient

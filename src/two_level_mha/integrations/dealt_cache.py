@@ -1,0 +1,86 @@
+"""transformers' own KV caches, of which each rank holds its sequences: for modules whose weights are gathered."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+
+from two_level_mha.class_like import class_like
+from two_level_mha.errors import GridError
+from two_level_mha.gathered import Sequences
+from two_level_mha.integrations.cache import ModelCache, ModelCacheLayer
+from two_level_mha.mesh import Place
+
+
+class DealtLayer:
+    """Of a layer of a cache of another class too: what picks sequences of the batch picks among those of all ranks."""
+
+    sequences: Sequences
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._together(super().reorder_cache, beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._together(super().batch_select_indices, indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._together(super().batch_repeat_interleave, repeats)
+
+    def _together(self, pick: Callable, argument: object) -> None:
+        def each(change: Callable[[Tensor], Tensor]) -> None:
+            for name, state in list(vars(self).items()):
+                if isinstance(state, Tensor) and state.dim() > 1:
+                    setattr(self, name, change(state))
+                elif isinstance(state, dict):
+                    state.update({key: change(x) for key, x in state.items() if isinstance(x, Tensor) and x.dim() > 1})
+
+        each(self.sequences.whole)
+        pick(argument)
+        sizes: list[int] = []
+        each(lambda x: sizes.append(x.shape[0]) or x)
+        if sizes:
+            self.sequences = Sequences(sizes[0], self.sequences.place)
+            each(self.sequences.part)
+
+
+def can_be_dealt(cache: Cache) -> bool:
+    """Whether all that a cache holds is in its layers: those of single models may have more."""
+    return type(cache) in (DynamicCache, EncoderDecoderCache, ModelCache)
+
+
+def deal_cache(cache: Cache, index: int, batch: int, place: Place) -> None:
+    """Makes layer `index` of a cache, unless it is, one that holds this rank's sequences.
+
+    Raises GridError for a layer that was filled elsewhere, or for a batch of another size than before.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        for one in (cache.self_attention_cache, cache.cross_attention_cache):
+            deal_cache(one, index, batch, place)
+        return
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if isinstance(layer, DealtLayer):
+        if layer.sequences.batch != batch:
+            raise GridError(f"the KV cache holds {layer.sequences.batch} sequences, this call has {batch}")
+        return
+    layer = own_layer(cache, index)
+    made = class_like(DealtLayer, type(layer))
+    cache.layers[index] = made.__new__(made)  # a change of class is not for every layout
+    vars(cache.layers[index]).update(vars(layer), sequences=Sequences(batch, place))
+
+
+def own_layer(cache: Cache, index: int) -> object:
+    """Layer `index` as transformers has it; GridError for one that was filled elsewhere."""
+    layer = cache.layers[index]
+    if isinstance(layer, ModelCacheLayer) and not layer.length:
+        layer = DynamicLayer() if layer.window is None else DynamicSlidingWindowLayer(layer.window)
+        cache.layers[index] = layer
+    if isinstance(layer, ModelCacheLayer) or _filled(layer):
+        raise GridError("past_key_values was filled by a model that is not split so: fill it again by this one")
+    return layer
+
+
+def _filled(layer: object) -> bool:
+    states = [x for value in vars(layer).values() for x in (value.values() if isinstance(value, dict) else [value])]
+    return any(isinstance(x, Tensor) and x.dim() > 1 and x.numel() for x in states)

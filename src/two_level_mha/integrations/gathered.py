@@ -1,0 +1,104 @@
+"""Modules of transformers models whose own code runs on this rank's sequences, with weights gathered for each call."""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Partial, Replicate
+from transformers.cache_utils import Cache
+
+from two_level_mha.class_like import become
+from two_level_mha.gathered import Sequences, like, store_split, whole_weights
+from two_level_mha.integrations.dealt_cache import can_be_dealt, deal_cache
+from two_level_mha.integrations.lora import mark
+from two_level_mha.mesh import Place, grid_mesh, place_on
+from two_level_mha.probe import in_eval
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the trial in the first call; others 0.1
+
+
+class Gathered(nn.Module):
+    """A module of another class too, whose forward it runs with whole weights on this rank's sequences.
+
+    Called as its original is, with hidden states (B, L, ..). The first call tries whether a sequence alone gets the
+    numbers that it gets in the batch. Where it does not, as where hidden states are (tokens, ..), every rank runs all
+    of it from then on. A KV cache keeps on each rank the states of its sequences.
+    """
+
+    place: Place
+    mesh: DeviceMesh  # the flattened grid
+    dealt: dict[bool, bool]  # whether sequences are dealt to the ranks, by whether a call is of one row without a cache
+
+    def forward(self, *args, **kwargs):
+        given = (kwargs.get("hidden_states"), *args, *kwargs.values())
+        hidden = next(x for x in given if isinstance(x, Tensor))
+        caches = [x for x in given if isinstance(x, Cache)]
+        layer = next((part.layer_idx for part in self.modules() if getattr(part, "layer_idx", None) is not None), None)
+        if hidden.dim() < 3 or not all(layer is not None and can_be_dealt(cache) for cache in caches):
+            return self._whole(args, kwargs)
+        kind = hidden.shape[1] == 1 and not caches
+        sequences = Sequences(hidden.shape[0], self.place)
+        mine = [sequences.deal(x, "", self.mesh) for x in args]
+        named = {name: sequences.deal(x, name, self.mesh) for name, x in kwargs.items()}
+        if kind not in self.dealt and sequences.batch > 1 and not torch.compiler.is_compiling():
+            self.dealt[kind] = self._try(sequences, (args, kwargs), (mine, named))
+        if not self.dealt.get(kind, True):
+            return self._whole(args, kwargs)
+        for cache in caches:
+            deal_cache(cache, layer, sequences.batch, self.place)
+        with whole_weights(self, Partial()) as weights:
+            output = super().forward(*mine, **named)
+            return sequences.gather(output, weights)
+
+    def _whole(self, args: tuple, kwargs: dict):
+        with whole_weights(self, Replicate()):
+            return super().forward(*args, **kwargs)
+
+    def _try(self, sequences: Sequences, whole: tuple, own: tuple) -> bool:
+        """Whether on all ranks their sequences get the same numbers alone and among the others, without a cache."""
+        with torch.no_grad(), in_eval(self), whole_weights(self, Partial()):
+            try:
+                why = _difference(self._run(*whole), self._run(*own), sequences)
+            except Exception as error:  # of any kind: it is another's code
+                why = repr(error)
+        everyone = self.place.control.gather(why, "trying whether sequences can be dealt to the ranks")
+        if any(everyone) and not any(self.place.args[0][2:]):
+            logging.getLogger("two_level_mha").warning(
+                "every rank runs all of %s: its sequences cannot be dealt to the ranks (%s)",
+                type(self).__name__,
+                next(filter(None, everyone)),
+            )
+        return not any(everyone)
+
+    def _run(self, args: tuple, kwargs: dict):
+        return super().forward(*map(_for_trial, args), **{name: _for_trial(x) for name, x in kwargs.items()})
+
+
+def _difference(whole: object, own: object, sequences: Sequences) -> str | None:
+    """How the output of a batch and that of this rank's sequences differ, or None."""
+    if isinstance(whole, (list, tuple)):
+        return next(filter(None, (_difference(*pair, sequences) for pair in zip(whole, own, strict=True))), None)
+    if not isinstance(whole, Tensor) or not whole.is_floating_point():
+        return None
+    the_same = whole.shape == own.shape and (whole.dim() < 2 or whole.shape[0] == 1)  # for all sequences
+    expected = (whole if the_same else sequences.part(whole)).nan_to_num()
+    off = (expected - own.nan_to_num()).abs().max().item() if expected.shape == own.shape else float("inf")
+    within = off <= TOLERANCE.get(own.dtype, 0.1) * expected.abs().max().item()
+    return None if within else f"numbers differ by {off:.1e}"
+
+
+def _for_trial(x: object) -> object:
+    """An argument that the trial may write to."""
+    if isinstance(x, Cache):
+        return None
+    if isinstance(x, (list, tuple)):
+        return like(x, [_for_trial(one) for one in x])
+    return x.clone() if isinstance(x, Tensor) else x
+
+
+def gather_weights(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Makes a module, in place, a Gathered one."""
+    store_split(module, grid_mesh(mesh))
+    mark(module, {path: "gathered" for path, part in module.named_modules() if path and hasattr(part, "weight")}, mesh)
+    become(module, Gathered, place=place_on(mesh), mesh=grid_mesh(mesh), dealt={})

@@ -1,0 +1,75 @@
+"""A transformers model that was split: methods of it that know of the grid. Its class becomes one of its own."""
+
+import functools
+import os
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from transformers import StoppingCriteriaList
+
+from two_level_mha.checkpoint import full_state_dict
+from two_level_mha.control import Control, same_in
+from two_level_mha.errors import UsageRuntimeError
+from two_level_mha.integrations.generate import FirstRanksTokens
+from two_level_mha.mesh import control_on
+
+
+class OnGrid:
+    """Of a model whose ranks act together. What else it is, is its original's class."""
+
+    grid_control: Control | None  # None: one rank, or unpickled in another job
+
+    def _get_stopping_criteria(self, generation_config, *args, **kwargs) -> StoppingCriteriaList:
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        if generation_config.num_beams > 1 or self.grid_control is None:  # beams: the column is a copy, see the README
+            return criteria
+        return FirstRanksTokens(criteria, self.grid_control)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, state_dict: dict | None = None, **options
+    ) -> None:
+        """transformers', of whole tensors: called on every rank, the first of which writes.
+
+        With a state_dict, that of two_level_mha.full_state_dict, only ranks that have one write.
+        """
+        if state_dict is None:
+            if self.grid_control is not None:
+                what = "saving a model by save_pretrained, which every rank must call"
+                same_in(self.grid_control, {"save_directory": str(save_directory)}, "give every rank the same", what)
+            state_dict = full_state_dict(self)
+        if state_dict:
+            super().save_pretrained(save_directory, is_main_process, state_dict, **options)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
+    ) -> nn.Module:
+        """transformers', where neither embedding nor head is split. Raises UsageRuntimeError where one is."""
+        changes = new_num_tokens is not None or pad_to_multiple_of is not None
+        for module in (self.get_input_embeddings(), self.get_output_embeddings()) if changes else ():
+            if isinstance(getattr(module, "weight", None), DTensor):
+                raise UsageRuntimeError(
+                    "resize_token_embeddings cannot change an embedding or a head that is split over the grid: resize "
+                    "the model first, then call parallelize"
+                )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+    def __reduce__(self) -> tuple:  # its class has no place in a module
+        return _blank, (type(self).__bases__[1],), vars(self)
+
+
+@functools.cache
+def _on_grid(original: type) -> type:
+    """Under the original's name, which save_pretrained writes into a config."""
+    return type(original.__name__, (OnGrid, original), {"__module__": original.__module__})
+
+
+def _blank(original: type) -> nn.Module:
+    return _on_grid(original).__new__(_on_grid(original))
+
+
+def put_on_grid(model: nn.Module, mesh: DeviceMesh | None) -> None:
+    """Lets the methods of a transformers model know that it is split."""
+    if not isinstance(model, OnGrid):
+        model.grid_control = None if mesh is None or mesh.size() == 1 else control_on(mesh)
+        model.__class__ = _on_grid(type(model))

@@ -1,0 +1,337 @@
+"""Every causal language model of transformers, small, split over 4 ranks and not: what is right, what is refused.
+
+    PYTHONPATH=tests python -m harness.families [--ranks 4] [--only llama gpt_oss] [--json FILE] [--docs FILE]
+
+Of each family of transformers' mapping one model with random weights and 2 key/value heads where it lets one choose, on
+a grid of 2 head groups. Right: logits of a padded batch, the gradient of every parameter, and 8 greedy tokens with a
+cache are the unsplit model's. Beside it what transformers' own tensor parallelism does with the same model, saved and
+read again: right if the logits and the tokens are. Families of which no small model can be made have the reason.
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from torch.distributed.tensor import DTensor
+from transformers.models.auto import modeling_auto
+
+import two_level_mha as tlm
+from harness.calls import mesh
+from harness.pool import Pool, RankFailure
+
+TIMEOUT = 120.0  # seconds of a family
+TOKENS = 8
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4}  # relative; float64 models may take norms in float32
+# Fields of configurations -> what a small model has, whichever of them there are.
+SIZES = {
+    "hidden_size": 64, "n_embd": 64, "d_model": 64, "embed_dim": 64, "dim": 64, "embedding_size": 64,
+    "word_embed_proj_dim": 64, "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2,
+    "decoder_layers": 2, "encoder_layers": 1, "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4,
+    "decoder_attention_heads": 4, "encoder_attention_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2,
+    "n_kv_heads": 2, "multi_query_group_num": 2, "head_dim": 16, "attention_head_dim": 16, "kv_channels": 16,
+    "global_head_dim": 16, "swa_head_dim": 16, "intermediate_size": 64, "ffn_hidden_size": 64, "n_inner": 64,
+    "decoder_ffn_dim": 64, "encoder_ffn_dim": 64, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+    "ffn_dim": 64, "d_ff": 64, "d_inner": 64, "vocab_size": 96, "vocab_size_per_layer_input": 96,
+    "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_target_positions": 64, "num_local_experts": 4,
+    "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2,
+    "top_k_experts": 2, "n_group": 1, "topk_group": 1, "num_expert_group": 1, "first_k_dense_replace": 1,
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+    "qk_head_dim": 16, "rotary_dim": 8, "sliding_window": 8, "attention_chunk_size": 8, "mamba_d_head": 16,
+    "mamba_n_heads": 8, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2, "ssm_state_size": 16,
+    "state_size": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16, "hidden_size_per_layer_input": 16, "time_step_rank": 4, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 64, "lru_width": 64,
+}  # fmt: skip
+
+
+SHARED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+# What single families need besides; None: their own default.
+MORE = {
+    "bamba": {"attn_layer_indices": [1]},
+    "dbrx": {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": SHARED,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
+    "prophetnet": {"num_hidden_layers": None, "num_encoder_layers": 1, "num_decoder_layers": 2},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+def small(family: str) -> transformers.PretrainedConfig:
+    """A small configuration of a family."""
+    made = transformers.AutoConfig.for_model(family)
+    options = _sizes(made)
+    for name, part in vars(made).items():
+        if isinstance(part, transformers.PretrainedConfig):
+            options[name] = _sizes(part)
+    options |= MORE.get(family, {})
+    return type(made)(**{name: value for name, value in options.items() if value is not None})
+
+
+def _sizes(config: transformers.PretrainedConfig) -> dict:
+    options = {name: size for name, size in SIZES.items() if _has(config, name)}
+    if options.keys() >= {"kv_lora_rank", "head_dim"}:  # there it is the width of what is rotated
+        options["head_dim"] = options["qk_rope_head_dim"]
+        options |= {"num_key_value_heads": 4} if "num_key_value_heads" in options else {}
+    if "layer_types" in vars(config) and config.layer_types:
+        kinds = list(dict.fromkeys(config.layer_types))
+        options["layer_types"] = [kinds[i % len(kinds)] for i in range(2)]
+    return options
+
+
+def _has(config: transformers.PretrainedConfig, name: str) -> bool:
+    own = getattr(type(config), name, None)
+    if isinstance(own, property) and own.fset is None:
+        return False
+    try:
+        return getattr(config, name, None) not in (None, -1)
+    except Exception:  # of transformers' own: one that differs between layers
+        return True
+
+
+def build(family: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = small(family)
+    config._attn_implementation = "sdpa"
+    try:
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    except ValueError:
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.6 * p.shape[-1] ** -0.5)
+        else:
+            p.data.add_(torch.randn_like(p) * 0.1)
+    return model.eval()
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(3, 96, (3, 11))
+    keep = torch.ones_like(ids)
+    keep[1, :4] = 0
+    return {"input_ids": ids, "attention_mask": keep}
+
+
+def answers(model: torch.nn.Module, of_rank: bool = True) -> dict[str, object]:
+    """Logits, gradients by name and tokens of a model."""
+    batch = inputs()
+    output = model(**batch, use_cache=False)
+    keep = batch["attention_mask"].bool()
+    model.zero_grad()
+    (output.logits[keep].float() ** 2).mean().backward()
+    grads = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            grads[name] = (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).detach().clone()
+    model.zero_grad()
+    with torch.no_grad():
+        tokens = model.generate(**batch, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+    return {"logits": output.logits.detach()[keep], "grads": grads, "tokens": tokens}
+
+
+def stock_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients of a split model under stock names, on the first rank: they take the parameters' places."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
+    return tlm.full_state_dict(model)
+
+
+def try_family(family: str, grid: tuple[int, int]) -> dict[str, object]:
+    """On every rank."""
+    try:
+        model = build(family)
+        whole = answers(copy.deepcopy(model))
+    except Exception as error:
+        return {"verdict": "not built", "why": f"{type(error).__name__}: {str(error)[:200]}"}
+    parameters = sum(p.numel() for p in model.parameters())
+    try:
+        model = tlm.parallelize(model, mesh(grid))
+    except tlm.GridError as error:
+        return {"verdict": "refused", "why": str(error)[:300]}
+    report = tlm.report(model)
+    found = {
+        "attentions": report.attentions,
+        "gathered": len(report.gathered),
+        "held": report.held_parameters / parameters,
+    }
+    batch, problems = inputs(), []
+    keep = batch["attention_mask"].bool()
+    output = model(**batch, use_cache=False)
+    tolerance = TOLERANCE[output.logits.dtype]
+    off = _off(output.logits.detach()[keep], whole["logits"])
+    if not off <= tolerance:
+        problems.append(f"logits differ by {off:.1e}")
+    (output.logits[keep].float() ** 2).mean().backward()
+    with torch.no_grad():
+        tokens = model.generate(**batch, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+    if not torch.equal(tokens, whole["tokens"]):
+        problems.append("tokens differ")
+    grads = stock_gradients(model)
+    least = 1e-3 * max(x.abs().max().item() for x in whole["grads"].values())  # some are zero but for rounding
+    offs = [(_off(grads[name], x, least), name) for name, x in whole["grads"].items() if name in grads]
+    worst = max(offs, default=(0.0, ""))
+    if grads and not worst[0] <= 10 * tolerance:
+        problems.append(f"the gradient of {worst[1]} differs by {worst[0]:.1e}")
+    if grads and (missing := whole["grads"].keys() - grads.keys() - {k for k in whole["grads"] if "lm_head" in k}):
+        problems.append(f"no gradient of {sorted(missing)[:3]}")
+    return found | {
+        "verdict": "wrong" if problems else "right",
+        "why": "; ".join(problems),
+        "logits": off,
+        "grads": worst[0],
+    }
+
+
+def _off(got: torch.Tensor, expected: torch.Tensor, least: float = 1e-9) -> float:
+    if got.shape != expected.shape:
+        return float("inf")
+    return ((got - expected).abs().max() / expected.abs().max().clamp(min=least)).item()
+
+
+def try_stock(family: str, folder: str) -> dict[str, object]:
+    """transformers' own tensor parallelism, on every rank, of the model that the first rank saves in `folder`."""
+    model, batch = build(family), inputs()
+    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+    if torch.distributed.get_rank() == 0:
+        model.save_pretrained(folder)
+    torch.distributed.barrier()
+    config = transformers.distributed.DistributedConfig(tp_size=torch.distributed.get_world_size())
+    split = type(model).from_pretrained(folder, distributed_config=config).eval()
+    if not any(isinstance(p, DTensor) for p in split.parameters()):
+        return {"verdict": "refused", "why": "it has no plan: every rank holds all"}
+    with torch.no_grad():
+        keep = batch["attention_mask"].bool()
+        logits = [(one(**batch, use_cache=False).logits)[keep] for one in (model, split)]
+        tokens = [one.generate(**batch, **options) for one in (model, split)]
+    off = _off(logits[1], logits[0])
+    right = off <= TOLERANCE[logits[0].dtype] and torch.equal(*tokens)
+    return {"verdict": "right" if right else "wrong", "why": "" if right else f"logits differ by {off:.1e}"}
+
+
+def survey(families: list[str], ranks: int) -> dict[str, dict]:
+    """By family what try_family found, and under "stock" what try_stock did."""
+    from harness.families import (
+        try_family,
+        try_stock,
+    )  # ranks import it by this name, also where this module is __main__
+
+    pool, found = Pool(alive=1), {}
+
+    def on_ranks(*call) -> dict[str, object]:
+        try:
+            results = pool.run(call[0], ranks, *call[1:], timeout=TIMEOUT)
+        except RankFailure as error:
+            lines = str(error.__cause__ or error).strip().splitlines()
+            return {"verdict": "crash", "why": lines[-1][-300:] if lines else type(error.__cause__).__name__}
+        return next((one for one in results if one["verdict"] != "right"), results[0])
+
+    for family in families:
+        start = time.monotonic()
+        one = found[family] = on_ranks(try_family, family, (2, ranks // 2))
+        if one["verdict"] != "not built":
+            with tempfile.TemporaryDirectory() as folder:
+                one["stock"] = on_ranks(try_stock, family, folder)
+        one["seconds"] = round(time.monotonic() - start, 1)
+        ways = f"{one.get('attentions', '')} + {one.get('gathered', '')}"
+        print(
+            f"{family:28} {one['verdict']:10} {ways:8}",
+            one.get("stock", {}).get("verdict"),
+            one["why"][:120],
+            flush=True,
+        )
+    pool.close()
+    return found
+
+
+def counts(found: dict[str, dict]) -> dict[str, int]:
+    """How many families are right, and so on; and of those that are right how many under transformers' own."""
+    verdicts = [one["verdict"] for one in found.values()]
+    known = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
+    right = [one for one in found.values() if one["verdict"] == "right"]
+    known["right by split attention alone"] = sum(not one["gathered"] for one in right)
+    known["right under transformers' own"] = sum(one["stock"]["verdict"] == "right" for one in right)
+    return known
+
+
+def page(found: dict[str, dict], ranks: int) -> str:
+    """docs/models.md."""
+    built = {family: one for family, one in found.items() if one["verdict"] != "not built"}
+    number = counts(found)
+    rows = []
+    for family, one in built.items():
+        ways = [(one.get("attentions"), "split"), (one.get("gathered"), "gathered")]
+        how = " and ".join(way for count, way in ways if count) if one["verdict"] == "right" else one["why"]
+        held = f"{one['held']:.2f}" if "held" in one else ""
+        stock = one["stock"]["verdict"]
+        rows.append(
+            f"| {family} | {one['verdict']} | {_cell(how)} | {held} | {'dies' if stock == 'crash' else stock} |"
+        )
+    left = [f"{family} ({_cell(one['why'])})" for family, one in found.items() if one["verdict"] == "not built"]
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    split, stock = (number[key] for key in ("right by split attention alone", "right under transformers' own"))
+    return f"""# Models
+
+Made by `make models` on {datetime.date.today()}, {versions}.
+
+Every causal language model of transformers, small and with random weights, with 2 key/value heads where the family
+lets one choose, on {ranks} Gloo ranks in a grid of 2 head groups. Of {len(built)} families {number.get("right", 0)} are
+right: logits of a padded batch, the gradient of every parameter and {TOKENS} greedy tokens with a cache are the unsplit
+model's. Of those, {split} have all of their attention and MLPs split; in the others some or all keeps its own code,
+with weights that are stored split and gathered for each call. Under transformers' own tensor parallelism, on as many
+ranks, {stock} of them give the unsplit logits and tokens.
+
+Kept is the share of all parameters that the first rank holds: 1/{ranks} is {1 / ranks:.2f}. Small models have large
+embeddings, which stay whole where they are tied.
+
+| family | here | attention | kept | transformers' own |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+
+No small model was made of {len(left)}: {"; ".join(left)}.
+"""
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "/").split())[:160]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--json", type=Path, help="all that was found")
+    parser.add_argument("--docs", type=Path, help="a page of it, in Markdown")
+    args = parser.parse_args()
+    families = args.only or sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    found = survey(families, args.ranks)
+    print(counts(found))
+    if args.docs:
+        args.docs.write_text(page(found, args.ranks))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
