@@ -11,7 +11,7 @@ import pytest
 import torch
 from harness import RankFailure
 from harness.calls import mesh
-from harness.decoders import make
+from harness.decoders import BASE, make
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -31,6 +31,9 @@ def stock(kind: str, seed: int = 0) -> nn.Module:
         drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         torch.manual_seed(seed)
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(**SMALL, **drops)).double().eval()
+    if kind == "phi3":
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**BASE)).double().eval()
     return make(kind, exact=True, seed=seed)
 
 
@@ -140,11 +143,12 @@ CASES = {
     "dropout": ("llama", {"targets": tuple(t for t in ALL if t != "o_proj"), "lora": {"lora_dropout": 0.3}}),
     "embedding": ("llama", {"targets": ("embed_tokens", "q_proj")}),
     "widths that 4 does not divide": ("28 heads", {"lora": {"use_rslora": True}}),
+    "gathered weights": ("phi3", {"targets": ("qkv_proj", "o_proj", "down_proj")}),
     "GPT-2": ("gpt2", {"targets": r".*\.attn\.c_(attn|proj)", "lora": {"fan_in_fan_out": True}}),
 }
 
 
-IN_BOTH_ORDERS = ("Llama", "embedding")
+IN_BOTH_ORDERS = ("Llama", "embedding", "gathered weights")
 
 
 @pytest.mark.parametrize(
