@@ -60,6 +60,7 @@ lint: $(PINS_STAMP)
 	$(PYTHON) -m ruff format --check .
 	clang-format --dry-run -Werror $(CXX_FILES)
 	$(PYTHON) tools/check_csrc.py
+	$(PYTHON) -m mypy tests/tools/typed_program.py
 
 format: $(PINS_STAMP)
 	$(PYTHON) -m ruff check --fix .
@@ -95,7 +96,7 @@ tsan: $(PINS_STAMP)
 	  TSAN_OPTIONS=suppressions=tests/cpp/tsan.supp:ignore_noninstrumented_modules=1 build/tsan/two_threads || exit 1; done
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf src/two_level_mha/*.so src/two_level_mha/_build.json src/two_level_mha/include src/two_level_mha/share
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

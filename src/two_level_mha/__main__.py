@@ -105,7 +105,7 @@ def plan(args: argparse.Namespace) -> None:
             num_heads=args.heads,
             num_kv_heads=args.kv_heads,
             head_dim=args.head_dim,
-            devices=args.devices,
+            ranks=args.ranks,
             batch=args.batch,
             seq=args.seq,
             decode=args.decode,
@@ -126,10 +126,16 @@ def plan(args: argparse.Namespace) -> None:
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embed-dim", type=int, required=True)
-    parser.add_argument("--heads", type=int, required=True, help="query heads")
-    parser.add_argument("--kv-heads", type=int, help="key/value heads (default: as many as query heads)")
+    parser.add_argument("--num-heads", "--heads", dest="heads", type=int, required=True, help="query heads")
+    parser.add_argument(
+        "--num-kv-heads",
+        "--kv-heads",
+        dest="kv_heads",
+        type=int,
+        help="key/value heads (default: as many as query heads)",
+    )
     parser.add_argument("--head-dim", type=int, help="default: embed dim / heads")
-    parser.add_argument("--devices", type=int, required=True, help="number of ranks")
+    parser.add_argument("--ranks", "--devices", dest="ranks", type=int, required=True, help="number of ranks")
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--seq", type=int, required=True, help="tokens; with --decode those of the context")
     parser.add_argument("--decode", action="store_true", help="one new token for each sequence, with a KV cache")

@@ -11,6 +11,7 @@ from two_level_mha import _C
 from two_level_mha.context import ACTIVATIONS
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import Place, place_on
+from two_level_mha.names import Activations
 
 _ops = torch.ops.two_level_mha
 
@@ -21,7 +22,9 @@ def check_activations(activations: str) -> None:
         raise GridError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
 
 
-def shard_activations(x: Tensor, activations: str, mesh: DeviceMesh | None, *, batch_first: bool = True) -> Tensor:
+def shard_activations(
+    x: Tensor, activations: Activations, mesh: DeviceMesh | None, *, batch_first: bool = True
+) -> Tensor:
     """This rank's part of x (B, L, ..), the same on every rank; (L, B, ..) if not batch_first.
 
     activations: "sequence", rows of every sequence: chunks t and 2 P - 1 - t of 2 P; "batch", one of P chunks of the
@@ -35,7 +38,9 @@ def shard_activations(x: Tensor, activations: str, mesh: DeviceMesh | None, *, b
     return keep_part(x, activations, place, batch_first)
 
 
-def gather_activations(x: Tensor, activations: str, mesh: DeviceMesh | None, *, batch_first: bool = True) -> Tensor:
+def gather_activations(
+    x: Tensor, activations: Activations, mesh: DeviceMesh | None, *, batch_first: bool = True
+) -> Tensor:
     """The whole of which every rank has the part that shard_activations gives; a collective.
 
     The gradient is this rank's part of the whole's, which must be the same on every rank, as that of a loss of all is.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.cache_layer import LayersCache
+from two_level_mha.names import CacheLayout
 
 
 class KVCache(ABC):  # noqa: B024  (names other classes, and makes one of them)
@@ -24,7 +25,7 @@ class KVCache(ABC):  # noqa: B024  (names other classes, and makes one of them)
         config: Mapping[str, object],
         mesh: DeviceMesh | None,
         *,
-        layout: str = "position",
+        layout: CacheLayout = "position",
         max_length: int | None = None,
     ) -> LayersCache:
         kind = LayersCache

@@ -6,7 +6,7 @@ from torch.distributed.tensor import DTensor
 
 from two_level_mha.blocks import full_tensor
 from two_level_mha.layer import GridAttention
-from two_level_mha.stock import put, resolve
+from two_level_mha.stock import put, resolve, stored_key
 
 
 def _first_rank(model: nn.Module) -> int:
@@ -16,13 +16,14 @@ def _first_rank(model: nn.Module) -> int:
     return 0 if 0 in ranks or not ranks else min(ranks)
 
 
-def full_state_dict(model: nn.Module) -> dict[str, object]:
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict that `model` would have unsplit: full CPU tensors on rank 0, {} on the other ranks.
 
     Where rank 0 holds nothing of the model (a later stage of a pipeline) the first rank that does stands for it.
 
     A split attention (model itself may be one) appears under the keys and with the shapes of what it replaced; every
     other DTensor under its own key, whole. A tensor that the model holds twice (tied weights) is one tensor here too.
+    What a get_extra_state gave, which is no tensor, is kept as it is.
     The unsplit model, and a parallelized one on any grid, take the result through load_state_dict, and a transformers
     model writes it by model.save_pretrained(directory, state_dict=...), called on rank 0.
 
@@ -36,7 +37,7 @@ def full_state_dict(model: nn.Module) -> dict[str, object]:
     }
     done: set[object] = set()
     kept: dict[object, Tensor] = {}  # id of a tensor, or of a module and a stock key -> full tensor
-    state: dict[str, object] = {}
+    state: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):  # of get_extra_state
             state |= {name: value} if keep else {}
@@ -54,5 +55,5 @@ def full_state_dict(model: nn.Module) -> dict[str, object]:
             elif keep:
                 put(kept, source, stock, full.cpu())
         if keep:
-            state[name if stock is None else resolve(owner, stock.key)] = kept[source]
+            state[name if stock is None else resolve(owner, stored_key(module, stock.key))] = kept[source]
     return state

@@ -15,10 +15,13 @@ from two_level_mha.attentions import Attentions, Found, add_whole, find_attentio
 from two_level_mha.cache_layer import CACHE_LAYOUTS
 from two_level_mha.errors import GridError
 from two_level_mha.families import later
+from two_level_mha.integrations.lora import adapters_aside, check_adapters, is_projection, refusal_of
 from two_level_mha.integrations.private import pretrained_models, private_method
 from two_level_mha.layer import GridAttention, check_options, check_overlap, stores_whole_heads
+from two_level_mha.low_rank import Projection
 from two_level_mha.mesh import Grid, control_on, place_on
-from two_level_mha.probe import HOOKS
+from two_level_mha.names import Activations, CacheLayout, Combine, Model, Scheme
+from two_level_mha.probe import HOOKS, drops
 from two_level_mha.profile import Profile, resolve_profile
 from two_level_mha.replaced import note_replaced
 from two_level_mha.report import keep_report
@@ -28,21 +31,21 @@ from two_level_mha.stock import resolve, take_stock_keys
 
 
 def parallelize(
-    model: nn.Module,
+    model: Model,
     mesh: DeviceMesh | None,
     *,
-    scheme: str = "auto",
-    combine: str = "reduce",
+    scheme: Scheme = "auto",
+    combine: Combine = "reduce",
     rest: bool = True,
-    cache: str = "position",
+    cache: CacheLayout = "position",
     debug: bool | None = None,
     reduce_dtype: torch.dtype | None = None,
     profile: Profile | str | os.PathLike | None = None,
-    activations: str = "replicated",
+    activations: Activations = "replicated",
     overlap: int | None = None,
     skip: Collection[str] = (),
     only: Collection[str] = ("*",),
-) -> nn.Module:
+) -> Model:
     """Replaces every supported attention of `model` by its split form, in place; returns the model.
 
     Supported: nn.MultiheadAttention, and transformers' BERT, RoBERTa, ViT, GPT-2 and Llama attention and what has their
@@ -71,7 +74,33 @@ def parallelize(
     parameter which was replaced raises GridError in its first step. A transformers model becomes one of a subclass, of
     the same name: generate() takes the token that the grid's first rank drew on every rank, save_pretrained(folder)
     writes whole tensors on the first rank, and is called on every one.
+    PEFT's LoRA layers stay, around what is split then: adapters whole on every rank (two_level_mha.adaptable adds some
+    afterwards).
     """
+    options = {"scheme": scheme, "combine": combine, "rest": rest, "cache": cache, "debug": debug, "overlap": overlap}
+    options |= {"reduce_dtype": reduce_dtype, "profile": profile, "activations": activations}
+    with adapters_aside(model) as layers:
+        return _parallelize(model, mesh, layers, skip=skip, only=only, **options)
+
+
+def _parallelize(
+    model: Model,
+    mesh: DeviceMesh | None,
+    layers: dict[str, nn.Module],
+    *,
+    scheme: str,
+    combine: str,
+    rest: bool,
+    cache: str,
+    debug: bool | None,
+    reduce_dtype: torch.dtype | None,
+    profile: Profile | str | os.PathLike | None,
+    activations: str,
+    overlap: int | None,
+    skip: Collection[str],
+    only: Collection[str],
+) -> Model:
+    """parallelize, of a model whose LoRA layers are aside."""
     options = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache, "reduce_dtype": reduce_dtype}
     options["overlap"] = overlap
     grid = place_on(mesh).grid
@@ -92,6 +121,8 @@ def parallelize(
         attentions = find_attentions(model, skips, options)
         found = attentions.found
         _check_grid(found, grid, scheme)
+        if (unadapted := refusal_of(layers, found, activations)) is not None:
+            raise unadapted
         if rest and grid.size > 1:
             others = find_rest(model, grid.size, attentions.names(), skips)
             if activations == "replicated" and scheme != "independent":
@@ -111,10 +142,13 @@ def parallelize(
         "overlap": overlap,
         "reduce_dtype": str(reduce_dtype),
         "profile": rates,
+        "LoRA layers": list(layers),
     }
     same_on_all_ranks(arguments, mesh, "call parallelize alike on every rank")
+    if layers:
+        check_adapters(layers.values(), mesh)
     if mesh is not None:
-        check_same_weights(model, mesh, any(_dropout(module) > 0.0 for module in model.modules()))
+        check_same_weights(model, mesh, drops(model))
         kinds = {
             "which MLPs can be split": list(others.mlps),
             "the tensor-parallel plan": [rules for _, rules in others.tp_plans.values()],
@@ -172,11 +206,6 @@ def _holds(layers: list[nn.Module], attentions: Attentions, others: Rest) -> boo
     return bool(names)
 
 
-def _dropout(module: nn.Module) -> float:
-    values = (getattr(module, name, 0.0) for name in ("p", "dropout", "attention_dropout"))
-    return max(value if isinstance(value, float) else 0.0 for value in values)
-
-
 def _check_grid(found: list[Found], grid: Grid, scheme: str) -> None:
     for one in found:
         try:
@@ -195,6 +224,10 @@ def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
     for name, value in vars(one.module).items():  # what others may read or hook stays
         if name in (*HOOKS, "_is_full_backward_hook") or (not name.startswith("_") and name not in vars(ours)):
             vars(ours)[name] = value
+    for letters, projection in one.projections.items() if isinstance(ours, GridAttention) else ():
+        if is_projection(one.adapter.paths, letters):
+            ours.add_module(one.adapter.paths[letters], Projection(ours, letters, projection))
+            ours.projection_names[letters] = one.adapter.paths[letters]
     for parent, child in one.uses:
         setattr(parent, child, ours)
     if one.adapter.out_in_parent:

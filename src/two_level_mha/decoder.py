@@ -17,6 +17,7 @@ from two_level_mha.cache_layer import NO_CACHE, CacheLayer
 from two_level_mha.errors import MASK_DTYPE_NAMES, MASK_DTYPES, GridError, no_tensor, wrong_device, wrong_dtype
 from two_level_mha.layer import Aside, Drops, GridAttention
 from two_level_mha.mesh import NoMesh, check_no_mesh, given_mesh
+from two_level_mha.names import Activations, Combine, Scheme
 from two_level_mha.profile import Profile
 from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
 
@@ -39,6 +40,7 @@ class Rotary:
     interleaved: bool = False
 
     def width(self, head_dim: int) -> int:
+        """How many dims of a head of `head_dim` turn."""
         return head_dim if self.dim is None else self.dim
 
     def embeddings(self, first: int, length: int, head_dim: int, device=None) -> tuple[Tensor, Tensor]:
@@ -64,8 +66,8 @@ class TwoLevelAttention(Drops, GridAttention):
     window: a row sees itself and the window - 1 tokens before it; needs is_causal.
     softcap: scores s become softcap * tanh(s / softcap), before the mask. scale: of the scores, None: 1 / sqrt(d).
     dropout: probability with which an attention weight is dropped in training, the same ones on every grid.
-    mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process; may be left out only in a job
-        of one rank. head_groups must divide k, slices must divide d.
+    mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process; left out, it is None, which a
+        job of several ranks is warned of. head_groups must divide k, slices must divide d.
     scheme, combine, debug, reduce_dtype, profile, activations, overlap: as for TwoLevelMultiheadAttention. scheme
         "independent" takes neither norm nor rotary, which need d whole.
 
@@ -89,14 +91,14 @@ class TwoLevelAttention(Drops, GridAttention):
         scale: float | None = None,
         dropout: float = 0.0,
         mesh: DeviceMesh | None | NoMesh = NoMesh.NOT_GIVEN,
-        scheme: str = "auto",
-        combine: str = "reduce",
+        scheme: Scheme = "auto",
+        combine: Combine = "reduce",
         device=None,
         dtype=None,
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
-        activations: str = "replicated",
+        activations: Activations = "replicated",
         overlap: int | None = None,
     ) -> None:
         check_no_mesh({

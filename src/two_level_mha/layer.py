@@ -19,6 +19,7 @@ from two_level_mha.blocks import COMBINES, SHARDED_DIMS, block, local_blocks
 from two_level_mha.cache_layer import NO_CACHE, CachedCall, CacheLayer
 from two_level_mha.context import cast, constants, element_size, layer_numbers, size_numbers
 from two_level_mha.errors import GridError
+from two_level_mha.low_rank import low_rank
 from two_level_mha.mesh import Grid, place_on
 from two_level_mha.profile import Profile, resolve_profile
 from two_level_mha.stream import Stream
@@ -91,6 +92,7 @@ class GridAttention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scheme, self.combine, self.debug, self.reduce_dtype = scheme, combine, debug, reduce_dtype
         self.activations, self.overlap = activations, overlap
+        self.projection_names: dict[str, str] = {}  # letter -> child that stands for a projection, for adapters
         self.stream: Stream | None = None  # of a model whose hidden states are split, which knows what of
         self.profile = resolve_profile(profile, "cpu" if mesh is None else mesh.device_type)
         self._compared = self._just_compared = False
@@ -217,6 +219,10 @@ class GridAttention(nn.Module):
         *weights, out_weight, out_bias = local_blocks(
             [p[name] if name in p else getattr(self, name) for name in SHARDED_DIMS]
         )
+        adapted = low_rank(self) if self.projection_names else None
+        if adapted is not None:
+            out_weight, out_bias = adapted.widened(out_weight, out_bias)
+            rows, shared, between = adapted.around((query, key, value), batch_first, rows, shared, between)
         if self.splits:  # parts are sent as the projections take them
             query, key, value = cast([query, key, value])
         batch_dim, length_dim = (0, 1) if batch_first else (1, 0)
@@ -252,14 +258,16 @@ class GridAttention(nn.Module):
                 q, k, v, out_weight, out_bias, attn_mask, scale, causal, window, 0.0 if softcap is None else softcap,
                 dropout_p, seed, text, sizes,
             )  # fmt: skip
+            attention_weights = None
             if need_weights:
-                return _ops.leave_with_weights(*arguments, average_attn_weights, seal)
-            if cache is None:
-                return _ops.leave(*arguments, seal), None
-            cache.check_new(k)
-            y, *kept = _ops.leave_with_cache(*arguments, cache.memory, cache.numbers(), seal)
-            cache.keep(*kept)
-            return y, None
+                y, attention_weights = _ops.leave_with_weights(*arguments, average_attn_weights, seal)
+            elif cache is None:
+                y = _ops.leave(*arguments, seal)
+            else:
+                cache.check_new(k)
+                y, *kept = _ops.leave_with_cache(*arguments, cache.memory, cache.numbers(), seal)
+                cache.keep(*kept)
+            return y if adapted is None else adapted.finished(y), attention_weights
         except torch.distributed.DistError as error:
             if seal is None or type(error) is not torch.distributed.DistError:  # those of a backend
                 raise

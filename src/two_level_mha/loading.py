@@ -20,6 +20,7 @@ from two_level_mha.errors import GridError
 from two_level_mha.integrations.private import pretrained_models, private, private_method
 from two_level_mha.layer import GridAttention
 from two_level_mha.manifest import some
+from two_level_mha.names import Model
 from two_level_mha.pretrained_files import check_hashes, open_tensors, weight_files
 from two_level_mha.replaced import note_replaced
 from two_level_mha.stock import StockTensor, resolve
@@ -118,7 +119,7 @@ def _flat_ranges(asked: list[range], sizes: list[int]) -> list[tuple[int, int]]:
     return ranges
 
 
-def load_pretrained(model: nn.Module, path: str | Path, *, sha256: dict[str, str] | None = None) -> nn.Module:
+def load_pretrained(model: Model, path: str | Path, *, sha256: dict[str, str] | None = None) -> Model:
     """Fills a parallelized transformers model, in place, from the safetensors files in directory `path`; returns it.
 
     The model may be on meta (then it comes to the mesh's device) or hold weights. Every rank reads only what it keeps.

@@ -63,7 +63,7 @@ class Grid:
         ranks: int,
         num_heads: int,
         num_kv_heads: int | None = None,
-        head_dim: int = 1,
+        head_dim: int | None = None,
         *,
         device_type: str = "cuda",
         profile: Profile | str | os.PathLike | None = None,
@@ -74,8 +74,10 @@ class Grid:
         a layer whose embed_dim is num_heads * head_dim, with scheme="auto"; more head groups first where that is equal.
         two_level_mha.plan predicts another call.
         profile: the hardware to predict for, a Profile, its name or its JSON file; None: that of device_type.
-        Raises GridError for a profile that is none, or a device_type without one.
+        Raises GridError without a head_dim, for a profile that is none, or a device_type without one.
         """
+        if head_dim is None:
+            raise GridError("head_dim must be given: the slices of a grid divide it")
         rates = resolve_profile(profile, device_type).numbers
         try:
             found = _C.ranked_grids(ranks, num_heads, num_kv_heads or num_heads, head_dim, rates)
@@ -315,7 +317,7 @@ def place_on(mesh: DeviceMesh | None) -> Place:
 
 
 class NoMesh(enum.Enum):
-    """The default of a mesh that only a job of one rank may leave out."""
+    """The default of a mesh: it tells one that was forgotten from None."""
 
     NOT_GIVEN = "not given"
 

@@ -14,6 +14,7 @@ from two_level_mha.errors import GridError, UsageAssertionError, UsageAttributeE
 from two_level_mha.layer import Drops, GridAttention
 from two_level_mha.masks import check_inputs, one_mask
 from two_level_mha.mesh import NoMesh, check_no_mesh, given_mesh
+from two_level_mha.names import Activations, Combine, Scheme
 from two_level_mha.probe import changed_linear
 from two_level_mha.profile import Profile
 from two_level_mha.stock import StockTensor, from_stock, put, take_stock_keys
@@ -54,8 +55,9 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
     Rank (i, j) owns the weight blocks of head group i and slice j of the head dimension. Arguments are those of
     nn.MultiheadAttention, and:
 
-    mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process; may be left out only in a job
-        of one rank. head_groups must divide num_heads, slices must divide embed_dim // num_heads; else GridError.
+    mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process; left out, it is None, which a
+        job of several ranks is warned of. head_groups must divide num_heads, slices must divide embed_dim // num_heads;
+        else GridError.
     scheme: "auto" or one of the exact "slices", "sequence", "batch", "heads", "weights" (the same numbers, other
         costs), or "independent": the paper's literal per-slice softmax, which is another model (num_heads * m heads of
         width d / m).
@@ -96,12 +98,12 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         dtype=None,
         *,
         mesh: DeviceMesh | None | NoMesh = NoMesh.NOT_GIVEN,
-        scheme: str = "auto",
-        combine: str = "reduce",
+        scheme: Scheme = "auto",
+        combine: Combine = "reduce",
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
-        activations: str = "replicated",
+        activations: Activations = "replicated",
         overlap: int | None = None,
     ) -> None:
         check_no_mesh({
@@ -214,12 +216,12 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         mha: nn.MultiheadAttention,
         mesh: DeviceMesh | None | NoMesh = NoMesh.NOT_GIVEN,
         *,
-        scheme: str = "auto",
-        combine: str = "reduce",
+        scheme: Scheme = "auto",
+        combine: Combine = "reduce",
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
         profile: Profile | str | os.PathLike | None = None,
-        activations: str = "replicated",
+        activations: Activations = "replicated",
         overlap: int | None = None,
     ) -> "TwoLevelMultiheadAttention":
         """The same layer on a grid. Raises GridError on every rank if mha's weights differ between ranks.

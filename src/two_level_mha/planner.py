@@ -16,6 +16,7 @@ from two_level_mha.blocks import COMBINES
 from two_level_mha.context import ACTIVATIONS
 from two_level_mha.errors import GridError
 from two_level_mha.layer import check_overlap
+from two_level_mha.names import Activations, Combine
 from two_level_mha.profile import Profile, resolve_profile
 
 
@@ -107,24 +108,26 @@ def plan(
     num_heads: int,
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
-    devices: int,
+    ranks: int | None = None,
+    devices: int | None = None,
     batch: int,
     seq: int,
     decode: bool = False,
     causal: bool = True,
     bias: bool = False,
     dtype: torch.dtype = torch.bfloat16,
-    combine: str = "reduce",
-    activations: str = "replicated",
+    combine: Combine = "reduce",
+    activations: Activations = "replicated",
     overlap: int | None = None,
     device_type: str = "cuda",
     profile: Profile | str | os.PathLike | None = None,
 ) -> Plan:
-    """Prices one call of an attention layer on every valid grid of `devices` ranks with every scheme.
+    """Prices one call of an attention layer on every valid grid of `ranks` ranks with every scheme.
 
     The call is a forward pass of `batch` sequences of `seq` tokens, or with decode of one new token each, the last of
     `seq`, whose predecessors lie in a KV cache. Seconds are predicted from the rates of one hardware profile, not
     measured; bytes and numbers of collectives are exact. Needs no process group and no GPU.
+    devices: an older name of ranks.
     num_kv_heads: num_heads if None; head_dim: embed_dim / num_heads if None; bias: q, k, v and output have one.
     activations: how X and Y lie over the ranks, as TwoLevelMultiheadAttention has it.
     overlap: chunks of the batch, as it has it; None: for each grid and scheme the number that is predicted fastest.
@@ -132,7 +135,16 @@ def plan(
     Raises GridError if an argument does not fit, or if no grid is valid; then it names the nearest numbers of ranks
     that have one.
     """
-    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "devices": devices, "batch": batch, "seq": seq}
+    if (ranks is None) == (devices is None):
+        raise GridError("plan needs the number of ranks, once: ranks=16")
+    devices = devices if ranks is None else ranks
+    sizes = {
+        "embed_dim": embed_dim,
+        "num_heads": num_heads,
+        "ranks" if ranks is not None else "devices": devices,
+        "batch": batch,
+        "seq": seq,
+    }
     optional = {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
     for name, value in {**sizes, **{k: v for k, v in optional.items() if v is not None}}.items():
         if not isinstance(value, int) or value < 1:

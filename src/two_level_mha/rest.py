@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from two_level_mha.errors import GridError
+from two_level_mha.integrations.lora import mark
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.tp_plan import apply_tp_plan, find_tp_plan
 from two_level_mha.mesh import grid_mesh
@@ -144,6 +145,7 @@ def split_rest(rest: Rest, mesh: DeviceMesh, taken: Collection[nn.Module] = ()) 
         names = {name for name, module in part.named_modules() if module in taken}
         others = {name: style for name, style in tp_plan.items() if names.isdisjoint((name, name.rpartition(".")[0]))}
         apply_tp_plan(part, others, mesh)
+        mark(part, others, mesh)
     grid = grid_mesh(mesh)
     for module, paths, _ in rest.mlps.values():
         if module.get_submodule(paths[0]) in taken:
@@ -152,6 +154,7 @@ def split_rest(rest: Rest, mesh: DeviceMesh, taken: Collection[nn.Module] = ()) 
         parallelize_module(module, grid, dict(zip(paths, styles, strict=True)), src_data_rank=None)
         for path in paths:
             take_full_tensors(module.get_submodule(path))
+        mark(module, dict(zip(paths, ("colwise", "rowwise"), strict=True)), mesh)
 
 
 def _find_mlps(model: nn.Module, ranks: int, owners: dict[int, int], planned: set[nn.Module], rest: Rest) -> None:

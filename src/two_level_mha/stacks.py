@@ -17,6 +17,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from two_level_mha.adapters import Adapter
 from two_level_mha.class_like import become
 from two_level_mha.integrations.head import head_of, split_head
+from two_level_mha.integrations.lora import mark
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.layer import GridAttention
 from two_level_mha.mesh import grid_mesh
@@ -315,6 +316,7 @@ def split_stack(stack: Stack, mesh: DeviceMesh, activations: str, reduce_dtype: 
         model, head = stack.head
         if stack.split_head:
             _distribute(head, mesh, {"weight": Shard(0), "bias": Shard(0)})
+        mark(model, {next(path for path, part in model.named_modules() if part is head): activations}, mesh)
         split_head(model, head, stack.owner, stream, mesh)
 
 
@@ -326,6 +328,7 @@ def _split_mlp(mlp: MLP, mesh: DeviceMesh, stream: Stream) -> None:
     rows = mlp.module.get_submodule(mlp.rows)
     _distribute(rows, mesh, {"weight": Shard(1), "bias": Replicate()})
     become(rows, SplitRows, stream=stream)
+    mark(mlp.module, dict.fromkeys((*mlp.columns, mlp.rows), stream.activations), mesh)
     if mlp.gathers:
         become(mlp.module, SplitMLP, stream=stream, columns=mlp.columns)
 

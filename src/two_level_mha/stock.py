@@ -51,6 +51,14 @@ def resolve(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
+def stored_key(module: nn.Module, key: str) -> str:
+    """A StockTensor's key in the state dict of the unsplit model with the same LoRA layers: in one, what it is around
+    is called base_layer.
+    """
+    path, _, part = key.rpartition(".")
+    return f"{path}.base_layer.{part}" if hasattr(module._modules.get(path), "base_layer") else key
+
+
 def linear_names(name: str, path: str, linear: nn.Linear, head_dim: int) -> dict[str, StockTensor]:
     """The entries of `name`_weight and `name`_bias, name one of q, k, v, out, for a projection at `path`."""
     entries = {}
@@ -95,7 +103,7 @@ def _take(
     by_ours = any(prefix + resolve(child, name) in state for name, stock in names.items() if name != stock.key)
     for name, stock in names.items():
         own = module._parameters[name]
-        key, mine = prefix + resolve(child, stock.key), prefix + resolve(child, name)
+        key, mine = prefix + resolve(child, stored_key(module, stock.key)), prefix + resolve(child, name)
         if not (key in state or mine in state):
             if not by_ours:
                 found[mine] = own  # as it is: torch would report it by our name

@@ -7,6 +7,7 @@ import torch
 from harness.calls import mesh, text_of
 from harness.decoders import make, prompt
 from harness.encoders import make_torch
+from harness.families import build
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
@@ -14,6 +15,7 @@ import two_level_mha as tlm
 from two_level_mha.integrations.tp_plan import SharedForward
 
 DECODERS = ("llama", "gemma", "mixtral", "qwen3 moe")  # an own head, a tied one, fused experts
+GATHERED = ("deepseek_v3", "gpt_oss", "phi3")  # what of them is split keeps its own code
 
 
 def outputs(model: nn.Module) -> torch.Tensor:
@@ -27,7 +29,10 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 def split(name: str, grid, **options) -> nn.Module:
     torch.manual_seed(0)
-    model = make_torch(False, True, num_decoder_layers=1) if name == "torch" else make(name)
+    if name == "torch":
+        model = make_torch(False, True, num_decoder_layers=1)
+    else:
+        model = build(name) if name in GATHERED else make(name)
     return tlm.parallelize(model.eval(), mesh(grid), **options)
 
 
@@ -57,6 +62,14 @@ def test_deep_copy(pool, name, options):
             "same": True, "all of the copy is trained": [], "the original is trained": [], "still the same": True,
             "and the original is not": True,
         }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GATHERED)
+def test_deep_copy_of_gathered_weights(pool, name):
+    """E. As test_deep_copy, of modules that run their own code."""
+    for found in pool.run(copied, 2, (1, 2), name, {}, timeout=120):
+        assert found["same"] and found["still the same"] and found["and the original is not"], found
+        assert not found["the original is trained"]
 
 
 def averaged(grid, decay: float | None) -> float:
@@ -91,7 +104,7 @@ def stored(grid, name: str, directory: str) -> bool:
     return torch.equal(outputs(torch.load(path, weights_only=False)), outputs(ours))
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [*DECODERS, *GATHERED])
 def test_saved_whole(pool, name, tmp_path):
     """E. Localises: what of a model does not go through pickle, rank by rank."""
     assert all(pool.run(stored, 2, (1, 2), name, str(tmp_path)))

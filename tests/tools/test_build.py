@@ -3,7 +3,9 @@
 setup.py runs in this process up to setuptools.setup; nvcc is a script that says what the test wants.
 """
 
+import platform
 import runpy
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -184,3 +186,18 @@ def test_not_built(monkeypatch, tmp_path):
     monkeypatch.setattr(_load, "PACKAGE", tmp_path)
     with pytest.raises(ImportError, match=f"two_level_mha is not built in {tmp_path}: run `pip install"):
         _load.load()
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_vector_instructions(compiler, tmp_path):
+    """Localises: a compiler that builds the kernels, in silence, for the oldest CPU alone."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler} here")
+    if platform.machine() != "x86_64":
+        pytest.skip("instructions of x86-64")
+    includes = [f"-I{path}" for path in torch.utils.cpp_extension.include_paths()]
+    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-S"]
+    source, target = ROOT / "csrc" / "attend" / "cpu" / "vectors.cpp", tmp_path / "vectors.s"
+    subprocess.run([compiler, *flags, *includes, str(source), "-o", str(target)], check=True, timeout=300)
+    text = target.read_text()
+    assert "%zmm" in text and "%ymm" in text and "%xmm" in text

@@ -8,7 +8,7 @@
 
 namespace two_level_mha {
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__)  // clang says so too
 
 // The body comes by value, so that its numbers stay in registers; always inline, or it keeps its own target.
 template <class Body>

@@ -25,8 +25,14 @@ HOW = "torchrun --nproc-per-node 4 -m two_level_mha check"
 def add_check(parser: argparse.ArgumentParser) -> None:
     parser.description = f"Under torchrun, on the ranks of a job to come: {HOW}. Exit code 1 if a check fails."
     parser.add_argument("--grid", metavar="NxM", help="head groups x slices, such as 2x4")
-    parser.add_argument("--heads", type=int, help="query heads of the layer that is tried")
-    parser.add_argument("--kv-heads", type=int, help="key/value heads (default: as many as query heads)")
+    parser.add_argument("--num-heads", "--heads", dest="heads", type=int, help="query heads of the layer that is tried")
+    parser.add_argument(
+        "--num-kv-heads",
+        "--kv-heads",
+        dest="kv_heads",
+        type=int,
+        help="key/value heads (default: as many as query heads)",
+    )
     parser.add_argument("--head-dim", type=int)
     parser.add_argument("--device-type", choices=DEVICE_TYPES, help="default: cuda where torch finds a GPU")
     parser.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help="of each check")

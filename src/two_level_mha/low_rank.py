@@ -1,0 +1,198 @@
+"""Low-rank terms (LoRA) of a split attention's projections: y = W x + scale * B A x.
+
+A takes, and B gives, whole features. Both are whole and the same on every rank, as is A's product with x; of B's a rank
+adds what it has of q, k and v where attention runs. The output projection gets A's rows as outputs more, which are
+summed over the grid with its own; B takes them from there.
+
+Letters: as in layer.py, and r the rank of a term.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from two_level_mha.errors import UsageRuntimeError
+from two_level_mha.mesh import Place
+
+_INPUTS = ("q", "k", "v", "qkv")  # projections of an input, by letters of what they give
+
+_ops = torch.ops.two_level_mha
+
+
+class Term(NamedTuple):
+    """One term of a projection; dropout acts on its input."""
+
+    a: Tensor  # (r, in)
+    b: Tensor  # (out, r)
+    scale: float
+    dropout: nn.Module
+
+
+class Projection(nn.Module):
+    """Stands where the original had a projection, so that adapters find it; the attention has its weights.
+
+    layer, letters: that attention, and which of its projections this is; original: what it was.
+    """
+
+    def __init__(self, layer: nn.Module, letters: str, original: nn.Module) -> None:
+        super().__init__()
+        self.whose = (layer, letters)  # in a tuple: the attention is no child of its projection
+        self.blank = (blank_like(original),)
+        self.in_features, self.out_features = _features(original)
+
+    def whole(self) -> nn.Module:
+        """One like the original, on "meta"."""
+        return blank_like(self.blank[0])
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        raise UsageRuntimeError("the projections of a split attention are not called by themselves: call the attention")
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, split; adapters: inside two_level_mha.adaptable(model)"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is an nn.Linear, or transformers' Conv1D, which stores (in, out)."""
+    return isinstance(module, nn.Linear) or _is_conv(module)
+
+
+def blank_like(module: nn.Module) -> nn.Module:
+    """A linear, or Conv1D, of the same features, on "meta"."""
+    inside, outside = _features(module)
+    with torch.device("meta"):
+        if _is_conv(module):
+            return type(module)(outside, inside)
+        return nn.Linear(inside, outside, module.bias is not None)
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return hasattr(module, "nx") and hasattr(module, "nf")
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """In and out."""
+    return (module.nx, module.nf) if _is_conv(module) else (module.in_features, module.out_features)
+
+
+class Cut(NamedTuple):
+    """Which heads, and which entries of each, a tensor of this rank has of all."""
+
+    place: Place
+    head_dim: int
+
+    def of(self, x: Tensor, dim: int, heads: int, width: int) -> Tensor:
+        """The part with `heads` heads along `dim` and `width` entries along the next, of x with all of both."""
+        place, total = self.place, x.shape[dim]
+        share = total // place.grid.head_groups
+        first = 0 if heads == total else place.head_group * share
+        if heads < share:
+            first += place.slice * share // place.grid.slices
+        start = 0 if width == self.head_dim else place.slice * width
+        return x.narrow(dim, first, heads).narrow(dim + 1, start, width)
+
+
+class LowRank:
+    """The terms of one call of a layer, by projection."""
+
+    def __init__(self, layer: nn.Module, terms: dict[str, list[Term]]) -> None:
+        self.layer, self.terms = layer, terms
+        self.cut = Cut(layer.place, layer.head_dim)
+        self.outs = terms.get("o", [])
+        if any(term.dropout.training and getattr(term.dropout, "p", 0.0) > 0.0 for term in self.outs):
+            raise UsageRuntimeError(
+                "lora_dropout > 0 on the output projection of a split attention is not supported in training: no rank "
+                "has all of that projection's input; set it to 0, or leave that projection out of target_modules"
+            )
+
+    def around(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        batch_first: bool,
+        rows: list[Tensor] | None,
+        shared: list[Tensor] | None,
+        between: Callable | None,
+    ) -> tuple[list[Tensor], list[Tensor], Callable]:
+        """`rows`, `shared` and `between` of the call with those of the terms of q, k and v."""
+        rows, shared = rows or [], shared or []
+        own, weights, targets = [], [], []
+        for letters in _INPUTS:
+            for term in self.terms.get(letters, ()):
+                x = inputs["qkv".index(letters[0])]
+                a = linear(term.dropout(x).to(term.a.dtype), term.a) * term.scale
+                own.append((a if batch_first else a.transpose(0, 1)).unsqueeze(1))  # (B, 1, L, r)
+                heads = [self.layer.num_heads if letter == "q" else self.layer.num_kv_heads for letter in letters]
+                parts = term.b.split([count * self.layer.head_dim for count in heads])
+                weights += [part.view(count, self.layer.head_dim, -1) for part, count in zip(parts, heads, strict=True)]
+                targets += [("qkv".index(letter), len(rows) + len(own) - 1) for letter in letters]
+
+        def add(q: Tensor, k: Tensor, v: Tensor, aside) -> tuple[Tensor, Tensor, Tensor]:
+            found = [q, k, v]
+            for (which, at), b in zip(targets, aside.shared[len(shared) :], strict=True):
+                a_B1Lr = (aside.k_rows if which else aside.q_rows)[at]
+                found[which] = self._added(found[which], a_B1Lr.squeeze(1), b)
+            if between is None:
+                return tuple(found)
+            kept = aside._replace(
+                q_rows=aside.q_rows[: len(rows)], k_rows=aside.k_rows[: len(rows)], shared=aside.shared[: len(shared)]
+            )
+            return between(*found, kept)
+
+        return [*rows, *self._everywhere(own)], [*shared, *weights], add
+
+    def widened(self, out_weight: Tensor, out_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The output projection with the terms' A as further rows; out_weight (D, heads, width) of this rank."""
+        if not self.outs:
+            return out_weight, out_bias
+        heads, width = out_weight.shape[1:]
+        wholes = [term.a for term in self.outs]
+        if heads < self.layer.num_heads or width < self.layer.head_dim:
+            wholes = self._everywhere(wholes)
+        more = [self.cut.of(a.unflatten(1, (-1, self.layer.head_dim)), 1, heads, width) for a in wholes]
+        weight = torch.cat([out_weight, *(a.to(out_weight.dtype) for a in more)])
+        if out_bias is not None:
+            out_bias = torch.cat([out_bias, out_bias.new_zeros(weight.shape[0] - out_bias.shape[0])])
+        return weight, out_bias
+
+    def finished(self, y: Tensor) -> Tensor:
+        """The output of a call whose output projection was widened."""
+        if not self.outs:
+            return y
+        ranks = [term.a.shape[0] for term in self.outs]
+        found, *inner = y.split([y.shape[-1] - sum(ranks), *ranks], -1)
+        for term, a in zip(self.outs, inner, strict=True):
+            found = found + linear(a.to(term.b.dtype), term.b) * term.scale
+        return found.to(y.dtype)
+
+    def _added(self, x: Tensor, a_BLr: Tensor, b: Tensor) -> Tensor:
+        """x (B, heads, L, width), this rank's part of q, k or v, with that of b's product; b (heads, d, r)."""
+        heads, width = x.shape[1], x.shape[3]
+        own = self.cut.of(b, 0, heads, width)
+        y = linear(a_BLr.to(own.dtype), own.flatten(0, 1)).unflatten(-1, (heads, width))
+        return (x + y.transpose(1, 2)).to(x.dtype)
+
+    def _everywhere(self, xs: list[Tensor]) -> list[Tensor]:
+        """Tensors that are the same on every rank and used differently, with the sum as their gradient."""
+        grid = self.layer.place.grid
+        if grid.size == 1 or not xs:
+            return xs
+        return _ops.replicated(xs, grid.size, self.layer.place.groups[2], self.layer.reduce_dtype)
+
+
+def low_rank(layer: nn.Module) -> LowRank | None:
+    """The terms of the layer's adapters that are active now; None if there are none."""
+    terms = {}
+    for letter, name in layer.projection_names.items():
+        child = layer._modules[name]
+        if type(child) is Projection:
+            continue
+        if not hasattr(child, "terms"):
+            raise UsageRuntimeError(
+                f"{name} of a split attention is now a {type(child).__name__}, which it does not call: put adapters "
+                "there inside two_level_mha.adaptable(model), or before parallelize"
+            )
+        if found := child.terms():
+            terms[letter] = found
+    return LowRank(layer, terms) if terms else None

@@ -1,0 +1,337 @@
+"""LoRA of PEFT on split models, put there before and after the split: trained, merged and stored as on the unsplit one.
+
+4 ranks, most on a grid of (2, 2) with 2 KV heads, in float64. A failure is in `low_rank.py` (attention), in
+`integrations/lora_layers.py` (what else is split) or, if only one of before and after fails, in `integrations/lora.py`.
+"""
+
+import re
+import warnings
+
+import pytest
+import torch
+from harness import RankFailure
+from harness.calls import mesh
+from harness.decoders import BASE, make
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import two_level_mha as tlm
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj", "lm_head")
+EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+SMALL = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+
+
+def stock(kind: str, seed: int = 0) -> nn.Module:
+    if kind == "gpt2":
+        drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        torch.manual_seed(seed)
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**SMALL, **drops)).double().eval()
+    if kind == "phi3":
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**BASE)).double().eval()
+    return make(kind, exact=True, seed=seed)
+
+
+def adapted(model: nn.Module, targets=ALL, seed: int = 5, **lora) -> nn.Module:
+    """With LoRA as PEFT starts it."""
+    torch.manual_seed(seed)
+    targets = targets if isinstance(targets, str) else list(targets)
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, **lora))
+
+
+def split(kind: str, before: bool, grid: tuple[int, int] = (2, 2), targets=ALL, lora=(), seed=0, **options):
+    """The same on ranks, put there before the split or after it."""
+    if before:
+        return tlm.parallelize(adapted(stock(kind, seed), targets, **dict(lora)), mesh(grid), **options)
+    model = tlm.parallelize(stock(kind, seed), mesh(grid), **options)
+    with tlm.adaptable(model):
+        return adapted(model, targets, **dict(lora))
+
+
+def adapters(model: nn.Module) -> dict[str, torch.Tensor]:
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert not any(isinstance(x, DTensor) for x in state.values())
+    return {name: x.clone() for name, x in state.items()}
+
+
+def set_b(model: nn.Module, scale: float = 0.2) -> nn.Module:
+    """B is zero at the start, of embeddings A; with it nothing that goes wrong in A's products would show."""
+    draw = torch.Generator().manual_seed(3)
+    for name, p in sorted(model.named_parameters()):
+        if "lora_B" in name or "lora_embedding_A" in name:
+            p.data.copy_(torch.randn(p.shape, generator=draw, dtype=torch.float64) * scale)
+    return model
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def losses(model: nn.Module, steps: int = 4) -> list[float]:
+    """Of a training in which adapters alone are trained, by torch's own optimizer and clipping; a step each."""
+    trained = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    found = []
+    for step in range(steps):
+        torch.manual_seed(100 + step)  # of dropout
+        logits = model(input_ids=tokens(), use_cache=False).logits
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    model.eval()
+    return found
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(input_ids=tokens(), use_cache=False).logits
+
+
+def farthest(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert got.keys() == expected.keys()
+    return max((got[name] - x).abs().max().item() for name, x in expected.items())
+
+
+def compare(kind: str, before: bool, options: dict) -> dict[str, float]:
+    """Distances to the unsplit model with the same adapters: at the start, in training, merged and unmerged."""
+    given = {key: options[key] for key in ("targets", "lora") if key in options}
+    whole = adapted(stock(kind), given.get("targets", ALL), **dict(given.get("lora", ())))
+    ours = split(kind, before, **options)
+    found = {"start": farthest(adapters(ours), adapters(whole))}
+    whole, ours = set_b(whole), set_b(ours)
+    expected, got = losses(whole), losses(ours)
+    assert abs(expected[0] - expected[-1]) > 0.1
+    found["losses"] = max(abs(x - y) for x, y in zip(expected, got, strict=True))
+    found["trained"] = farthest(adapters(ours), adapters(whole))
+    y = logits(whole)
+    found["logits"] = (logits(ours) - y).abs().max().item()
+    with whole.disable_adapter(), ours.disable_adapter():
+        assert (logits(whole) - y).abs().max() > 0.1
+        found["disabled"] = (logits(ours) - logits(whole)).abs().max().item()
+    generated = [model.generate(input_ids=tokens(), max_new_tokens=4, do_sample=False) for model in (ours, whole)]
+    assert torch.equal(*generated)
+    ours.merge_adapter(safe_merge=True)
+    found["merged"] = (logits(ours) - y).abs().max().item()
+    ours.unmerge_adapter()
+    found["unmerged"] = (logits(ours) - y).abs().max().item()
+    ours, whole = ours.merge_and_unload(), whole.merge_and_unload()
+    found["unloaded"] = (logits(ours) - y).abs().max().item()
+    state = tlm.full_state_dict(ours)
+    if torch.distributed.get_rank() == 0:
+        found["stored"] = farthest(state, whole.state_dict())
+    return {name: distance for name, distance in found.items() if not distance <= 1e-10}
+
+
+CASES = {
+    "Llama": ("llama", {}),
+    "only q and v, the rest whole": ("llama", {"targets": ("q_proj", "v_proj"), "rest": False}),
+    "slices": ("llama", {"targets": ATTENTION, "rest": False, "scheme": "slices"}),
+    "sequence": ("llama", {"targets": ATTENTION, "rest": False, "scheme": "sequence"}),
+    "batch": ("llama", {"targets": ATTENTION, "rest": False, "scheme": "batch", "cache": "batch"}),
+    "weights": ("llama", {"targets": ATTENTION, "rest": False, "scheme": "weights"}),
+    "heads": ("llama", {"targets": ATTENTION, "rest": False, "scheme": "heads"}),
+    "one row of slices": ("llama", {"targets": ATTENTION, "rest": False, "scheme": "slices", "grid": (1, 4)}),
+    "concat": ("llama", {"targets": ATTENTION, "rest": False, "combine": "concat"}),
+    "dropout": ("llama", {"targets": tuple(t for t in ALL if t != "o_proj"), "lora": {"lora_dropout": 0.3}}),
+    "embedding": ("llama", {"targets": ("embed_tokens", "q_proj")}),
+    "widths that 4 does not divide": ("28 heads", {"lora": {"use_rslora": True}}),
+    "gathered weights": ("phi3", {"targets": ("qkv_proj", "o_proj", "down_proj")}),
+    "GPT-2": ("gpt2", {"targets": r".*\.attn\.c_(attn|proj)", "lora": {"fan_in_fan_out": True}}),
+}
+
+
+IN_BOTH_ORDERS = ("Llama", "embedding", "gathered weights")
+
+
+@pytest.mark.parametrize(
+    ("case", "before"),
+    [
+        pytest.param(case, before, marks=() if before or case in IN_BOTH_ORDERS else pytest.mark.slow)
+        for case in CASES
+        for before in (True, False)
+    ],
+)
+def test_as_unsplit(pool, case, before):
+    """T: the start that PEFT draws, losses, adapters after training, tokens, merging and unmerging, stock's format."""
+    kind, options = CASES[case]
+    for off in pool.run(compare, 4, kind, before, options):
+        assert not off
+
+
+@pytest.mark.parametrize(
+    ("kind", "before"),
+    [("mixtral", True), ("qwen3 moe", False), *(pytest.param(*case, marks=pytest.mark.slow)
+                                                for case in (("mixtral", False), ("qwen3 moe", True)))],
+)  # fmt: skip
+def test_experts(pool, kind, before):
+    """As above, with adapters of packed parameters; at 1e-6, since routers differentiate in float32."""
+    options = {"targets": ("q_proj", "gate"), "lora": EXPERTS}
+    for off in pool.run(compare, 4, kind, before, options):
+        assert all(distance <= 1e-6 for distance in off.values()), off
+
+
+def encoder(targets: tuple[str, ...]) -> float:
+    def bert() -> nn.Module:
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=48, vocab_size=64
+        )
+        return transformers.BertModel(config).double().eval()
+
+    whole, ours = adapted(bert(), targets), tlm.parallelize(adapted(bert(), targets), mesh((2, 2)))
+    y, got = (set_b(model).eval()(input_ids=tokens()).last_hidden_state for model in (whole, ours))
+    return (y - got).abs().max().item()
+
+
+def test_encoder(pool):
+    """T: BERT, whose MLPs are split by torch's styles. Its output projection lies outside the attention: refused."""
+    assert all(error <= 1e-10 for error in pool.run(encoder, 4, ("query", "value", "intermediate.dense")))
+    with pytest.raises(RankFailure, match="output.dense has a LoRA adapter, which a split attention of BERT's kind"):
+        pool.run(encoder, 4, ("dense",))
+
+
+def stored(folder: str) -> dict[str, float]:
+    """What PEFT and full_state_dict write, read unsplit and split."""
+    targets, distances = (*ATTENTION, "down_proj", "up_proj"), {}
+    ours = set_b(split("llama", True, targets=targets)).eval()
+    y = logits(ours)
+    if torch.distributed.get_rank() == 0:
+        ours.save_pretrained(folder)
+    states = [tlm.full_state_dict(ours)]
+    torch.distributed.broadcast_object_list(states)
+    unsplit = peft.PeftModel.from_pretrained(stock("llama"), folder).eval()
+    distances["PEFT's file, unsplit"] = (logits(unsplit) - y).abs().max().item()
+    base = tlm.parallelize(stock("llama"), mesh((1, 4)))
+    with tlm.adaptable(base):
+        again = peft.PeftModel.from_pretrained(base, folder).eval()
+    distances["PEFT's file, split"] = (logits(again) - y).abs().max().item()
+    distances["merged before a call"] = (logits(again.merge_and_unload()) - y).abs().max().item()
+    other = adapted(stock("llama", 3), targets)
+    other.load_state_dict(states[0])
+    distances["all of it, unsplit"] = (logits(other) - y).abs().max().item()
+    other = split("llama", True, targets=targets, seed=3).eval()
+    other.load_state_dict(states[0])
+    distances["all of it, split"] = (logits(other) - y).abs().max().item()
+    return {name: distance for name, distance in distances.items() if not distance <= 1e-10}
+
+
+def test_stored(pool, tmp_path):
+    """T: the adapters' file is PEFT's, and keys are those of the unsplit model with the same LoRA layers."""
+    assert pool.run(stored, 4, str(tmp_path)) == [{}] * 4
+
+
+def two_adapters() -> tuple[float, float, list[str]]:
+    ours = split("llama", True, targets=("q_proj",))
+    with tlm.adaptable(ours):
+        ours.add_adapter("two", peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "up_proj", "down_proj"]))
+    ours.set_adapter("two")
+    whole = adapted(stock("llama"), ("q_proj",))
+    whole.add_adapter("two", peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "up_proj", "down_proj"]))
+    whole.set_adapter("two")
+    peft.set_peft_model_state_dict(whole, peft.get_peft_model_state_dict(set_b(ours), adapter_name="two"), "two")
+    trained = [name for name, p in ours.named_parameters() if p.requires_grad and "lora_" not in name]
+    second = (logits(ours) - logits(whole)).abs().max().item()
+    for model in (ours, whole):
+        model.set_adapter("default")
+    peft.set_peft_model_state_dict(whole, peft.get_peft_model_state_dict(ours))
+    return second, (logits(ours) - logits(whole)).abs().max().item(), trained
+
+
+def test_two_adapters(pool):
+    """T: a second one, on more modules, added to a split model that has one; nothing but adapters is trained."""
+    for second, first, trained in pool.run(two_adapters, 4):
+        assert max(first, second) <= 1e-10
+        assert not trained
+
+
+def low_precision(amp: bool) -> tuple[float, float]:
+    """Relative errors of the unsplit model and of ours, whose adapters PEFT keeps in float32."""
+    whole, reference = (set_b(adapted(stock("llama"))) for _ in range(2))
+    ours = set_b(split("llama", True))
+    dtype = torch.float32 if amp else torch.bfloat16
+    y, found = logits(reference.eval()), []
+    for model in (whole, ours):
+        for name, p in model.to(dtype).named_parameters():
+            p.data = p.data.float() if "lora_" in name else p.data
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            found.append(((logits(model.eval()) - y).norm() / y.norm()).item())
+            model.train()(input_ids=tokens(), use_cache=False).logits.sum().backward()
+    return tuple(found)
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["bfloat16", "autocast"])
+def test_low_precision(pool, amp):
+    """R: against the unsplit model's own error."""
+    for theirs, ours in pool.run(low_precision, 4, amp):
+        assert 1e-4 < theirs < 0.1
+        assert ours <= 2 * theirs
+
+
+def outside(targets: tuple[str, ...] | str, options: dict, lora: dict) -> None:
+    adapted(tlm.parallelize(stock("llama"), mesh((2, 2)), **options), targets, **lora)(input_ids=tokens())
+
+
+def inside(targets: tuple[str, ...], lora: dict, options: dict | None = None, seeds: bool = False) -> None:
+    model = tlm.parallelize(stock("llama"), mesh((2, 2)), **(options or {}))
+    seed = torch.distributed.get_rank() if seeds else 5
+    with tlm.adaptable(model):
+        model = adapted(model, targets, seed=seed, **lora)
+    model.train()(input_ids=tokens())
+
+
+def given_before(targets: tuple[str, ...], lora: dict, options: dict) -> None:
+    tlm.parallelize(adapted(stock("llama"), targets, **lora), mesh((2, 2)), **options)
+
+
+def names_of_call() -> None:
+    model = split("llama", True, targets=("q_proj", "down_proj"))
+    model.add_adapter("two", peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    model.eval()(input_ids=tokens(), adapter_names=["default", "two"])
+
+
+PLAIN = "only plain LoRA is supported on what is split"
+REFUSED = {
+    "attention": (outside, (("q_proj",), {}, {}), r"Target module Projection\(32, 32, split; adapters: inside"),
+    "attention and MLP": (outside, (("q_proj", "gate_proj"), {}, {}), r"Target module Projection\(32, 32, split"),
+    "columns": (outside, (("gate_proj",), {}, {}), "gate_proj of LlamaMLP is split, and now inside a Linear"),
+    "rows": (outside, (("down_proj",), {}, {"task_type": "CAUSAL_LM"}), "down_proj of LlamaMLP is split"),
+    "head": (outside, (("lm_head",), {}, {}), "lm_head of LlamaForCausalLM is split"),
+    "all linears": (outside, ("all-linear", {}, {}), "gate_proj of LlamaMLP is split"),
+    "columns of split activations": (outside, (("down_proj",), {"activations": "sequence"}, {}), "down_proj of"),
+    "a variant": (inside, (("q_proj",), {"use_dora": True}), PLAIN),
+    "a variant on an MLP": (inside, (("down_proj",), {"use_dora": True}), PLAIN),
+    "a bias": (inside, (("up_proj",), {"lora_bias": True}), PLAIN),
+    "a trained copy": (inside, (("q_proj",), {"modules_to_save": ["lm_head"]}), PLAIN),
+    "dropout": (inside, (("o_proj",), {"lora_dropout": 0.1}), "lora_dropout > 0 on the output projection"),
+    "activations": (inside, (("q_proj",), {}, {"activations": "batch"}), "adapters are not supported on a model with"),
+    "seeds": (inside, (("q_proj",), {}, {}, True), "what the adapters hold differs between ranks"),
+    "a variant before": (given_before, (("q_proj",), {"use_dora": True}, {}), "is a peft.tuners.lora.layer.Linear"),
+    "a variant on an MLP before": (given_before, (("down_proj",), {"use_dora": True}, {}), "has no rule for its"),
+    "activations before": (given_before, (("q_proj",), {}, {"activations": "sequence"}), "adapters are not supported"),
+    "an adapter for each sequence": (names_of_call, (), r"has hooks, which would not run \(adapter_names="),
+}
+
+
+def refused(function, args: tuple) -> str:
+    """The sentence with which a rank refuses."""
+    warnings.simplefilter("ignore")
+    with pytest.raises(ValueError) as caught:  # UsageRuntimeError too
+        function(*args)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(pool, case):
+    """By one sentence on every rank, and none is left waiting: what would be silently wrong otherwise."""
+    function, args, text = REFUSED[case]
+    found = pool.run(refused, 4, function, args)
+    assert len(set(found)) == 1
+    assert re.search(text, found[0])
