@@ -61,17 +61,21 @@ def predicted(cases: list[Case], calibration: Calibration) -> list[float]:
     return found
 
 
-def compare(ranks: int) -> list[dict]:
+def compare(ranks: int, repeats: int, tries: int) -> list[dict]:
     cases = held_out(ranks)
     tried = []
-    while len(tried) < TRIES and not (tried and tried[-1].spread <= DISTURBED):
+    while len(tried) < tries and not (tried and tried[-1].spread <= DISTURBED):
         tried.append(calibrate(ranks))
     calibration = min(tried, key=lambda one: one.spread)
     expected = predicted(cases, calibration)
-    passes = [on_ranks(ranks, measured, cases, REPEATS) for _ in range(2)]
+    passes = [on_ranks(ranks, measured, cases, repeats) for _ in range(2)]
     usual = statistics.median(product for one in passes for runs in one for _, product in runs)
     rows = [{"case": f"calibration, {ranks} ranks", "ranks": ranks, **calibration.coefficients}]
-    rows[0] |= {"fitted_error": round(calibration.error, 4), "spreads": [round(one.spread, 3) for one in tried]}
+    rows[0] |= {
+        "repeats": repeats,
+        "fitted_error": round(calibration.error, 4),
+        "spreads": [round(one.spread, 3) for one in tried],
+    }
     for i, (case, seconds) in enumerate(zip(cases, expected, strict=True)):
         medians = [statistics.median(taken for taken, _ in one[i]) for one in passes]
         slowed = [statistics.median(product for _, product in one[i]) / usual for one in passes]
@@ -105,10 +109,12 @@ def summary(rows: list[dict], ranks: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="of a case in each of two passes")
+    parser.add_argument("--tries", type=int, default=TRIES, help="calibrations at most, where passes are apart")
     args = parser.parse_args()
     missed = []
     for ranks in args.ranks:
-        found = compare(ranks)
+        found = compare(ranks, args.repeats, args.tries)
         found.append(summary(found, ranks))
         for row in found:
             print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
