@@ -10,9 +10,10 @@ one piece and in chunks (overlap); tensor, data (copies and FSDP2) and pipeline 
 combinations. "independent" is the paper's literal reading: another model, of narrower heads, and checked against that.
 
 What counts as a run: "prefill", the forward pass without gradients; "training", forward, backward and the reduction of
-gradients, without an optimizer; "decode", one token a step with a KV cache (experiment_decode.py). Each is done for a
-causal mask and for none (decode has one). Inputs lie on the ranks as the layout wants them before the clock starts, and
-outputs stay as it leaves them: on the last stage, as parts, or whole on every rank.
+gradients, without an optimizer; "decode", one token a step with a KV cache (experiment_decode.py). The mask is
+"causal", or "full", that is none (decode has the first). Inputs lie on the ranks as the layout wants them before the
+clock starts, and outputs stay as it leaves them: on the last stage, as parts, or whole on every rank. More ranks than
+cores favour pipelines, whose idle stages leave their core to the others: --ranks 2 on two cores does not.
 
 Before it is timed each layout's output, in training its gradients, is compared with the unsplit model's, which runs by
 torch's scaled_dot_product_attention; one that differs is reported, and not timed. All layouts take turns, a barrier
@@ -116,7 +117,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--ranks", type=int, help="that are started, in place of the preset's; torchrun's have their own"
     )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["prefill"])
-    parser.add_argument("--mask", nargs="+", choices=MASKS, default=list(MASKS))
+    parser.add_argument("--mask", nargs="+", choices=MASKS, default=["causal"])
     parser.add_argument("--layout", nargs="+", default=[""], help="only the layouts whose names contain one of these")
     parser.add_argument("--micro-batches", type=int, default=4, help="of the pipeline, which runs with 1 too")
     parser.add_argument("--overlap", type=int, default=2, help="chunks; 1: only in one piece")

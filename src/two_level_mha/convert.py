@@ -21,7 +21,7 @@ from two_level_mha.layer import GridAttention, check_options, check_overlap, sto
 from two_level_mha.low_rank import Projection
 from two_level_mha.mesh import Grid, control_on, place_on
 from two_level_mha.names import Activations, CacheLayout, Combine, Model, Scheme
-from two_level_mha.probe import HOOKS
+from two_level_mha.probe import HOOKS, drops
 from two_level_mha.profile import Profile, resolve_profile
 from two_level_mha.replaced import note_replaced
 from two_level_mha.report import keep_report
@@ -148,7 +148,7 @@ def _parallelize(
     if layers:
         check_adapters(layers.values(), mesh)
     if mesh is not None:
-        check_same_weights(model, mesh, any(_dropout(module) > 0.0 for module in model.modules()))
+        check_same_weights(model, mesh, drops(model))
         kinds = {
             "which MLPs can be split": list(others.mlps),
             "the tensor-parallel plan": [rules for _, rules in others.tp_plans.values()],
@@ -204,11 +204,6 @@ def _holds(layers: list[nn.Module], attentions: Attentions, others: Rest) -> boo
     names = [name for name, (module, _) in attentions.gathered.items() if module in inside]
     others.left_out |= {name: "hidden states are whole around it, since its weights are gathered" for name in names}
     return bool(names)
-
-
-def _dropout(module: nn.Module) -> float:
-    values = (getattr(module, name, 0.0) for name in ("p", "dropout", "attention_dropout"))
-    return max(value if isinstance(value, float) else 0.0 for value in values)
 
 
 def _check_grid(found: list[Found], grid: Grid, scheme: str) -> None:

@@ -39,6 +39,13 @@ def random_copy(modules: list[nn.Module], gain: float = 1.0) -> list[nn.Module]:
     return copies
 
 
+def drops(module: nn.Module) -> bool:
+    """Whether a part of the module has a probability of dropout."""
+    names = ("p", "dropout", "attention_dropout")
+    values = [getattr(part, name, 0.0) for part in module.modules() for name in names]
+    return any(isinstance(value, float) and value > 0.0 for value in values)
+
+
 @contextmanager
 def in_eval(module: nn.Module) -> Iterator[None]:
     """The module in eval mode, each part of it."""

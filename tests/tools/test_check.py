@@ -36,7 +36,8 @@ LAYER = Sizes(num_heads=8, num_kv_heads=8, head_dim=16)
 
 
 def on_loopback(**more: str) -> dict[str, str]:
-    return environment(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", GLOO_SOCKET_IFNAME="lo", **more)
+    fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    return environment(**fixed | more)
 
 
 def start(rank: int, port: int, command: list[str], **more: str) -> subprocess.Popen:

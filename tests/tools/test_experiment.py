@@ -233,7 +233,21 @@ def program(path, *arguments, timeout=240):
 @pytest.mark.slow
 def test_the_program(tmp_path):
     """Localises: the command line, the start of the ranks, the table, the JSON."""
-    arguments = ["--mode", "prefill", "training", "decode", "--decode-batch", "4", "--context", "8", "--steps", "2"]
+    arguments = [
+        "--mask",
+        "causal",
+        "full",
+        "--mode",
+        "prefill",
+        "training",
+        "decode",
+        "--decode-batch",
+        "4",
+        "--context",
+        "8",
+        "--steps",
+        "2",
+    ]
     printed, written = program(tmp_path / "experiment.json", *arguments)
     rows = written["rows"]
     assert {(row["mode"], row["mask"]) for row in rows} == {

@@ -99,6 +99,14 @@ def test_exchanges_take_turns():
     assert (lane.now, lane.exposed) == (12, 10)
 
 
+def test_messages_take_their_time():
+    """E. Localises: a message that is there before it was sent, or that holds up its sender."""
+    send, take = exchange(3, "send", (0, 1), 1), exchange(0, "recv", (0, 1), 0)
+    lanes = simulate({0: [work(10), send, work(5)], 1: [take, work(1)]}, Seconds())
+    assert (lanes[0].now, lanes[0].exposed) == (15, 0)
+    assert (lanes[1].now, lanes[1].waiting) == (14, 13)
+
+
 def test_weights_are_gathered_ahead():
     """E. Localises: an all-gather of FSDP2 that waits for the layer before, or runs two layers ahead."""
     gather = exchange(4, "all_gather", waited=False)

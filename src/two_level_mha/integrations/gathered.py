@@ -13,7 +13,7 @@ from two_level_mha.gathered import Sequences, like, store_split, whole_weights
 from two_level_mha.integrations.dealt_cache import can_be_dealt, deal_cache
 from two_level_mha.integrations.lora import mark
 from two_level_mha.mesh import Place, grid_mesh, place_on
-from two_level_mha.probe import in_eval
+from two_level_mha.probe import drops, in_eval
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the trial in the first call; others 0.1
 
@@ -23,7 +23,8 @@ class Gathered(nn.Module):
 
     Called as its original is, with hidden states (B, L, ..). The first call tries whether a sequence alone gets the
     numbers that it gets in the batch. Where it does not, as where hidden states are (tokens, ..), every rank runs all
-    of it from then on. A KV cache keeps on each rank the states of its sequences.
+    of it from then on; as in training with dropout, so that the elements that the original would drop are dropped. A
+    KV cache keeps on each rank the states of its sequences.
     """
 
     place: Place
@@ -35,7 +36,8 @@ class Gathered(nn.Module):
         hidden = next(x for x in given if isinstance(x, Tensor))
         caches = [x for x in given if isinstance(x, Cache)]
         layer = next((part.layer_idx for part in self.modules() if getattr(part, "layer_idx", None) is not None), None)
-        if hidden.dim() < 3 or not all(layer is not None and can_be_dealt(cache) for cache in caches):
+        dropped = self.training and drops(self)  # what is dropped of a sequence depends on those before it
+        if hidden.dim() < 3 or dropped or not all(layer is not None and can_be_dealt(cache) for cache in caches):
             return self._whole(args, kwargs)
         kind = hidden.shape[1] == 1 and not caches
         sequences = Sequences(hidden.shape[0], self.place)
