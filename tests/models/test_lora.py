@@ -291,6 +291,12 @@ def given_before(targets: tuple[str, ...], lora: dict, options: dict) -> None:
     tlm.parallelize(adapted(stock("llama"), targets, **lora), mesh((2, 2)), **options)
 
 
+def around_attention() -> None:
+    """PEFT's layer for nn.MultiheadAttention has the module, and its projection in a layer of its own, inside."""
+    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dtype=torch.float64)
+    tlm.parallelize(adapted(nn.Sequential(layer), ("self_attn",)), mesh((2, 2)))
+
+
 def names_of_call() -> None:
     model = split("llama", True, targets=("q_proj", "down_proj"))
     model.add_adapter("two", peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
@@ -316,6 +322,7 @@ REFUSED = {
     "a variant before": (given_before, (("q_proj",), {"use_dora": True}, {}), "is a peft.tuners.lora.layer.Linear"),
     "a variant on an MLP before": (given_before, (("down_proj",), {"use_dora": True}, {}), "has no rule for its"),
     "activations before": (given_before, (("q_proj",), {}, {"activations": "sequence"}), "adapters are not supported"),
+    "a layer around attention before": (around_attention, (), r"self_attn.base_layer \(MultiheadAttention\) is not"),
     "an adapter for each sequence": (names_of_call, (), r"has hooks, which would not run \(adapter_names="),
 }
 

@@ -113,10 +113,11 @@ def adapters_aside(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
 
     Gives them, by name. Where nothing was split there, they are as they were.
     """
-    layers: dict[str, nn.Module] = {}
+    outermost: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if _takes(module) and not any(name.startswith(f"{outer}.") for outer in layers):
-            layers[name] = module
+        if hasattr(module, "base_layer") and not any(name.startswith(f"{outer}.") for outer in outermost):
+            outermost[name] = module
+    layers = {name: module for name, module in outermost.items() if _takes(module)}
     for name, layer in layers.items():
         _put(model, name, _inside(layer))
     try:
@@ -134,6 +135,10 @@ def refusal_of(layers: dict[str, nn.Module], attentions: list, activations: str)
         return GridError(_not_split(activations))
     bases = {id(_inside(layer)): name for name, layer in layers.items()}
     for one in attentions:
+        if "base_layer" in one.name.split("."):
+            return GridError(
+                f"{one.name} is inside a layer of PEFT that is not supported around attention: merge it first"
+            )
         known = {id(part) for letter, part in one.projections.items() if is_projection(one.adapter.paths, letter)}
         parts = [*one.module.modules(), *one.projections.values()]
         if other := next((bases[id(part)] for part in parts if id(part) in bases and id(part) not in known), None):
