@@ -155,10 +155,15 @@ def is_projection(paths: dict[str, str], letter: str) -> bool:
 
 
 def check_adapters(layers: Iterable[nn.Module], mesh: DeviceMesh | None, refusal: Exception | None = None) -> None:
-    """Raises GridError on every rank, for the refusal of one or where adapters, meta ones aside, differ."""
+    """Raises GridError on every rank, for the refusal of one or where adapters, meta ones aside, differ; notes on the
+    layers which were compared.
+    """
+    layers = [part for layer in layers for part in layer.modules() if hasattr(part, "base_layer")]
     own = [p for layer in layers for name, p in layer.named_parameters() if "lora_" in name and not p.is_meta]
     advice = "seed every rank alike before adapters are made, or load them from one file"
     same_on_all_ranks({"refusal": refusal, "what the adapters hold": digest(own)}, mesh, advice)
+    for layer in layers:
+        layer.compared = {*layer.lora_A, *layer.lora_embedding_A}
 
 
 def _fill(parent: nn.Module, name: str, module: nn.Module) -> None:
