@@ -145,8 +145,8 @@ def test_presets():
     small, one = experiment.PRESETS["small"], experiment.PRESETS["gpu1"]
     assert small.ranks == small.sizes.heads == 4 and small.sizes.mlp_hidden == 4 * small.sizes.embed_dim
     assert replace(one.sizes, batch=1024) == seed.sizes and one.ranks == 16 and one.without_wire
-    args = experiment.arguments(["--preset", "seed", "--kv-heads", "4", "--batch", "8"])
-    assert args.sizes == replace(seed.sizes, kv_heads=4, batch=8) and args.dtype is torch.float16
+    args = experiment.arguments(["--preset", "seed", "--kv-heads", "4", "--batch", "32"])
+    assert args.sizes == replace(seed.sizes, kv_heads=4, batch=32) and args.dtype is torch.float16
 
 
 def test_refused_before_anything_starts(capsys):

@@ -113,10 +113,11 @@ def adapters_aside(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
 
     Gives them, by name. Where nothing was split there, they are as they were.
     """
-    layers: dict[str, nn.Module] = {}
+    outermost: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if _takes(module) and not any(name.startswith(f"{outer}.") for outer in layers):
-            layers[name] = module
+        if hasattr(module, "base_layer") and not any(name.startswith(f"{outer}.") for outer in outermost):
+            outermost[name] = module
+    layers = {name: module for name, module in outermost.items() if _takes(module)}
     for name, layer in layers.items():
         _put(model, name, _inside(layer))
     try:
@@ -134,6 +135,10 @@ def refusal_of(layers: dict[str, nn.Module], attentions: list, activations: str)
         return GridError(_not_split(activations))
     bases = {id(_inside(layer)): name for name, layer in layers.items()}
     for one in attentions:
+        if "base_layer" in one.name.split("."):
+            return GridError(
+                f"{one.name} is inside a layer of PEFT that is not supported around attention: merge it first"
+            )
         known = {id(part) for letter, part in one.projections.items() if is_projection(one.adapter.paths, letter)}
         parts = [*one.module.modules(), *one.projections.values()]
         if other := next((bases[id(part)] for part in parts if id(part) in bases and id(part) not in known), None):
@@ -150,10 +155,15 @@ def is_projection(paths: dict[str, str], letter: str) -> bool:
 
 
 def check_adapters(layers: Iterable[nn.Module], mesh: DeviceMesh | None, refusal: Exception | None = None) -> None:
-    """Raises GridError on every rank, for the refusal of one or where adapters, meta ones aside, differ."""
+    """Raises GridError on every rank, for the refusal of one or where adapters, meta ones aside, differ; notes on the
+    layers which were compared.
+    """
+    layers = [part for layer in layers for part in layer.modules() if hasattr(part, "base_layer")]
     own = [p for layer in layers for name, p in layer.named_parameters() if "lora_" in name and not p.is_meta]
     advice = "seed every rank alike before adapters are made, or load them from one file"
     same_on_all_ranks({"refusal": refusal, "what the adapters hold": digest(own)}, mesh, advice)
+    for layer in layers:
+        layer.compared = {*layer.lora_A, *layer.lora_embedding_A}
 
 
 def _fill(parent: nn.Module, name: str, module: nn.Module) -> None:

@@ -28,18 +28,29 @@ _ops = torch.ops.two_level_mha
 class Adapted(nn.Module):
     """A LoRA layer of PEFT around what is split: made of one by `become`. Below, what PEFT's own would do otherwise."""
 
+    compared: set[str]  # names of adapters of which the ranks hold the same
+
     def terms(self) -> list[Term]:
         """Those of the active adapters; none of merged ones."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return []
-        return [] if self.merged else [self.term(name) for name in self.active_adapters if name in self.names]
+        return [] if self.merged else [self.known(name) for name in self.active_adapters if name in self.names]
 
     @property
     def names(self) -> Collection[str]:
         """Of its adapters."""
         return self.lora_A.keys()
+
+    def known(self, name: str) -> Term:
+        """An adapter that the ranks have compared. Raises UsageRuntimeError for another."""
+        if name not in self.compared:
+            raise UsageRuntimeError(
+                f"adapter {name!r} was added to a split model outside two_level_mha.adaptable(model), where nobody has "
+                "compared what the ranks hold: add or load it inside"
+            )
+        return self.term(name)
 
     def term(self, name: str) -> Term:
         if self.lora_variant.get(name) is not None or self.lora_bias[name]:
@@ -51,7 +62,7 @@ class Adapted(nn.Module):
         for name in sys.modules["peft.tuners.tuners_utils"].check_adapters_to_merge(self, adapter_names):
             if name not in self.names:
                 continue
-            term = self.term(name)
+            term = self.known(name)
             if safe_merge and not all(torch.isfinite(x).all() for x in (term.a, term.b)):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             with torch.no_grad():
