@@ -44,6 +44,7 @@ from nodes import NODES, Nodes, bits_per_second, missing, places
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from tqdm import tqdm
 
+import two_level_mha as tlm
 from two_level_mha.experiment.model import SEED, SMALL, Sizes, layouts
 
 TIMEOUT = timedelta(seconds=120)  # of a collective
@@ -172,9 +173,9 @@ def launched(args: argparse.Namespace) -> int:
     return 0
 
 
-def run(setting: Setting, modes: list[str], masks: list[str]) -> list[dict]:
-    """The rows of all that was asked for, on every rank."""
-    rows, meshes = [], {}
+def run(setting: Setting, modes: list[str], masks: list[str], meshes: dict) -> list[dict]:
+    """The rows of all that was asked for, on every rank, and in `meshes` those that were made for them."""
+    rows = []
     for mode in modes:
         for mask in masks if mode != "decode" else ["causal"]:
             cases = list(progress(cases_of(setting, mode, mask, meshes), f"{mode}, {mask}: checking"))
@@ -225,7 +226,8 @@ def main() -> None:
         args.sizes, args.dtype, args.device, args.kernel == "stock", args.micro_batches, args.overlap, args.repeats,
         tuple(args.layout), node_of, args.without_wire, tuple(args.decode_batch), args.context, args.steps,
     )  # fmt: skip
-    rows = run(setting, args.mode, args.mask)
+    meshes: dict = {}
+    rows = run(setting, args.mode, args.mask, meshes)
     if dist.get_rank() == 0:
         print("\n".join(table(rows)), flush=True)
         path = args.json or (ROOT / "results/experiment.json" if len(sys.argv) == 1 else None)
@@ -236,6 +238,8 @@ def main() -> None:
             print(write_results(path.stem, rows, folder=path.parent, of=of))
     if not args.without_wire:
         dist.barrier()
+    for mesh in (mesh for shape, mesh in meshes.items() if shape[0] == "grid"):
+        tlm.close(mesh)  # ends its thread before the interpreter ends
     dist.destroy_process_group()
     failed = [row for row in rows if "failed" in row]
     if failed:

@@ -1,15 +1,12 @@
-"""The experiment's model, and one rank of it in every layout: ours and those of torch's own parts.
+"""One rank of the experiment's model in every layout: ours and those of torch's own parts.
 
-    layout = next(one for one in layouts(SMALL, ranks=4, micro_batches=4) if one.name == "TP2 x DP2")
+    layout = next(one for one in layouts(SMALL, 4, micro_batches=4, overlap=2) if one.name == "TP2 x DP2")
     mesh = mesh_of(layout, "cpu")                       # a collective; under FakeTensorMode make it before
     built = build(SMALL, layout, mesh, training=True)
     y = built.forward(built.part(x_BLD))                # this rank's part of the output, None where it has none
     built.step(built.part(x_BLD), built.part(target_BLD, target=True))
 
-A pre-norm dense transformer: x + attention(norm(x)), then x + mlp(norm(x)), `layers` times, and a norm; the MLP is two
-matrices with GELU between, nothing has a bias but the norms. Nothing here times, prints, or starts a process group.
-
-Letters: B batch, L length, D embed_dim, h and k query and KV heads, d head_dim, H and K those of this rank.
+Nothing here times, prints, or starts a process group. Letters: B batch, L length, D embed_dim.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,35 +30,18 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import two_level_mha as tlm
+from two_level_mha.experiment.transformer import SEED, SMALL, HeadsCache, Sizes, Transformer
 from two_level_mha.mesh import grid_mesh
 from two_level_mha.profile import Profile
 from two_level_mha.stacks import MLP, Stack, split_stack
 
+__all__ = [
+    "ONE_RANK", "SEED", "SMALL", "Built", "HeadsCache", "Layout", "Sizes", "Transformer", "baselines", "build", "check",
+    "layouts", "mesh_of", "ours",
+]  # fmt: skip
+
 SCHEDULES = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}
 ACTIVATIONS = ("replicated", "sequence", "batch")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    layers: int = 2
-    heads: int = 16
-    kv_heads: int = 16
-    head_dim: int = 512
-    mlp_hidden: int = 32768
-    batch: int = 1024
-    length: int = 10000
-
-    @property
-    def embed_dim(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.length
-
-
-SEED = Sizes()
-SMALL = Sizes(heads=4, kv_heads=4, head_dim=64, mlp_hidden=1024, batch=8, length=128)  # as many heads as ranks, too
 
 
 @dataclass(frozen=True)
@@ -177,98 +157,6 @@ def check(sizes: Sizes, layout: Layout) -> None:
         raise ValueError(f"{layout.tp} ranks do not divide the length of {sizes.length}: choose another length")
     if layout.pp > 1 and sizes.layers % layout.pp:
         raise ValueError(f"{layout.pp} pipeline stages do not divide {sizes.layers} layers: choose another number")
-
-
-class Attention(nn.Module):
-    """Of the heads whose projections it has. stock: by torch's scaled_dot_product_attention, else by our kernels."""
-
-    def __init__(self, sizes: Sizes, causal: bool, stock: bool, dtype: torch.dtype, device: str) -> None:
-        super().__init__()
-        self.head_dim, self.causal, self.stock = sizes.head_dim, causal, stock
-        D, d, factory = sizes.embed_dim, sizes.head_dim, {"bias": False, "dtype": dtype, "device": device}
-        self.q_proj = nn.Linear(D, sizes.heads * d, **factory)
-        self.k_proj = nn.Linear(D, sizes.kv_heads * d, **factory)
-        self.v_proj = nn.Linear(D, sizes.kv_heads * d, **factory)
-        self.o_proj = nn.Linear(sizes.heads * d, D, **factory)
-
-    def forward(self, x_BLD: Tensor, cache: "HeadsCache | None" = None) -> Tensor:
-        heads = (linear(x_BLD).unflatten(-1, (-1, self.head_dim)) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        q_BHLd, k_BKLd, v_BKLd = (x.transpose(1, 2) for x in heads)
-        causal = self.causal
-        if cache is not None:  # new tokens see all that is kept
-            k_BKLd, v_BKLd, causal = *cache.append(k_BKLd, v_BKLd), causal and x_BLD.shape[1] > 1
-        if self.stock:
-            y_BHLd = nn.functional.scaled_dot_product_attention(
-                q_BHLd, k_BKLd, v_BKLd, is_causal=causal, enable_gqa=True
-            )
-        else:
-            first_row = k_BKLd.shape[2] - q_BHLd.shape[2] if causal else None
-            y_BHLd = torch.ops.two_level_mha.partial_attention(q_BHLd, k_BKLd, v_BKLd, causal=first_row)[0]
-        return self.o_proj(y_BHLd.transpose(1, 2).flatten(2))
-
-
-class HeadsCache:
-    """Keys and values of one layer for the heads of this rank, in memory that is there once: (B, K, T, d)."""
-
-    def __init__(self, k_BKTd: Tensor, v_BKTd: Tensor, length: int) -> None:
-        self.memory, self.length = (k_BKTd, v_BKTd), length
-
-    def append(self, *new: Tensor) -> list[Tensor]:
-        """Takes keys and values of new tokens; gives those of all."""
-        end = self.length + new[0].shape[2]
-        for memory, x in zip(self.memory, new, strict=True):
-            memory[:, :, self.length : end] = x
-        self.length = end
-        return [memory[:, :, :end] for memory in self.memory]
-
-
-class Perceptron(nn.Module):
-    def __init__(self, sizes: Sizes, dtype: torch.dtype, device: str) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(sizes.embed_dim, sizes.mlp_hidden, bias=False, dtype=dtype, device=device)
-        self.fc2 = nn.Linear(sizes.mlp_hidden, sizes.embed_dim, bias=False, dtype=dtype, device=device)
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x_BLD)))
-
-
-class Block(nn.Module):
-    def __init__(self, sizes: Sizes, attention: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = (nn.LayerNorm(sizes.embed_dim, dtype=dtype, device=device) for _ in range(2))
-        self.attention, self.mlp = attention(), Perceptron(sizes, dtype, device)
-
-    def forward(self, x_BLD: Tensor, **cache) -> Tensor:
-        x_BLD = x_BLD + self.attention(self.norm1(x_BLD), **cache)
-        return x_BLD + self.mlp(self.norm2(x_BLD))
-
-
-class Transformer(nn.Module):
-    """The layers `only` of the model, by their numbers in it, and the norm behind the last if they have it."""
-
-    def __init__(
-        self,
-        sizes: Sizes,
-        *,
-        causal: bool,
-        stock: bool = False,
-        only: range | None = None,
-        attention: Callable[[], nn.Module] | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-    ) -> None:
-        super().__init__()
-        only = range(sizes.layers) if only is None else only
-        attention = attention or partial(Attention, sizes, causal, stock, dtype, device)
-        self.layers = nn.ModuleDict({str(i): Block(sizes, attention, dtype, device) for i in only})
-        self.norm = nn.Identity()
-        if only.stop == sizes.layers:
-            self.norm = nn.LayerNorm(sizes.embed_dim, dtype=dtype, device=device)
-
-    def forward(self, x_BLD: Tensor, caches: list | None = None) -> Tensor:
-        for i, layer in enumerate(self.layers.values()):
-            x_BLD = layer(x_BLD) if caches is None else layer(x_BLD, cache=caches[i])
-        return self.norm(x_BLD)
 
 
 @dataclass
