@@ -20,8 +20,7 @@ Each is tried against its original by parallelize, as our own are. Where several
 those of packages, then ours.
 """
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
@@ -30,7 +29,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.errors import GridError
-from two_level_mha.integrations.projected import heads_of
+from two_level_mha.integrations.forms import heads_of
 
 GROUP = "two_level_mha.adapters"
 
@@ -43,46 +42,39 @@ class Adapter:
 
     name: str
     matches: Callable[[nn.Module, nn.Module | None], bool]  # (module, parent)
-    paths: dict[str, str]  # projections that are linears of their own: q, k, v or qkv, o -> path as in StockTensor.key
+    # projections that are linears of their own, q, k, v or qkv, o -> path as in StockTensor.key; or what gives them
+    # for (module, parent)
+    paths: Mapping[str, str] | Callable[[nn.Module, nn.Module | None], Mapping[str, str]]
     replace: Callable[..., nn.Module]  # (module, projections, paths, mesh, **options), gives a module with stock_names
     inputs: Callable[[nn.Module, torch.dtype], list[tuple[tuple, dict]]]
     parameters: tuple[str, ...] = ()  # that it may have besides those of the projections
     cached: bool = False  # replace takes cache=, the layout of its KV cache
-    variants: tuple[dict[str, object], ...] = ({},)  # options of replace, of which the probe takes the first that fits
+    # (module, paths) -> options of replace, of which the probe takes the first that fits
+    variants: Callable[[nn.Module, Mapping[str, str]], Sequence[dict[str, object]]] = lambda module, paths: ({},)
     sizes: Callable[[nn.Module, dict], tuple[int, int, int]] = heads_of  # (module, projections) -> h, k, d
-    linear: str = "nn.Linear"  # what a projection must be
     problem: Callable[[nn.Module], str | None] = lambda module: None  # a feature that is not supported
 
-    @property
-    def out_in_parent(self) -> bool:
-        return self.paths["o"].startswith("../")
-
-    def is_plain(self, projection: nn.Module) -> bool:
-        """Whether a projection is of the class that is known, and not of a subclass."""
-        if self.linear == "nn.Linear":
-            return type(projection) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        known = sys.modules.get("transformers.pytorch_utils")
-        return known is not None and type(projection) is known.Conv1D
+    def paths_in(self, module: nn.Module, parent: nn.Module | None) -> dict[str, str]:
+        return dict(self.paths(module, parent) if callable(self.paths) else self.paths)
 
     def new(
-        self, module: nn.Module, projections: dict[str, nn.Module], mesh: DeviceMesh | None, options: dict[str, object]
+        self,
+        module: nn.Module,
+        projections: dict[str, nn.Module],
+        paths: dict[str, str],
+        mesh: DeviceMesh | None,
+        options: dict[str, object],
     ) -> nn.Module:
         """The replacement; it takes of the options of parallelize what it has."""
         options = {name: value for name, value in options.items() if name != "cache" or self.cached}
-        return self.replace(module, projections, self.paths, mesh, **options)
-
-    def projections(self, module: nn.Module, parent: nn.Module) -> dict[str, nn.Module]:
-        return {
-            letter: (parent if path.startswith("../") else module).get_submodule(path.removeprefix("../"))
-            for letter, path in self.paths.items()
-        }
+        return self.replace(module, projections, paths, mesh, **options)
 
 
 def register_adapter(
     name: str,
     *,
     matches: Callable[[nn.Module, nn.Module | None], bool],
-    paths: Mapping[str, str],
+    paths: Mapping[str, str] | Callable[[nn.Module, nn.Module | None], Mapping[str, str]],
     inputs: Callable[[nn.Module, torch.dtype], list[tuple[tuple, dict]]],
     **others: object,
 ) -> Callable:
@@ -95,7 +87,7 @@ def register_adapter(
     def register(replace: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         if name in _registered:
             raise GridError(f"an adapter {name!r} is registered already: give this one another name")
-        _registered[name] = Adapter(name, matches, dict(paths), replace, inputs, **others)
+        _registered[name] = Adapter(name, matches, paths, replace, inputs, **others)
         return replace
 
     return register

@@ -1,22 +1,22 @@
 """Every attention of a model, and what will become of it: structure proposes, a probe decides."""
 
-import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from two_level_mha.adapters import Adapter, adapters_with
 from two_level_mha.errors import GridError
 from two_level_mha.families import FAMILIES
+from two_level_mha.integrations.forms import cache_name, is_known_linear
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
 from two_level_mha.layer import GridAttention
-from two_level_mha.probe import changed_linear, has_hooks, layer_settings, random_copy, settings
+from two_level_mha.probe import changed_linear, has_hooks, layer_settings, settings
 from two_level_mha.stock import resolve
+from two_level_mha.trial import Unlike, agreeing
 
 # Names of projections: q, kv_b_proj, query_key_value, linear_v, c_attn and so on.
 _PROJECTION = re.compile(r"(^|_)(q|k|v|kv|qkv|Wqkv|Wq|query|key|value)(_|$)|^(c_attn|in_proj)$")
@@ -43,14 +43,6 @@ _CHANGING = {
     "BigBirdBlockSparseAttention": 'it becomes another in short calls: set attention_type="original_full" first'
 }
 
-# Gain of the random weights, and the difference allowed. Some models take the softmax in float32; what clips shows at
-# the big numbers, where such a softmax is nearly one of its inputs.
-TRIALS = ((1.0, 1e-6), (30.0, 1e-2))
-
-
-class Unlike(GridError):
-    """An attention that no adapter reproduces."""
-
 
 @dataclass
 class Found:
@@ -59,6 +51,7 @@ class Found:
     module: nn.Module
     adapter: Adapter
     projections: dict[str, nn.Module]
+    paths: dict[str, str]  # where those are, as in StockTensor.key
     uses: list[tuple[nn.Module, str]]  # parent and name of the child
     name: str  # at the first use
     variant: dict[str, object] = field(default_factory=dict)  # of the adapter's, the one that the probe chose
@@ -69,8 +62,12 @@ class Found:
 
     def names(self) -> list[str]:
         """Of what is split with it: the module, and projections outside it."""
-        outside = [path for path in self.adapter.paths.values() if path.startswith("../")]
+        outside = [path for path in self.paths.values() if path.startswith("../")]
         return [self.name, *(resolve(self.name, path) for path in outside)]
+
+    @property
+    def out_in_parent(self) -> bool:
+        return self.paths["o"].startswith("../")
 
     def sizes(self) -> tuple[int, int, int]:
         """Heads, key/value heads, head_dim."""
@@ -119,7 +116,7 @@ def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dic
     for one in list(attentions.found):
         kind = _features(one)
         if kind not in variants:
-            variants[kind] = _agreeing(one, options)
+            variants[kind] = agreeing(one, options)
         variant = variants[kind]
         if not isinstance(variant, Unlike):
             one.variant = variant
@@ -220,12 +217,11 @@ def _find(
                 f"{where} looks like attention of a structure that is not supported; {supported}; a part of the model "
                 "without it can be split by itself: parallelize(model.part, mesh)"
             )
-        one = Found(module, adapter, adapter.projections(module, parent), uses[module], name)
-        if problem := _problem(one, owners):
-            raise GridError(f"{where} is not supported: {problem}")
-        if (problem := _unlike(one, module in generates)) and module in gathers and not _not_gathered(module, owners):
-            attentions.gathered[name] = module, problem
-        elif problem:
+        one = _found(module, parent, adapter, uses[module], name)
+        unlike = _unlike(one, module in generates)
+        if unlike and module in gathers and not _not_gathered(module, owners):
+            attentions.gathered[name] = module, unlike
+        elif problem := _problem(one, owners) or unlike:
             raise GridError(f"{where} is not supported: {problem}")
         else:
             attentions.found.append(one)
@@ -236,6 +232,17 @@ def _find(
         )
         raise GridError(f"no attention was found in {type(model).__name__} that could be split; {known}")
     return attentions
+
+
+def _found(
+    module: nn.Module, parent: nn.Module, adapter: Adapter, uses: list[tuple[nn.Module, str]], name: str
+) -> Found:
+    paths = adapter.paths_in(module, parent)
+    projections = {
+        letter: (parent if path.startswith("../") else module).get_submodule(path.removeprefix("../"))
+        for letter, path in paths.items()
+    }
+    return Found(module, adapter, projections, paths, uses, name)
 
 
 def _problem(one: Found, owners: dict[int, list[str]]) -> str | None:
@@ -250,13 +257,13 @@ def _problem(one: Found, owners: dict[int, list[str]]) -> str | None:
     if implementation not in IMPLEMENTATIONS:
         return f'its attention implementation is {implementation!r}: call model.set_attn_implementation("sdpa") first'
     for letter, projection in one.projections.items():
-        what = f"its {letter} projection, {one.adapter.paths[letter].removeprefix('../')},"
+        what = f"its {letter} projection, {one.paths[letter].removeprefix('../')},"
         if problem := changed_linear(projection):
             return f"{what} {problem}"
-        if not one.adapter.is_plain(projection):
+        if not is_known_linear(projection):
             return (
-                f"{what} is a {type(projection).__module__}.{type(projection).__name__}, not a plain "
-                f"{one.adapter.linear} (merge adapters, or undo quantisation, first)"
+                f"{what} is a {type(projection).__module__}.{type(projection).__name__}, not a plain nn.Linear (merge "
+                "adapters, or undo quantisation, first)"
             )
         if has_hooks(projection):
             return f"{what} has hooks, which would no longer run: remove them first"
@@ -265,20 +272,22 @@ def _problem(one: Found, owners: dict[int, list[str]]) -> str | None:
             return f"it shares a parameter between {', '.join(owners[id(p)])}: untie it first"
         if isinstance(p, DTensor):
             return "its parameters are DTensors already"
-    if one.adapter.out_in_parent and len({id(parent) for parent, _ in one.uses}) > 1:
+    if one.out_in_parent and len({id(parent) for parent, _ in one.uses}) > 1:
         return "it is used in several places, with an output projection at each"
     return None
 
 
 def _unlike(one: Found, generates: bool) -> str | None:
     """What a module has that the adapter of its structure has not, or None. generates: whether its model does."""
-    takes_cache = "past_key_values" in inspect.signature(one.module.forward).parameters
-    if generates and takes_cache and not one.adapter.cached:
-        return "it is called with a KV cache"
-    if "CrossAttention" in type(one.module).__name__:
+    if "CrossAttention" in type(one.module).__name__ or getattr(one.module, "is_cross_attention", False):
         return "it is cross-attention"
+    if generates and cache_name(one.module) is not None and not one.adapter.cached:
+        return "it is called with a KV cache"
     if problem := one.adapter.problem(one.module):
         return problem
+    for letter, projection in one.projections.items():
+        if not is_known_linear(projection) and type(projection).__module__.startswith("transformers.models."):
+            return f"its {letter} projection is a {type(projection).__name__}"
     known = {id(p) for projection in one.projections.values() for p in projection.parameters()}
     for name, p in one.module.named_parameters():
         if id(p) not in known and name not in one.adapter.parameters:
@@ -309,57 +318,3 @@ def _features(one: Found) -> tuple:
     config, layer = getattr(one.module, "config", None), getattr(one.module, "layer_idx", None)
     implementation = getattr(config, "_attn_implementation", None)
     return type(one.module), implementation, shapes, own, settings(one.module), layer_settings(config, layer)
-
-
-def _agreeing(one: Found, options: dict) -> dict[str, object] | Unlike:
-    """The first of the adapter's variants that gives the original's numbers, or what is wrong with the first."""
-    refusals = []
-    for variant in one.adapter.variants:
-        try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
-                torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of GPUs too
-                for gain, tolerance in TRIALS:
-                    _probe(one, options | variant, gain, tolerance)
-            return variant
-        except Unlike as error:
-            refusals.append(error)
-    return refusals[0]
-
-
-def _probe(one: Found, options: dict, gain: float, tolerance: float) -> None:
-    """Runs a copy of the original and its replacement on small random inputs; raises Unlike if they differ."""
-    where, known = f"{one.name} ({type(one.module).__name__})", one.adapter.name
-    try:
-        original, *copies = random_copy([one.module, *one.projections.values()], gain)
-    except Exception as error:
-        raise GridError(f"{where} is not supported: it cannot be copied for a trial: {error!r}") from error
-    projections = dict(zip(one.projections, copies, strict=True))
-    try:
-        ours = one.adapter.new(original, projections, None, options).eval()
-    except GridError as error:
-        raise Unlike(f"{where} is not supported: {error}") from None
-    calls = []  # twice the same: a cache in them is written to
-    for _ in range(2):
-        torch.default_generator.manual_seed(1)
-        calls.append(one.adapter.inputs(original, torch.float64))
-    for (args, kwargs), (our_args, our_kwargs) in zip(*calls, strict=True):
-        try:
-            expected = original(*args, **kwargs)[0]
-            if one.adapter.out_in_parent:
-                expected = projections["o"](expected)
-        except Exception as error:
-            raise Unlike(
-                f"{where} has the structure of {known} attention, but cannot be called like it: {error!r}"
-            ) from error
-        try:
-            got = ours(*our_args, **our_kwargs)[0]
-        except Exception as error:
-            raise Unlike(
-                f"{where} has the structure of {known} attention, but its parts do not work like it: {error!r}"
-            ) from error
-        difference = (expected - got).abs().max().item() if expected.shape == got.shape else float("inf")
-        if not difference <= tolerance * expected.abs().max().item():
-            raise Unlike(
-                f"{where} has the structure of {known} attention, but its numbers differ from it by {difference:.1e} "
-                "on a small input: it does something else, and is not supported"
-            )

@@ -217,7 +217,9 @@ def _check_grid(found: list[Found], grid: Grid, scheme: str) -> None:
 
 
 def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
-    ours = one.adapter.new(one.module, one.projections, mesh, options | one.variant).train(one.module.training)
+    ours = one.adapter.new(one.module, one.projections, one.paths, mesh, options | one.variant).train(
+        one.module.training
+    )
     for part in ours.modules() if mesh is not None else ():
         if isinstance(part, GridAttention) and part.calls is not None:
             part.calls.name = one.names()[0]
@@ -225,13 +227,13 @@ def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
         if name in (*HOOKS, "_is_full_backward_hook") or (not name.startswith("_") and name not in vars(ours)):
             vars(ours)[name] = value
     for letters, projection in one.projections.items() if isinstance(ours, GridAttention) else ():
-        if is_projection(one.adapter.paths, letters):
-            ours.add_module(one.adapter.paths[letters], Projection(ours, letters, projection))
-            ours.projection_names[letters] = one.adapter.paths[letters]
+        if is_projection(one.paths, letters):
+            ours.add_module(one.paths[letters], Projection(ours, letters, projection))
+            ours.projection_names[letters] = one.paths[letters]
     for parent, child in one.uses:
         setattr(parent, child, ours)
-    if one.adapter.out_in_parent:
+    if one.out_in_parent:
         child = one.uses[0][1]
-        holder, _, linear = resolve(child, one.adapter.paths["o"]).rpartition(".")
+        holder, _, linear = resolve(child, one.paths["o"]).rpartition(".")
         setattr(one.parent.get_submodule(holder), linear, nn.Identity())
         take_stock_keys(one.parent, child)

@@ -82,14 +82,24 @@ class StockSlice(Slice):
         joined = 0
         for dim, own_dims in enumerate(dims):
             ranges = _flat_ranges([asked[i] for i in own_dims], [self.stock.own[i] for i in own_dims])
-            offset = self.stock.start if dim == self.stock.dim else 0
-            slices = [slice(offset + first, offset + last) for first, last in ranges]
+            slices = [slice(*each) for each in (self._in_groups(ranges) if dim == self.stock.dim else ranges)]
             joined = dim if len(slices) > 1 else joined
             pieces = [[*piece, part] for piece in pieces for part in slices]
         read = [self.heap.add(self.source[tuple(piece)]) for piece in pieces]
         x = torch.cat(read, joined) if len(read) > 1 else read[0]
         x = (x.t() if self.stock.transposed else x).reshape([len(part) for part in asked])
         return x.clone(memory_format=torch.contiguous_format) if self.own else x
+
+    def _in_groups(self, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Ranges of the entries that are the parameter's, as ranges of the stock dim."""
+        groups = self.stock.groups
+        own, whole = self.stock.size // groups, self.stock.shape[self.stock.dim] // groups
+        found = []
+        for first, last in ranges:
+            for group in range(first // own, -(-last // own)):
+                offset = group * (whole - own) + self.stock.start
+                found.append((max(first, group * own) + offset, min(last, (group + 1) * own) + offset))
+        return found
 
     def _stock_dims(self) -> list[list[int]]:
         """For each dim of the stock tensor the dims of ours that it holds, outer first."""

@@ -41,7 +41,7 @@ class Projection(nn.Module):
         super().__init__()
         self.whose = (layer, letters)  # in a tuple: the attention is no child of its projection
         self.blank = (blank_like(original),)
-        self.in_features, self.out_features = _features(original)
+        self.in_features, self.out_features = features_of(original)
 
     def whole(self) -> nn.Module:
         """One like the original, on "meta"."""
@@ -61,7 +61,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def blank_like(module: nn.Module) -> nn.Module:
     """A linear, or Conv1D, of the same features, on "meta"."""
-    inside, outside = _features(module)
+    inside, outside = features_of(module)
     with torch.device("meta"):
         if _is_conv(module):
             return type(module)(outside, inside)
@@ -72,8 +72,8 @@ def _is_conv(module: nn.Module) -> bool:
     return hasattr(module, "nx") and hasattr(module, "nf")
 
 
-def _features(module: nn.Module) -> tuple[int, int]:
-    """In and out."""
+def features_of(module: nn.Module) -> tuple[int, int]:
+    """In and out, of an nn.Linear or a Conv1D."""
     return (module.nx, module.nf) if _is_conv(module) else (module.in_features, module.out_features)
 
 
@@ -123,9 +123,7 @@ class LowRank:
                 x = inputs["qkv".index(letters[0])]
                 a = linear(term.dropout(x).to(term.a.dtype), term.a) * term.scale
                 own.append((a if batch_first else a.transpose(0, 1)).unsqueeze(1))  # (B, 1, L, r)
-                heads = [self.layer.num_heads if letter == "q" else self.layer.num_kv_heads for letter in letters]
-                parts = term.b.split([count * self.layer.head_dim for count in heads])
-                weights += [part.view(count, self.layer.head_dim, -1) for part, count in zip(parts, heads, strict=True)]
+                weights += [self.layer.stock_names[f"{letter}_weight"].features(term.b) for letter in letters]
                 targets += [("qkv".index(letter), len(rows) + len(own) - 1) for letter in letters]
 
         def add(q: Tensor, k: Tensor, v: Tensor, aside) -> tuple[Tensor, Tensor, Tensor]:

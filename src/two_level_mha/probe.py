@@ -76,7 +76,8 @@ def settings(module: nn.Module) -> tuple:
 
 def layer_settings(config: object, layer: int | None) -> tuple:
     """What a config says of one layer: entry `layer` of its lists, such as layer_types. () without a layer."""
-    lists = {} if layer is None else {name: value for name, value in vars(config).items() if isinstance(value, list)}
+    known = {} if layer is None or config is None else vars(config)
+    lists = {name: value for name, value in known.items() if isinstance(value, list)}
     return tuple((name, repr(value[layer])) for name, value in lists.items() if layer < len(value))
 
 

@@ -18,12 +18,14 @@ class StockTensor:
     """Where one parameter is in the unsplit model.
 
     key: relative to the module; a leading "../" starts at its parent. shape: of the stock tensor. own: of ours,
-    with heads and head_dim apart. A fused tensor holds several parameters: this one begins at `start` of dim `dim`.
-    transposed: stock keeps (in, out), as GPT-2's Conv1D does. Shapes are those of the whole layer, not of a block.
+    with heads and head_dim apart. A fused tensor holds several parameters: dim `dim` is so many equal groups, and of
+    each this one has some, from `start` on. transposed: stock keeps (in, out), as GPT-2's Conv1D does. Shapes are those
+    of the whole layer, not of a block.
 
         q_proj.weight (h*d, D)      StockTensor("q_proj.weight", (h * d, D), (h, d, D))
         o_proj.weight (D, h*d)      StockTensor("o_proj.weight", (D, h * d), (D, h, d))
         V of c_attn.weight (D, 3*D) StockTensor("c_attn.weight", (D, 3 * D), (h, d, D), 1, 2 * D, transposed=True)
+        V of (h, 3, d) x D          StockTensor("qkv.weight", (3 * h * d, D), (h, d, D), 0, 2 * d, groups=h)
     """
 
     key: str
@@ -32,6 +34,7 @@ class StockTensor:
     dim: int = 0
     start: int = 0
     transposed: bool = False
+    groups: int = 1
 
     @property
     def size(self) -> int:
@@ -39,9 +42,20 @@ class StockTensor:
         return math.prod(self.own) * self.shape[self.dim] // math.prod(self.shape)
 
     def part(self, stock: Tensor) -> Tensor:
-        """The parameter as a view, of shape `own`, of the stock tensor."""
-        x = stock.narrow(self.dim, self.start, self.size)
-        return (x.t() if self.transposed else x).view(self.own)
+        """The parameter's entries of the stock tensor, in their order: a view, with a dim of groups."""
+        x, dim = (stock.t(), 1 - self.dim) if self.transposed else (stock, self.dim)
+        return self._of_groups(x, dim)
+
+    def read(self, stock: Tensor) -> Tensor:
+        """The parameter, of shape `own`: a view of the stock tensor, unless other parameters are between its groups."""
+        return self.part(stock).reshape(self.own)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What (out, ..), of the outputs of a projection of inputs, has of this parameter's: (heads, d, ..)."""
+        return self._of_groups(x, 0).reshape(*self.own[:2], *x.shape[1:])
+
+    def _of_groups(self, x: Tensor, dim: int) -> Tensor:
+        return x.unflatten(dim, (self.groups, -1)).narrow(dim + 1, self.start, self.size // self.groups)
 
 
 def resolve(name: str, key: str) -> str:
@@ -59,29 +73,55 @@ def stored_key(module: nn.Module, key: str) -> str:
     return f"{path}.base_layer.{part}" if hasattr(module._modules.get(path), "base_layer") else key
 
 
-def linear_names(name: str, path: str, linear: nn.Linear, head_dim: int) -> dict[str, StockTensor]:
-    """The entries of `name`_weight and `name`_bias, name one of q, k, v, out, for a projection at `path`."""
+def linear_names(name: str, path: str, linear: nn.Module, head_dim: int) -> dict[str, StockTensor]:
+    """The entries of `name`_weight and `name`_bias, name one of q, k, v, out, for a projection at `path`, an nn.Linear
+    or a Conv1D.
+    """
     entries = {}
     for part, p in linear.named_parameters():
-        shape = own = tuple(p.shape)
+        shape = tuple(p.shape)
+        transposed = part == "weight" and not isinstance(linear, nn.Linear)
+        own = shape[::-1] if transposed else shape
         if name != "out":
-            own = (shape[0] // head_dim, head_dim, *shape[1:])
+            own = (own[0] // head_dim, head_dim, *own[1:])
         elif part == "weight":
-            own = (shape[0], shape[1] // head_dim, head_dim)
-        entries[f"{name}_{part}"] = StockTensor(f"{path}.{part}", shape, own)
+            own = (own[0], own[1] // head_dim, head_dim)
+        entries[f"{name}_{part}"] = StockTensor(f"{path}.{part}", shape, own, transposed=transposed)
+    return entries
+
+
+def fused_names(
+    path: str, linear: nn.Module, heads: dict[str, int], head_dim: int, packing: str
+) -> dict[str, StockTensor]:
+    """The entries of q, k and v of one projection at `path`, an nn.Linear or a Conv1D; heads: of each of them.
+
+    packing: "blocks", all of q, then of k, then of v; "groups": for each key/value head its query heads, it, its value.
+    """
+    groups = heads["k"] if packing == "groups" else 1
+    entries = {}
+    for part, p in linear.named_parameters():
+        shape, start = tuple(p.shape), 0
+        transposed = part == "weight" and not isinstance(linear, nn.Linear)
+        for letter, count in heads.items():
+            own = (count, head_dim, *(shape[:1] if transposed else shape[1:]))
+            entries[f"{letter}_{part}"] = StockTensor(
+                f"{path}.{part}", shape, own, int(transposed), start, transposed, groups
+            )
+            start += count * head_dim // groups
     return entries
 
 
 def from_stock(state: dict[str, Tensor], names: dict[str, StockTensor]) -> dict[str, Tensor]:
-    """The parameters that `state`, of stock keys, holds: views of its tensors."""
-    return {name: stock.part(state[stock.key]) for name, stock in names.items() if stock.key in state}
+    """The parameters that `state`, of stock keys, holds."""
+    return {name: stock.read(state[stock.key]) for name, stock in names.items() if stock.key in state}
 
 
 def put(state: dict[str, Tensor], key: str, stock: StockTensor, x: Tensor) -> None:
     """Writes a parameter into the stock tensor at `key`, which is made when it is not there yet."""
     if key not in state:
         state[key] = x.new_empty(stock.shape)
-    stock.part(state[key]).copy_(x)
+    part = stock.part(state[key])
+    part.copy_(x.reshape(part.shape))
 
 
 def take_stock_keys(owner: nn.Module, child: str = "") -> None:
@@ -113,7 +153,7 @@ def _take(
         if key in state:
             taken.add(key)
             if x.shape == stock.shape:
-                x = stock.part(x)
+                x = stock.read(x)
             elif key != mine or x.shape != own.shape:
                 errors.append(
                     f"size mismatch for {key}: copying a param with shape {x.shape} from checkpoint, the shape in "

@@ -46,6 +46,37 @@ MODELS = {
 }  # fmt: skip
 
 
+_NO_GROUPS = {"num_key_value_heads": None}
+_OPT = _NO_GROUPS | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
+_FALCON = _NO_GROUPS | {"attention_dropout": 0.0}
+_NEOX = _NO_GROUPS | {"hidden_dropout": 0.0}
+# What other decoders have that Llama has not: other names, fused projections, norms over heads, sinks, gates. None: it
+# has no such field.
+FORMS = {
+    "opt": ("OPTConfig", _OPT),
+    "biogpt": ("BioGptConfig", _NO_GROUPS | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+    "phi": ("PhiConfig", {}),
+    "phi with norms": ("PhiConfig", {"qk_layernorm": True}),
+    "phi3": ("Phi3Config", {}),
+    "gpt neox": ("GPTNeoXConfig", _NEOX | {"rotary_pct": 0.5}),
+    "falcon": ("FalconConfig", _FALCON | {"multi_query": False}),
+    "falcon 40b": ("FalconConfig", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon 7b": ("FalconConfig", _FALCON),
+    "bigcode": ("GPTBigCodeConfig", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "bloom": ("BloomConfig", {"hidden_dropout": 0.0}),
+    "stablelm": ("StableLmConfig", {}),
+    "persimmon": ("PersimmonConfig", _NO_GROUPS),
+    "hunyuan": ("HunYuanDenseV1Config", {"head_dim": 8}),
+    "cohere": ("CohereConfig", {"use_qk_norm": True}),
+    "olmo2": ("Olmo2Config", {}),
+    "olmo3": ("Olmo3Config", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
+                              "num_hidden_layers": 4}),
+}  # fmt: skip
+
+
+EXACT = {"exact": True}
+
+
 class Norm(nn.Module):
     """A model's RMSNorm without its rounding to float32, which would hide what differs."""
 
@@ -59,8 +90,9 @@ class Norm(nn.Module):
 
 
 def make_config(name: str, **changes) -> transformers.PretrainedConfig:
-    kind, options = MODELS[name]
-    return getattr(transformers, kind)(**(BASE | options | changes))
+    kind, options = MODELS.get(name) or FORMS[name]
+    options = {field: value for field, value in (BASE | options | changes).items() if value is not None}
+    return getattr(transformers, kind)(**options)
 
 
 def make(
@@ -123,4 +155,58 @@ def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
             put(found, resolve(owner, names[own].key), names[own], full_tensor(p.grad))
         else:
             found[name] = full_tensor(p.grad)
+    return found
+
+
+def logits_off(names, grid, options, make):
+    """Largest difference of logits by model: left padding and none, in one call, with a cache, and in two steps."""
+    found = {}
+    ids, keep = prompt()
+    for name in names:
+        stock, ours = pair(name, grid, tuple(make.items()), **options)
+        errors = []
+        with torch.no_grad():
+            for ids_, mask in ((ids, keep), (ids[1:], None)):
+                for use_cache in (False, True):
+                    a, b = (model(ids_, attention_mask=mask, use_cache=use_cache).logits for model in (stock, ours))
+                    errors.append(difference(a, b, mask))
+                a, b = (two_steps(model, ids_, mask) for model in (stock, ours))
+                errors.append(difference(a, b, mask))
+        found[name] = errors
+    return found
+
+
+def two_steps(model, ids, mask):
+    first = model(ids[:, :6], attention_mask=None if mask is None else mask[:, :6], use_cache=True)
+    second = model(ids[:, 6:], attention_mask=mask, past_key_values=first.past_key_values)
+    return torch.cat([first.logits, second.logits], 1)
+
+
+def difference(a, b, mask):
+    rows = slice(None) if mask is None else mask.bool()
+    return (a - b)[rows].abs().max().item()
+
+
+def check(found, limit):
+    for per_model in found:
+        for name, errors in per_model.items():
+            assert max(errors) <= limit, (name, errors)
+
+
+def gradients_off(names, grid, use_cache, options, make=EXACT):
+    """Largest relative difference of gradients by model, over all parameters."""
+    found = {}
+    ids, keep = prompt()
+    for name in names:
+        models = pair(name, grid, tuple(make.items()), **options)
+        for model in models:
+            model.zero_grad()
+            logits = model(ids, attention_mask=keep, use_cache=use_cache).logits
+            (logits.log_softmax(-1)[..., 3] * keep).sum().backward()
+        stock, ours = models
+        grads = full_gradients(ours)
+        found[name] = [
+            (grads[key] - p.grad).abs().max().item() / max(1.0, p.grad.abs().max().item())
+            for key, p in stock.named_parameters()
+        ]
     return found

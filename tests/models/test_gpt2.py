@@ -114,7 +114,7 @@ def test_adapters_are_refused():
         pass
 
     model.transformer.h[1].attn.c_attn = Adapter(48, 16).double()
-    with pytest.raises(tlm.GridError, match="qkv projection, c_attn, is a .*Adapter, not a plain Conv1D"):
+    with pytest.raises(tlm.GridError, match="qkv projection, c_attn, is a .*Adapter, not a plain nn.Linear"):
         tlm.parallelize(model, None)
 
 

@@ -2,48 +2,12 @@
 
 import pytest
 import torch
-from harness.decoders import MODELS, full_gradients, pair, prompt
+from harness.decoders import EXACT, MODELS, check, gradients_off, logits_off, pair, prompt
 
 SDPA = [name for name in MODELS if name != "gemma2"]  # which has "eager" attention only
-EXACT = {"exact": True}
 EAGER = {"implementation": "eager", "dtype": torch.float32}
 WIDE = ("qwen3", "qwen3 moe", "gemma", "gemma3", "head_dim 512")  # heads that 16 slices divide
 SMALL = [name for name in SDPA if name not in ("28 heads", "2 kv heads", "head_dim 512")]
-
-
-def logits_off(names, grid, options, make):
-    """Largest difference of logits by model: left padding and none, in one call, with a cache, and in two steps."""
-    found = {}
-    ids, keep = prompt()
-    for name in names:
-        stock, ours = pair(name, grid, tuple(make.items()), **options)
-        errors = []
-        with torch.no_grad():
-            for ids_, mask in ((ids, keep), (ids[1:], None)):
-                for use_cache in (False, True):
-                    a, b = (model(ids_, attention_mask=mask, use_cache=use_cache).logits for model in (stock, ours))
-                    errors.append(difference(a, b, mask))
-                a, b = (two_steps(model, ids_, mask) for model in (stock, ours))
-                errors.append(difference(a, b, mask))
-        found[name] = errors
-    return found
-
-
-def two_steps(model, ids, mask):
-    first = model(ids[:, :6], attention_mask=None if mask is None else mask[:, :6], use_cache=True)
-    second = model(ids[:, 6:], attention_mask=mask, past_key_values=first.past_key_values)
-    return torch.cat([first.logits, second.logits], 1)
-
-
-def difference(a, b, mask):
-    rows = slice(None) if mask is None else mask.bool()
-    return (a - b)[rows].abs().max().item()
-
-
-def check(found, limit):
-    for per_model in found:
-        for name, errors in per_model.items():
-            assert max(errors) <= limit, (name, errors)
 
 
 @pytest.mark.parametrize("cache", ["position", "batch"])
@@ -86,25 +50,6 @@ def test_logits_of_every_family_on_every_grid(pool, grid, scheme):
     for cache in ("position", "batch"):
         options = {"cache": cache, "scheme": scheme}
         check(pool.run(logits_off, grid[0] * grid[1], names, grid, options, EXACT, timeout=500), 1e-10)
-
-
-def gradients_off(names, grid, use_cache, options):
-    """Largest relative difference of gradients by model, over all parameters."""
-    found = {}
-    ids, keep = prompt()
-    for name in names:
-        models = pair(name, grid, tuple(EXACT.items()), **options)
-        for model in models:
-            model.zero_grad()
-            logits = model(ids, attention_mask=keep, use_cache=use_cache).logits
-            (logits.log_softmax(-1)[..., 3] * keep).sum().backward()
-        stock, ours = models
-        grads = full_gradients(ours)
-        found[name] = [
-            (grads[key] - p.grad).abs().max().item() / max(1.0, p.grad.abs().max().item())
-            for key, p in stock.named_parameters()
-        ]
-    return found
 
 
 @pytest.mark.parametrize("use_cache", [False, True])

@@ -12,18 +12,18 @@ import two_level_mha as tlm
 transformers = pytest.importorskip("transformers")
 
 OTHERS = {
-    "attention sinks": ("GptOssConfig", {}, "has a parameter that Llama attention has not: sinks"),
+    "attention sinks": ("GptOssConfig", {}, "has a parameter that decoder attention has not: sinks"),
     "clipping": ("OlmoConfig", {"clip_qkv": 6.0}, r"it clips queries, keys and values \(clip_qkv=6.0\)"),
-    "norms over all heads": ("Olmo2Config", {}, r"q_norm.weight has shape \(32,\): only norms of each head"),
-    "rotary of a part, elsewhere": ("StableLmConfig", {}, "its parts do not work like it"),
+    "a norm for each head": ("StableLmConfig", {"qk_layernorm": True}, "that decoder attention has not: q_layernorm"),
     "chunks": ("Llama4TextConfig", {}, "its layer is of type 'chunked_attention'"),
     "a cache of two kinds": (
         "FalconH1Config",
         {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
         "its layer is of type 'hybrid'",
     ),
-    "a fused linear": ("GPTBigCodeConfig", {}, "no adapter knows its structure"),
-    "packed projections": ("Phi3Config", {}, "no adapter knows its structure"),
+    "dropout elsewhere": ("FalconConfig", {"attention_dropout": 0.1}, "with all attention weights dropped"),
+    "either ALiBi or rotary": ("FalconConfig", {"alibi": True}, "as its config says"),
+    "positions": ("GPTJConfig", {"rotary_dim": 8}, "cannot be called like it: RuntimeError"),
 }
 
 
@@ -32,7 +32,7 @@ def test_others(case):
     """Localises: structure that is taken for the whole truth."""
     kind, options, message = OTHERS[case]
     config = getattr(transformers, kind)(**(BASE | options))
-    implementation = "eager" if kind == "GptOssConfig" else "sdpa"
+    implementation = "eager" if kind in ("GptOssConfig", "GPTJConfig") else "sdpa"
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     before = {name: module for name, module in model.named_modules() if name.endswith("attn")}
     report = tlm.report(tlm.parallelize(model, None, rest=False))

@@ -139,7 +139,7 @@ def refusal_of(layers: dict[str, nn.Module], attentions: list, activations: str)
             return GridError(
                 f"{one.name} is inside a layer of PEFT that is not supported around attention: merge it first"
             )
-        known = {id(part) for letter, part in one.projections.items() if is_projection(one.adapter.paths, letter)}
+        known = {id(part) for letter, part in one.projections.items() if is_projection(one.paths, letter)}
         parts = [*one.module.modules(), *one.projections.values()]
         if other := next((bases[id(part)] for part in parts if id(part) in bases and id(part) not in known), None):
             return GridError(

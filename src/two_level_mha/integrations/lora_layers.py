@@ -109,14 +109,10 @@ class AdaptedProjection(Adapted):
             a = cut.of(term.a.unflatten(1, (-1, d)), 1, *own.shape[1:])
             own.add_(torch.einsum("or,rhd->ohd", term.b.to(own.dtype), a.to(own.dtype)), alpha=scale)
             return
-        first = 0
         for letter in letters:
             own = _local(getattr(layer, f"{letter}_weight"))  # (heads, width, D)
-            heads = layer.num_heads if letter == "q" else layer.num_kv_heads
-            b = term.b.narrow(0, first, heads * d).unflatten(0, (heads, d))
-            b = cut.of(b, 0, *own.shape[:2])
+            b = cut.of(layer.stock_names[f"{letter}_weight"].features(term.b), 0, *own.shape[:2])
             own.add_(torch.einsum("hdr,ri->hdi", b.to(own.dtype), term.a.to(own.dtype)), alpha=scale)
-            first += heads * d
 
 
 class AdaptedRest(Adapted):

@@ -1,124 +1,157 @@
-"""transformers' encoder attention with four plain linear projections: BERT, RoBERTa, ViT and what has their shape."""
+"""transformers' attention without a KV cache, as its modules are called: BERT, ViT, CLIP, ModernBERT and their kin."""
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.class_like import class_like
-from two_level_mha.errors import GridError, UsageRuntimeError
-from two_level_mha.layer import GridAttention
-from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
+from two_level_mha.errors import UsageRuntimeError
+from two_level_mha.integrations import forms
+from two_level_mha.integrations.positions import Positioned, random_angles
+from two_level_mha.layer import Aside, GridAttention
+from two_level_mha.low_rank import features_of
+from two_level_mha.stock import from_stock, take_stock_keys
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # whose masks are understood
 
-_REFUSED = {
-    "past_key_values": "call with use_cache=False",
-    "encoder_hidden_states": "it is self-attention",
-    "position_bias": "it adds attention_mask only",
-}
 
+class ProjectedAttention(Positioned, GridAttention):
+    """Called as the original is, by position or by name: hidden_states (B, L, D) -> (out, weights or None).
 
-def heads_of(original: nn.Module, projections: dict[str, nn.Linear]) -> tuple[int, int, int]:
-    """Heads, key/value heads, head_dim. Raises GridError where the projections' widths do not fit the heads."""
-    widths = {letter: projections[letter].out_features for letter in "qkv"} | {"o": projections["o"].in_features}
-    counted = hasattr(original, "num_attention_heads")  # decoders tell head_dim instead
-    h = original.num_attention_heads if counted else widths["q"] // original.head_dim
-    d = widths["q"] // h if counted else original.head_dim
-    if widths["q"] != h * d or widths["o"] != h * d or widths["k"] % d or widths["v"] != widths["k"]:
-        raise GridError(f"widths of the projections, {widths}, do not fit {h} heads of {d}")
-    return h, widths["k"] // d, d
-
-
-def names_of(projections: dict[str, nn.Linear], paths: dict[str, str], head_dim: int) -> dict[str, StockTensor]:
-    """Which tensor of which linear each parameter is."""
-    names: dict[str, StockTensor] = {}
-    for letter, linear in projections.items():
-        names |= linear_names("out" if letter == "o" else letter, paths[letter], linear, head_dim)
-    return names
-
-
-class ProjectedAttention(GridAttention):
-    """Called as transformers calls such a module: (hidden_states, attention_mask, **kwargs) -> (out, weights or None).
-
-    hidden_states (B, L, D); attention_mask None, or 4-D broadcastable to (B, h, L, S): bool with True = attend ("sdpa")
-    or additive ("eager"). The output projection is part of it. Weights (B, h, L, S) are computed only when
+    attention_mask None, or 4-D broadcastable to (B, h, L, S): bool with True = attend ("sdpa") or additive ("eager").
+    position_embeddings: cos and sin (B or 1, L, rotary width). What is added to the scores (forms.BIASES), the output
+    projection, dropout behind it and a residual are part of it. Weights (B, h, L, S) are computed only when
     output_attentions, of the call or else of the config, is true; with "sdpa" too, where the original has none.
 
-    projections: the original's linears, by letter q, k, v, o; paths: where they are, as in StockTensor.key.
+    projections: the original's linears, by letter q, k, v or qkv, o; paths: where they are, as in StockTensor.key.
+    packing: how q, k and v lie in one projection; rotates: False for a layer that leaves position_embeddings alone, as
+    some of SmolLM3's and Cohere2's do; norms_last: its norms act on what was rotated.
     """
-
-    heads_of = staticmethod(heads_of)
-    names_of = staticmethod(names_of)
 
     def __init__(
         self,
         original: nn.Module,
-        projections: dict[str, nn.Linear],
+        projections: dict[str, nn.Module],
         paths: dict[str, str],
         mesh: DeviceMesh | None,
+        *,
+        packing: str = "blocks",
+        rotates: bool = False,
+        norms_last: bool = False,
         **options,
     ) -> None:
-        h, k, d = self.heads_of(original, projections)
+        h, k, d = forms.heads_of(original, projections)
         super().__init__(num_heads=h, num_kv_heads=k, head_dim=d, mesh=mesh, **options)
-        self.config = original.config
-        self.scaling = original.scaling
+        self.config = getattr(original, "config", None)  # Bloom's and MPNet's attention has none: masks are additive
+        self.scaling = forms.scale_of(original, d)
         self.is_causal = getattr(original, "is_causal", False)
-        dropout = getattr(original, "dropout", None)
-        if not isinstance(dropout, nn.Dropout):
-            dropout = nn.Dropout(getattr(original, "attention_dropout", 0.0))
-        self.dropout = dropout  # read at each call, so that a change of its p counts
-        self.stock_names, state = self.names_of(projections, paths, d), {}
+        self.argument_names = tuple(forms.parameters_of(original))
+        self.weights_dropout = forms.weights_dropout(original)
+        self.hidden_dropout = getattr(original, "hidden_dropout", 0.0)  # of an output that a residual is added to
+        self.after = [name for name in forms.OUTPUT_DROPOUT if isinstance(getattr(original, name, None), nn.Module)]
+        self.after += [forms.OUTPUT_NORM] if hasattr(original, forms.OUTPUT_NORM) else []
+        for name in self.after:
+            self.add_module(name, getattr(original, name))
+        self.stock_names, state = forms.names_of(projections, paths, (h, k, d), packing), {}
         for letter, linear in projections.items():
             state |= {f"{paths[letter]}.{part}": p for part, p in linear.named_parameters()}
         trained = {name: state[stock.key].requires_grad for name, stock in self.stock_names.items()}
         self.store(from_stock({key: p.detach() for key, p in state.items()}, self.stock_names), trained)
         take_stock_keys(self)
+        self.use_positions(original, rotates, norms_last)
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
-    ) -> tuple[Tensor, Tensor | None]:
-        dropout_p = self.dropout.p if self.training else 0.0
+    def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        given = dict(zip(self.argument_names, args, strict=False)) | kwargs
+        hidden_states, dropout_p = given["hidden_states"], self.weights_dropout.p if self.training else 0.0
         whole = self.wholes([hidden_states])[0]
+        mask = self.mask_of(given)
 
         def check() -> dict[str, object]:
-            self.check_implementation()
-            for name, advice in _REFUSED.items():
-                if kwargs.get(name) is not None:
-                    raise UsageRuntimeError(f"{name} is not supported by this attention: {advice}")
-            return {"need_weights": self.needs_weights(kwargs), "dropout_p": dropout_p}
+            self.check_arguments(given)
+            if any(given.get(name) is not None for name in forms.CACHES):
+                raise UsageRuntimeError("past_key_values is not supported by this attention: call with use_cache=False")
+            return {"need_weights": self.needs_weights(given), "dropout_p": dropout_p}
 
-        self.check_call(check, {"hidden_states": hidden_states, "attention_mask": attention_mask})
-        causal = attention_mask is None and self.causal_without_mask(kwargs, whole.shape[1])
-        return self.attend(
+        self.check_call(check, {"hidden_states": hidden_states, "attention_mask": mask})
+        causal = mask is None and self.causal_without_mask(given, whole.shape[1])
+        y_BLD, weights = self.attend(
             hidden_states,
             hidden_states,
             hidden_states,
             wholes=[whole, whole],
-            attn_mask=attention_mask,
+            attn_mask=mask,
             scale=self.scaling,
             causal=0 if causal else None,
             dropout_p=dropout_p,
-            need_weights=self.needs_weights(kwargs),
+            need_weights=self.needs_weights(given),
             average_attn_weights=False,
+            **self.between_of(given),
         )
+        return self.finished(y_BLD, given), weights
 
-    def check_implementation(self) -> None:
-        """Raises where the config was changed to an implementation whose masks, or whose lack of one, mean others."""
-        if self.config._attn_implementation not in IMPLEMENTATIONS:
+    def check_arguments(self, given: dict) -> None:
+        """Raises where the config was changed to an implementation whose masks, or whose lack of one, mean others, and
+        for arguments of cross-attention.
+        """
+        implementation = getattr(self.config, "_attn_implementation", "eager")
+        if implementation not in IMPLEMENTATIONS:
             raise UsageRuntimeError(
-                f"the model's attention implementation is now {self.config._attn_implementation!r}, whose masks a "
+                f"the model's attention implementation is now {implementation!r}, whose masks a "
                 'split attention does not take: call model.set_attn_implementation("sdpa")'
             )
+        for name in forms.CROSS:
+            if given.get(name) is not None:
+                raise UsageRuntimeError(f"{name} is not supported by this attention: it is self-attention")
+        for name in forms.BIASES:
+            if given.get(name) is not None and name not in self.argument_names:
+                raise UsageRuntimeError(f"{name} is not supported by this attention: it adds attention_mask only")
 
-    def causal_without_mask(self, kwargs: dict, length: int) -> bool:
+    def mask_of(self, given: dict) -> Tensor | None:
+        """The mask, with what the original adds to the scores."""
+        mask = given.get("attention_mask")
+        for name in forms.BIASES:
+            bias = given.get(name) if name in self.argument_names else None
+            if bias is None:
+                continue
+            if bias.dim() == 3:  # (B * h, 1, S)
+                bias = bias.unflatten(0, (-1, self.num_heads))
+            if mask is not None and mask.dtype == torch.bool:
+                mask = additive(mask, bias.dtype)
+            mask = bias if mask is None else mask + bias
+        return mask
+
+    def between_of(self, given: dict) -> dict[str, object]:
+        """What acts on queries and keys, as arguments of `attend`."""
+        angles = given.get("position_embeddings")
+        unrotated = self.rotary is None or angles is None  # a model may leave them out by its config
+
+        def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
+            return *self.positioned(q_BHLd, k_BKSd, aside), v
+
+        return {
+            "rows": None if unrotated else [x.unsqueeze(1) for x in angles],
+            "shared": [p for norm in self.norms() for p in norm.parameters()] or None,
+            "between": between,
+        }
+
+    def finished(self, y_BLD: Tensor, given: dict) -> Tensor:
+        """What the original does behind its output projection."""
+        if given.get("residual") is not None:
+            p = self.hidden_dropout if self.training else 0.0
+            return given["residual"] + nn.functional.dropout(y_BLD, p)
+        for name in self.after:
+            y_BLD = getattr(self, name)(given["hidden_states"] + y_BLD if name == forms.OUTPUT_NORM else y_BLD)
+        return y_BLD
+
+    def causal_without_mask(self, given: dict, length: int) -> bool:
         """Whether a call of `length` queries without a mask is causal: with "eager" the mask would say so."""
-        is_causal = kwargs.get("is_causal")
+        is_causal = given.get("is_causal")
         wanted = self.is_causal if is_causal is None else is_causal
-        return wanted and self.config._attn_implementation == "sdpa" and length > 1
+        return wanted and getattr(self.config, "_attn_implementation", "eager") == "sdpa" and length > 1
 
-    def needs_weights(self, kwargs: dict) -> bool:
+    def needs_weights(self, given: dict) -> bool:
         """Whether a call, or else the config, asks for attention weights."""
-        return bool(kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)))
+        return bool(given.get("output_attentions", getattr(self.config, "output_attentions", False)))
 
 
 def projected_like(original: nn.Module, *args, **options) -> ProjectedAttention:
@@ -131,11 +164,34 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
+def takes_additive(original: nn.Module) -> bool:
+    """Whether its masks are added to the scores."""
+    return getattr(getattr(original, "config", None), "_attn_implementation", "eager") == "eager"
+
+
+def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict[str, object]:
+    """hidden_states of two sequences of `rows` rows, and what else the original takes with them."""
+    projection = forms.first_of(original, forms.PROJECTIONS["q"] + forms.PROJECTIONS["qkv"])
+    x_BLD = torch.randn(2, rows, features_of(projection)[0], dtype=dtype)
+    named, given = forms.parameters_of(original), {"hidden_states": x_BLD}
+    h, d = (forms.first_of(original, names) for names in (forms.HEADS, forms.HEAD_DIMS))
+    if "position_embeddings" in named:
+        given["position_embeddings"] = random_angles(original, d, rows, dtype)
+    if "alibi" in named:
+        given["alibi"] = None if "position_embeddings" in named else torch.randn(2 * h, 1, rows, dtype=dtype)
+    if "position_bias" in named:
+        given["position_bias"] = torch.randn(1, h, rows, rows, dtype=dtype)
+    if "position_ids" in named:  # big ones: who makes anything of them will show it
+        given["position_ids"] = (1 << 20) + torch.arange(rows).expand(2, rows)
+    if "residual" in named:
+        given["residual"] = torch.randn_like(x_BLD)
+    return given
+
+
 def probe_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
     """A small batch of two with a padding mask, as transformers would call the module, and without a mask."""
-    projection = original.query if hasattr(original, "query") else original.q_proj
-    hidden_BLD = torch.randn(2, 5, projection.in_features, dtype=dtype)
+    given = random_arguments(original, 5, dtype)
     keep_B11S = torch.ones(2, 1, 1, 5, dtype=torch.bool)
     keep_B11S[1, ..., 3:] = False
-    mask = additive(keep_B11S, dtype) if original.config._attn_implementation == "eager" else keep_B11S
-    return [((hidden_BLD,), {"attention_mask": mask}), ((hidden_BLD,), {"attention_mask": None})]
+    mask = additive(keep_B11S, dtype) if takes_additive(original) else keep_B11S
+    return [((), given | {"attention_mask": mask}), ((), given | {"attention_mask": None})]

@@ -1,0 +1,169 @@
+"""What transformers' attention modules have in common, by the names under which they have it: data, no code of theirs.
+
+What is found here is a claim. The trial on a random copy (attentions.py) decides whether it is the whole truth.
+"""
+
+import inspect
+from collections.abc import Mapping
+
+from torch import nn
+
+from two_level_mha.errors import GridError
+from two_level_mha.low_rank import features_of, is_linear
+from two_level_mha.stock import StockTensor, fused_names, linear_names
+
+# Letter of a projection -> its names, the first that a module has; with "../" its parent's.
+PROJECTIONS = {
+    "q": ("q_proj", "query", "q_lin", "q"),
+    "k": ("k_proj", "key", "k_lin", "k"),
+    "v": ("v_proj", "value", "v_lin", "v"),
+    "qkv": ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "qkv"),
+    "o": ("o_proj", "out_proj", "dense", "c_proj", "out_lin", "Wo", "o", "../output.dense"),
+}
+# How q, k, v lie in one projection (stock.fused_names), the likelier first.
+PACKINGS = {"query_key_value": ("groups", "blocks")}
+ANY_PACKING = ("blocks", "groups")
+
+NORMS = {
+    "q": ("q_norm", "query_norm", "q_layernorm", "query_layernorm"),
+    "k": ("k_norm", "key_norm", "k_layernorm", "key_layernorm"),
+}
+HEAD_DIMS = ("head_dim", "attention_head_size", "head_size")
+HEADS = ("num_attention_heads", "num_heads", "n_heads")
+SCALES = ("scaling", "scale", "inv_norm_factor")
+SOFTCAP = "attn_logit_softcapping"
+
+# Dropout of attention weights: an nn.Dropout or a probability; and of the output: an nn.Dropout.
+WEIGHTS_DROPOUT = ("dropout", "attention_dropout", "attn_dropout")
+OUTPUT_DROPOUT = ("resid_dropout", "out_drop", "output_dropout")
+OUTPUT_NORM = "LayerNorm"  # of the output and the module's input, added
+
+CACHES = ("past_key_values", "layer_past")
+BIASES = ("alibi", "position_bias")  # of the scores
+# Arguments that mean something to a call, and those that a call without them goes like; no others are known.
+ARGUMENTS = {"hidden_states", "attention_mask", "position_embeddings", "residual", *CACHES, *BIASES}
+OTHERS = {"output_attentions", "use_cache", "position_ids", "cache_position", "is_causal"}
+# Of cross-attention, which it is not; given all the same, they are refused.
+CROSS = ("encoder_hidden_states", "encoder_attention_mask", "key_value_states")
+
+
+def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Those of its forward, by name; *args and **kwargs are none."""
+    named = inspect.signature(module.forward).parameters
+    return {name: p for name, p in named.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+def paths_of(module: nn.Module, parent: nn.Module | None) -> dict[str, str] | None:
+    """Where its projections are, by letter; None for a module that has not all of them."""
+    found: dict[str, str] = {}
+    for letter, names in PROJECTIONS.items():
+        path = next((name for name in names if isinstance(_at(module, parent, name), nn.Module)), None)
+        if path is not None:
+            found[letter] = path
+    for letters in ("q", "k", "v", "o"), ("qkv", "o"):
+        if set(letters) <= found.keys():
+            return {letter: found[letter] for letter in letters}
+    return None
+
+
+def _at(module: nn.Module, parent: nn.Module | None, path: str) -> object:
+    at: object = parent if path.startswith("../") else module
+    for name in path.removeprefix("../").split("."):
+        at = getattr(at, name, None)
+    return at
+
+
+def unknown_argument(module: nn.Module) -> str | None:
+    """Why it may be called with what is not known here, or None."""
+    named = parameters_of(module)
+    for name in named:
+        if name not in (*ARGUMENTS, *OTHERS, *CROSS):
+            return f"it takes an argument that is not known: {name}"
+    if "position_ids" in named and named["position_ids"].default is not None:
+        return "it is always called with position_ids"
+    return None
+
+
+def _looks_like(module: nn.Module, parent: nn.Module | None) -> bool:
+    return paths_of(module, parent) is not None and "hidden_states" in parameters_of(module)
+
+
+def cache_name(module: nn.Module) -> str | None:
+    """What it calls its KV cache; None: it has no such argument."""
+    return next((name for name in CACHES if name in parameters_of(module)), None)
+
+
+def is_decoder(module: nn.Module, parent: nn.Module | None) -> bool:
+    """Whether a module is causal attention that is called with a KV cache."""
+    causal = getattr(module, "layer_idx", None) is not None and getattr(module, "is_causal", True)
+    return _looks_like(module, parent) and causal and cache_name(module) is not None
+
+
+def is_encoder(module: nn.Module, parent: nn.Module | None) -> bool:
+    """Whether a module is attention that is called without one."""
+    return _looks_like(module, parent) and not is_decoder(module, parent)
+
+
+def first_of(module: nn.Module, names: tuple[str, ...]) -> object:
+    """The first of these attributes that the module has and that is not None; else None."""
+    return next((value for name in names if (value := getattr(module, name, None)) is not None), None)
+
+
+def heads_of(original: nn.Module, projections: dict[str, nn.Module]) -> tuple[int, int, int]:
+    """Heads, key/value heads, head_dim. Raises GridError where the projections' widths do not fit the heads."""
+    widths = {letter: features_of(linear)[1] for letter, linear in projections.items() if letter != "o"}
+    widths["o"] = features_of(projections["o"])[0]
+    d, h = first_of(original, HEAD_DIMS), first_of(original, HEADS)
+    if not isinstance(d, int):
+        h = h or getattr(getattr(original, "config", None), HEADS[0], None) or 1
+        d = widths["o"] // h
+    h = widths["o"] // d
+    rest = widths["qkv"] - h * d if "qkv" in widths else widths["k"] + widths["v"]
+    fits = widths["o"] == h * d and rest % (2 * d) == 0 and rest > 0
+    if not fits or ("q" in widths and (widths["q"] != h * d or widths["k"] != widths["v"])):
+        raise GridError(f"widths of the projections, {widths}, do not fit {h} heads of {d}")
+    return h, rest // (2 * d), d
+
+
+def names_of(
+    projections: dict[str, nn.Module], paths: dict[str, str], sizes: tuple[int, int, int], packing: str
+) -> dict[str, StockTensor]:
+    """Which part of which projection each parameter is."""
+    h, k, d = sizes
+    names: dict[str, StockTensor] = {}
+    for letters, linear in projections.items():
+        if letters == "qkv":
+            names |= fused_names(paths[letters], linear, {"q": h, "k": k, "v": k}, d, packing)
+        else:
+            names |= linear_names("out" if letters == "o" else letters, paths[letters], linear, d)
+    return names
+
+
+def scale_of(original: nn.Module, head_dim: int) -> float:
+    """Of the scores."""
+    known = first_of(original, SCALES)
+    return known if isinstance(known, float) else head_dim**-0.5
+
+
+def weights_dropout(original: nn.Module) -> nn.Dropout:
+    """Of attention weights; the original's own where it has one, so that a change of its p counts."""
+    known = [getattr(original, name, None) for name in WEIGHTS_DROPOUT]
+    module = next((one for one in known if isinstance(one, nn.Dropout)), None)
+    return module or nn.Dropout(next((p for p in known if isinstance(p, float)), 0.0))
+
+
+def is_known_linear(projection: nn.Module) -> bool:
+    """A plain linear, a Conv1D, or transformers' own class of a linear, whose numbers are tried."""
+    plain = type(projection) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return plain or (is_linear(projection) and type(projection).__module__.startswith("transformers."))
+
+
+def variants_of(module: nn.Module, paths: Mapping[str, str]) -> list[dict[str, object]]:
+    """What the names leave open, as options of ProjectedAttention, the likelier first."""
+    packings = PACKINGS.get(paths["qkv"], ANY_PACKING) if "qkv" in paths else ANY_PACKING[:1]
+    ways = [{"rotates": False}]
+    if "position_embeddings" in parameters_of(module):
+        ways = [{"rotates": True}, *ways]
+        if any(first_of(module, names) is not None for names in NORMS.values()):
+            ways.append({"rotates": True, "norms_last": True})
+    return [{"packing": packing, **way} for packing in packings for way in ways]

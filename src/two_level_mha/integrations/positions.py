@@ -1,0 +1,192 @@
+"""What acts on queries and keys before attention, where d is whole: a model's norms and its rotary function.
+
+Letters: as in layer.py, and r the dims of a head that are rotated.
+"""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from two_level_mha.errors import GridError
+from two_level_mha.integrations.forms import NORMS
+from two_level_mha.layer import Aside
+from two_level_mha.low_rank import Cut
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in float64 models' norms are float32's
+
+_ops = torch.ops.two_level_mha
+
+
+class Positioned:
+    """Of a split attention: `use_positions` takes over the original's norms and its rotary function.
+
+    A norm's weights are (d,), of every head; (heads, d), one for each head; or (heads * d,), of an RMS norm over all
+    heads, whose sums of squares are summed over the ranks that have the others of the same rows.
+    """
+
+    def use_positions(self, original: nn.Module, rotates: bool, norms_last: bool) -> None:
+        self.rotary = _rotary(original) if rotates else None
+        self.rotary_width, self.norms_last = rotary_width(original, self.head_dim), norms_last
+        self.norm_names: dict[str, str] = {}  # letter -> child
+        for letter, names in NORMS.items():
+            name = next((name for name in names if getattr(original, name, None) is not None), None)
+            if name is not None:
+                self.norm_names[letter] = name
+                self.add_module(name, getattr(original, name))
+                self._check_norm(letter)
+        self.fused = self.fused_form(self.rotary_width)
+
+    def norms(self) -> list[nn.Module]:
+        """Those of queries and of keys that the model has."""
+        return [getattr(self, name) for name in self.norm_names.values()]
+
+    def positioned(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
+        """Queries and keys as attention takes them: normed and rotated. On a GPU by one kernel, where nothing is
+        differentiated and the model's own functions are those that it computes.
+        """
+        one_kernel = self.fused is not None and aside.q_rows and q_BHLd.is_cuda and q_BHLd.dtype in FUSED_DTYPES
+        if one_kernel and not (torch.is_grad_enabled() and q_BHLd.requires_grad):
+            return self.by_operator(q_BHLd, k_BKSd, aside)
+        return self.by_model(q_BHLd, k_BKSd, aside)
+
+    def by_operator(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
+        eps, interleaved = self.fused
+        return _ops.norm_rotary(q_BHLd, k_BKSd, aside.shared, eps, aside.q_rows, aside.k_rows, interleaved)
+
+    def by_model(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
+        if self.norms_last:
+            return self._normed(*self._rotated(q_BHLd, k_BKSd, aside), aside)
+        return self._rotated(*self._normed(q_BHLd, k_BKSd, aside), aside)
+
+    def _rotated(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
+        if self.rotary is None or not aside.q_rows:
+            return q_BHLd, k_BKSd
+        q, k = q_BHLd[..., : self.rotary_width], k_BKSd[..., : self.rotary_width]
+        q = self.rotary(q, q[:, :0], *(x.squeeze(1) for x in aside.q_rows))[0]
+        k = self.rotary(k[:, :0], k, *(x.squeeze(1) for x in aside.k_rows))[1]
+        if self.rotary_width == self.head_dim:
+            return q, k
+        rest = slice(self.rotary_width, None)
+        return torch.cat([q, q_BHLd[..., rest]], -1), torch.cat([k, k_BKSd[..., rest]], -1)
+
+    def _normed(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
+        shared, xs = iter(aside.shared), {"q": q_BHLd, "k": k_BKSd}
+        for letter, name in self.norm_names.items():
+            norm = getattr(self, name)
+            parameters = {own: next(shared) for own, _ in norm.named_parameters()}
+            xs[letter] = self._of_heads(xs[letter], letter, norm, parameters)
+        return xs["q"], xs["k"]
+
+    def _of_heads(self, x_BHLd: Tensor, letter: str, norm: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
+        heads, d = self._heads(letter), self.head_dim
+        shape = _weight_shape(norm)
+        if shape == (d,):
+            return torch.func.functional_call(norm, parameters, (x_BHLd,))
+        cut = Cut(self.place, d)
+        parameters = {own: cut.of(p.view(heads, d), 0, x_BHLd.shape[1], d) for own, p in parameters.items()}
+        if shape == (heads, d):
+            return torch.func.functional_call(norm, parameters, (x_BHLd.transpose(1, 2),)).transpose(1, 2)
+        x = x_BHLd if x_BHLd.dtype == torch.float64 else x_BHLd.float()
+        mean_B1L1 = self._over_heads(x.square().sum((1, 3), keepdim=True), x.shape[1], heads) / (heads * d)
+        x = x * torch.rsqrt(mean_B1L1 + _eps(norm))
+        return (parameters["weight"].unsqueeze(1) * x).to(x_BHLd.dtype)
+
+    def _over_heads(self, x: Tensor, held: int, heads: int) -> Tensor:
+        """The sum of what the ranks have of `heads` heads; held: by a rank, which some may hold alike."""
+        grid, groups = self.place.grid, self.place.groups
+        if grid.size == 1:
+            return x
+        by_groups = held * grid.head_groups == heads
+        ranks, group = (grid.head_groups, groups[1]) if by_groups else (grid.size, groups[2])
+        copies = held * ranks // heads
+        if ranks > 1:  # each rank uses the sum for its own heads: its gradient is summed too
+            x = _ops.replicated([_ops.all_reduce(x, ranks, group)], ranks, group)[0]
+        return x / copies if copies > 1 else x
+
+    def _heads(self, letter: str) -> int:
+        return self.num_heads if letter == "q" else self.num_kv_heads
+
+    def _check_norm(self, letter: str) -> None:
+        """Raises GridError for a norm of another kind."""
+        name, heads, d = self.norm_names[letter], self._heads(letter), self.head_dim
+        norm = getattr(self, name)
+        kinds = [(d,), (heads, d), (heads * d,)]
+        for part, p in norm.named_parameters():
+            if tuple(p.shape) not in kinds or tuple(p.shape) != _weight_shape(norm):
+                raise GridError(
+                    f"{name}.{part} has shape {tuple(p.shape)}: only norms of each head, ({d},) or ({heads}, {d}), or "
+                    f"over all of them, ({heads * d},), are supported"
+                )
+        over_all = heads > 1 and _weight_shape(norm) == (heads * d,)
+        if over_all and (len(list(norm.parameters())) > 1 or _eps(norm) is None):
+            raise GridError(f"{name} is a norm over all heads, and more than an RMS norm: {type(norm).__name__}")
+
+    def fused_form(self, width: int) -> tuple[float, bool] | None:
+        """(eps, interleaved) with which norm_rotary does what the model's own functions do; None: with none. width: of
+        the rotary embedding. Tried, on random numbers of no generator that others draw from.
+        """
+        norms = self.norms()
+        single = all(len(list(norm.parameters())) == 1 and _weight_shape(norm) == (self.head_dim,) for norm in norms)
+        if len(norms) == 1 or not single or self.rotary is None:
+            return None
+        draw = torch.Generator(device="cpu").manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=draw, device="cpu")
+
+        eps = [_eps(norm) for norm in norms] or [0.0]
+        if not all(isinstance(each, float) and each == eps[0] for each in eps):
+            return None
+        q, k = random(2, 2, 3, self.head_dim), random(2, 2, 3, self.head_dim)
+        angles = [random(2, 1, 3, width) for _ in ("cos", "sin")]
+        aside = Aside(angles, angles, [random(self.head_dim) for _ in norms])
+        with torch.no_grad():
+            for interleaved in (False, True):
+                self.fused = (eps[0], interleaved)
+                try:
+                    pairs = zip(self.by_operator(q, k, aside), self.by_model(q, k, aside), strict=True)
+                except (RuntimeError, TypeError, ValueError):  # a function of other arguments
+                    continue
+                if all(ours.shape == own.shape and torch.allclose(ours, own, 1e-4, 1e-5) for ours, own in pairs):
+                    return self.fused
+        return None
+
+
+def _weight_shape(norm: nn.Module) -> tuple[int, ...] | None:
+    return next((tuple(p.shape) for p in norm.parameters()), None)
+
+
+def _eps(norm: nn.Module) -> float | None:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def _rotary(original: nn.Module):
+    """The rotary function of the model's own module."""
+    module = sys.modules[type(original).__module__]
+    found = getattr(module, "apply_rotary_pos_emb", None)
+    if found is None:
+        raise GridError(f"{module.__name__} has no apply_rotary_pos_emb, which its attention would be rotated by")
+    return found
+
+
+def rotary_width(original: nn.Module, head_dim: int) -> int:
+    """How many dims of a head are rotated."""
+    config = getattr(original, "config", None)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    share = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    return int(head_dim * share)
+
+
+def random_angles(original: nn.Module, head_dim: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (2, rows, ..) as the model's function takes them: of every dim that is rotated, or of every pair."""
+    width = rotary_width(original, head_dim)
+    x = torch.zeros(2, 1, rows, width, dtype=dtype)
+    for angles in (width, width // 2):
+        cos, sin = torch.randn(2, 2, rows, angles, dtype=dtype)
+        try:
+            if _rotary(original)(x, x, cos, sin)[0].shape == x.shape:
+                break
+        except (RuntimeError, TypeError, ValueError, GridError):  # of other angles; the trial will say what it takes
+            continue
+    return cos, sin

@@ -1,0 +1,92 @@
+"""The trial of an attention against its replacement: what names and shapes propose, numbers decide."""
+
+import torch
+from torch import nn
+
+from two_level_mha.errors import GridError
+from two_level_mha.integrations.forms import WEIGHTS_DROPOUT, weights_dropout
+from two_level_mha.probe import random_copy
+
+# Gain of the random weights, and the difference allowed. Some models take the softmax in float32; what clips shows at
+# the big numbers, where such a softmax is nearly one of its inputs.
+TRIALS = ((1.0, 1e-6), (30.0, 1e-2))
+
+
+class Unlike(GridError):
+    """An attention that no adapter reproduces."""
+
+
+def drop_all_weights(original: nn.Module) -> None:
+    """Puts it into training with a probability of 1 where it drops attention weights, and of 0 elsewhere."""
+    original.train()
+    for part in original.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    for name, value in list(vars(original).items()):
+        if isinstance(value, float) and "drop" in name:
+            setattr(original, name, float(name in WEIGHTS_DROPOUT))
+    for name in WEIGHTS_DROPOUT:
+        if isinstance(getattr(original, name, None), nn.Dropout):
+            getattr(original, name).p = 1.0
+
+
+def agreeing(one, options: dict) -> dict[str, object] | Unlike:
+    """The first of the adapter's variants that gives the original's numbers, or what is wrong with the first."""
+    refusals = []
+    for variant in one.adapter.variants(one.module, one.paths):
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
+                torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of GPUs too
+                for gain, tolerance in TRIALS:
+                    _probe(one, options | variant, gain, tolerance)
+                if weights_dropout(one.module).p > 0.0:
+                    _probe(one, options | variant, *TRIALS[0], dropping=True)
+            return variant
+        except Unlike as error:
+            refusals.append(error)
+    return refusals[0]
+
+
+def _probe(one, options: dict, gain: float, tolerance: float, dropping: bool = False) -> None:
+    """Runs a copy of the original and its replacement on small random inputs; raises Unlike if they differ.
+
+    dropping: in training, where all attention weights are dropped and nothing else is.
+    """
+    where, known = f"{one.name} ({type(one.module).__name__})", one.adapter.name
+    try:
+        original, *copies = random_copy([one.module, *one.projections.values()], gain)
+    except Exception as error:
+        raise GridError(f"{where} is not supported: it cannot be copied for a trial: {error!r}") from error
+    projections = dict(zip(one.projections, copies, strict=True))
+    when = " in training, with all attention weights dropped" if dropping else ""
+    if dropping:
+        drop_all_weights(original)
+    try:
+        ours = one.adapter.new(original, projections, one.paths, None, options).train(dropping)
+    except GridError as error:
+        raise Unlike(f"{where} is not supported: {error}") from None
+    calls = []  # twice the same: a cache in them is written to
+    for _ in range(2):
+        torch.default_generator.manual_seed(1)
+        calls.append(one.adapter.inputs(original, torch.float64))
+    for (args, kwargs), (our_args, our_kwargs) in zip(*calls, strict=True):
+        try:
+            expected = original(*args, **kwargs)[0]
+            if one.out_in_parent:
+                expected = projections["o"](expected)
+        except Exception as error:
+            raise Unlike(
+                f"{where} has the structure of {known} attention, but cannot be called like it: {error!r}"
+            ) from error
+        try:
+            got = ours(*our_args, **our_kwargs)[0]
+        except Exception as error:
+            raise Unlike(
+                f"{where} has the structure of {known} attention, but its parts do not work like it: {error!r}"
+            ) from error
+        difference = (expected - got).abs().max().item() if expected.shape == got.shape else float("inf")
+        if not difference <= tolerance * expected.abs().max().item():
+            raise Unlike(
+                f"{where} has the structure of {known} attention, but its numbers differ from it by {difference:.1e} "
+                f"on a small input{when}: it does something else, and is not supported"
+            )
