@@ -102,9 +102,10 @@ Tensor leave_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
                 std::optional<double> scale, std::optional<c10::SymInt> causal,
                 std::optional<c10::SymInt> window, double softcap, double dropout_p,
                 const std::optional<Tensor>& seed, std::string constants, c10::SymIntArrayRef sizes,
-                const std::optional<Tensor>& seal) {
+                const std::optional<Tensor>& seal, const std::optional<Tensors>& after) {
+  const Context context = sealed_context(constants, sizes, seal);
   return leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed}, {out_weight, out_bias},
-               sealed_context(constants, sizes, seal));
+               after_of(after, context), context);
 }
 
 std::tuple<Tensor, Tensor> leave_with_weights_op(
@@ -112,9 +113,11 @@ std::tuple<Tensor, Tensor> leave_with_weights_op(
     const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
     std::optional<double> scale, std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
     double softcap, double dropout_p, const std::optional<Tensor>& seed, std::string constants,
-    c10::SymIntArrayRef sizes, bool average, const std::optional<Tensor>& seal) {
+    c10::SymIntArrayRef sizes, bool average, const std::optional<Tensor>& seal,
+    const std::optional<Tensors>& after) {
+  const Context context = sealed_context(constants, sizes, seal);
   return leave_with_weights(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
-                            {out_weight, out_bias}, sealed_context(constants, sizes, seal), average);
+                            {out_weight, out_bias}, after_of(after, context), context, average);
 }
 
 std::tuple<Tensor, Tensors, std::vector<c10::SymInt>> leave_with_cache_op(
@@ -123,10 +126,11 @@ std::tuple<Tensor, Tensors, std::vector<c10::SymInt>> leave_with_cache_op(
     std::optional<double> scale, std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
     double softcap, double dropout_p, const std::optional<Tensor>& seed, std::string constants,
     c10::SymIntArrayRef sizes, at::TensorList memory, c10::SymIntArrayRef cache,
-    const std::optional<Tensor>& seal) {
+    const std::optional<Tensor>& seal, const std::optional<Tensors>& after) {
   CacheLayer layer{parse("cache", kCacheFields, cache), memory.vec()};
+  const Context context = sealed_context(constants, sizes, seal);
   Tensor y = leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
-                   {out_weight, out_bias}, sealed_context(constants, sizes, seal), &layer);
+                   {out_weight, out_bias}, after_of(after, context), context, &layer);
   return {y, layer.memory, list_of(kCacheFields, layer.numbers)};
 }
 
@@ -332,7 +336,9 @@ TORCH_LIBRARY(two_level_mha, library) {
       enter_op);
 
   // Second half: attend, move back, combine. k and v as `enter` gave them,
-  // or those of a cache in the same layout; causal counts positions.
+  // or those of a cache in the same layout; causal counts positions. after: the gate of a gated
+  // layer, whose q_weight has for each head two, q's and the gate's, then perhaps sinks (h,):
+  // csrc/pass/after.h.
   library.def(
       "leave("
       "Tensor q, "
@@ -349,7 +355,8 @@ TORCH_LIBRARY(two_level_mha, library) {
       "Tensor? seed, "
       "str constants, "
       "SymInt[] sizes, "
-      "Tensor? seal=None"
+      "Tensor? seal=None, "
+      "Tensor[]? after=None"
       ") -> Tensor",
       leave_op);
 
@@ -371,7 +378,8 @@ TORCH_LIBRARY(two_level_mha, library) {
       "str constants, "
       "SymInt[] sizes, "
       "bool average=True, "
-      "Tensor? seal=None"
+      "Tensor? seal=None, "
+      "Tensor[]? after=None"
       ") -> (Tensor y, Tensor weights)",
       leave_with_weights_op);
 
@@ -395,7 +403,8 @@ TORCH_LIBRARY(two_level_mha, library) {
       "SymInt[] sizes, "
       "Tensor[] memory, "
       "SymInt[] cache, "
-      "Tensor? seal=None"
+      "Tensor? seal=None, "
+      "Tensor[]? after=None"
       ") -> (Tensor y, Tensor[] memory, SymInt[] cache)",
       leave_with_cache_op);
 

@@ -282,6 +282,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("causal", &Call::causal)
       .def_readwrite("concat", &Call::concat)
       .def_readwrite("whole_heads", &Call::whole_heads)
+      .def_readwrite("gated", &Call::gated)
       .def_readwrite("position", &Call::position)
       .def_readwrite("reduce_size", &Call::reduce_size)
       .def_readwrite("key_dim", &Call::key_dim)

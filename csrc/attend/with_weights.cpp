@@ -27,7 +27,7 @@ Tensor masked(Tensor scores, const Attend& attend) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> attention_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                  const Attend& attend) {
+                                                  const Attend& attend, const std::optional<Tensor>& sinks) {
   // under autocast the products below cast, so that a model's rotary may have widened q and k
   check_attention(attend, q, k.to(q.scalar_type()), v.to(q.scalar_type()));
   const int64_t groups = fixed_size(q, 1) / fixed_size(k, 1);
@@ -35,7 +35,15 @@ std::tuple<Tensor, Tensor> attention_with_weights(const Tensor& q, const Tensor&
   Tensor scores = at::matmul(q, every_head(k).transpose(-1, -2)) *
                   attend.scale.value_or(1.0 / std::sqrt(double(fixed_size(q, 3))));
   if (attend.softcap > 0.0) scores = at::tanh(scores / attend.softcap) * attend.softcap;
-  Tensor weights = at::softmax(masked(scores, attend), -1);
+  scores = masked(scores, attend);
+  if (sinks) {
+    std::vector<c10::SymInt> sizes = scores.sym_sizes().vec();
+    sizes[3] = 1;
+    Tensor column = sinks->to(scores.scalar_type()).view({1, -1, 1, 1}).expand_symint(sizes);
+    scores = at::cat({scores, column}, 3);
+  }
+  Tensor weights = at::softmax(scores, -1);
+  if (sinks) weights = weights.narrow_symint(3, 0, k.sym_size(2));
   if (attend.dropout_p > 0.0) {
     std::vector<c10::SymInt> sizes = weights.sym_sizes().vec();
     Tensor keep = dropout_keep_mask(*attend.seed, attend.dropout_p, sizes, attend.origin);

@@ -21,6 +21,7 @@ LayerSizes layer_sizes(const Constants& layer, std::optional<at::ScalarType> red
   sizes.bias_kv = layer.bias_kv != 0;
   sizes.concat = layer.concat != 0;
   sizes.whole_heads = layer.whole_heads != 0;
+  sizes.gated = layer.gated != 0;
   sizes.reduce_size = reduce_dtype ? int64_t(c10::elementSize(*reduce_dtype)) : 0;
   sizes.node = layer.node;
   sizes.activations = Activations(layer.activations);

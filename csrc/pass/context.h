@@ -30,6 +30,7 @@ struct Constants {
   int64_t bias_kv = 0;                                             // whether there is a bias_k and a bias_v
   int64_t whole_heads = 0;    // how the query side is stored: (H / m, d, D), not (H, E, D)
   int64_t concat = 0;         // combine="concat"
+  int64_t gated = 0;          // whether every query head has a gate of its output: q_weight has 2 h heads
   int64_t reduce_dtype = -1;  // an at::ScalarType, or -1: that of what is summed
   int64_t activations = 0;    // an Activations
   int64_t overlap = 1;        // chunks of the batch; 0: as the rates predict
@@ -62,6 +63,7 @@ inline constexpr Field<Constants, int64_t> kConstants[] = {
     {"bias_kv", &Constants::bias_kv},
     {"whole_heads", &Constants::whole_heads},
     {"concat", &Constants::concat},
+    {"gated", &Constants::gated},
     {"reduce_dtype", &Constants::reduce_dtype},
     {"activations", &Constants::activations},
     {"overlap", &Constants::overlap},

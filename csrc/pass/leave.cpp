@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 
 #include "../attend/with_weights.h"
+#include "../base/sizes.h"
 #include "../comm/hierarchical.h"
 #include "../comm/replicated.h"
 #include "attention_weights.h"
@@ -98,19 +99,22 @@ std::pair<Tensor, Tensor> seen_by(const Tensor& q, const Tensor& k, const Tensor
 
 // In chunks of the batch: while one is attended to, the one before moves and is summed.
 Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend, const OutWeights& out,
-             const Context& call, CacheLayer* cache) {
+             const After& after, const Context& call, CacheLayer* cache) {
   const Context context = sealed(call, attend, out);
   const auto [keys, values] = seen_by(q, k, v, attend, context, cache);
   check_layout(q, keys, values, context);
   const Attend whole = with_whole_mask(attend, context);
+  const auto sinks = own_sinks(after, fixed_size(q, 1), context);
   if (context.row.out == Move::merge) {
     auto [o, logsumexp] = attend_local(q, keys, values, whole, context, partial_attention);
-    return begin_combine(merge_out(o, logsumexp, context), out, context)();
+    add_sinks(o, logsumexp, sinks);
+    return begin_combine(merge_out(with_gate(o, after.gate, context), logsumexp, context), out, context)();
   }
   const Chunking chunks = context.leave_chunks(), here{chunks.count, 1};
   const auto qs = in_chunks(q, 0, here), ks = in_chunks(keys, 0, here), vs = in_chunks(values, 0, here);
   const bool one_mask = !whole.mask || whole.mask->sym_size(0) == 1;
   const auto masks = one_mask ? std::vector<Tensor>() : in_chunks(*whole.mask, 0, chunks);
+  const auto gates = after.gate ? in_chunks(*after.gate, 0, here) : std::vector<Tensor>();
   std::vector<Later<Tensor>> moving, combining;
   auto advance = [&] {
     bool more = false;
@@ -127,6 +131,8 @@ Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& at
     Attend options = whole;
     if (!one_mask) options.mask = masks[c];
     auto [o, logsumexp] = attend_local(qs[c], ks[c], vs[c], options, chunk, partial_attention);
+    add_sinks(o, logsumexp, sinks);
+    if (after.gate) o = with_gate(o, gates[c], context);
     moving.push_back(begin_move_out(o, chunk));
     if (c >= behind) combine(c - behind);
   }
@@ -138,14 +144,18 @@ Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& at
 }
 
 std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
-                                              const Attend& attend, const OutWeights& out,
+                                              const Attend& attend, const OutWeights& out, const After& after,
                                               const Context& call, bool average) {
   const Context context = sealed(call, attend, out);
   check_layout(q, k, v, context);
   TORCH_CHECK_VALUE(context.row.out != Move::merge,
                     "attention weights are not available with scheme 'position'");
-  auto [o, weights] =
-      attend_local(q, k, v, with_whole_mask(attend, context), context, attention_with_weights);
+  const auto sinks = own_sinks(after, fixed_size(q, 1), context);
+  auto core = [&](const Tensor& q, const Tensor& k, const Tensor& v, const Attend& options) {
+    return attention_with_weights(q, k, v, options, sinks);
+  };
+  auto [o, weights] = attend_local(q, k, v, with_whole_mask(attend, context), context, core);
+  o = with_gate(o, after.gate, context);
   Tensor y = begin_combine(begin_move_out(o, context)(), out, context)();
   return {y, gather_weights(weights, context, average)};
 }

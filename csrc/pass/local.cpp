@@ -43,15 +43,19 @@ Tensor whole_mask(Tensor mask, const Context& context) {
   return enter_replicated({mask}, over_grid(context.groups), context.reduce_dtype)[0];
 }
 
+int64_t first_head(int64_t heads, const Context& context) {
+  const bool own_heads = context.row.q == Move::keep && context.row.storage == Storage::whole_heads;
+  return heads * (own_heads ? context.head_group * context.sizes.m + context.slice : context.head_group);
+}
+
 std::tuple<Tensor, Tensor> attend_local(const Tensor& q, const Tensor& k, const Tensor& v, Attend attend,
                                         const Context& context, const Core& core) {
   const CallSizes<c10::SymInt>& s = context.sizes;
   attend = in_range(attend);
   const int64_t H = fixed_size(q, 1);  // of this rank
   const bool cyclic = context.row.k == Move::cyclic;
-  const bool own_heads = context.row.q == Move::keep && context.row.storage == Storage::whole_heads;
   const auto first_cyclic = cyclic ? context.first_cyclic(context.first_key) : c10::SymInt(0);
-  attend.origin[1] = own_heads ? H * (context.head_group * s.m + context.slice) : H * context.head_group;
+  attend.origin[1] = first_head(H, context);
   if (attend.mask) attend.mask = local_mask(*attend.mask, attend.origin[1], H, first_cyclic, context);
   if (attend.causal) attend.causal = *attend.causal - context.first_key - first_cyclic;
   if (cyclic) attend.key_stride = s.m;

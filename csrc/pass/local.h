@@ -16,6 +16,9 @@ using Core =
 // Raises ValueError, on all ranks alike, for one that does not fit.
 Tensor whole_mask(Tensor mask, const Context& context);
 
+// The first of the `heads` query heads that this rank attends with.
+int64_t first_head(int64_t heads, const Context& context);
+
 // attend.mask is a whole mask; attend.causal counts positions.
 std::tuple<Tensor, Tensor> attend_local(const Tensor& q, const Tensor& k, const Tensor& v, Attend attend,
                                         const Context& context, const Core& core);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../attend/partial_attention.h"
+#include "after.h"
 #include "cache.h"
 #include "context.h"
 #include "extra_keys.h"
@@ -42,12 +43,12 @@ struct OutWeights {
 // and v first, and all of its own are attended to. attend.mask is the whole call's, broadcastable to (B, h,
 // L, S) -> y (B, L, D), the same bits on every rank.
 Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend, const OutWeights& out,
-             const Context& context, CacheLayer* cache = nullptr);
+             const After& after, const Context& context, CacheLayer* cache = nullptr);
 
 // The same and the attention weights after dropout: (B, h, L, S), or their mean over the heads (B, L, S). A
 // row that sees no key is NaN, as in nn.MultiheadAttention with need_weights=True.
 std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
-                                              const Attend& attend, const OutWeights& out,
+                                              const Attend& attend, const OutWeights& out, const After& after,
                                               const Context& context, bool average);
 
 }  // namespace two_level_mha

@@ -23,8 +23,9 @@ struct LayerSizes {
   bool bias_kv = false;      // a trained key and value that every query sees
   bool concat = false;       // combine="concat"
   bool whole_heads = false;  // how the query side is stored
-  int64_t reduce_size = 0;   // bytes of an element of reduce_dtype; 0: those of the call
-  int64_t node = 1;          // ranks of a node, by the profile: profiles.h
+  bool gated = false;       // every query head has a gate of its output, projected and moved as one more head
+  int64_t reduce_size = 0;  // bytes of an element of reduce_dtype; 0: those of the call
+  int64_t node = 1;         // ranks of a node, by the profile: profiles.h
   Activations activations = Activations::replicated;
   int64_t overlap = 1;  // chunks to cut the batch into (schemes.h); 0: as many as are predicted to be fastest
 };
@@ -49,6 +50,7 @@ struct CallSizes {
   bool causal = false;
   bool concat = false;
   bool whole_heads = false;
+  bool gated = false;
   I position = 0;
 
   int64_t reduce_size = 0;
@@ -69,6 +71,8 @@ struct CallSizes {
   // Keys and values that this call projects: of tokens, and those that are moved.
   I given_keys() const { return S - position - extra_keys; }
   I moved_keys() const { return S - position; }
+  // Heads that the query side projects and moves.
+  int64_t q_heads() const { return gated ? 2 * H : H; }
   bool split() const { return activations != Activations::replicated && n * m > 1; }
   int64_t kdim() const { return key_dim > 0 ? key_dim : D; }
   int64_t vdim() const { return value_dim > 0 ? value_dim : D; }
@@ -89,6 +93,7 @@ CallSizes<I> call_sizes(const LayerSizes& layer, const Grid& grid, const CallSha
   s.causal = call.causal;
   s.concat = layer.concat;
   s.whole_heads = layer.whole_heads;
+  s.gated = layer.gated;
   s.position = call.position;
   s.reduce_size = layer.reduce_size;
   s.key_dim = layer.key_dim;

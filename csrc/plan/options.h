@@ -26,9 +26,9 @@ inline Memory memory_of(Scheme scheme, const CallSizes<Checked>& s) {
   const SchemeRow row = concrete_row(scheme, s);
   const Local<Checked> local = local_sizes(row, s);
   const int64_t E = s.d / s.m, h = s.n * s.H;
-  const int64_t projections = E * (s.D * s.H + (s.kdim() + s.vdim()) * s.K);
+  const int64_t projections = E * (s.D * s.q_heads() + (s.kdim() + s.vdim()) * s.K);
   const int64_t out = s.concat ? s.D * h * s.d : s.D * s.H * E;
-  const int64_t biases = s.bias ? E * (s.H + 2 * s.K) + s.D : 0;
+  const int64_t biases = s.bias ? E * (s.q_heads() + 2 * s.K) + s.D : 0;
   const Checked weights = projections + out + biases;
 
   const Checked queries = local.batch * local.heads * local.rows;

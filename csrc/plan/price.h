@@ -53,10 +53,10 @@ Work<I> forward_work(Scheme scheme, const CallSizes<I>& s) {
       s.causal ? local.keys - ceil_div(s.S - s.position, 2 * (row.k == Move::cyclic ? s.m : 1)) : local.keys;
   work.attention = local.batch * local.rows * seen * (2 * local.heads * (local.qk_width + local.v_width));
   work.out = traffic::tokens(row.y, s.L, s) * (2 * s.D * out_width);
-  work.projections = traffic::tokens(row.x, s.L, s) * (2 * s.D * s.H * width) +
+  work.projections = traffic::tokens(row.x, s.L, s) * (2 * s.D * s.q_heads() * width) +
                      traffic::tokens(row.x, s.given_keys(), s) * (2 * (s.kdim() + s.vdim()) * s.K * width) +
                      work.out;
-  const int64_t weights = width * (s.D * s.H + (s.kdim() + s.vdim()) * s.K) + s.D * out_width;
+  const int64_t weights = width * (s.D * s.q_heads() + (s.kdim() + s.vdim()) * s.K) + s.D * out_width;
   work.read =
       local.batch * local.keys * (local.kv_heads * (local.qk_width + local.v_width) * s.element_size) +
       weights * s.element_size;

@@ -196,15 +196,15 @@ void add_exchanges(Traffic<I>& rows, const SchemeRow& row, const CallSizes<I>& s
   const int64_t E = s.d / s.m, others = s.m - 1, each = s.element_size * others;
   const bool zigzag = zigzag_rows(row, s.causal);
   if (row.w == Move::replicate) {
-    const int64_t blocks = E * (s.H * s.D + s.K * (s.kdim() + s.vdim()));
-    const int64_t biases = E * (s.bias ? s.H + 2 * s.K : 0) + E * (s.bias_kv ? 2 * s.K : 0);
+    const int64_t blocks = E * (s.q_heads() * s.D + s.K * (s.kdim() + s.vdim()));
+    const int64_t biases = E * (s.bias ? s.q_heads() + 2 * s.K : 0) + E * (s.bias_kv ? 2 * s.K : 0);
     rows.push_back({"weights", Axis::slice, I(blocks * each), 1, biases * each});
     if (!s.concat) rows.push_back({"output weights", Axis::slice, I(E * s.H * s.D * each), 1});
     if (row.k == Move::replicate)
       rows.push_back({"move in", Axis::slice,
                       s.B * shard_rows(s.given_keys(), s.m, zigzag) * (2 * s.K * s.d * each), 1});
   } else if (row.q != Move::keep || row.k != Move::keep) {
-    const I sent = part(row.q, s.H, s.L, s, zigzag) + part(row.k, s.K, s.moved_keys(), s, zigzag) +
+    const I sent = part(row.q, s.q_heads(), s.L, s, zigzag) + part(row.k, s.K, s.moved_keys(), s, zigzag) +
                    part(row.v, s.K, s.moved_keys(), s, zigzag);
     rows.push_back({"move in", Axis::slice, sent * each, enter_chunks(row, s).count, 0, /*enters=*/true});
   }

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from two_level_mha.adapters import Adapter, adapters_with
 from two_level_mha.errors import GridError
 from two_level_mha.families import FAMILIES
-from two_level_mha.integrations.forms import cache_name, is_known_linear
+from two_level_mha.integrations.forms import cache_name, is_cross, is_known_linear
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
 from two_level_mha.layer import GridAttention
@@ -219,10 +219,11 @@ def _find(
             )
         one = _found(module, parent, adapter, uses[module], name)
         unlike = _unlike(one, module in generates)
-        if unlike and module in gathers and not _not_gathered(module, owners):
-            attentions.gathered[name] = module, unlike
-        elif problem := _problem(one, owners) or unlike:
+        gathered = unlike is not None and module in gathers
+        if problem := _not_gathered(module, owners) if gathered else _problem(one, owners) or unlike:
             raise GridError(f"{where} is not supported: {problem}")
+        if gathered:
+            attentions.gathered[name] = module, unlike
         else:
             attentions.found.append(one)
     if not (attentions.found or attentions.gathered):
@@ -279,7 +280,7 @@ def _problem(one: Found, owners: dict[int, list[str]]) -> str | None:
 
 def _unlike(one: Found, generates: bool) -> str | None:
     """What a module has that the adapter of its structure has not, or None. generates: whether its model does."""
-    if "CrossAttention" in type(one.module).__name__ or getattr(one.module, "is_cross_attention", False):
+    if is_cross(one.module, one.name):
         return "it is cross-attention"
     if generates and cache_name(one.module) is not None and not one.adapter.cached:
         return "it is called with a KV cache"

@@ -30,6 +30,7 @@ def layer_numbers(
     bias_kv: bool,
     whole_heads: bool,
     concat: bool,
+    gated: bool = False,
     reduce_dtype: torch.dtype | None,
     activations: str = "replicated",
     overlap: int | None = 1,
@@ -38,7 +39,7 @@ def layer_numbers(
     grid = place.grid
     return [
         grid.head_groups, grid.slices, place.head_group, place.slice, num_heads, num_kv_heads, head_dim, embed_dim,
-        key_dim, value_dim, int(bias), int(out_bias), int(bias_kv), int(whole_heads), int(concat),
+        key_dim, value_dim, int(bias), int(out_bias), int(bias_kv), int(whole_heads), int(concat), int(gated),
         -1 if reduce_dtype is None else _C.scalar_type(reduce_dtype), ACTIVATIONS.index(activations),
         0 if overlap is None else overlap, *rates,
     ]  # fmt: skip

@@ -48,9 +48,10 @@ def parallelize(
 ) -> Model:
     """Replaces every supported attention of `model` by its split form, in place; returns the model.
 
-    Supported: nn.MultiheadAttention, and transformers' BERT, RoBERTa, ViT, GPT-2 and Llama attention and what has their
-    shape (of Llama: Mistral, Mixtral, Qwen2, Qwen3, Gemma and others), model.generate() included. A replacement must
-    give the original's numbers on a small random input, once per class and configuration, or GridError names it.
+    Supported: nn.MultiheadAttention, and transformers' self-attention, of decoders and encoders, whose parts are called
+    as in integrations/forms.py (Llama, Qwen, Gemma, GPT-2, OPT, Phi, GPT-NeoX, Falcon, Bloom, OLMo, gpt-oss, BERT, ViT,
+    CLIP and many others), model.generate() included. A replacement must give the original's numbers on a small random
+    input, once per class and configuration.
     rest: also split over the flattened grid what is not attention: a transformers model by its own tensor-parallel plan
     and transformers' code (MLPs, experts, embeddings unless tied, head); where there is no plan, the MLPs of
     nn.TransformerEncoderLayer / DecoderLayer, BERT and ViT by torch's ColwiseParallel and RowwiseParallel, where P

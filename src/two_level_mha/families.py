@@ -35,8 +35,9 @@ def _replace_mha(mha: nn.MultiheadAttention, projections, paths, mesh, **options
 
 
 # Parameters of transformers' modules besides those of projections.
-_PARTS = tuple(
-    f"{name}.{part}" for name in (*sum(forms.NORMS.values(), ()), forms.OUTPUT_NORM) for part in ("weight", "bias")
+_PARTS = (
+    forms.SINKS,
+    *(f"{name}.{part}" for name in (*sum(forms.NORMS.values(), ()), forms.OUTPUT_NORM) for part in ("weight", "bias")),
 )
 
 FAMILIES = (

@@ -61,7 +61,8 @@ class GridAttention(nn.Module):
 
     Parameters, logical shapes: q_weight (h, d, D), k_weight (k, d, Dk), v_weight (k, d, Dv), out_weight (D, h, d),
     q_bias (h, d), k_bias and v_bias (k, d), bias_k and bias_v (k, d) or None, out_bias (D,). Without a mesh they are
-    plain parameters, with one DTensors on ("head", "slice").
+    plain parameters, with one DTensors on ("head", "slice"). gated: every query head has a gate of its output behind
+    it, so that q_weight is (2 h, d, D) and q_bias (2 h, d).
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class GridAttention(nn.Module):
         profile: Profile | str | os.PathLike | None = None,
         activations: str = "replicated",
         overlap: int | None = None,
+        gated: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # a subclass may also inherit from the class it replaces, whose __init__ must not run
         check_options(scheme, combine)
@@ -91,7 +93,7 @@ class GridAttention(nn.Module):
         self.mesh = mesh
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scheme, self.combine, self.debug, self.reduce_dtype = scheme, combine, debug, reduce_dtype
-        self.activations, self.overlap = activations, overlap
+        self.activations, self.overlap, self.gated = activations, overlap, gated
         self.projection_names: dict[str, str] = {}  # letter -> child that stands for a projection, for adapters
         self.stream: Stream | None = None  # of a model whose hidden states are split, which knows what of
         self.profile = resolve_profile(profile, "cpu" if mesh is None else mesh.device_type)
@@ -126,6 +128,7 @@ class GridAttention(nn.Module):
             bias_kv="bias_k" in held,
             whole_heads=self.whole_heads,
             concat=self.combine == "concat",
+            gated=self.gated,
             reduce_dtype=self.reduce_dtype,
             activations=activations,
             overlap=self.overlap,
@@ -199,6 +202,7 @@ class GridAttention(nn.Module):
         rows: list[Tensor] | None = None,
         shared: list[Tensor] | None = None,
         between: Between | None = None,
+        sinks: Tensor | None = None,
         cache: CacheLayer | None = None,
         call: CachedCall = NO_CACHE,
     ) -> tuple[Tensor, Tensor | None]:
@@ -212,6 +216,8 @@ class GridAttention(nn.Module):
         rows: tensors (B or 1, 1, L, ..) that go with the tokens: the Aside has those of q's rows and those of k's.
         shared: parameters that every rank holds and `between` uses for its own rows and heads: the Aside has them with
         the sum over the grid as their gradient.
+        sinks: (h,), of each head the logit of one key more, whose value is zero. A gated layer multiplies attention's
+        output by the sigmoid of its gate.
         cache: takes the new keys and values, and all of its own are attended to; call: what its begin() said.
         """
         # nn.Module finds parameters by a slow path; pruned and parametrized ones are attributes
@@ -219,6 +225,9 @@ class GridAttention(nn.Module):
         *weights, out_weight, out_bias = local_blocks(
             [p[name] if name in p else getattr(self, name) for name in SHARDED_DIMS]
         )
+        after: list[Tensor] = []  # of the output, for `leave`: the gate, the sinks
+        if self.gated or sinks is not None:
+            shared, between = self._with_after(sinks, shared, between, after)
         adapted = low_rank(self) if self.projection_names else None
         if adapted is not None:
             out_weight, out_bias = adapted.widened(out_weight, out_bias)
@@ -260,12 +269,12 @@ class GridAttention(nn.Module):
             )  # fmt: skip
             attention_weights = None
             if need_weights:
-                y, attention_weights = _ops.leave_with_weights(*arguments, average_attn_weights, seal)
+                y, attention_weights = _ops.leave_with_weights(*arguments, average_attn_weights, seal, after or None)
             elif cache is None:
-                y = _ops.leave(*arguments, seal)
+                y = _ops.leave(*arguments, seal, after or None)
             else:
                 cache.check_new(k)
-                y, *kept = _ops.leave_with_cache(*arguments, cache.memory, cache.numbers(), seal)
+                y, *kept = _ops.leave_with_cache(*arguments, cache.memory, cache.numbers(), seal, after or None)
                 cache.keep(*kept)
             return y if adapted is None else adapted.finished(y), attention_weights
         except torch.distributed.DistError as error:
@@ -280,6 +289,22 @@ class GridAttention(nn.Module):
         finally:
             if number is not None and not torch.compiler.is_compiling():
                 self.calls.end()
+
+    def _with_after(
+        self, sinks: Tensor | None, shared: list[Tensor] | None, between: Between | None, after: list[Tensor]
+    ) -> tuple[list[Tensor] | None, Between]:
+        """`shared` and `between` of a call that takes out of them, into `after`, what acts on attention's output."""
+
+        def take(q: Tensor, k: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
+            if self.gated:
+                q, gate = q.unflatten(1, (-1, 2)).unbind(2)
+                after.append(gate)
+            if sinks is not None:
+                after.append(aside.shared[-1])
+                aside = aside._replace(shared=aside.shared[:-1])
+            return (q, k, v) if between is None else between(q, k, v, aside)
+
+        return (shared if sinks is None else [*(shared or ()), sinks]), take
 
     def _begin(self, how: tuple, sizes: list[int], need_weights: bool, average: bool, query: Tensor) -> int | None:
         """Begins a call that the ranks compare: what its exchanges carry, 0 where they do not. None: no such call."""

@@ -69,6 +69,11 @@ FORMS = {
     "hunyuan": ("HunYuanDenseV1Config", {"head_dim": 8}),
     "cohere": ("CohereConfig", {"use_qk_norm": True}),
     "olmo2": ("Olmo2Config", {}),
+    "gpt oss": ("GptOssConfig", {"head_dim": 8, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+                                 "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "qwen3 next": ("Qwen3NextConfig", {"head_dim": 16, "layer_types": ["full_attention"] * 3, "num_experts": 4,
+                                       "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                                       "shared_expert_intermediate_size": 16}),
     "olmo3": ("Olmo3Config", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
                               "num_hidden_layers": 4}),
 }  # fmt: skip

@@ -15,7 +15,7 @@ import two_level_mha as tlm
 from two_level_mha.integrations.tp_plan import SharedForward
 
 DECODERS = ("llama", "gemma", "mixtral", "qwen3 moe")  # an own head, a tied one, fused experts
-GATHERED = ("deepseek_v3", "gpt_oss", "phi3")  # what of them is split keeps its own code
+GATHERED = ("deepseek_v3", "diffllama")  # what of them is split keeps its own code
 
 
 def outputs(model: nn.Module) -> torch.Tensor:

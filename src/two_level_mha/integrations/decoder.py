@@ -54,6 +54,8 @@ class DecoderAttention(ProjectedAttention):
             settings = {"need_weights": need_weights, "dropout_p": dropout_p}
             if past is None:
                 return settings
+            if self.scheme == "independent":
+                raise UsageRuntimeError("scheme 'independent' has no KV cache: call with use_cache=False")
             layer = split_layer(past, self.layer_idx, self.place, layout)
             check_dropout(layer, dropout_p)
             call = layer.next_call(B, L)
@@ -95,7 +97,7 @@ class DecoderAttention(ProjectedAttention):
 def _check_options(original: nn.Module, scheme: str) -> None:
     """Raises GridError for what the config says and a split attention has not."""
     config = getattr(original, "config", None)
-    if scheme == "independent":
+    if scheme == "independent" and getattr(original, "is_causal", True):
         raise GridError("scheme 'independent' has no KV cache, with which such a model is called; take another")
     clip = getattr(config, "clip_qkv", None)
     if clip is not None:  # a trial's numbers may be too small for it

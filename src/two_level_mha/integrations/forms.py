@@ -4,7 +4,8 @@ What is found here is a claim. The trial on a random copy (attentions.py) decide
 """
 
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -32,6 +33,9 @@ HEAD_DIMS = ("head_dim", "attention_head_size", "head_size")
 HEADS = ("num_attention_heads", "num_heads", "n_heads")
 SCALES = ("scaling", "scale", "inv_norm_factor")
 SOFTCAP = "attn_logit_softcapping"
+SINKS = "sinks"  # (h,)
+# A function beside the module: of position_ids, a rate and a length of the config, what queries are multiplied with.
+TEMPERATURE = "get_llama_4_attn_scale"
 
 # Dropout of attention weights: an nn.Dropout or a probability; and of the output: an nn.Dropout.
 WEIGHTS_DROPOUT = ("dropout", "attention_dropout", "attn_dropout")
@@ -43,6 +47,7 @@ BIASES = ("alibi", "position_bias")  # of the scores
 # Arguments that mean something to a call, and those that a call without them goes like; no others are known.
 ARGUMENTS = {"hidden_states", "attention_mask", "position_embeddings", "residual", *CACHES, *BIASES}
 OTHERS = {"output_attentions", "use_cache", "position_ids", "cache_position", "is_causal"}
+CROSS_NAMES = ("encoder_attn", "encdec", "enc_dec")
 # Of cross-attention, which it is not; given all the same, they are refused.
 CROSS = ("encoder_hidden_states", "encoder_attention_mask", "key_value_states")
 
@@ -79,9 +84,13 @@ def unknown_argument(module: nn.Module) -> str | None:
     for name in named:
         if name not in (*ARGUMENTS, *OTHERS, *CROSS):
             return f"it takes an argument that is not known: {name}"
-    if "position_ids" in named and named["position_ids"].default is not None:
-        return "it is always called with position_ids"
-    return None
+    required = "position_ids" in named and named["position_ids"].default is not None
+    return "it is always called with position_ids" if required and temperature_of(module) is None else None
+
+
+def temperature_of(module: nn.Module) -> Callable | None:
+    """What gives the factors of its queries, if it has any."""
+    return getattr(sys.modules[type(module).__module__], TEMPERATURE, None)
 
 
 def _looks_like(module: nn.Module, parent: nn.Module | None) -> bool:
@@ -94,14 +103,21 @@ def cache_name(module: nn.Module) -> str | None:
 
 
 def is_decoder(module: nn.Module, parent: nn.Module | None) -> bool:
-    """Whether a module is causal attention that is called with a KV cache."""
-    causal = getattr(module, "layer_idx", None) is not None and getattr(module, "is_causal", True)
-    return _looks_like(module, parent) and causal and cache_name(module) is not None
+    """Whether a module is attention that may be called with a KV cache."""
+    cached = getattr(module, "layer_idx", None) is not None and cache_name(module) is not None
+    return _looks_like(module, parent) and cached
 
 
 def is_encoder(module: nn.Module, parent: nn.Module | None) -> bool:
     """Whether a module is attention that is called without one."""
     return _looks_like(module, parent) and not is_decoder(module, parent)
+
+
+def is_cross(module: nn.Module, name: str) -> bool:
+    """Whether a module is attention to other states than its own: by its class, an attribute, or what it is called."""
+    called = type(module).__name__.lower(), name.rpartition(".")[2].lower()
+    by_name = "crossattention" in called[0] or "cross" in called[1] or called[1].startswith(CROSS_NAMES)
+    return by_name or bool(getattr(module, "is_cross_attention", False))
 
 
 def first_of(module: nn.Module, names: tuple[str, ...]) -> object:
@@ -120,9 +136,14 @@ def heads_of(original: nn.Module, projections: dict[str, nn.Module]) -> tuple[in
     h = widths["o"] // d
     rest = widths["qkv"] - h * d if "qkv" in widths else widths["k"] + widths["v"]
     fits = widths["o"] == h * d and rest % (2 * d) == 0 and rest > 0
-    if not fits or ("q" in widths and (widths["q"] != h * d or widths["k"] != widths["v"])):
+    if not fits or ("q" in widths and (widths["q"] not in (h * d, 2 * h * d) or widths["k"] != widths["v"])):
         raise GridError(f"widths of the projections, {widths}, do not fit {h} heads of {d}")
     return h, rest // (2 * d), d
+
+
+def is_gated(projections: dict[str, nn.Module]) -> bool:
+    """Whether its projection of q has for each head a gate of the output behind the query."""
+    return "q" in projections and features_of(projections["q"])[1] == 2 * features_of(projections["o"])[0]
 
 
 def names_of(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from two_level_mha.errors import GridError
-from two_level_mha.integrations.forms import NORMS
+from two_level_mha.integrations.forms import NORMS, temperature_of
 from two_level_mha.layer import Aside
 from two_level_mha.low_rank import Cut
 
@@ -26,7 +26,7 @@ class Positioned:
     """
 
     def use_positions(self, original: nn.Module, rotates: bool, norms_last: bool) -> None:
-        self.rotary = _rotary(original) if rotates else None
+        self.rotary, self.temperature = _rotary(original) if rotates else None, temperature_of(original)
         self.rotary_width, self.norms_last = rotary_width(original, self.head_dim), norms_last
         self.norm_names: dict[str, str] = {}  # letter -> child
         for letter, names in NORMS.items():
@@ -36,6 +36,17 @@ class Positioned:
                 self.add_module(name, getattr(original, name))
                 self._check_norm(letter)
         self.fused = self.fused_form(self.rotary_width)
+
+    def rows_of(self, given: dict) -> list[Tensor] | None:
+        """What goes with the tokens of a call: cos and sin, then the factors of the queries."""
+        angles = given.get("position_embeddings")
+        unrotated = self.rotary is None or angles is None  # a model may leave them out by its config
+        rows = [] if unrotated else [x.unsqueeze(1) for x in angles]
+        if self.temperature is not None:
+            parameters = self.config.rope_parameters
+            names = "llama_4_scaling_beta", "original_max_position_embeddings"
+            rows.append(self.temperature(given["position_ids"], *(parameters.get(name) for name in names)))
+        return rows or None
 
     def norms(self) -> list[nn.Module]:
         """Those of queries and of keys that the model has."""
@@ -60,15 +71,17 @@ class Positioned:
         return self._rotated(*self._normed(q_BHLd, k_BKSd, aside), aside)
 
     def _rotated(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
-        if self.rotary is None or not aside.q_rows:
-            return q_BHLd, k_BKSd
-        q, k = q_BHLd[..., : self.rotary_width], k_BKSd[..., : self.rotary_width]
-        q = self.rotary(q, q[:, :0], *(x.squeeze(1) for x in aside.q_rows))[0]
-        k = self.rotary(k[:, :0], k, *(x.squeeze(1) for x in aside.k_rows))[1]
-        if self.rotary_width == self.head_dim:
-            return q, k
-        rest = slice(self.rotary_width, None)
-        return torch.cat([q, q_BHLd[..., rest]], -1), torch.cat([k, k_BKSd[..., rest]], -1)
+        q, k = q_BHLd, k_BKSd
+        if self.rotary is not None and len(aside.q_rows) >= 2:
+            q, k = q[..., : self.rotary_width], k[..., : self.rotary_width]
+            q = self.rotary(q, q[:, :0], *(x.squeeze(1) for x in aside.q_rows[:2]))[0]
+            k = self.rotary(k[:, :0], k, *(x.squeeze(1) for x in aside.k_rows[:2]))[1]
+            if self.rotary_width < self.head_dim:
+                rest = slice(self.rotary_width, None)
+                q, k = torch.cat([q, q_BHLd[..., rest]], -1), torch.cat([k, k_BKSd[..., rest]], -1)
+        if self.temperature is not None:
+            q = q * aside.q_rows[-1].to(q.dtype)
+        return q, k
 
     def _normed(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
         shared, xs = iter(aside.shared), {"q": q_BHLd, "k": k_BKSd}
@@ -128,7 +141,7 @@ class Positioned:
         """
         norms = self.norms()
         single = all(len(list(norm.parameters())) == 1 and _weight_shape(norm) == (self.head_dim,) for norm in norms)
-        if len(norms) == 1 or not single or self.rotary is None:
+        if len(norms) == 1 or not single or self.rotary is None or self.temperature is not None:
             return None
         draw = torch.Generator(device="cpu").manual_seed(0)
 

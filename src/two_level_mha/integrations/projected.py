@@ -41,7 +41,8 @@ class ProjectedAttention(Positioned, GridAttention):
         **options,
     ) -> None:
         h, k, d = forms.heads_of(original, projections)
-        super().__init__(num_heads=h, num_kv_heads=k, head_dim=d, mesh=mesh, **options)
+        gated = forms.is_gated(projections)
+        super().__init__(num_heads=h, num_kv_heads=k, head_dim=d, mesh=mesh, gated=gated, **options)
         self.config = getattr(original, "config", None)  # Bloom's and MPNet's attention has none: masks are additive
         self.scaling = forms.scale_of(original, d)
         self.is_causal = getattr(original, "is_causal", False)
@@ -58,6 +59,9 @@ class ProjectedAttention(Positioned, GridAttention):
         trained = {name: state[stock.key].requires_grad for name, stock in self.stock_names.items()}
         self.store(from_stock({key: p.detach() for key, p in state.items()}, self.stock_names), trained)
         take_stock_keys(self)
+        sinks = getattr(original, forms.SINKS, None)
+        if sinks is not None:
+            self.register_parameter(forms.SINKS, sinks)
         self.use_positions(original, rotates, norms_last)
 
     def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
@@ -122,16 +126,15 @@ class ProjectedAttention(Positioned, GridAttention):
 
     def between_of(self, given: dict) -> dict[str, object]:
         """What acts on queries and keys, as arguments of `attend`."""
-        angles = given.get("position_embeddings")
-        unrotated = self.rotary is None or angles is None  # a model may leave them out by its config
 
         def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
             return *self.positioned(q_BHLd, k_BKSd, aside), v
 
         return {
-            "rows": None if unrotated else [x.unsqueeze(1) for x in angles],
+            "rows": self.rows_of(given),
             "shared": [p for norm in self.norms() for p in norm.parameters()] or None,
             "between": between,
+            "sinks": self._parameters.get(forms.SINKS),
         }
 
     def finished(self, y_BLD: Tensor, given: dict) -> Tensor:
