@@ -80,6 +80,7 @@ FORMS = {
 
 
 EXACT = {"exact": True}
+EAGER_ONLY = ("bloom", "gpt oss")
 
 
 class Norm(nn.Module):
@@ -114,6 +115,7 @@ def make(
     """
     config = make_config(name, **changes)
     config._experts_implementation = "eager"  # the default takes no float64
+    implementation = "eager" if name in EAGER_ONLY else implementation
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(dtype).eval()
     for p in model.parameters():

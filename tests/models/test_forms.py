@@ -21,50 +21,54 @@ from two_level_mha.layer import GridAttention
 from two_level_mha.stock import StockTensor, put
 
 ONE_GROUP = ("falcon 7b", "bigcode")  # of one key/value head
-FLOAT32 = {"bloom": 2e-6, "cohere": 1e-5}  # which round to it: their softmax, their norms
-LIMITS = dict.fromkeys(FORMS, 1e-10) | FLOAT32
+IN_FLOAT32 = ("bloom",)  # stock's softmax of float64 masks gives NaN
+LIMITS = dict.fromkeys(FORMS, 1e-10) | {"bloom": 5e-5, "cohere": 1e-6}  # whose norms round to float32
 GROUPED = [name for name in FORMS if name not in ONE_GROUP]
 PACKED = ("phi3", "gpt neox", "falcon 40b", "bloom", "persimmon")
 EVERY_KIND = ("opt", "phi with norms", "gpt neox", "falcon 40b", "bloom", "olmo2", "cohere", "gpt oss", "qwen3 next")
+TIMEOUT = 400
 
 
-def within(found: list[dict[str, list[float]]]) -> None:
-    for per_model in found:
-        for name, errors in per_model.items():
-            check([{name: errors}], LIMITS[name])
+def compare(pool, function, ranks: int, names, *args) -> None:
+    """logits_off or gradients_off of every model, within its limit."""
+    for own, options in ((False, EXACT), (True, {"dtype": torch.float32})):
+        some = [name for name in names if (name in IN_FLOAT32) == own]
+        for per_model in pool.run(function, ranks, some, *args, options, timeout=TIMEOUT) if some else ():
+            for name, errors in per_model.items():
+                check([{name: errors}], LIMITS[name])
 
 
 @pytest.mark.parametrize("cache", ["position", "batch"])
 @pytest.mark.parametrize("names", [GROUPED[:9], GROUPED[9:]])
 def test_logits(pool, names, cache):
     """T. Localises: the names and shapes of a family, its arguments and masks, per family."""
-    within(pool.run(logits_off, 4, names, (2, 2), {"cache": cache}, EXACT, timeout=400))
+    compare(pool, logits_off, 4, names, (2, 2), {"cache": cache})
 
 
 @pytest.mark.parametrize("scheme", ["auto", "heads"])
 def test_logits_of_one_group(pool, scheme):
     """T. Localises: one key/value head, of a fused projection, on four slices: keys that ranks hold alike."""
-    within(pool.run(logits_off, 4, [*ONE_GROUP, "olmo2", "qwen3 next"], (1, 4), {"scheme": scheme}, EXACT, timeout=400))
+    compare(pool, logits_off, 4, [*ONE_GROUP, "olmo2", "qwen3 next"], (1, 4), {"scheme": scheme})
 
 
 @pytest.mark.parametrize("scheme", ["slices", "sequence", "batch", "heads", "weights"])
 def test_schemes(pool, scheme):
     """T. Localises: sums over the heads of a norm, sinks and gates, where a scheme puts heads and rows elsewhere."""
     names = ("olmo2", "cohere", "gpt oss", "qwen3 next")
-    within(pool.run(logits_off, 4, names, (2, 2), {"scheme": scheme}, EXACT, timeout=400))
-    within(pool.run(gradients_off, 4, names, (2, 2), False, {"scheme": scheme}, timeout=400))
+    compare(pool, logits_off, 4, names, (2, 2), {"scheme": scheme})
+    compare(pool, gradients_off, 4, names, (2, 2), False, {"scheme": scheme})
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_gradients(pool, use_cache):
     """T. Localises: gradients of parts of a fused tensor, of a norm's shared sum, of sinks, of what is added."""
-    within(pool.run(gradients_off, 4, EVERY_KIND, (2, 2), use_cache, {}, timeout=400))
+    compare(pool, gradients_off, 4, EVERY_KIND, (2, 2), use_cache, {})
 
 
 def test_gradients_on_other_grids(pool):
     """T. Localises: the same, over one axis alone."""
     for grid in ((2, 1), (1, 2)):
-        within(pool.run(gradients_off, 2, EVERY_KIND, grid, True, {"cache": "batch"}, timeout=400))
+        compare(pool, gradients_off, 2, EVERY_KIND, grid, True, {"cache": "batch"})
 
 
 def tokens_off(names, grid, options):
@@ -72,7 +76,8 @@ def tokens_off(names, grid, options):
     ids, keep = prompt()
     wrong = []
     for name in names:
-        models = pair(name, grid, tuple(EXACT.items()), **options)
+        make_options = {"dtype": torch.float32} if name in IN_FLOAT32 else EXACT
+        models = pair(name, grid, tuple(make_options.items()), **options)
         given = {"attention_mask": keep, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
         if not torch.equal(*(model.generate(ids, **given) for model in models)):
             wrong.append(name)
@@ -82,7 +87,7 @@ def tokens_off(names, grid, options):
 @pytest.mark.parametrize("cache", ["position", "batch"])
 def test_greedy(pool, cache):
     """E. Localises: one query at a time against a cache: ALiBi of all its keys, sinks that ranks share."""
-    assert pool.run(tokens_off, 4, EVERY_KIND, (2, 2), {"cache": cache}, timeout=400) == [[]] * 4
+    assert pool.run(tokens_off, 4, EVERY_KIND, (2, 2), {"cache": cache}, timeout=TIMEOUT) == [[]] * 4
 
 
 def split_activations(names):
@@ -108,7 +113,8 @@ def split_activations(names):
 
 def test_split_activations(pool):
     """T. Localises: sums over heads, sinks and gates where rows or sequences come split."""
-    within(pool.run(split_activations, 4, ["olmo2", "gpt oss", "phi3"], timeout=400))
+    for found in pool.run(split_activations, 4, ["olmo2", "gpt oss", "phi3"], timeout=TIMEOUT):
+        check([found], 1e-10)
 
 
 def stored(name, grid, folder):
@@ -165,7 +171,8 @@ DROPPED = {
 
 
 def dropped(name: str) -> float:
-    stock = make(name, exact=True, **DROPPED[name]).train()
+    dtype = torch.float32 if name in IN_FLOAT32 else torch.float64
+    stock = make(name, dtype, exact=True, **DROPPED[name]).train()
     ours = tlm.parallelize(copy.deepcopy(stock), mesh((2, 2)), rest=False)
     assert tlm.report(ours).attentions and not tlm.report(ours).gathered
     ids, keep = prompt()
@@ -272,4 +279,5 @@ def test_encoders(pool, kind):
     """T. Localises: names, a position bias, a norm inside, rotary embedding and windows of encoders."""
     for grid, options in (((2, 2), {}), ((1, 4), {"rest": False, "scheme": "sequence"})):
         for found in pool.run(encoder_off, 4, kind, grid, options, timeout=120):
-            assert max(found.values()) <= 1e-10, found
+            limit = 1e-7 if kind == "ModernBertModel" else 1e-10  # which rotates in float32
+            assert max(found.values()) <= limit, found

@@ -142,6 +142,6 @@ def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple,
             if takes_additive(original):
                 mask = additive(mask, dtype)
         given = {name: of_rows(name, x, first, end) for name, x in whole.items()}
-        return (), given | {"attention_mask": mask, forms.cache_name(original): past}
+        return (given.pop("hidden_states"),), given | {"attention_mask": mask, forms.cache_name(original): past}
 
     return [call(0, 6, keep, None), call(0, 4, keep, cache), call(4, 6, keep, cache), call(0, 6, None, None)]

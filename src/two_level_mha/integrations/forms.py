@@ -94,7 +94,7 @@ def temperature_of(module: nn.Module) -> Callable | None:
 
 
 def _looks_like(module: nn.Module, parent: nn.Module | None) -> bool:
-    return paths_of(module, parent) is not None and "hidden_states" in parameters_of(module)
+    return paths_of(module, parent) is not None and next(iter(parameters_of(module)), None) == "hidden_states"
 
 
 def cache_name(module: nn.Module) -> str | None:

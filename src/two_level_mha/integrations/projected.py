@@ -194,7 +194,8 @@ def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict
 def probe_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
     """A small batch of two with a padding mask, as transformers would call the module, and without a mask."""
     given = random_arguments(original, 5, dtype)
+    hidden = (given.pop("hidden_states"),)
     keep_B11S = torch.ones(2, 1, 1, 5, dtype=torch.bool)
     keep_B11S[1, ..., 3:] = False
     mask = additive(keep_B11S, dtype) if takes_additive(original) else keep_B11S
-    return [((), given | {"attention_mask": mask}), ((), given | {"attention_mask": None})]
+    return [(hidden, given | {"attention_mask": mask}), (hidden, given | {"attention_mask": None})]
