@@ -220,6 +220,17 @@ def test_bytes_are_the_table(pool, grid):
             assert total(backward) == size * (around + input_gradient(case, n, m)), ("backward", rank, case)
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+def test_gates(pool, grid):
+    """E. Localises: gates that are moved apart from the queries, or are not counted."""
+    n, m = grid
+    cases = [case for case in cases_for(n, m) if case.scheme != "independent" and case.keys is None]
+    cases = [replace(case, gated=True) for case in cases]
+    for rank, per_case in enumerate(pool.run(sent, n * m, n, m, cases, timeout=240)):
+        for case, (found, _) in zip(cases, per_case, strict=True):
+            assert found == table(case.scheme, call_of(case, n, m, gated=True), m), (rank, case)
+
+
 # collectives around attention and of combine="reduce", "concat", on a grid with both axes
 NUMBERS = {
     "independent": (0, 1, 2),

@@ -42,6 +42,8 @@ class Case:
     softcap: float = 0.0
     dropout: float = 0.0
     extra_keys: bool = False  # add_bias_kv and add_zero_attn
+    gated: bool = False  # and with sinks of the heads; without masks, windows and dropout
+    sinks: bool = False
     bias: bool = True
     batch_first: bool = True
     dtype: torch.dtype = torch.float64
@@ -88,6 +90,7 @@ def decided(case: Case, at: Place, *, scheme: str | None = None, position: int =
         whole_heads=case.whole_heads,
         concat=case.combine == "concat",
         reduce_dtype=case.reduce_dtype,
+        gated=case.gated,
     )
     text = constants(
         layer,
@@ -103,11 +106,14 @@ def decided(case: Case, at: Place, *, scheme: str | None = None, position: int =
 
 def make_weights(case: Case) -> dict[str, Tensor]:
     h, k, d, D = case.heads, case.kv_heads, case.head_dim, case.embed_dim
-    shapes = {"q_weight": (h, d, D), "k_weight": (k, d, D), "v_weight": (k, d, D), "out_weight": (D, h, d)}
+    queries = 2 * h if case.gated else h
+    shapes = {"q_weight": (queries, d, D), "k_weight": (k, d, D), "v_weight": (k, d, D), "out_weight": (D, h, d)}
     if case.bias:
-        shapes |= {"q_bias": (h, d), "k_bias": (k, d), "v_bias": (k, d), "out_bias": (D,)}
+        shapes |= {"q_bias": (queries, d), "k_bias": (k, d), "v_bias": (k, d), "out_bias": (D,)}
     if case.extra_keys:
         shapes |= {"bias_k": (k, d), "bias_v": (k, d)}
+    if case.sinks:
+        shapes |= {"sinks": (h,)}
     return {name: random(shape, case.dtype) / shape[-1] ** 0.5 for name, shape in shapes.items()}
 
 
@@ -170,6 +176,8 @@ def whole(case: Case, m: int = 1, seed: int = 0) -> dict[str, Tensor]:
     leaf = leaves(weights, inputs, mask)
     xs = [leaf[name] for name in ("query", "key", "value") if name in leaf]
     xs = xs * 3 if len(xs) == 1 else xs
+    if case.gated or case.sinks:
+        return finish(with_after(case, xs[0], leaf), weight, leaf)
     keep = None
     if case.dropout:
         sizes = [case.batch, case.heads, case.length, case.all_keys]
@@ -189,6 +197,27 @@ def whole(case: Case, m: int = 1, seed: int = 0) -> dict[str, Tensor]:
         keep_BHLS=keep,
     )
     return finish(y_BLD, weight, leaf)
+
+
+def with_after(case: Case, x_BLD: Tensor, leaf: dict[str, Tensor]) -> Tensor:
+    """The unsplit layer with gates and sinks, from x alone."""
+    q, k, v = (
+        torch.einsum("bld,hed->bhle", x_BLD, leaf[f"{name}_weight"])
+        + (leaf[f"{name}_bias"][:, None] if case.bias else 0.0)
+        for name in "qkv"
+    )
+    q, gate = q.unflatten(1, (-1, 2)).unbind(2) if case.gated else (q, None)
+    k, v = (x.repeat_interleave(case.heads // case.kv_heads, 1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * case.head_dim**-0.5
+    if case.causal is not None:
+        hidden = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1 + case.causal)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    if case.sinks:
+        scores = torch.cat([scores, leaf["sinks"].view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], 3)
+    o = scores.softmax(3)[..., : k.shape[2]] @ v
+    o = o if gate is None else o * gate.sigmoid()
+    y = torch.einsum("bhle,dhe->bld", o, leaf["out_weight"])
+    return y + leaf["out_bias"] if case.bias else y
 
 
 def block(name: str, x: Tensor, case: Case, at: Place) -> Tensor:
@@ -238,14 +267,18 @@ def run(
         xs = [x.transpose(0, 1) for x in xs]
     xs = xs * 3 if len(xs) == 1 else xs
     call = decided(case, at)
-    q, k, v = ops.enter(*xs, *(leaf.get(name) for name in ENTER_WEIGHTS), None, None, *call)
+    shared = [leaf["sinks"]] if case.sinks else None
+    q, k, v, *after = ops.enter(*xs, *(leaf.get(name) for name in ENTER_WEIGHTS), None, shared, *call)
+    if case.gated:
+        q, gate = q.unflatten(1, (-1, 2)).unbind(2)
+        after.insert(0, gate)
     attn_mask = leaf.get("mask", mask)
     if attn_mask is not None and case.extra_keys:
         attn_mask = torch.nn.functional.pad(attn_mask, (0, 2), value=float(attn_mask.dtype == torch.bool))
     seed = dropout_seed if case.dropout else None
     y = ops.leave(
         q, k, v, leaf["out_weight"], leaf.get("out_bias"), attn_mask, scale, case.causal, case.window, case.softcap,
-        case.dropout, seed, *call,
+        case.dropout, seed, *call, None, after or None,
     )  # fmt: skip
     return y if case.batch_first else y.transpose(0, 1)
 

@@ -12,7 +12,7 @@ import two_level_mha as tlm
 transformers = pytest.importorskip("transformers")
 
 OTHERS = {
-    "attention sinks": ("GptOssConfig", {}, "has a parameter that decoder attention has not: sinks"),
+    "differences": ("DiffLlamaConfig", {}, "has a parameter that decoder attention has not: lambda"),
     "clipping": ("OlmoConfig", {"clip_qkv": 6.0}, r"it clips queries, keys and values \(clip_qkv=6.0\)"),
     "a norm for each head": ("StableLmConfig", {"qk_layernorm": True}, "that decoder attention has not: q_layernorm"),
     "chunks": ("Llama4TextConfig", {}, "its layer is of type 'chunked_attention'"),
@@ -32,7 +32,7 @@ def test_others(case):
     """Localises: structure that is taken for the whole truth."""
     kind, options, message = OTHERS[case]
     config = getattr(transformers, kind)(**(BASE | options))
-    implementation = "eager" if kind in ("GptOssConfig", "GPTJConfig") else "sdpa"
+    implementation = "eager" if kind == "GPTJConfig" else "sdpa"
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     before = {name: module for name, module in model.named_modules() if name.endswith("attn")}
     report = tlm.report(tlm.parallelize(model, None, rest=False))

@@ -97,9 +97,11 @@ def right_calls() -> dict[str, dict]:
         "enter": projection | call | {
             "bias_k": None, "bias_v": None, "rows": [torch.randn(B, 1, L, 4)], "shared": [torch.randn(d)],
         },
-        "leave": left,
-        "leave_with_weights": left | {"average": True},
-        "leave_with_cache": left | {"dropout_p": 0.0, "seed": None, "memory": [], "cache": cache},
+        "leave": left | {"after": [torch.randn(H)]},
+        "leave_with_weights": left | {"average": True, "after": [torch.randn(H)]},
+        "leave_with_cache": left | {
+            "after": [torch.randn(H)], "dropout_p": 0.0, "seed": None, "memory": [], "cache": cache,
+        },
         "cache_append": {"memory": memory, "cache": cache, "k": k, "v": v, "new_tokens": S},
         "cache_select": {
             "memory": memory, "cache": [*cache[:7], 5, *cache[8:]], "index": torch.tensor([1, 0]), "slice_group": "",

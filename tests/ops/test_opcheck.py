@@ -1,6 +1,7 @@
 """torch.library.opcheck of every operator: schema, fake kernel, autograd registration, tracing (not its numbers)."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,14 +49,19 @@ def enter(n: int, m: int, scheme: str) -> tuple:
     return (*inputs, *weights, rows, shared, *decided(case(scheme), place(n, m)))
 
 
-def leave(n: int, m: int, scheme: str) -> tuple:
+def leave(n: int, m: int, scheme: str, gated: bool = False) -> tuple:
     with torch.no_grad():
         q, k, v, *_ = ops.enter(*enter(n, m, scheme))
     qkv = [x.detach().requires_grad_() for x in (q, k, v)]
     weights = blocks(n, m)
     mask = torch.rand(B, 1, L, S + 2) < 0.8
     return (*qkv, weights["out"], weights["out bias"], mask, None, 1, 4, 2.0, 0.3, torch.tensor([3]),
-            *decided(case(scheme), place(n, m)))  # fmt: skip
+            *decided(replace(case(scheme), gated=gated), place(n, m)))  # fmt: skip
+
+
+def after() -> list[torch.Tensor]:
+    """A gate and sinks of one process."""
+    return [random(B, H, L, d), random(H)]
 
 
 def cache(memory: list[torch.Tensor], length: int, batch: int = 3) -> tuple:
@@ -109,9 +115,9 @@ CASES = {
     "seal_verdict": lambda: ((*sealed()[1:4], torch.zeros(2, dtype=torch.int64)), {}),
     "opened": lambda: (sealed(), {}),
     "enter": lambda: (enter(1, 1, "slices"), {}),
-    "leave": lambda: (leave(1, 1, "slices"), {}),
-    "leave_with_weights": lambda: (leave(1, 1, "slices"), {"average": False}),
-    "leave_with_cache": lambda: ((*leave(1, 1, "batch"), *cache([], 0, batch=B)), {}),
+    "leave": lambda: (leave(1, 1, "slices", gated=True), {"after": after()}),
+    "leave_with_weights": lambda: (leave(1, 1, "slices"), {"average": False, "after": after()[1:]}),
+    "leave_with_cache": lambda: ((*leave(1, 1, "batch", gated=True), *cache([], 0, batch=B)), {"after": after()}),
     "cache_append": lambda: ((*cache([], 0), random(3, K, L, d), random(3, K, L, d), L), {}),
     "cache_select": lambda: (
         (*cache([torch.randn(3, K, 8, d), torch.randn(3, K, 8, d)], L), torch.tensor([2, 0, 0]), ""),
