@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from two_level_mha.adapters import Adapter, adapters_with
 from two_level_mha.errors import GridError
 from two_level_mha.families import FAMILIES
-from two_level_mha.integrations.forms import cache_name, is_cross, is_known_linear
+from two_level_mha.integrations.forms import cache_name, is_called_with_cache, is_cross, is_known_linear
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
 from two_level_mha.layer import GridAttention
@@ -190,7 +190,8 @@ def _find(
         parent = uses[module][0][0] if name else None
         if isinstance(module, GridAttention):  # split already
             continue
-        adapter = next((one for one in adapters if one.matches(module, parent)), None)
+        cached = is_called_with_cache(module, module in generates)
+        adapter = next((one for one in adapters if one.matches(module, parent) and (cached or not one.cached)), None)
         mixer = module in gathers and _mixes_tokens(module)
         unplanned = _UNPLANNED.get(type(module).__name__) if module in gathers else None
         if adapter is None and not (_looks_like_attention(module) or mixer or unplanned):

@@ -39,7 +39,7 @@ def agreeing(one, options: dict) -> dict[str, object] | Unlike:
                 torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of GPUs too
                 for gain, tolerance in TRIALS:
                     _probe(one, options | variant, gain, tolerance)
-                if weights_dropout(one.module).p > 0.0:
+                if weights_dropout(one.module)[1].p > 0.0:
                     _probe(one, options | variant, *TRIALS[0], dropping=True)
             return variant
         except Unlike as error:

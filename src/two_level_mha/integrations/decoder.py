@@ -45,7 +45,7 @@ class DecoderAttention(ProjectedAttention):
         hidden_states, past = given["hidden_states"], given.get(self.cache_name)
         whole = self.wholes([hidden_states])[0]
         B, L, _ = whole.shape
-        need_weights, dropout_p = self.needs_weights(given), self.weights_dropout.p if self.training else 0.0
+        need_weights, dropout_p = self.needs_weights(given), self.dropout_p
         layout = "batch" if dropout_p > 0.0 else self.cache_layout  # see check_dropout
         mask = self.mask_of(given)
 
@@ -54,8 +54,6 @@ class DecoderAttention(ProjectedAttention):
             settings = {"need_weights": need_weights, "dropout_p": dropout_p}
             if past is None:
                 return settings
-            if self.scheme == "independent":
-                raise UsageRuntimeError("scheme 'independent' has no KV cache: call with use_cache=False")
             layer = split_layer(past, self.layer_idx, self.place, layout)
             check_dropout(layer, dropout_p)
             call = layer.next_call(B, L)
@@ -97,7 +95,7 @@ class DecoderAttention(ProjectedAttention):
 def _check_options(original: nn.Module, scheme: str) -> None:
     """Raises GridError for what the config says and a split attention has not."""
     config = getattr(original, "config", None)
-    if scheme == "independent" and getattr(original, "is_causal", True):
+    if scheme == "independent":
         raise GridError("scheme 'independent' has no KV cache, with which such a model is called; take another")
     clip = getattr(config, "clip_qkv", None)
     if clip is not None:  # a trial's numbers may be too small for it

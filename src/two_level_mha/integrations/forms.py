@@ -109,8 +109,13 @@ def is_decoder(module: nn.Module, parent: nn.Module | None) -> bool:
 
 
 def is_encoder(module: nn.Module, parent: nn.Module | None) -> bool:
-    """Whether a module is attention that is called without one."""
-    return _looks_like(module, parent) and not is_decoder(module, parent)
+    """Whether a module is attention that can be called without one; asked after is_decoder."""
+    return _looks_like(module, parent)
+
+
+def is_called_with_cache(module: nn.Module, generates: bool) -> bool:
+    """Whether attention that takes a KV cache may be given one: in a model that generates, or if it is causal."""
+    return generates or getattr(module, "is_causal", True)
 
 
 def is_cross(module: nn.Module, name: str) -> bool:
@@ -166,11 +171,12 @@ def scale_of(original: nn.Module, head_dim: int) -> float:
     return known if isinstance(known, float) else head_dim**-0.5
 
 
-def weights_dropout(original: nn.Module) -> nn.Dropout:
-    """Of attention weights; the original's own where it has one, so that a change of its p counts."""
-    known = [getattr(original, name, None) for name in WEIGHTS_DROPOUT]
-    module = next((one for one in known if isinstance(one, nn.Dropout)), None)
-    return module or nn.Dropout(next((p for p in known if isinstance(p, float)), 0.0))
+def weights_dropout(original: nn.Module) -> tuple[str, nn.Dropout]:
+    """Of attention weights, and its name: the original's own where it has one, so that a change of its p counts."""
+    known = {name: getattr(original, name, None) for name in WEIGHTS_DROPOUT}
+    modules = [(name, one) for name, one in known.items() if isinstance(one, nn.Dropout)]
+    p = next((p for p in known.values() if isinstance(p, float)), 0.0)
+    return modules[0] if modules else ("weights_dropout", nn.Dropout(p))
 
 
 def is_known_linear(projection: nn.Module) -> bool:

@@ -143,7 +143,7 @@ def refusal_of(layers: dict[str, nn.Module], attentions: list, activations: str)
         parts = [*one.module.modules(), *one.projections.values()]
         if other := next((bases[id(part)] for part in parts if id(part) in bases and id(part) not in known), None):
             return GridError(
-                f"{other} has a LoRA adapter, which a split attention of {one.adapter.name}'s kind does not take "
+                f"{other} has a LoRA adapter, which a split attention of kind {one.adapter.name!r} does not take "
                 "there: merge it first"
             )
     return None

@@ -47,7 +47,8 @@ class ProjectedAttention(Positioned, GridAttention):
         self.scaling = forms.scale_of(original, d)
         self.is_causal = getattr(original, "is_causal", False)
         self.argument_names = tuple(forms.parameters_of(original))
-        self.weights_dropout = forms.weights_dropout(original)
+        self.dropout_name, dropout = forms.weights_dropout(original)
+        self.add_module(self.dropout_name, dropout)
         self.hidden_dropout = getattr(original, "hidden_dropout", 0.0)  # of an output that a residual is added to
         self.after = [name for name in forms.OUTPUT_DROPOUT if isinstance(getattr(original, name, None), nn.Module)]
         self.after += [forms.OUTPUT_NORM] if hasattr(original, forms.OUTPUT_NORM) else []
@@ -64,9 +65,14 @@ class ProjectedAttention(Positioned, GridAttention):
             self.register_parameter(forms.SINKS, sinks)
         self.use_positions(original, rotates, norms_last)
 
+    @property
+    def dropout_p(self) -> float:
+        """Of attention weights, in this call."""
+        return getattr(self, self.dropout_name).p if self.training else 0.0
+
     def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         given = dict(zip(self.argument_names, args, strict=False)) | kwargs
-        hidden_states, dropout_p = given["hidden_states"], self.weights_dropout.p if self.training else 0.0
+        hidden_states, dropout_p = given["hidden_states"], self.dropout_p
         whole = self.wholes([hidden_states])[0]
         mask = self.mask_of(given)
 
