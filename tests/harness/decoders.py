@@ -71,6 +71,8 @@ FORMS = {
     "olmo2": ("Olmo2Config", {}),
     "gpt oss": ("GptOssConfig", {"head_dim": 8, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
                                  "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "granite swa": ("GraniteSWAConfig", {"sliding_window": 8}),
+    "ministral3": ("Ministral3Config", {"head_dim": 8}),
     "qwen3 next": ("Qwen3NextConfig", {"head_dim": 16, "layer_types": ["full_attention"] * 3, "num_experts": 4,
                                        "num_experts_per_tok": 2, "moe_intermediate_size": 16,
                                        "shared_expert_intermediate_size": 16}),
@@ -80,7 +82,7 @@ FORMS = {
 
 
 EXACT = {"exact": True}
-EAGER_ONLY = ("bloom", "gpt oss")
+EAGER_ONLY = ("bloom", "gpt oss", "granite swa")
 
 
 class Norm(nn.Module):

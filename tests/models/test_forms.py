@@ -21,8 +21,12 @@ from two_level_mha.layer import GridAttention
 from two_level_mha.stock import StockTensor, put
 
 ONE_GROUP = ("falcon 7b", "bigcode")  # of one key/value head
-IN_FLOAT32 = ("bloom",)  # stock's softmax of float64 masks gives NaN
-LIMITS = dict.fromkeys(FORMS, 1e-10) | {"bloom": 5e-5, "cohere": 1e-6}  # whose norms round to float32
+IN_FLOAT32 = ("bloom", "granite swa")  # stock's softmax of float64 masks gives NaN
+LIMITS = dict.fromkeys(FORMS, 1e-10) | {
+    "bloom": 5e-5,
+    "granite swa": 5e-5,
+    "cohere": 1e-6,
+}  # whose norms round to float32
 GROUPED = [name for name in FORMS if name not in ONE_GROUP]
 PACKED = ("phi3", "gpt neox", "falcon 40b", "bloom", "persimmon")
 EVERY_KIND = ("opt", "phi with norms", "gpt neox", "falcon 40b", "bloom", "olmo2", "cohere", "gpt oss", "qwen3 next")
@@ -211,10 +215,10 @@ def compiled(name: str) -> float:
         return difference(stock(ids, use_cache=False).logits, run(ids, use_cache=False).logits, keep)
 
 
-@pytest.mark.parametrize("name", ["olmo2", "gpt neox"])
+@pytest.mark.parametrize("name", ["olmo2", "gpt neox", "granite swa"])
 def test_compiled(pool, name):
     """T. Localises: what a graph cannot hold of the adapter: a lookup by name, a sum over heads."""
-    assert max(pool.run(compiled, 4, name, timeout=200)) <= 1e-10
+    assert max(pool.run(compiled, 4, name, timeout=200)) <= (1e-5 if name in IN_FLOAT32 else 1e-10)
 
 
 def rounded(name: str) -> tuple[float, float]:
