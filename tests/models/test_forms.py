@@ -10,7 +10,19 @@ import pytest
 import torch
 import transformers
 from harness.calls import mesh
-from harness.decoders import EXACT, FORMS, check, difference, gradients_off, logits_off, make, make_meta, pair, prompt
+from harness.decoders import (
+    EXACT,
+    FORMS,
+    check,
+    difference,
+    gradients_off,
+    logits_off,
+    make,
+    make_config,
+    make_meta,
+    pair,
+    prompt,
+)
 from harness.encoders import SIZES, TEXT
 from safetensors.torch import load_file
 from torch import nn
@@ -285,3 +297,10 @@ def test_encoders(pool, kind):
         for found in pool.run(encoder_off, 4, kind, grid, options, timeout=120):
             limit = 1e-7 if kind == "ModernBertModel" else 1e-10  # which rotates in float32
             assert max(found.values()) <= limit, found
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_split(name):
+    """Localises: a form that the trial refuses: gathered, it would give the right numbers in all that is above."""
+    report = tlm.report(tlm.parallelize(make(name), None))
+    assert report.attentions == make_config(name).num_hidden_layers and not report.gathered
