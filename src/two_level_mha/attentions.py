@@ -26,6 +26,8 @@ from two_level_mha.probe import (
 )
 from two_level_mha.stock import resolve
 
+NO_PLAN = "no plan splits it"  # why an MLP is gathered
+
 # Names of projections: q, kv_b_proj, query_key_value, linear_v, c_attn and so on.
 _PROJECTION = re.compile(r"(^|_)(q|k|v|kv|qkv|Wqkv|Wq|query|key|value)(_|$)|^(c_attn|in_proj)$")
 
@@ -168,7 +170,7 @@ def _add_whole_module(name: str, module: nn.Module, size: int, attentions, split
             if _OF_LAYERS.search(type(part).__name__):
                 _add_whole_module(f"{name}.{child}", part, size, attentions, split, skips, owners)
     elif not _not_gathered(module, owners) and not has_hooks(module):
-        attentions.gathered[name] = module, "no plan splits it"
+        attentions.gathered[name] = module, NO_PLAN
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
