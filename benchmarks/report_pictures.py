@@ -204,6 +204,7 @@ PICTURES: dict[str, tuple[Callable[[Results, Figure], None], tuple[float, float]
     "bytes": (moved, (12, 5.6)),
     "memory": (memory, (13, 4.6)),
     "scale": (scale, (12, 4)),
+    "timeline": (timelines, (10, 3.4)),
 }
 
 

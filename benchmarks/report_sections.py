@@ -258,7 +258,7 @@ def overlap(results: Results) -> str:
         "Over a link as slow as this one, chunks that compute while others travel save "
         f"{share(1 - first[-1]['ratio'])} of a training step; where exchanges are short beside computing there is "
         "nothing to gain.",
-        "![A training step in one, two and four chunks](../benchmarks/results/overlap.png)",
+        picture("timeline", "One training step in one chunk and in four: computing and exchanging"),
         table((f"2 Gloo ranks, links of {rows[0]['rate']}", "1 chunk", "2 chunks", "4 chunks"), lines),
         "Measured: the median time of a step, and the share of the exchanges in which rank 0 computed, by torch's "
         "profiler (`benchmarks/overlap.py --rate 1gbit`). The picture is one traced step of the first row; a trace "
@@ -292,15 +292,13 @@ def prediction(results: Results) -> str:
 MADE_BY = {  # those that do not say it themselves
     "overlap": "benchmarks/overlap.py --rate 1gbit",
     "scale": "benchmarks/scale.py",
-    "predicted_seed": "python -m two_level_mha predict --json",
-    "predicted_seed_decode": "python -m two_level_mha predict --json --mode decode",
     **{name: f"benchmarks/prediction_error.py --ranks {ranks[0]}" for ranks, name in ERRORS.items()},
 }
 
 
 def sources(results: Results) -> str:
     names = ["experiment", *TWO_NODES.values(), "experiment_decode", "experiment_decode_grouped", "links", *MADE_BY,
-             *[name for name in DECODED.values() if name not in MADE_BY]]  # fmt: skip
+             "predicted_seed", *DECODED.values()]  # fmt: skip
     lines = []
     for name in names:
         machine = results.of(name).get("machine", {})
