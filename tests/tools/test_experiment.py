@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from harness import RankFailure
 
+from two_level_mha.context import ACTIVATIONS
 from two_level_mha.experiment import model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +48,7 @@ def test_every_layout_is_the_unsplit_model(pool, mode, mask, sizes, overlap):
     assert [name for name in names if not name.startswith("ours")] == EXPECTED[mode, sizes.kv_heads]
     ours = [row["of"] | {"exact": row["exact"]} for row in found[0] if row["ours"]]
     assert {tuple(of["grid"]) for of in ours} == {(n, RANKS // n) for n in (1, 2, 4) if sizes.kv_heads % n == 0}
-    assert {of["activations"] for of in ours} == set(model.ACTIVATIONS)
+    assert {of["activations"] for of in ours} == set(ACTIVATIONS)
     assert {of["overlap"] for of in ours} == {1, overlap} and {of["mlp"] for of in ours} == {"split", "gathered"}
     assert {of["scheme"] for of in ours if not of["exact"]} == ({"independent"} if sizes is TINY else set())
 

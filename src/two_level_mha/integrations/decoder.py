@@ -153,7 +153,7 @@ class DecoderAttention(ProjectedAttention):
                 parameters = {own: next(shared) for own, _ in norm.named_parameters()}
                 xs[name] = torch.func.functional_call(norm, parameters, (xs[name],))
         q_BHLd, k_BKSd = xs.values()
-        if self.rotary is None or not aside.q_rows:
+        if not aside.q_rows:
             return q_BHLd, k_BKSd
         q_BHLd = self.rotary(q_BHLd, q_BHLd[:, :0], *(x.squeeze(1) for x in aside.q_rows))[0]
         k_BKSd = self.rotary(k_BKSd[:, :0], k_BKSd, *(x.squeeze(1) for x in aside.k_rows))[1]
