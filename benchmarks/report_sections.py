@@ -82,11 +82,11 @@ def small(results: Results) -> str:
         f"{sizes['mlp_hidden']}, B={sizes['batch']}, L={sizes['length']}, float32, causal; median [shortest, longest] "
         f"of {len(rows[0]['runs_ms'])} runs. Every layout was first compared with the unsplit model. Of each grid the "
         f"fastest scheme with whole and with split activations, of {sum(is_ours(row) for row in rows)}. The link has "
-        "1 Gbit/s; bytes over it are of a node, by its interface's counters. *: another model. More ranks than "
-        f"cores, and other work beside ({load(results, 'experiment')} on one machine, "
-        f"{load(results, 'experiment_nodes')} and {load(results, 'experiment_nodes_in_turn')} on two nodes), make "
-        f"times differ by far more than layouts: TP4 took {min(plain['runs_ms']):.0f} to {max(plain['runs_ms']):.0f} "
-        "ms. Bytes are exact.",
+        "1 Gbit/s; bytes over it are of a node, by its interface's counters. *: another model. There are more ranks "
+        f"than cores, and other work ran beside ({load(results, 'experiment')} on one machine, "
+        f"{load(results, 'experiment_nodes')} and {load(results, 'experiment_nodes_in_turn')} on two nodes, the ranks "
+        f"among it), so that times of one layout differ by much: TP4 on one machine took {min(plain['runs_ms']):.0f} "
+        f"to {max(plain['runs_ms']):.0f} ms. Bytes do not.",
         table(head, lines),
     ])  # fmt: skip
 
