@@ -26,7 +26,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc cmake -type f 2>/dev/null)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow models smoke soak bench lint format build wheel asan tsan clean FORCE
+.PHONY: demo test test-slow models smoke soak bench predictions report lint format build wheel asan tsan clean FORCE
 
 demo: $(BUILD_STAMP)
 	$(PYTHON) examples/semantic_search.py --grid $(GRID) --query '$(subst ','\'',$(value QUERY))'
@@ -52,8 +52,20 @@ smoke: $(BUILD_STAMP)
 # 2 says that the machine has not what a benchmark needs, as links.py does without root.
 bench: $(BUILD_STAMP)
 	@mkdir -p benchmarks/results
-	@for file in $$(grep -l '__main__' benchmarks/*.py); do \
+	@for file in $$(grep -l '__main__' benchmarks/*.py | grep -v benchmarks/report.py); do \
 	  echo "== $$file"; $(PYTHON) $$file || [ $$? = 2 ] || exit 1; done
+
+# The experiment at the paper's size: what is predicted of it, and the page made of all results.
+PREDICT := $(PYTHON) -m two_level_mha predict --json
+predictions: $(BUILD_STAMP)
+	$(PREDICT) > benchmarks/results/predicted_seed.json
+	$(PREDICT) --mode training --mask causal > benchmarks/results/predicted_seed_training.json
+	$(PREDICT) --mode decode > benchmarks/results/predicted_seed_decode.json
+	for batch in 1 13 64; do \
+	  $(PREDICT) --mode decode --batch $$batch > benchmarks/results/predicted_seed_decode_$$batch.json || exit 1; done
+
+report: $(PINS_STAMP)
+	$(PYTHON) benchmarks/report.py
 
 lint: $(PINS_STAMP)
 	$(PYTHON) -m ruff check .
