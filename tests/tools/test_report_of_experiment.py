@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 
 import matplotlib
+import pictures
 import pytest
 import report
 import report_pictures
@@ -25,11 +26,12 @@ def test_the_page_is_made_of_the_results(results):
 def test_the_pictures_are_made_of_the_results(results, tmp_path):
     """E. Localises: a picture that `make report` did not draw again, or that two runs draw differently."""
     committed = {path.name: path.read_text() for path in (ROOT / "docs/pictures").glob("*.svg")}
-    assert set(committed) == {f"{name}.svg" for name in report_pictures.PICTURES}
+    assert set(committed) == {f"{name}.svg" for name in [*report_pictures.PICTURES, *pictures.PICTURES]}
     by = f"Matplotlib v{matplotlib.__version__},"
     if not all(by in text for text in committed.values()):
         pytest.skip(f"drawn with another version than {by} whose bytes may differ")
     report_pictures.draw(results, tmp_path)
+    pictures.main(tmp_path)
     for name, text in committed.items():
         assert (tmp_path / name).read_text() == text, name
 
