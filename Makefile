@@ -1,5 +1,5 @@
 # Everything is set up on the first call and stamped, so the second starts at once.
-#   make demo [QUERY="..."] [GRID=4x4]    make test    make bench    make lint    make format    make wheel    make clean
+#   make demo [QUERY="..."] [GRID=4x4]    make test    make bench    make docs    make lint    make format    make wheel    make clean
 # PYTHON=/path/to/python uses an environment that already has torch and installs the other pins into it;
 # without it a .venv is made here with torch TORCH_VERSION (2.11.0 is the oldest that works).
 TORCH_VERSION ?= 2.15.0
@@ -26,7 +26,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc cmake -type f 2>/dev/null)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow models smoke soak bench lint format build wheel asan tsan clean FORCE
+.PHONY: demo test test-slow models smoke soak bench docs predictions report lint format build wheel asan tsan clean FORCE
 
 demo: $(BUILD_STAMP)
 	$(PYTHON) examples/semantic_search.py --grid $(GRID) --query '$(subst ','\'',$(value QUERY))'
@@ -52,8 +52,25 @@ smoke: $(BUILD_STAMP)
 # 2 says that the machine has not what a benchmark needs, as links.py does without root.
 bench: $(BUILD_STAMP)
 	@mkdir -p benchmarks/results
-	@for file in $$(grep -l '__main__' benchmarks/*.py); do \
+	@for file in $$(grep -l '__main__' benchmarks/*.py | grep -v -e benchmarks/report.py -e benchmarks/pictures.py); do \
 	  echo "== $$file"; $(PYTHON) $$file || [ $$? = 2 ] || exit 1; done
+
+# The experiment at the paper's size: what is predicted of it, and the page made of all results.
+PREDICT := $(PYTHON) -m two_level_mha predict --json
+predictions: $(BUILD_STAMP)
+	$(PREDICT) > benchmarks/results/predicted_seed.json
+	$(PREDICT) --mode training --mask causal > benchmarks/results/predicted_seed_training.json
+	$(PREDICT) --mode decode > benchmarks/results/predicted_seed_decode.json
+	for batch in 1 13 64; do \
+	  $(PREDICT) --mode decode --batch $$batch > benchmarks/results/predicted_seed_decode_$$batch.json || exit 1; done
+
+report: $(PINS_STAMP)
+	$(PYTHON) benchmarks/report.py
+	$(PYTHON) benchmarks/pictures.py
+
+# The site of docs/, in build/site.
+docs: $(PINS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build -q
 
 lint: $(PINS_STAMP)
 	$(PYTHON) -m ruff check .

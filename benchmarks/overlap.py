@@ -26,10 +26,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from common import ROOT, gpu_name, write_results
+from matplotlib.figure import Figure
+from report_pictures import timeline
 
 import two_level_mha as tlm
 
 PORT = 29477
+SPANS = ("computing", "exchanging", "both")  # of a traced step, in the rows of the first case
 
 
 class Case(NamedTuple):
@@ -142,36 +145,30 @@ def read(path: Path) -> tuple[Spans, Spans]:
     return joined(list(zip(edges[::2], edges[1::2], strict=True))), spans(exchanges)
 
 
-def hidden(path: Path) -> float:
-    """The share of the exchanges' time in which something was computed."""
+def traced_spans(path: Path) -> dict[str, object]:
+    """What a row says of its trace: spans in ms, the share of the exchanges' time in which something was computed."""
     computing, sending = read(path)
-    return length(common(computing, sending)) / max(length(sending), 1e-9)
+    both = common(computing, sending)
+    found = {"hidden": round(length(both) / max(length(sending), 1e-9), 3)}
+    for name, spans in zip(SPANS, (computing, sending, both), strict=True):
+        found[name] = [(round(start, 2), round(end, 2)) for start, end in spans]
+    return found
 
 
-def picture(paths: dict[int, Path], to: Path, title: str) -> None:
-    """Two rows for each variant: computing above, exchanging below, dark where it is hidden."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(len(paths), 1, sharex=True, figsize=(10, 1.6 * len(paths) + 0.8), squeeze=False)
-    for axis, (chunks, path) in zip(axes[:, 0], paths.items(), strict=True):
-        computing, sending = read(path)
-        rows = ((1, computing, "#8fb8de"), (0, sending, "#e08a5b"), (0, common(computing, sending), "#5a3a22"))
-        for row, spans, color in rows:
-            axis.broken_barh([(start, end - start) for start, end in spans], (row + 0.1, 0.8), color=color)
-        axis.set_yticks([0.5, 1.5], ["exchanging", "computing"])
-        name = "1 chunk" if chunks == 1 else f"{chunks} chunks"
-        axis.set_title(f"{name}: {hidden(path):.0%} of the exchanges hidden (dark)", loc="left", fontsize=9)
-    axes[-1, 0].set_xlabel("ms")
+def picture(rows: list[dict], to: Path, title: str) -> None:
+    """Two lines for each variant: computing above, exchanging below, dark where it is hidden."""
+    figure = Figure(figsize=(10, 1.6 * len(rows) + 0.8), layout="constrained")
+    axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, row in zip(axes, rows, strict=True):
+        chunks = row["case"].rpartition(", ")[2]
+        timeline(axis, row, f"{chunks}: {row['hidden']:.0%} of the exchanges hidden (dark)")
+    axes[-1].set_xlabel("ms")
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
     figure.savefig(to, dpi=110)
 
 
 def rows_of(case: Case, mesh, args: argparse.Namespace, paths: dict[int, Path]) -> list[dict]:
-    """Times and traces one case; on the first rank its rows."""
+    """Times and traces one case; on the first rank its rows, with the spans of its traces."""
     steps = {chunks: Step(case, chunks, mesh, args.device) for chunks in case.chunks}
     ms = timed(steps, args.repeats)
     for chunks, step in steps.items():
@@ -185,7 +182,7 @@ def rows_of(case: Case, mesh, args: argparse.Namespace, paths: dict[int, Path]) 
             "rate": args.rate or "loopback",
             "ms": round(ms[chunks], 3),
             "ratio": round(ms[chunks] / ms[1], 3),
-            "hidden": round(hidden(paths[chunks]), 3),
+            **traced_spans(paths[chunks]),
         }
         for chunks in case.chunks
     ]
@@ -214,8 +211,8 @@ def run(args: argparse.Namespace) -> None:
             for row in found:
                 print(f"{row['case']:85} {row['ms']:9.3f} ms  ratio {row['ratio']:.3f}  hidden {row['hidden']:.0%}")
             if found and case is cases[0]:
-                picture(paths, folder / f"{name}.png", f"{title(case)}; {mesh.size()} ranks, {args.rate or 'loopback'}")
-            rows += found
+                picture(found, folder / f"{name}.png", f"{title(case)}; {mesh.size()} ranks, {args.rate or 'loopback'}")
+            rows += found if case is cases[0] else [{k: x for k, x in row.items() if k not in SPANS} for row in found]
     if rows and not args.case:
         print(write_results("overlap", rows, args.device, folder=Path(args.out)))
     dist.destroy_process_group()

@@ -13,6 +13,7 @@ Letters: B sentences, L tokens, D embedding.
 
 import argparse
 import importlib.util
+import multiprocessing
 import os
 import sys
 import time
@@ -226,7 +227,7 @@ def report(args, whole: dict, mine: dict, e_BD: torch.Tensor, sentences: list[st
 
 
 def launch(args: argparse.Namespace, device_type: str) -> int:
-    """Starts n*m ranks of `search` here. Forked ranks share the imports above: seconds, not a minute."""
+    """Starts n*m ranks of `search`; on the CPU forks of one process that has imported: seconds, not a minute."""
     n, m = args.grid
     config = BertConfig.from_pretrained(model_path(), local_files_only=True)
     heads = config.num_attention_heads
@@ -235,7 +236,9 @@ def launch(args: argparse.Namespace, device_type: str) -> int:
     except tlm.GridError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    fork = sys.platform == "linux" and device_type == "cpu"
+    # not forks of this process, in which the launcher runs threads: a lock that one holds is held for ever in a fork
+    start_method = "forkserver" if device_type == "cpu" else "spawn"
+    multiprocessing.set_forkserver_preload(["transformers.models.bert.modeling_bert", "two_level_mha.testing"])
     ranks = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -245,7 +248,7 @@ def launch(args: argparse.Namespace, device_type: str) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        start_method="fork" if fork else "spawn",
+        start_method=start_method,
     )
     try:
         codes = elastic_launch(ranks, search)(args, device_type)

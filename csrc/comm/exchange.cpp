@@ -4,6 +4,7 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "progress.h"
@@ -62,6 +63,21 @@ Tensor in_group(const Tensor& x, const Group& group, const char* kind,
   return result;
 }
 
+// (1, N) -> (g, N). On the CPU not by the functional operator alone: in torch 2.15 two of them that Gloo runs at once
+// write to freed memory, which its variant with `out` does not. A graph has no such variant: there it is waited for.
+Tensor issue_all_gather(const Tensor& x, const Group& group) {
+  if (x.is_cpu() && !at::isTensorSubclassLike(x)) {
+    auto sizes = x.sizes().vec();
+    sizes[0] = group.size;
+    return call("_c10d_functional::all_gather_into_tensor_out",
+                {x, group.size, group.name, at::empty(sizes, x.options())});
+  }
+  Tensor started = call("_c10d_functional::all_gather_into_tensor", {x, group.size, group.name});
+  using Modes = c10::impl::TorchDispatchModeTLS;
+  const bool in_graph = Modes::get_mode(c10::impl::TorchDispatchModeKey::PROXY).has_value();
+  return x.is_cpu() && in_graph ? wait_tensor(started) : started;
+}
+
 Tensor issue(Collective kind, const Tensor& buffer, const Group& group) {
   once_differentiable(buffer);
   Tensor x = buffer.contiguous();
@@ -71,8 +87,7 @@ Tensor issue(Collective kind, const Tensor& buffer, const Group& group) {
     return x.expand_symint(sizes).clone();
   }
   return in_group(x, group, name_of(kind), [&] {
-    if (kind == Collective::all_gather)
-      return call("_c10d_functional::all_gather_into_tensor", {x, group.size, group.name});
+    if (kind == Collective::all_gather) return issue_all_gather(x, group);
     if (kind == Collective::reduce_scatter && !x.is_cpu())
       return call("_c10d_functional::reduce_scatter_tensor", {x, std::string("sum"), group.size, group.name});
     std::vector<int64_t> ones(group.size, 1);

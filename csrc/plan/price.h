@@ -67,8 +67,8 @@ Work<I> forward_work(Scheme scheme, const CallSizes<I>& s) {
 template <class I>
 I at_rate(const I& work, int64_t flops, int64_t rate) {
   constexpr int64_t kParts = 1024;
-  constexpr double kMost =
-      1e12;  // times slower: beyond it nothing is chosen, and the product would not be an int64_t
+  // times slower: beyond it nothing is chosen, and the product would not be an int64_t
+  constexpr double kMost = 1e12;
   return flops == rate ? work
                        : work / kParts * int64_t(std::min(kMost, double(flops) / double(rate)) * kParts);
 }

@@ -19,10 +19,13 @@ from two_level_mha.context import ACTIVATIONS
 from two_level_mha.experiment.calibrate import add_calibrate
 from two_level_mha.experiment.command import add_predict
 from two_level_mha.facts import version_of
+from two_level_mha.model_plan import plan_model
 from two_level_mha.profile import DEVICE_TYPES
 from two_level_mha.served import table_of
 
 PROGRAM = "two-level-mha" if os.path.basename(sys.argv[0]) == "two-level-mha" else "python -m two_level_mha"
+LAYER = ("embed_dim", "num_heads", "num_kv_heads", "head_dim")  # options of plan
+CALL = ("ranks", "batch", "seq", "decode", "bias", "combine", "activations", "overlap", "device_type", "profile")
 H100_CUDNN = 91900  # torch 2.11 comes with 9.19.0, and no rule asks for a newer one
 
 
@@ -98,26 +101,19 @@ def print_table(title: str, rows: dict[str, str]) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Prints what a layer costs on every valid grid with every scheme; exit code 2 if there is none."""
+    """Prints what a layer, or a model's, costs on every valid grid with every scheme; exit code 2 if there is none."""
+    layer = {name: getattr(args, name) for name in LAYER}
+    call = {name: getattr(args, name) for name in CALL} | {"causal": not args.not_causal}
+    dtype = args.dtype and getattr(torch, args.dtype)
     try:
-        found = tlm.plan(
-            embed_dim=args.embed_dim,
-            num_heads=args.heads,
-            num_kv_heads=args.kv_heads,
-            head_dim=args.head_dim,
-            ranks=args.ranks,
-            batch=args.batch,
-            seq=args.seq,
-            decode=args.decode,
-            causal=not args.not_causal,
-            bias=args.bias,
-            dtype=getattr(torch, args.dtype),
-            combine=args.combine,
-            activations=args.activations,
-            overlap=args.overlap,
-            device_type=args.device_type,
-            profile=args.profile,
-        )
+        if args.model is not None:
+            if given := [f"--{name.replace('_', '-')}" for name, value in layer.items() if value is not None]:
+                raise tlm.GridError(f"--model reads a layer's sizes from config.json: leave out {', '.join(given)}")
+            found = plan_model(args.model, dtype=dtype, **call)
+        elif args.embed_dim is None or args.num_heads is None:
+            raise tlm.GridError("plan needs a layer, --embed-dim and --num-heads, or --model FOLDER with a config.json")
+        else:
+            found = tlm.plan(**layer, dtype=dtype or torch.bfloat16, **call)
     except tlm.GridError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -125,15 +121,11 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--embed-dim", type=int, required=True)
-    parser.add_argument("--num-heads", "--heads", dest="heads", type=int, required=True, help="query heads")
-    parser.add_argument(
-        "--num-kv-heads",
-        "--kv-heads",
-        dest="kv_heads",
-        type=int,
-        help="key/value heads (default: as many as query heads)",
-    )
+    parser.add_argument("--model", metavar="FOLDER", help="a transformers model, by its config.json, in place of sizes")
+    parser.add_argument("--embed-dim", type=int)
+    parser.add_argument("--num-heads", "--heads", dest="num_heads", type=int, help="query heads")
+    kv_heads = {"type": int, "help": "key/value heads (default: as many as query heads)"}
+    parser.add_argument("--num-kv-heads", "--kv-heads", dest="num_kv_heads", **kv_heads)
     parser.add_argument("--head-dim", type=int, help="default: embed dim / heads")
     parser.add_argument("--ranks", "--devices", dest="ranks", type=int, required=True, help="number of ranks")
     parser.add_argument("--batch", type=int, required=True)
@@ -141,7 +133,8 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode", action="store_true", help="one new token for each sequence, with a KV cache")
     parser.add_argument("--not-causal", action="store_true")
     parser.add_argument("--bias", action="store_true", help="the projections have biases")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "float64"))
+    dtypes = ("bfloat16", "float16", "float32", "float64")
+    parser.add_argument("--dtype", choices=dtypes, help="default: bfloat16, with --model as config.json says")
     parser.add_argument("--combine", default="reduce", choices=COMBINES)
     parser.add_argument(
         "--activations", default="replicated", choices=ACTIVATIONS, help="how X and Y lie over the ranks"

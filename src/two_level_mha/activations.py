@@ -67,6 +67,13 @@ def gather_part(x: Tensor, size: int, activations: str, place: Place, batch_firs
     return whole if batch_first else whole.transpose(0, 1).contiguous()
 
 
+def used_apart(xs: list[Tensor], place: Place, reduce_dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Tensors that are the same on every rank and used differently, with the sum over the ranks as their gradient."""
+    if place.grid.size == 1 or not xs:
+        return xs
+    return _ops.replicated(xs, place.grid.size, place.groups[2], reduce_dtype)
+
+
 def whole_sizes(shapes: list[tuple[int, ...]], activations: str, place: Place, dim: int) -> list[int]:
     """The sizes along `dim` of the wholes of which every rank has its part. A collective, but for a graph being traced,
     which takes the parts for equal.

@@ -14,9 +14,11 @@ from two_level_mha.integrations.forms import cache_name, is_called_with_cache, i
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
 from two_level_mha.layer import GridAttention
-from two_level_mha.probe import changed_linear, has_hooks, layer_settings, settings
+from two_level_mha.probe import changed_linear, has_hooks, is_inside, layer_settings, named_layers, settings
 from two_level_mha.stock import resolve
 from two_level_mha.trial import Unlike, agreeing
+
+NO_PLAN = "no plan splits it"  # why an MLP is gathered
 
 # Names of projections: q, kv_b_proj, query_key_value, linear_v, c_attn and so on.
 _PROJECTION = re.compile(r"(^|_)(q|k|v|kv|qkv|Wqkv|Wq|query|key|value)(_|$)|^(c_attn|in_proj)$")
@@ -105,13 +107,11 @@ def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dic
     Inside a transformers model, those that no adapter reproduces are gathered, and with them all of the same class,
     which may share keys. Raises GridError, naming it, for one that is not supported.
     """
-    gathers = set()
+    parts, gathers = pretrained_models(model).values(), set()
     if options["scheme"] != "independent":  # another model
-        gathers = {
-            module for part in pretrained_models(model).values() for module in part.modules() if module is not part
-        }
-    parts = [part for part in pretrained_models(model).values() if part.can_generate()]
-    attentions = _find(model, gathers, {module for part in parts for module in part.modules()}, skips)
+        gathers = {module for part in parts for module in part.modules() if module is not part}
+    generates = {module for part in parts if part.can_generate() for module in part.modules()}
+    attentions = _find(model, gathers, generates, skips)
     variants: dict[tuple, dict[str, object] | Unlike] = {}
     for one in list(attentions.found):
         kind = _features(one)
@@ -141,19 +141,16 @@ def add_whole(
     owners = _owners(model)
     inside = attentions.names()
     for prefix, part in pretrained_models(model).items():
-        for name, layers in part.named_modules(prefix=prefix):
-            for number, layer in layers._modules.items() if isinstance(layers, nn.ModuleList) else ():
-                own = f"{name}.{number}."
-                if not any(other.startswith(own) for other in inside):
-                    continue
+        for name, layer in named_layers(part, prefix):
+            if any(is_inside(other, (name,)) for other in inside):
                 size = sum(p.numel() for p in layer.parameters())
                 for child, module in layer.named_children():
-                    _add_whole_module(own + child, module, size, attentions, split, skips, owners)
+                    _add_whole_module(f"{name}.{child}", module, size, attentions, split, skips, owners)
 
 
 def _add_whole_module(name: str, module: nn.Module, size: int, attentions, split, skips, owners) -> None:
     held = dict(module.named_parameters(prefix=name))
-    if skips(name) or any(other == name or other.startswith(f"{name}.") for other in attentions.names()):
+    if skips(name) or any(is_inside(other, (name,)) for other in attentions.names()):
         return
     if sum(p.numel() for p in held.values()) * _LEAST < size or all(p.dim() < 2 for p in held.values()):
         return
@@ -162,7 +159,7 @@ def _add_whole_module(name: str, module: nn.Module, size: int, attentions, split
             if _OF_LAYERS.search(type(part).__name__):
                 _add_whole_module(f"{name}.{child}", part, size, attentions, split, skips, owners)
     elif not _not_gathered(module, owners) and not has_hooks(module):
-        attentions.gathered[name] = module, "no plan splits it"
+        attentions.gathered[name] = module, NO_PLAN
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
@@ -196,7 +193,7 @@ def _find(
         unplanned = _UNPLANNED.get(type(module).__name__) if module in gathers else None
         if adapter is None and not (_looks_like_attention(module) or mixer or unplanned):
             continue
-        if any(name.startswith(f"{outer}.") for outer in attentions.gathered):
+        if is_inside(name, attentions.gathered):
             continue
         if skips(name):
             attentions.skipped.append(name)
@@ -269,11 +266,8 @@ def _problem(one: Found, owners: dict[int, list[str]]) -> str | None:
             )
         if has_hooks(projection):
             return f"{what} has hooks, which would no longer run: remove them first"
-    for p in [*module.parameters(), *(p for projection in one.projections.values() for p in projection.parameters())]:
-        if len(owners[id(p)]) > 1:
-            return f"it shares a parameter between {', '.join(owners[id(p)])}: untie it first"
-        if isinstance(p, DTensor):
-            return "its parameters are DTensors already"
+    if problem := _not_its_own([module, *one.projections.values()], owners):
+        return problem
     if one.out_in_parent and len({id(parent) for parent, _ in one.uses}) > 1:
         return "it is used in several places, with an output projection at each"
     return None
@@ -303,13 +297,18 @@ def _not_gathered(module: nn.Module, owners: dict[int, list[str]]) -> str | None
         return "its forward was replaced"
     if type(module).__name__ in _CHANGING:
         return _CHANGING[type(module).__name__]
-    for name, p in module.named_parameters():
-        if isinstance(p, DTensor):
-            return "its parameters are DTensors already"
+    if problem := _not_its_own([module], owners):
+        return problem
+    return next((f"{name} is quantised" for name, p in module.named_parameters() if not p.is_floating_point()), None)
+
+
+def _not_its_own(modules: list[nn.Module], owners: dict[int, list[str]]) -> str | None:
+    """Why the parameters of modules cannot be stored in another way, or None."""
+    for p in (p for module in modules for p in module.parameters()):
         if len(owners[id(p)]) > 1:
             return f"it shares a parameter between {', '.join(owners[id(p)])}: untie it first"
-        if not p.is_floating_point():
-            return f"{name} is quantised"
+        if isinstance(p, DTensor):
+            return "its parameters are DTensors already"
     return None
 
 

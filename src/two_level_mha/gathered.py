@@ -2,11 +2,10 @@
 which every rank runs the module's own code on its sequences (integrations/gathered.py).
 
 This is the scheme `weights` without anything that it knows of attention: exact where a module treats the sequences of a
-batch apart, with gradients. Every rank has as many sequences: those that fill up the batch
-are copies of the last one, whose output is dropped, so that no gradient comes of them. Of a call's arguments each rank
-takes its part of tensors that begin with B or a multiple of B: (B, L, D), (B, h, L, S), (B h, 1, S); if of two dims,
-only of integers, bools, and what is called a mask, since others are tables. Lists and tuples, and dicts of positions or
-masks, count entry by entry.
+batch apart, with gradients. Every rank has as many sequences: those that fill up the batch are copies of the last one,
+whose output is dropped, so that no gradient comes of them. Of a call's arguments each rank takes its part of tensors
+that begin with B or a multiple of B: (B, L, D), (B, h, L, S), (B h, 1, S); if of two dims, only of integers, bools, and
+what is called a mask, since others are tables. Lists and tuples, and dicts of positions or masks, count entry by entry.
 All else every rank takes as it is, and the gradients of such tensors are summed over the ranks.
 """
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from two_level_mha.activations import gather_part, keep_part
+from two_level_mha.activations import gather_part, keep_part, used_apart
 from two_level_mha.errors import UsageRuntimeError
 from two_level_mha.mesh import Place
 from two_level_mha.stock import take_full_tensors
@@ -45,18 +44,18 @@ class Sequences:
         by_sequence = part.unflatten(0, (self.own, -1)).contiguous()
         return gather_part(by_sequence, self.padded, "batch", self.place, True)[: self.batch].flatten(0, 1)
 
-    def deal(self, x: object, name: str, mesh: DeviceMesh) -> object:
-        """What this rank's call is given for an argument called `name`; mesh: the flattened grid."""
+    def deal(self, x: object, name: str) -> object:
+        """What this rank's call is given for an argument called `name`."""
         if isinstance(x, (list, tuple)):
-            return like(x, [self.deal(one, name, mesh) for one in x])
+            return like(x, [self.deal(one, name) for one in x])
         if isinstance(x, dict) and ("position" in name or "mask" in name):  # others are where layers leave states
-            return {key: self.deal(one, name, mesh) for key, one in x.items()}
+            return {key: self.deal(one, name) for key, one in x.items()}
         if not isinstance(x, Tensor):
             return x
         table = x.dim() == 2 and x.is_floating_point() and "mask" not in name
         if x.dim() >= 2 and x.shape[0] and x.shape[0] % self.batch == 0 and not table:
             return self.part(x)
-        return summed(x, mesh, Partial())
+        return used_apart([x], self.place)[0] if x.requires_grad else x
 
     def gather(self, output: object, weights: Container[int]) -> object:
         """The module's output for the batch; weights: storages of its weights, which it may return as well.
@@ -78,13 +77,6 @@ class Sequences:
                 "sequences: leave it whole by parallelize(..., skip=[..])"
             )
         return self.whole(output)
-
-
-def summed(x: Tensor, mesh: DeviceMesh, gradient: Partial | Replicate) -> Tensor:
-    """A tensor that every rank has whole, with the gradient that all ranks have in parts, or each has whole."""
-    if not x.requires_grad:
-        return x
-    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[gradient])
 
 
 def like(x: list | tuple, entries: list) -> list | tuple:
@@ -109,7 +101,7 @@ def _placement(p: Tensor, ranks: int) -> Shard | Replicate:
 
 
 @contextmanager
-def whole_weights(module: nn.Module, gradient: Partial | Replicate) -> Iterator[Container[int]]:
+def whole_weights(module: nn.Module, place: Place, gradient: Partial | Replicate) -> Iterator[Container[int]]:
     """The module with its parameters whole, and their storages. Autograd keeps their parts, and gathers in backward.
 
     gradient: Partial() where each rank has its part of it, Replicate() where all have the same.
@@ -117,7 +109,8 @@ def whole_weights(module: nn.Module, gradient: Partial | Replicate) -> Iterator[
     owners = [(part, name, p) for part in module.modules() for name, p in part._parameters.items() if p is not None]
     split = {p: p.full_tensor(grad_placements=[gradient]) for _, _, p in owners if isinstance(p, DTensor)}
     # what was added since, adapters for example, is whole on every rank
-    added = {p: summed(p, next(iter(split)).device_mesh, gradient) for _, _, p in owners if p not in split}
+    added = list({p: None for _, _, p in owners if p not in split})
+    apart = used_apart(added, place) if isinstance(gradient, Partial) else added
     parts = {whole.untyped_storage()._cdata: (p, p._version) for p, whole in split.items()}
 
     def pack(x: Tensor):
@@ -133,7 +126,7 @@ def whole_weights(module: nn.Module, gradient: Partial | Replicate) -> Iterator[
             raise RuntimeError("a weight that a gradient needs was changed in place since the forward pass")
         return p.detach().full_tensor().as_strided(*view)
 
-    wholes = split | added
+    wholes = split | dict(zip(added, apart, strict=True))
     for part, name, p in owners:
         part._parameters[name] = wholes[p]
     try:

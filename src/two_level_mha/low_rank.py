@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from two_level_mha.activations import used_apart
 from two_level_mha.errors import UsageRuntimeError
 from two_level_mha.mesh import Place
 
 _INPUTS = ("q", "k", "v", "qkv")  # projections of an input, by letters of what they give
-
-_ops = torch.ops.two_level_mha
 
 
 class Term(NamedTuple):
@@ -172,11 +171,7 @@ class LowRank:
         return (x + y.transpose(1, 2)).to(x.dtype)
 
     def _everywhere(self, xs: list[Tensor]) -> list[Tensor]:
-        """Tensors that are the same on every rank and used differently, with the sum as their gradient."""
-        grid = self.layer.place.grid
-        if grid.size == 1 or not xs:
-            return xs
-        return _ops.replicated(xs, grid.size, self.layer.place.groups[2], self.layer.reduce_dtype)
+        return used_apart(xs, self.layer.place, self.layer.reduce_dtype)
 
 
 def low_rank(layer: nn.Module) -> LowRank | None:

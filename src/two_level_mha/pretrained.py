@@ -32,7 +32,7 @@ def from_pretrained(
     """
     model = refusal = None
     try:
-        model = _on_meta(Path(folder), dtype)
+        model = on_meta(Path(folder), dtype)
     except Exception as error:  # whatever it is, the others would wait for this rank
         refusal = error
     made = {"refusal": refusal, "the model": type(model).__name__, "dtype": str(getattr(model, "dtype", None))}
@@ -40,7 +40,8 @@ def from_pretrained(
     return load_pretrained(parallelize(model, mesh, **options), folder, sha256=sha256)
 
 
-def _on_meta(path: Path, dtype: torch.dtype | None) -> nn.Module:
+def on_meta(path: Path, dtype: torch.dtype | None) -> nn.Module:
+    """The model of a folder, without memory."""
     import transformers
 
     if not (path / "config.json").is_file():

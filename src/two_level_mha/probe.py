@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,18 @@ HOOKS = (
 def has_hooks(module: nn.Module) -> bool:
     """Whether the user put hooks on the module."""
     return any(getattr(module, hooks) for hooks in HOOKS)
+
+
+def is_inside(name: str, owners: Collection[str]) -> bool:
+    """Whether a module or parameter is one of `owners` or in one of them, by its name."""
+    return any(name == owner or name.startswith(f"{owner}.") for owner in owners)
+
+
+def named_layers(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of a model that is called `prefix`, by name: the entries of its nn.ModuleLists."""
+    for name, layers in model.named_modules(prefix=prefix):
+        for number, layer in layers._modules.items() if isinstance(layers, nn.ModuleList) else ():
+            yield f"{name}.{number}", layer
 
 
 def random_copy(modules: list[nn.Module], gain: float = 1.0) -> list[nn.Module]:

@@ -19,10 +19,10 @@ class Report:
     """What parallelize split in a model, and what this rank holds of it; str() gives it as one line.
 
     attentions, mlps: how many modules. gathered: modules that keep their own code, whose weights are gathered for each
-    call -> why. tp_plans: classes of the transformers models whose tensor-parallel plan was
-    applied. parameters, total_bytes: of the model; held_parameters, split_bytes, unsplit_bytes: of this rank.
-    unsplit: module, a * for its layer's number -> bytes, the largest first. left_out: what looks as if it could be
-    split, or has a rule in a plan -> why it is not.
+    call -> why. tp_plans: classes of the transformers models whose tensor-parallel plan was applied. parameters,
+    total_bytes: of the model; held_parameters, split_bytes, unsplit_bytes: of this rank. unsplit: module, a * for its
+    layer's number -> bytes, the largest first. left_out: what looks as if it could be split, or has a rule in a plan ->
+    why it is not.
     """
 
     attentions: int

@@ -20,7 +20,7 @@ from two_level_mha.integrations.lora import mark
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.tp_plan import apply_tp_plan, find_tp_plan
 from two_level_mha.mesh import grid_mesh
-from two_level_mha.probe import first_output, has_hooks, in_eval, random_copy, settings
+from two_level_mha.probe import first_output, has_hooks, in_eval, is_inside, named_layers, random_copy, settings
 from two_level_mha.stock import take_full_tensors
 
 # Paths of the two linears inside the module that is called with (B, L, D).
@@ -50,7 +50,7 @@ class Rest:
             f"{model}.{rule}" if model else rule for model, (_, rules) in self.tp_plans.items() for rule in rules
         )
         mlps = (f"{mlp}.{path}" for mlp, (_, paths, _) in self.mlps.items() for path in paths)
-        return any(name == owner or name.startswith(f"{owner}.") for owner in (*planned, *mlps))
+        return is_inside(name, (*planned, *mlps))
 
 
 def find_rest(
@@ -111,16 +111,16 @@ def plan_trials(rest: Rest) -> list[PlanTrial]:
     """
     trials: dict[tuple, PlanTrial] = {}
     for model, (part, rules) in rest.tp_plans.items():
-        for name, layers in part.named_modules(prefix=model):
-            for number, layer in layers._modules.items() if isinstance(layers, nn.ModuleList) else ():
-                for child, module in layer.named_children():
-                    path = f"{name}.{number}.{child}"
-                    inside = path.removeprefix(f"{model}.") if model else path
-                    if not any(rule == inside or rule.startswith(f"{inside}.") for rule in rules):
-                        continue
-                    kind = (_kind(module), tuple(style for rule, style in rules.items() if rule.startswith(inside)))
-                    if kind not in trials and (trial := _plan_trial(path, module, part.config)):
-                        trials[kind] = trial
+        for name, layer in named_layers(part, model):
+            for child, module in layer.named_children():
+                path = f"{name}.{child}"
+                inside = path.removeprefix(f"{model}.") if model else path
+                own = tuple(style for rule, style in rules.items() if is_inside(rule, (inside,)))
+                if not own:
+                    continue
+                kind = (_kind(module), own)
+                if kind not in trials and (trial := _plan_trial(path, module, part.config)):
+                    trials[kind] = trial
     return list(trials.values())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha import _C
-from two_level_mha.activations import gather_part, keep_part, whole_sizes
+from two_level_mha.activations import gather_part, keep_part, used_apart, whole_sizes
 from two_level_mha.blocks import local_blocks
 from two_level_mha.context import cast
 from two_level_mha.errors import GridError, UsageRuntimeError
@@ -160,8 +160,7 @@ class Stream:
 
     def summed(self, parameters: list[Tensor]) -> list[Tensor]:
         """Parameters that act on parts, with the sum over the ranks as their gradient."""
-        size, group = self.place.grid.size, self.place.groups[2]
-        return _ops.replicated(parameters, size, group, self.reduce_dtype)
+        return used_apart(parameters, self.place, self.reduce_dtype)
 
     @property
     def _grid(self) -> tuple[list[int], str]:

@@ -24,6 +24,7 @@ from transformers.models.auto import modeling_auto
 import two_level_mha as tlm
 from harness.calls import mesh
 from harness.pool import Pool, RankFailure
+from two_level_mha.attentions import NO_PLAN
 
 TIMEOUT = 120.0  # seconds of a family
 TOKENS = 8
@@ -173,9 +174,11 @@ def try_family(family: str, grid: tuple[int, int]) -> dict[str, object]:
     except tlm.GridError as error:
         return {"verdict": "refused", "why": str(error)[:300]}
     report = tlm.report(model)
+    mlps = sum(why == NO_PLAN for why in report.gathered.values())
     found = {
         "attentions": report.attentions,
-        "gathered": len(report.gathered),
+        "gathered": len(report.gathered) - mlps,
+        "gathered_mlps": mlps,
         "held": report.held_parameters / parameters,
     }
     batch, problems = inputs(), []
@@ -272,37 +275,38 @@ def counts(found: dict[str, dict]) -> dict[str, int]:
     verdicts = [one["verdict"] for one in found.values()]
     known = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
     right = [one for one in found.values() if one["verdict"] == "right"]
-    known["right by split attention alone"] = sum(not one["gathered"] for one in right)
+    known["right by split attention alone"] = sum(one["attentions"] > 0 and not one["gathered"] for one in right)
     known["right under transformers' own"] = sum(one["stock"]["verdict"] == "right" for one in right)
     return known
 
 
-def page(found: dict[str, dict], ranks: int) -> str:
-    """docs/models.md."""
+def page(made: dict) -> str:
+    """docs/models.md, of what is in its JSON."""
+    found, ranks = made["families"], made["ranks"]
     built = {family: one for family, one in found.items() if one["verdict"] != "not built"}
-    number = counts(found)
+    number = made["counts"]
     rows = []
     for family, one in built.items():
         ways = [(one.get("attentions"), "split"), (one.get("gathered"), "gathered")]
         how = " and ".join(way for count, way in ways if count) if one["verdict"] == "right" else one["why"]
+        how += "; MLPs gathered" * (one.get("gathered_mlps", 0) > 0)
         held = f"{one['held']:.2f}" if "held" in one else ""
         stock = one["stock"]["verdict"]
         rows.append(
             f"| {family} | {one['verdict']} | {_cell(how)} | {held} | {'dies' if stock == 'crash' else stock} |"
         )
     left = [f"{family} ({_cell(one['why'])})" for family, one in found.items() if one["verdict"] == "not built"]
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     split, stock = (number[key] for key in ("right by split attention alone", "right under transformers' own"))
     return f"""# Models
 
-Made by `make models` on {datetime.date.today()}, {versions}.
+Made by `make models` on {made["date"]}, torch {made["torch"]}, transformers {made["transformers"]}.
 
 Every causal language model of transformers, small and with random weights, with 2 key/value heads where the family
 lets one choose, on {ranks} Gloo ranks in a grid of 2 head groups. Of {len(built)} families {number.get("right", 0)} are
 right: logits of a padded batch, the gradient of every parameter and {TOKENS} greedy tokens with a cache are the unsplit
-model's. Of those, {split} have all of their attention and MLPs split; in the others some or all keeps its own code,
-with weights that are stored split and gathered for each call. Under transformers' own tensor parallelism, on as many
-ranks, {stock} of them give the unsplit logits and tokens.
+model's. Of those, {split} have all of their attention split; in the others some or all keeps its own code, with weights
+that are stored split and gathered for each call, as MLPs do that no tensor-parallel plan of transformers splits.
+Under transformers' own tensor parallelism, on as many ranks, {stock} of them give the unsplit logits and tokens.
 
 Kept is the share of all parameters that the first rank holds: 1/{ranks} is {1 / ranks:.2f}. Small models have large
 embeddings, which stay whole where they are tied.
@@ -322,17 +326,28 @@ def _cell(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--only", nargs="*", default=[], help="these anew; the others stay as the JSON file has them")
     parser.add_argument("--json", type=Path, help="all that was found")
     parser.add_argument("--docs", type=Path, help="a page of it, in Markdown")
     args = parser.parse_args()
     families = args.only or sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    found = survey(families, args.ranks)
-    print(counts(found))
+    known = args.only and args.json and args.json.is_file()
+    found = json.loads(args.json.read_text())["families"] if known else {}
+    found = dict(sorted((found | survey(families, args.ranks)).items()))
+    number = counts(found)
+    print(number)
+    made = {
+        "date": str(datetime.date.today()),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ranks": args.ranks,
+        "counts": number,
+        "families": found,
+    }
     if args.docs:
-        args.docs.write_text(page(found, args.ranks))
+        args.docs.write_text(page(made))
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def kept_for_backward():
         module.weight.add_(1.0)
     with pytest.raises(RuntimeError, match="changed in place"):
         y.backward()
-    with whole_weights(module, torch.distributed.tensor.Partial()):
+    with whole_weights(module, place_on(mesh((2, 2))), torch.distributed.tensor.Partial()):
         whole = module.weight
     return tuple(whole.shape), tuple(module.weight.to_local().shape)
 
@@ -121,8 +121,7 @@ def dealt_shapes():
         "alibi": torch.zeros(8, 1, 3), "table": torch.zeros(4, 8), "attention_mask": torch.zeros(4, 3),
         "one": torch.zeros(1, 3, 8), "positions": torch.arange(4),
     }  # fmt: skip
-    flat = mesh((2, 2))._flatten("grid")
-    return {name: tuple(sequences.deal(x, name, flat).shape) for name, x in tensors.items()}
+    return {name: tuple(sequences.deal(x, name).shape) for name, x in tensors.items()}
 
 
 def test_what_is_dealt(pool):

@@ -1,10 +1,13 @@
 """Chunks of the batch whose exchanges run while the next is computed: the same numbers as in one, float64."""
 
+from contextlib import closing
+
 import pytest
 import torch
 from harness.calls import Call, difference, everything, mesh, off, on_ranks, stock_layer, text_of
 from harness.compiled import compiled_over_lengths
 from harness.device import DEVICE
+from harness.pool import Pool
 from harness.two_level_attention import HALF, Decoder
 from harness.two_level_attention import off as decoder_off
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -321,3 +324,24 @@ def test_a_layer_overlaps_as_predicted(pool):
         option = next(one for one in plan.options if (one.grid, one.scheme) == ((1, 4), "slices"))
         assert (option.overlap > 1) == (profile is not None and profile.latency_ns == 0)
         assert set(pool.run(counted, 4, (1, 4), profile)) == {option.collectives()}
+
+
+def gathered_often(count: int) -> int:
+    """Calls in which several all-gathers of a group are under way at once."""
+    layer = tlm.TwoLevelMultiheadAttention(
+        256, 4, bias=False, batch_first=True, mesh=mesh((2, 2)), scheme="slices", overlap=8
+    )
+    x = torch.randn(16, 16, 256)
+    with torch.no_grad():
+        for _ in range(count):
+            layer(x, x, x, need_weights=False)
+    return count
+
+
+@pytest.mark.slow
+def test_gathers_at_once():
+    """In ranks of their own, which it may end. Localises: an all-gather by an operator of which Gloo cannot run two at
+    once: memory is written to after it was freed, and one of some hundred calls aborts.
+    """
+    with closing(Pool()) as ranks:
+        assert set(ranks.run(gathered_often, 4, 1500, timeout=240)) == {1500}

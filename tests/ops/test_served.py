@@ -95,11 +95,11 @@ def test_every_call_is_served_by_the_rules(arch, offset_windows):
     assert seen == {"aten_flash", "aten_efficient", "chunked"} | ({"aten_cudnn"} if arch >= 90 else set())
 
 
-def test_what_info_and_the_readme_say():
-    """Localises: README's table of kernels behind the rules; a call or a column that the table of `info` leaves out."""
+def test_what_info_and_the_docs_say():
+    """Localises: docs/kernels.md behind the rules; a call or a column that the table of `info` leaves out."""
     machine = _C.Machine(cuda=True, arch=90, cudnn=H100_CUDNN)
     rows = served(machine)
     assert list(rows) == list(CALLS) and all(list(row) == list(COLUMNS) for row in rows.values())
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "kernels.md").read_text()
     for name, line in table_of(machine).items():
-        assert f"{name:{max(map(len, CALLS))}}  {line}".rstrip() in readme, name
+        assert f"{name:{max(map(len, CALLS))}}  {line}".rstrip() in page, name

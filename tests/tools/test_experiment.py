@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import experiment
 import experiment_ranks
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from harness import RankFailure
 
+from two_level_mha.context import ACTIVATIONS
 from two_level_mha.experiment import model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +48,7 @@ def test_every_layout_is_the_unsplit_model(pool, mode, mask, sizes, overlap):
     assert [name for name in names if not name.startswith("ours")] == EXPECTED[mode, sizes.kv_heads]
     ours = [row["of"] | {"exact": row["exact"]} for row in found[0] if row["ours"]]
     assert {tuple(of["grid"]) for of in ours} == {(n, RANKS // n) for n in (1, 2, 4) if sizes.kv_heads % n == 0}
-    assert {of["activations"] for of in ours} == set(model.ACTIVATIONS)
+    assert {of["activations"] for of in ours} == set(ACTIVATIONS)
     assert {of["overlap"] for of in ours} == {1, overlap} and {of["mlp"] for of in ours} == {"split", "gathered"}
     assert {of["scheme"] for of in ours if not of["exact"]} == ({"independent"} if sizes is TINY else set())
 
@@ -105,6 +107,28 @@ def test_a_layout_that_differs_is_reported_and_not_timed(pool, mode):
     for row in pool.run(broken_row, RANKS, mode):
         assert "differs from the unsplit model by" in row["failed"] and "ms" not in row
         assert "NOT TIMED: rank 0: AssertionError" in experiment.line(row)
+
+
+def rows_with_a_wrong_layout(setting):
+    """On a rank: a whole run, in which tensor parallelism over all ranks is found to differ."""
+    right = experiment_ranks.Reference.difference
+
+    def difference(self, built, layout):
+        return 1.0 if layout.tp == RANKS else right(self, built, layout)
+
+    with mock.patch.object(experiment_ranks.Reference, "difference", difference):
+        return experiment.run(setting, ["prefill"], ["causal"], {})
+
+
+@pytest.mark.cpu_only("layouts of torch's own parts over Gloo")
+def test_a_run_times_all_but_the_layout_that_differs(pool):
+    """Localises: a wrong layout that takes its turn with the others, or that keeps them from theirs."""
+    setting = replace(SETTING, only=("TP4", "FSDP4"), overlap=1)
+    for rows in pool.run(rows_with_a_wrong_layout, RANKS, setting):
+        found = {row["layout"]: row for row in rows}
+        assert set(found) == {"FSDP4", "TP4", "TP4 by rows"}
+        assert found["FSDP4"]["ms"] > 0 and "failed" not in found["FSDP4"]
+        assert all("failed" in found[name] and "ms" not in found[name] for name in ("TP4", "TP4 by rows"))
 
 
 def worst_of(found, expected):

@@ -238,6 +238,7 @@ def test_the_command_as_json():
     out = command("--layout", "TP16", "--mask", "causal", "--json", "--batch", "64", "--hardware", "h200-16")
     found = json.loads(out.stdout)
     assert found["hardware"]["name"] == "h200-16" and found["sizes"]["batch"] == 64
+    assert found["command"].startswith("python -m two_level_mha predict --layout TP16 --mask causal")
     assert {row["layout"] for row in found["predictions"]} == {"TP16", "TP16 by rows"}
     assert all(row["causal"] and row["low"] < row["seconds"] < row["high"] for row in found["predictions"])
     assert found["ceiling_tokens_per_second"]["causal"] > 4.08e6

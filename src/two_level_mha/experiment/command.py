@@ -136,6 +136,7 @@ def _ceiling(sizes: Sizes, machine: Hardware, mode: str, causal: bool) -> float 
 
 def _as_dict(sizes: Sizes, machine: Hardware, mode: str, dtype: torch.dtype, found: dict) -> dict:
     return {
+        "command": " ".join(["python -m two_level_mha", *sys.argv[1:]]),
         "sizes": {field.name: getattr(sizes, field.name) for field in fields(Sizes)},
         "mode": mode,
         "dtype": str(dtype).removeprefix("torch."),

@@ -28,38 +28,39 @@ class Gathered(nn.Module):
     """
 
     place: Place
-    mesh: DeviceMesh  # the flattened grid
+    layer: int | None  # of a KV cache
     dealt: dict[bool, bool]  # whether sequences are dealt to the ranks, by whether a call is of one row without a cache
 
     def forward(self, *args, **kwargs):
         given = (kwargs.get("hidden_states"), *args, *kwargs.values())
         hidden = next(x for x in given if isinstance(x, Tensor))
         caches = [x for x in given if isinstance(x, Cache)]
-        layer = next((part.layer_idx for part in self.modules() if getattr(part, "layer_idx", None) is not None), None)
-        dropped = self.training and drops(self)  # what is dropped of a sequence depends on those before it
-        if hidden.dim() < 3 or dropped or not all(layer is not None and can_be_dealt(cache) for cache in caches):
+        if hidden.dim() < 3 or not all(self.layer is not None and can_be_dealt(cache) for cache in caches):
             return self._whole(args, kwargs)
         kind = hidden.shape[1] == 1 and not caches
+        # what is dropped of a sequence depends on those before it
+        if not self.dealt.get(kind, True) or (self.training and drops(self)):
+            return self._whole(args, kwargs)
         sequences = Sequences(hidden.shape[0], self.place)
-        mine = [sequences.deal(x, "", self.mesh) for x in args]
-        named = {name: sequences.deal(x, name, self.mesh) for name, x in kwargs.items()}
+        mine = [sequences.deal(x, "") for x in args]
+        named = {name: sequences.deal(x, name) for name, x in kwargs.items()}
         if kind not in self.dealt and sequences.batch > 1 and not torch.compiler.is_compiling():
             self.dealt[kind] = self._try(sequences, (args, kwargs), (mine, named))
-        if not self.dealt.get(kind, True):
-            return self._whole(args, kwargs)
+            if not self.dealt[kind]:
+                return self._whole(args, kwargs)
         for cache in caches:
-            deal_cache(cache, layer, sequences.batch, self.place)
-        with whole_weights(self, Partial()) as weights:
+            deal_cache(cache, self.layer, sequences.batch, self.place)
+        with whole_weights(self, self.place, Partial()) as weights:
             output = super().forward(*mine, **named)
             return sequences.gather(output, weights)
 
     def _whole(self, args: tuple, kwargs: dict):
-        with whole_weights(self, Replicate()):
+        with whole_weights(self, self.place, Replicate()):
             return super().forward(*args, **kwargs)
 
     def _try(self, sequences: Sequences, whole: tuple, own: tuple) -> bool:
         """Whether on all ranks their sequences get the same numbers alone and among the others, without a cache."""
-        with torch.no_grad(), in_eval(self), whole_weights(self, Partial()):
+        with torch.no_grad(), in_eval(self), whole_weights(self, self.place, Partial()):
             try:
                 why = _difference(self._run(*whole), self._run(*own), sequences)
             except Exception as error:  # of any kind: it is another's code
@@ -102,5 +103,6 @@ def _for_trial(x: object) -> object:
 def gather_weights(module: nn.Module, mesh: DeviceMesh) -> None:
     """Makes a module, in place, a Gathered one."""
     store_split(module, grid_mesh(mesh))
+    layer = next((part.layer_idx for part in module.modules() if getattr(part, "layer_idx", None) is not None), None)
     mark(module, {path: "gathered" for path, part in module.named_modules() if path and hasattr(part, "weight")}, mesh)
-    become(module, Gathered, place=place_on(mesh), mesh=grid_mesh(mesh), dealt={})
+    become(module, Gathered, place=place_on(mesh), layer=layer, dealt={})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 from torch.nn.functional import linear
 
+from two_level_mha.activations import used_apart
 from two_level_mha.errors import UsageRuntimeError
 from two_level_mha.low_rank import Cut, Term
 from two_level_mha.mesh import Place
@@ -120,10 +121,6 @@ class AdaptedRest(Adapted):
 
     place: Place
 
-    def everywhere(self, xs: list[Tensor]) -> list[Tensor]:
-        """Tensors that are the same on every rank and used differently, with the sum as their gradient."""
-        return _ops.replicated(xs, self.place.grid.size, self.place.groups[2])
-
 
 class AdaptedLinear(AdaptedRest):
     """Of a linear that takes and gives whole features, whose weight is split."""
@@ -152,7 +149,7 @@ class AdaptedColumns(AdaptedLinear):
     """Gives this rank's columns."""
 
     def product(self, x: Tensor, term: Term) -> Tensor:
-        a, b = self.everywhere([linear(term.dropout(x).to(term.a.dtype), term.a), term.b])
+        a, b = used_apart([linear(term.dropout(x).to(term.a.dtype), term.a), term.b], self.place)
         return linear(a, b.narrow(0, *self.own[0]))
 
 
@@ -160,7 +157,7 @@ class AdaptedRows(AdaptedLinear):
     """Takes this rank's columns of its input, gives the sum."""
 
     def product(self, x: Tensor, term: Term) -> Tensor:
-        (a,) = self.everywhere([term.a])
+        (a,) = used_apart([term.a], self.place)
         inner = linear(self._dropped(x, term).to(a.dtype), a.narrow(1, *self.own[1]))
         return linear(_ops.all_reduce(inner, self.place.grid.size, self.place.groups[2]), term.b)
 
@@ -201,7 +198,7 @@ class AdaptedExperts(AdaptedRest):
         stored = experts._parameters[self.parameter_name]
         for term in self.terms():
             before = stored.to_local() if weight is None else weight
-            parts = self.parts(stored, *self.everywhere([term.a, term.b]))
+            parts = self.parts(stored, *used_apart([term.a, term.b], self.place))
             weight = torch.baddbmm(before, *(x.to(before.dtype) for x in parts), alpha=term.scale)
         if weight is None:
             return self.base_layer(x, *args, **kwargs)

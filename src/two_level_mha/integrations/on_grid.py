@@ -22,14 +22,14 @@ class OnGrid:
 
     def _get_stopping_criteria(self, generation_config, *args, **kwargs) -> StoppingCriteriaList:
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
-        if generation_config.num_beams > 1 or self.grid_control is None:  # beams: the column is a copy, see the README
+        if generation_config.num_beams > 1 or self.grid_control is None:  # beams: the column is a copy
             return criteria
         return FirstRanksTokens(criteria, self.grid_control)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, state_dict: dict | None = None, **options
     ) -> None:
-        """transformers', of whole tensors: called on every rank, the first of which writes.
+        """transformers', of whole tensors: called on every rank, the first of which writes, while the others go on.
 
         With a state_dict, that of two_level_mha.full_state_dict, only ranks that have one write.
         """

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.private import private, private_method
 from two_level_mha.mesh import grid_mesh
-from two_level_mha.probe import changed_linear, has_hooks
+from two_level_mha.probe import changed_linear, has_hooks, is_inside
 from two_level_mha.stock import take_full_tensors
 
 # Styles whose module takes and gives full activations: leaving one out changes nothing else.
@@ -37,7 +37,7 @@ def find_tp_plan(
         return None
     config = private("DistributedConfig")(tp_size=ranks)
     tp_plan = private_method(model, "_resolve_parallel_plans")(config)[0]
-    tp_plan = {name: style for name, style in tp_plan.items() if not _is_inside(name, replaced)}
+    tp_plan = {name: style for name, style in tp_plan.items() if not is_inside(name, replaced)}
     modules = dict(model.named_modules())
     left_out: dict[str, str] = {}
     for name, style in tp_plan.items():
@@ -51,15 +51,11 @@ def find_tp_plan(
             left_out[owner] = problem
     for name, style in tp_plan.items():
         block = name.rpartition(".")[0]
-        if style == "colwise" and isinstance(modules.get(name), nn.Linear) and not _is_inside(name, set(left_out)):
+        if style == "colwise" and isinstance(modules.get(name), nn.Linear) and not is_inside(name, set(left_out)):
             names = (f"{block}.{own}" for own, _ in modules[block].named_parameters())
-            if alone := next((own for own in names if not _is_inside(own, set(tp_plan))), None):
+            if alone := next((own for own in names if not is_inside(own, set(tp_plan))), None):
                 left_out[block] = f"the gradient of {alone}, which has no rule, would be that of a part of the columns"
-    return {name: style for name, style in tp_plan.items() if not _is_inside(name, set(left_out))}, left_out
-
-
-def _is_inside(name: str, owners: set[str]) -> bool:
-    return any(name == owner or name.startswith(f"{owner}.") for owner in owners)
+    return {name: style for name, style in tp_plan.items() if not is_inside(name, set(left_out))}, left_out
 
 
 def _problem(module: nn.Module, owner: str, name: str, tp_plan: dict[str, str], owners: dict[int, int]) -> str | None:

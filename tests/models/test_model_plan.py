@@ -1,0 +1,87 @@
+"""What `plan --model` says of a whole model, against the model split over 4 ranks."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from harness.calls import mesh
+from harness.programs import environment
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+import two_level_mha as tlm
+from two_level_mha.model_plan import plan_model
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "dtype": "float32",
+}  # fmt: skip
+
+
+def saved(folder, kind=LlamaConfig, **more):
+    kind(**SIZES, **more, architectures=[kind.__name__.replace("Config", "ForCausalLM")]).save_pretrained(folder)
+    return folder
+
+
+def held(folder, grid, scheme, batch: int, seq: int) -> tuple[int, int, int]:
+    """Bytes of this rank's attention, of all else that is split, and of a cache of `seq` positions."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(folder))
+    model = tlm.parallelize(model.eval(), mesh(grid), scheme=scheme)
+    sizes = {name: p.to_local().nbytes for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    attention = sum(size for name, size in sizes.items() if ".self_attn." in name)
+    cache = tlm.KVCache(model.config, mesh(grid))
+    with torch.no_grad():
+        model(input_ids=torch.zeros(batch, seq, dtype=torch.long), past_key_values=cache)
+    return attention, sum(sizes.values()) - attention, cache.nbytes
+
+
+def test_a_model(pool, tmp_path):
+    """Localises: layers or parameters counted wrong; a figure that is not one rank's."""
+    folder = saved(tmp_path)
+    found = plan_model(folder, ranks=4, batch=2, seq=16, device_type="cpu")
+    pick = found.layer.pick
+    for attention, others, cache in pool.run(held, 4, str(folder), pick.grid, pick.scheme, 2, 16):
+        assert (attention, cache) == (found.attention_bytes, found.cache_bytes)
+        norms = 7 * 64 * 4  # held whole
+        assert others == found.other_bytes - norms // 4
+    assert found.logits_bytes == 2 * 16 * 64 * 4
+
+
+def test_windows(tmp_path):
+    """Localises: a layer with a window that is priced with all of the context."""
+    every = plan_model(saved(tmp_path / "every", MistralConfig, sliding_window=None), ranks=4, batch=2, seq=64)
+    short = plan_model(saved(tmp_path / "short", MistralConfig, sliding_window=16), ranks=4, batch=2, seq=64)
+    assert every.cache_bytes == 4 * short.cache_bytes
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    ours = environment(HF_HUB_OFFLINE="1")
+    return subprocess.run(
+        [sys.executable, "-m", "two_level_mha", "plan", "--ranks", "4", "--batch", "2", "--seq", "16", *words],
+        capture_output=True, text=True, timeout=120, env=ours,
+    )  # fmt: skip
+
+
+def test_command(tmp_path):
+    """Localises: arguments of the command line, and what it says of those that do not fit."""
+    folder = str(saved(tmp_path))
+    result = command("--model", folder, "--json")
+    assert json.loads(result.stdout)["parameters"] > 0, result.stderr
+    assert "LlamaForCausalLM: 3 layers" in command("--model", folder).stdout
+    both = command("--model", folder, "--head-dim", "16")
+    assert both.returncode == 2 and both.stderr.endswith("leave out --head-dim\n")
+    neither = command()
+    assert neither.returncode == 2 and "--model FOLDER" in neither.stderr
+
+
+def test_what_has_no_heads(tmp_path):
+    """Localises: latent attention priced as if it had keys and values of heads."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"],
+                                  "num_hidden_layers": 2, "hidden_size": 64, "n_routed_experts": 4, "vocab_size": 64,
+                                  "n_group": 1, "topk_group": 1}))  # fmt: skip
+    with pytest.raises(tlm.GridError, match="without --model"):
+        plan_model(tmp_path, ranks=4, batch=1, seq=16)
