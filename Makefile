@@ -70,7 +70,7 @@ report: $(PINS_STAMP)
 
 # The site of docs/, in build/site.
 docs: $(PINS_STAMP)
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build
 
 lint: $(PINS_STAMP)
 	$(PYTHON) -m ruff check .

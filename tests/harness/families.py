@@ -26,6 +26,7 @@ from harness.calls import mesh
 from harness.pool import Pool, RankFailure
 from two_level_mha.attentions import NO_PLAN
 
+STOCK = "right under transformers' own"
 TIMEOUT = 120.0  # seconds of a family
 TOKENS = 8
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4}  # relative; float64 models may take norms in float32
@@ -235,8 +236,8 @@ def try_stock(family: str, folder: str) -> dict[str, object]:
     return {"verdict": "right" if right else "wrong", "why": "" if right else f"logits differ by {off:.1e}"}
 
 
-def survey(families: list[str], ranks: int) -> dict[str, dict]:
-    """By family what try_family found, and under "stock" what try_stock did."""
+def survey(families: list[str], ranks: int, stock: bool = True) -> dict[str, dict]:
+    """By family what try_family found, and, if asked for, under "stock" what try_stock did."""
     from harness.families import (
         try_family,
         try_stock,
@@ -255,7 +256,7 @@ def survey(families: list[str], ranks: int) -> dict[str, dict]:
     for family in families:
         start = time.monotonic()
         one = found[family] = on_ranks(try_family, family, (2, ranks // 2))
-        if one["verdict"] != "not built":
+        if stock and one["verdict"] != "not built":
             with tempfile.TemporaryDirectory() as folder:
                 one["stock"] = on_ranks(try_stock, family, folder)
         one["seconds"] = round(time.monotonic() - start, 1)
@@ -276,8 +277,21 @@ def counts(found: dict[str, dict]) -> dict[str, int]:
     known = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
     right = [one for one in found.values() if one["verdict"] == "right"]
     known["right by split attention alone"] = sum(one["attentions"] > 0 and not one["gathered"] for one in right)
-    known["right under transformers' own"] = sum(one["stock"]["verdict"] == "right" for one in right)
+    known[STOCK] = sum(one["stock"]["verdict"] == "right" for one in right)
     return known
+
+
+def sentence(made: dict) -> str:
+    """README's."""
+    built = sum(one["verdict"] != "not built" for one in made["families"].values())
+    number = made["counts"]
+    return (
+        f"Of transformers' {built} causal language models of which a small one can be made, with 2 key/value heads on "
+        f"{made['ranks']} ranks, {number['right']} give the unsplit logits, gradients and tokens here, "
+        f"{number['right by split attention alone']} of them with all of their attention split; under transformers' "
+        f"own tensor parallelism {number[STOCK]} of those do (`make models`, {made['date']}, transformers "
+        f"{made['transformers']}, torch {made['torch'].partition('+')[0]}: [the table](docs/models.md))."
+    )
 
 
 def page(made: dict) -> str:
@@ -296,7 +310,7 @@ def page(made: dict) -> str:
             f"| {family} | {one['verdict']} | {_cell(how)} | {held} | {'dies' if stock == 'crash' else stock} |"
         )
     left = [f"{family} ({_cell(one['why'])})" for family, one in found.items() if one["verdict"] == "not built"]
-    split, stock = (number[key] for key in ("right by split attention alone", "right under transformers' own"))
+    split, stock = (number[key] for key in ("right by split attention alone", STOCK))
     return f"""# Models
 
 Made by `make models` on {made["date"]}, torch {made["torch"]}, transformers {made["transformers"]}.
