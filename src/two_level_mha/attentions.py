@@ -41,8 +41,9 @@ _UNPLANNED = {
 }
 
 # Classes that give their parts away while the model runs, and the way out.
-_CHANGING = {
-    "BigBirdBlockSparseAttention": 'it becomes another in short calls: set attention_type="original_full" first'
+_NOT_GATHERED = {
+    "BigBirdBlockSparseAttention": 'it becomes another in short calls: set attention_type="original_full" first',
+    "XmodOutput": "its parts are used apart from its calls",
 }
 
 
@@ -295,8 +296,8 @@ def _not_gathered(module: nn.Module, owners: dict[int, list[str]]) -> str | None
     """Why the weights of a module cannot be gathered for each call, or None."""
     if "forward" in vars(module):
         return "its forward was replaced"
-    if type(module).__name__ in _CHANGING:
-        return _CHANGING[type(module).__name__]
+    if type(module).__name__ in _NOT_GATHERED:
+        return _NOT_GATHERED[type(module).__name__]
     if problem := _not_its_own([module], owners):
         return problem
     return next((f"{name} is quantised" for name, p in module.named_parameters() if not p.is_floating_point()), None)
