@@ -144,16 +144,19 @@ STOCK = {
     "fused bias": StockTensor("", (24,), (2, 4), 0, 16),
     "fused, transposed": StockTensor("", (6, 24), (2, 4, 6), 1, 8, True),
     "transposed": StockTensor("", (8, 6), (6, 2, 4), transposed=True),
+    "of groups": StockTensor("", (24, 6), (2, 4, 6), 0, 8, groups=2),
+    "of groups, several heads each": StockTensor("", (32, 6), (4, 4, 6), groups=2),
+    "of groups, transposed": StockTensor("", (6, 24), (2, 4, 6), 1, 4, True, groups=2),
     "bias_k": StockTensor("", (1, 1, 8), (2, 4), 2),
 }
 
 
 @pytest.mark.parametrize("case", STOCK)
 def test_part_of_a_tensor(case):
-    """Every block of a parameter is the same block of StockTensor.part, in memory of its own."""
+    """Every block of a parameter is the same block of StockTensor.read, in memory of its own."""
     stock = STOCK[case]
     source = torch.arange(float(torch.Size(stock.shape).numel())).view(stock.shape)
-    lazy, expected = StockSlice(source, True, Heap(), stock), stock.part(source)
+    lazy, expected = StockSlice(source, True, Heap(), stock), stock.read(source)
     assert lazy.get_shape() == list(expected.shape)
     cuts = [[slice(0, n), slice(0, (n + 1) // 2), slice(n // 2, n)] for n in expected.shape]
     for index in [..., *itertools.product(*cuts)]:
