@@ -8,11 +8,10 @@ The second is predicted, by the planner's profile of an H100, whose rates are as
 from pathlib import Path
 
 from common import ROOT
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from report_pictures import STYLE
+from report_pictures import save
 
 import two_level_mha as tlm
 
@@ -97,12 +96,7 @@ PICTURES = {"schemes": (schemes, (7.6, 4.0)), "ranks": (ranks, (9.6, 3.0))}
 
 
 def main(folder: Path = FOLDER) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (draw, size) in PICTURES.items():
-        with rc_context(STYLE):
-            figure = Figure(figsize=size, layout="constrained", facecolor="white")
-            draw(figure)
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    save(PICTURES, folder)
 
 
 if __name__ == "__main__":

@@ -181,12 +181,9 @@ def caution(results: Results) -> str:
     medians = [row["error_median"] for row in found]
     return (
         "Predicted for rates of an H100 that are assumed, not measured; in brackets all rates at the slow and at the "
-        "fast "
-        "end of what is assumed. The predictor itself, on CPUs that it was calibrated on, was off by "
-        f"{share(min(medians))} "
-        f"to {share(max(medians))} by median of a set, and by {share(max(row['error_worst'] for row in found))} at "
-        "worst, "
-        "in cases that it was not fitted to."
+        "fast end of what is assumed. The predictor itself, on CPUs that it was calibrated on, was off by "
+        f"{share(min(medians))} to {share(max(medians))} by median of a set, and by "
+        f"{share(max(row['error_worst'] for row in found))} at worst, in cases that it was not fitted to."
     )
 
 

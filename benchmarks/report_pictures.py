@@ -4,7 +4,8 @@ Files are SVG with text as text, on a white ground, so that they can be read on 
 same bytes: nothing in them depends on the time, and names inside them are hashed with a fixed salt.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -111,29 +112,21 @@ def moved(results: Results, figure: Figure) -> None:
 def memory(results: Results, figure: Figure) -> None:
     axes = figure.subplots(1, 3)
     rows = sorted(shown(results.rows("experiment")), key=lambda row: row["weight_bytes"] + row["peak_bytes"])
-    held(
-        axes[0],
-        rows,
-        [row["weight_bytes"] / 1e6 for row in rows],
-        [row["peak_bytes"] / 1e6 for row in rows],
-        "the rest at its peak",
-    )
+    held(axes[0], rows, megabytes(rows, "weight_bytes"), megabytes(rows, "peak_bytes"), "the rest at its peak")
     layouts(axes[0], rows, "MEASURED: small, prefill", "MB of a rank")
     cached = [row for row in results.rows("experiment_decode_grouped") if row["B"] == 64]
     cached.sort(key=lambda row: row["weight_bytes"] + row["cache_bytes"])
-    held(
-        axes[1],
-        cached,
-        [row["weight_bytes"] / 1e6 for row in cached],
-        [row["cache_bytes"] / 1e6 for row in cached],
-        "KV cache",
-    )
+    held(axes[1], cached, megabytes(cached, "weight_bytes"), megabytes(cached, "cache_bytes"), "KV cache")
     layouts(axes[1], cached, "MEASURED: small, 2 KV heads, decoding", "MB of a rank")
     predicted = sorted(results.predicted("predicted_seed_decode", causal=True), key=lambda row: row["peak"])
     weights = [row["weights"] / GB for row in predicted]
     rest = [(row["peak"] - row["weights"]) / GB for row in predicted]
     held(axes[2], predicted, weights, rest, "KV cache and the rest", hollow=True)
     layouts(axes[2], predicted, "PREDICTED: full size, decoding", "GB of a rank")
+
+
+def megabytes(rows: Sequence[dict], key: str) -> list[float]:
+    return [row[key] / 1e6 for row in rows]
 
 
 def held(
@@ -181,8 +174,7 @@ def scale(results: Results, figure: Figure) -> None:
 
 
 def timeline(axis: Axes, row: dict, title: str) -> None:
-    """Two lines of a traced step, in ms: computing above, exchanging below, dark where something is computed beside "
-    "it."""
+    """Two lines of a traced step, in ms: computing above, exchanging below, dark where something is computed beside."""
     for y, spans, c in ((1, "computing", COMPUTING), (0, "exchanging", EXCHANGING), (0, "both", HIDDEN)):
         axis.broken_barh([(start, end - start) for start, end in row[spans]], (y + 0.1, 0.8), color=c)
     axis.set_yticks([0.5, 1.5], ["exchanging", "computing"])
@@ -208,11 +200,16 @@ PICTURES: dict[str, tuple[Callable[[Results, Figure], None], tuple[float, float]
 }
 
 
-def draw(results: Results, folder: Path, suffix: str = "svg") -> None:
-    """Writes every picture into the folder."""
+def save(pictures: Mapping[str, tuple[Callable[[Figure], None], tuple[float, float]]], folder: Path) -> None:
+    """Writes every picture, by name what draws it and its size in inches, into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
-        for file, (make, size) in PICTURES.items():
+        for file, (make, size) in pictures.items():
             figure = Figure(figsize=size, layout="constrained", facecolor="white")
-            make(results, figure)
-            figure.savefig(folder / f"{file}.{suffix}", metadata={"Date": None} if suffix == "svg" else None)
+            make(figure)
+            figure.savefig(folder / f"{file}.svg", metadata={"Date": None})
+
+
+def draw(results: Results, folder: Path) -> None:
+    """Writes the pictures of the page."""
+    save({file: (partial(make, results), size) for file, (make, size) in PICTURES.items()}, folder)

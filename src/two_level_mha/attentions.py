@@ -40,7 +40,7 @@ _UNPLANNED = {
     "InklingMoE": "it multiplies tensors with what its plan makes DTensors",
 }
 
-# Classes that give their parts away while the model runs, and the way out.
+# Classes whose parts are used apart from their calls, and the way out.
 _NOT_GATHERED = {
     "BigBirdBlockSparseAttention": 'it becomes another in short calls: set attention_type="original_full" first',
     "XmodOutput": "its parts are used apart from its calls",

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from two_level_mha.errors import GridError
-from two_level_mha.planner import UNITS, WIDTH, Plan, plan
+from two_level_mha.planner import UNITS, Plan, plan
 from two_level_mha.pretrained import on_meta
 
 
@@ -51,9 +51,10 @@ class ModelPlan:
             f"{self.layer.layer['dtype']}",
             f"         one of {ranks} ranks, {pick.name}, for the call below:",
             *(f"         {what:40}{size / UNITS['B']['GB']:9.2f} GB" for what, size in rows.items()),
-            "         " + "one layer of attention:".ljust(WIDTH - 9),
+            "         one layer of attention:",
+            str(self.layer),
         ]
-        return "\n".join([*(line.rstrip() for line in lines), str(self.layer)])
+        return "\n".join(lines)
 
 
 def plan_model(
@@ -82,7 +83,7 @@ def plan_model(
         )
     sizes = {
         "embed_dim": config.hidden_size, "num_heads": heads, "head_dim": getattr(config, "head_dim", None),
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads, "ranks": ranks, "batch": batch,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None), "ranks": ranks, "batch": batch,
         "decode": decode, "dtype": model.dtype, **options,
     }  # fmt: skip
     found = plan(seq=seq, **sizes)

@@ -73,23 +73,8 @@ class DecoderAttention(ProjectedAttention):
         causal = self.causal_without_mask(given, L) if mask is None else None
         if need_weights and mask is not None and mask.dtype == torch.bool:
             mask = additive(mask, hidden_states.dtype)  # a padded row must not become NaN
-        y_BLD, weights = self.attend(
-            hidden_states,
-            hidden_states,
-            hidden_states,
-            wholes=[whole, whole],
-            attn_mask=mask,
-            scale=self.scaling,
-            causal=call.position if causal else None,
-            softcap=self.softcap,
-            dropout_p=dropout_p,
-            need_weights=need_weights,
-            average_attn_weights=False,
-            cache=layer,
-            call=call,
-            **self.between_of(given),
-        )
-        return self.finished(y_BLD, given), weights
+        first_row = call.position if causal else None
+        return self.attended(given, whole, mask, first_row, softcap=self.softcap, cache=layer, call=call)
 
 
 def _check_options(original: nn.Module, scheme: str) -> None:

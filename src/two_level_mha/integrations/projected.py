@@ -84,18 +84,26 @@ class ProjectedAttention(Positioned, GridAttention):
 
         self.check_call(check, {"hidden_states": hidden_states, "attention_mask": mask})
         causal = mask is None and self.causal_without_mask(given, whole.shape[1])
+        return self.attended(given, whole, mask, 0 if causal else None)
+
+    def attended(
+        self, given: dict, whole: Tensor, mask: Tensor | None, causal: int | None, **options
+    ) -> tuple[Tensor, Tensor | None]:
+        """What a call returns: of `attend`, which takes the options, and of what the original does behind it."""
+        x_BLD = given["hidden_states"]
         y_BLD, weights = self.attend(
-            hidden_states,
-            hidden_states,
-            hidden_states,
+            x_BLD,
+            x_BLD,
+            x_BLD,
             wholes=[whole, whole],
             attn_mask=mask,
             scale=self.scaling,
-            causal=0 if causal else None,
-            dropout_p=dropout_p,
+            causal=causal,
+            dropout_p=self.dropout_p,
             need_weights=self.needs_weights(given),
             average_attn_weights=False,
             **self.between_of(given),
+            **options,
         )
         return self.finished(y_BLD, given), weights
 
