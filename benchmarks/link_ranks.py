@@ -20,7 +20,7 @@ from two_level_mha.testing import Collective, record_collectives
 
 TIMEOUT = timedelta(seconds=120)  # of a collective
 ACTIVATIONS = ("replicated", "sequence", "batch")
-OVERLAPS = {"1": 1, "4": 4, "planned": None}  # values of overlap=; 1: nothing is computed while something travels
+OVERLAPS = {"1": 1, "4": 4, "8": 8, "planned": None}  # values of overlap=; 1: no chunks
 HIDDEN = 50  # percent of an exchange, by the profile that "planned" is predicted with
 
 
@@ -33,7 +33,8 @@ class Part:
     length: int
     embed_dim: int
     batch: int = 16
-    block: int = 0  # bytes of a rank that are gathered; 0: no gathers
+    block: int = 0  # bytes of a rank that are gathered, or exchanged by two; 0: no gathers
+    duplex: bool = False  # nothing but exchanges of two ranks
     round_robin: bool = False
     only_alone: bool = False  # nothing but computing
     across: bool = False  # one rank a node, and the slice axis between them
@@ -104,6 +105,24 @@ def gathers(part: Part, mesh: DeviceMesh) -> list[Case]:
     return [Case(f"gather, {name}", {"1": function}) for name, function in functions.items()]
 
 
+def pairs(part: Part) -> list[Case]:
+    """Both ways of a link at once, as far as the order in which receives and sends are posted lets them."""
+    ours, theirs = torch.randn(NODES, part.block // 4), torch.empty(NODES, part.block // 4)
+    peer = 1 - dist.get_rank()
+
+    def post(functions: list[Callable]) -> None:
+        buffers = {dist.irecv: theirs, dist.isend: ours}
+        for work in [function(buffers[function][peer], peer) for function in functions]:
+            work.wait()
+
+    functions = {
+        "all_to_all": partial(dist.all_to_all_single, theirs, ours),
+        "receive, then send": partial(post, [dist.irecv, dist.isend]),
+        "send, then receive": partial(post, [dist.isend, dist.irecv]),
+    }
+    return [Case(f"pair, {name}", {"1": function}) for name, function in functions.items()]
+
+
 def without_wire(mesh: DeviceMesh) -> DeviceMesh:
     """A mesh of the same ranks on which an exchange returns at once, with what is in memory."""
     axes = mesh.mesh_dim_names
@@ -164,7 +183,7 @@ def prepared(case: Case, node_of: list[int]) -> dict:
     link_bytes = {}
     for name, function in (case.variants or {"alone": case.alone}).items():
         function()  # in the first call of a layer its ranks compare their inputs
-        with record_collectives() as record:
+        with record_collectives(c10d=case.alone is None) as record:  # of a layer, not what its ranks compare
             function()
         link_bytes[name] = over_link(record.calls, node_of)
         if name in case.table_bytes:
@@ -198,7 +217,10 @@ def run(part: Part) -> None:
     mesh = tlm.init_mesh("cpu", part.grid(dist.get_world_size()))
     node_of = places(mesh.size(), part.round_robin)
     with torch.no_grad():
-        cases = (gathers(part, mesh) if part.block else []) + layers(part, mesh)
+        if part.duplex:
+            cases = pairs(part)
+        else:
+            cases = (gathers(part, mesh) if part.block else []) + layers(part, mesh)
         rows = [{"part": part.name, **prepared(case, node_of), "runs": []} for case in cases]
         for repeat in range(part.repeats):
             for case, row in zip(cases, rows, strict=True):

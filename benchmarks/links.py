@@ -3,10 +3,12 @@
     python benchmarks/links.py [--rate 100mbit] [--delay 0] [--ranks-per-node 2] [--repeats 10] [--json PATH] [--quick]
 
 The nodes are network namespaces joined by a shaped link (nodes.py), which needs root on Linux; without it the program
-says so and ends with 2. On the grid (2, m) the slice axis lies inside a node and the head axis across. Three parts:
+says so and ends with 2. On the grid (2, m) the slice axis lies inside a node and the head axis across. Four parts:
 
   short        at --rate, where communication takes longer than computing
   wrong order  the same with the ranks dealt to the nodes in turn, so that the slice axis crosses the link
+  duplex       at --rate, two ranks that send each other as much at once: by Gloo's all_to_all, and by messages of which
+               the receives, or the sends, are posted first
   balanced     one rank a node and the slice axis across, longer sequences, at a rate at which the bytes of no case take
                more than 1 / BALANCE of its computing: what is hidden where the layers compute one chunk while another
                travels (overlap=4), and what the number of chunks takes that is predicted for such a link (overlap=None)
@@ -172,7 +174,8 @@ def main() -> None:
     if args.quick:
         short = replace(short, repeats=2)
     wrong = replace(short, name="wrong order", repeats=max(1, short.repeats // 3), round_robin=True)
-    parts, rows = [short, wrong] if args.ranks_per_node > 1 else [short], []
+    duplex = Part("duplex", short.repeats, length=0, embed_dim=0, block=1 << 21, across=True, duplex=True)
+    parts, rows = [short, wrong, duplex] if args.ranks_per_node > 1 else [short, duplex], []
     with Nodes(args.rate, args.delay) as nodes:
         for part in parts:
             rows += report(measure(nodes, part, args.ranks_per_node))
