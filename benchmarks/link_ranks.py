@@ -105,7 +105,7 @@ def gathers(part: Part, mesh: DeviceMesh) -> list[Case]:
     return [Case(f"gather, {name}", {"1": function}) for name, function in functions.items()]
 
 
-def pairs(part: Part) -> list[Case]:
+def pairs(part: Part, group: str) -> list[Case]:
     """Both ways of a link at once, as far as the order in which receives and sends are posted lets them."""
     ours, theirs = torch.randn(NODES, part.block // 4), torch.empty(NODES, part.block // 4)
     peer = 1 - dist.get_rank()
@@ -116,7 +116,8 @@ def pairs(part: Part) -> list[Case]:
             work.wait()
 
     functions = {
-        "all_to_all": partial(dist.all_to_all_single, theirs, ours),
+        "as layers exchange": partial(torch.ops.two_level_mha.all_to_all, ours, 0, 0, NODES, group),
+        "Gloo's all_to_all": partial(dist.all_to_all_single, theirs, ours),
         "receive, then send": partial(post, [dist.irecv, dist.isend]),
         "send, then receive": partial(post, [dist.isend, dist.irecv]),
     }
@@ -218,7 +219,7 @@ def run(part: Part) -> None:
     node_of = places(mesh.size(), part.round_robin)
     with torch.no_grad():
         if part.duplex:
-            cases = pairs(part)
+            cases = pairs(part, place_on(mesh).groups[2])
         else:
             cases = (gathers(part, mesh) if part.block else []) + layers(part, mesh)
         rows = [{"part": part.name, **prepared(case, node_of), "runs": []} for case in cases]

@@ -7,8 +7,8 @@ says so and ends with 2. On the grid (2, m) the slice axis lies inside a node an
 
   short        at --rate, where communication takes longer than computing
   wrong order  the same with the ranks dealt to the nodes in turn, so that the slice axis crosses the link
-  duplex       at --rate, two ranks that send each other as much at once: by Gloo's all_to_all, and by messages of which
-               the receives, or the sends, are posted first
+  duplex       at --rate, two ranks that send each other as much at once: as layers do, by Gloo's all_to_all, and by
+               messages of which the receives, or the sends, are posted first
   balanced     one rank a node and the slice axis across, longer sequences, at a rate at which the bytes of no case take
                more than 1 / BALANCE of its computing: what is hidden where the layers compute one chunk while another
                travels (overlap=4), and what the number of chunks takes that is predicted for such a link (overlap=None)

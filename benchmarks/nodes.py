@@ -124,8 +124,9 @@ class Nodes:
         if self._relay is not None:
             self._relay.rate = rate
             return
-        # 2 ms: with less it would not keep up at high rates, and as much is let through at once
-        burst = max(1 << 16, rate // 8 // 500)
+        # 2 ms: with less it would not keep up at high rates, and as much is let through at once. More than 64 KiB, what
+        # TCP hands over at once: tbf cuts that into packets, which costs a quarter of a core at 200 Mbit/s
+        burst = max(1 << 17, rate // 8 // 500)
         tbf = ["tbf", "rate", f"{rate}bit", "burst", str(burst), "latency", f"{QUEUE_SECONDS * 1e3:.0f}ms"]
         for name in self.names:
             at = ["tc", "-n", name, "qdisc", "replace", "dev", name]

@@ -246,6 +246,12 @@ TORCH_LIBRARY(two_level_mha, library) {
   library.def("all_to_all(Tensor x, int split_dim, int cat_dim, int group_size, str group) -> Tensor",
               all_to_all_op);
 
+  // The same exchanges by Gloo's messages, csrc/comm/pairs.h; not differentiable. wait: it has ended, instead of being
+  // waited for by "_c10d_functional::wait_tensor".
+  library.def("_all_to_all_pairs(Tensor input, SymInt[] output_split_sizes, SymInt[] input_split_sizes, str group_name, "
+              "bool wait=True) -> Tensor");
+  library.def("_all_gather_pairs(Tensor input, int group_size, str group_name, bool wait=True) -> Tensor");
+
   // The sum over the group, used alike by every rank. Adjoint: identity.
   library.def("all_reduce(Tensor x, int group_size, str group) -> Tensor", all_reduce_op);
 

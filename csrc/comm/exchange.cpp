@@ -7,6 +7,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "pairs.h"
 #include "progress.h"
 
 namespace two_level_mha {
@@ -66,6 +67,7 @@ Tensor in_group(const Tensor& x, const Group& group, const char* kind,
 // (1, N) -> (g, N). On the CPU not by the functional operator alone: in torch 2.15 two of them that Gloo runs at once
 // write to freed memory, which its variant with `out` does not. A graph has no such variant: there it is waited for.
 Tensor issue_all_gather(const Tensor& x, const Group& group) {
+  if (group.size == 2 && has_pairs(x, group)) return all_gather_pairs(x, group);
   if (x.is_cpu() && !at::isTensorSubclassLike(x)) {
     auto sizes = x.sizes().vec();
     sizes[0] = group.size;
@@ -76,6 +78,12 @@ Tensor issue_all_gather(const Tensor& x, const Group& group) {
   using Modes = c10::impl::TorchDispatchModeTLS;
   const bool in_graph = Modes::get_mode(c10::impl::TorchDispatchModeKey::PROXY).has_value();
   return x.is_cpu() && in_graph ? wait_tensor(started) : started;
+}
+
+Tensor issue_all_to_all(const Tensor& x, const std::vector<int64_t>& received,
+                        const std::vector<int64_t>& sent, const Group& group) {
+  if (has_pairs(x, group)) return all_to_all_pairs(x, received, sent, group);
+  return call("_c10d_functional::all_to_all_single", {x, received, sent, group.name});
 }
 
 Tensor issue(Collective kind, const Tensor& buffer, const Group& group) {
@@ -90,8 +98,8 @@ Tensor issue(Collective kind, const Tensor& buffer, const Group& group) {
     if (kind == Collective::all_gather) return issue_all_gather(x, group);
     if (kind == Collective::reduce_scatter && !x.is_cpu())
       return call("_c10d_functional::reduce_scatter_tensor", {x, std::string("sum"), group.size, group.name});
-    std::vector<int64_t> ones(group.size, 1);
-    return call("_c10d_functional::all_to_all_single", {x, ones, ones, group.name});
+    const std::vector<int64_t> ones(group.size, 1);
+    return issue_all_to_all(x, ones, ones, group);
   });
 }
 
@@ -193,10 +201,8 @@ void once_differentiable(const Tensor& gradient) {
 
 Tensor exchange_rows(const Tensor& x, const std::vector<int64_t>& sent, const std::vector<int64_t>& received,
                      const Group& group) {
-  return in_group(x, group, "all_to_all", [&] {
-    return wait_tensor(
-        call("_c10d_functional::all_to_all_single", {x.contiguous(), received, sent, group.name}));
-  });
+  return in_group(x, group, "all_to_all",
+                  [&] { return wait_tensor(issue_all_to_all(x.contiguous(), received, sent, group)); });
 }
 
 Later<Tensor> begin_sum_in_group(const Tensor& x, const Group& group, bool own) {

@@ -15,9 +15,9 @@ the wire):
     send              N
     recv              nothing                N is what comes
 
-Recorded are functional collectives, which this package and DTensor issue. FSDP2, DDP and torch's pipelining call the
-process group instead, as do the ranks of a grid that compare their arguments: `record_collectives(c10d=True)` has
-those too.
+Recorded are functional collectives, which DTensor issues too, and this package's own. FSDP2, DDP and torch's pipelining
+call the process group instead, as do the ranks of a grid that compare their arguments:
+`record_collectives(c10d=True)` has those too.
 """
 
 from collections import Counter
@@ -60,7 +60,9 @@ _C10D = {
     "send": ("send", "tensors", "dst"),
     "recv_": ("recv", "tensors", "src"),
 }
-_TABLES = {"_c10d_functional": _FUNCTIONAL, "c10d": _C10D}
+# What this package sends by messages of Gloo's.
+_PAIRS = {"_all_to_all_pairs": ("all_to_all", "input"), "_all_gather_pairs": ("all_gather", "input")}
+_TABLES = {"_c10d_functional": _FUNCTIONAL, "c10d": _C10D, "two_level_mha": _PAIRS}
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class Order(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, _, name = func._schema.name.partition("::")
         out = func(*args, **(kwargs or {}))
-        if namespace == "_c10d_functional":
+        if namespace == "_c10d_functional" or name in ("_all_to_all_pairs", "_all_gather_pairs"):
             self.seen.append("wait" if name == "wait_tensor" else "start")
         elif name in ("linear", "mm", "addmm", "bmm") or name.startswith("partial_attention"):
             self.seen.append("compute")

@@ -56,6 +56,8 @@ def right_calls() -> dict[str, dict]:
     back = {"grad_out": out, "grad_logsumexp": logsumexp, "out": out, "logsumexp": logsumexp, "mask_grad": True}
     x, buffer = torch.randn(4, 6), ops.pack([q, k], [2, -1], 2)
     group = {"group_size": 2, "group": "no group"}
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    alone = {"group_name": torch.distributed.group.WORLD.group_name, "wait": True}
     seal = torch.tensor(5)
     memory = [torch.randn(B, K, 8, d), torch.randn(B, K, 8, d)]
     return {
@@ -69,6 +71,8 @@ def right_calls() -> dict[str, dict]:
         "all_gather": {"x": x, "dim": 0, **group},
         "reduce_scatter": {"x": x, "dim": 0, **group},
         "all_to_all": {"x": x, "split_dim": 0, "cat_dim": 1, **group},
+        "_all_to_all_pairs": {"input": x, "output_split_sizes": [4], "input_split_sizes": [4], **alone},
+        "_all_gather_pairs": {"input": x, "group_size": 1, **alone},
         "all_reduce": {"x": x, **group},
         "seal": {"xs": [x, q], "numbers": [1, 2], "text": "layer", "before": seal},
         "seal_digits": {"seal": seal, "dtype": torch.float32, "group_size": 2},

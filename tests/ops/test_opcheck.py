@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness.layer import Case, decided, place
 
 import two_level_mha  # noqa: F401  registers the operators
@@ -83,6 +84,20 @@ def sealed() -> tuple:
     return torch.randn(B, L), 4 * ops.seal_digits(seal, torch.float32, 4), seal, 4, "", "layer"
 
 
+def group_of_one() -> str:
+    """Of Gloo."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return dist.group.WORLD.group_name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closed():
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 # Of operators that are told a grid or a group: alone, where they send nothing.
 CASES = {
     "qkv_projection": lambda: (
@@ -101,6 +116,8 @@ CASES = {
     "all_gather": lambda: ((random(B, L), 1, 1, ""), {}),
     "reduce_scatter": lambda: ((random(B, L), 1, 1, ""), {}),
     "all_to_all": lambda: ((random(B, L), 0, 1, 1, ""), {}),
+    "_all_to_all_pairs": lambda: ((torch.randn(B, L), [B], [B], group_of_one()), {}),
+    "_all_gather_pairs": lambda: ((torch.randn(B, L), 1, group_of_one()), {}),
     "all_reduce": lambda: ((random(B, L), 1, ""), {}),
     "hierarchical_all_gather": lambda: ((random(B, 2, L, 3), 1, 3, [1, 1, 0, 0], "", ""), {}),
     "shard_activations": lambda: ((random(B, L, D), True, [1, 1, 0, 0], ""), {}),
