@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from two_level_mha import _C
-from two_level_mha.__main__ import H100_CUDNN
+from two_level_mha.commands import H100_CUDNN
 from two_level_mha.served import CALLS, COLUMNS, request_of, served, table_of
 
 NAMES = [row["name"] for row in _C.kernels()]

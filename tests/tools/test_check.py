@@ -16,13 +16,13 @@ import torch
 from harness.programs import environment
 
 import two_level_mha as tlm
-from two_level_mha.__main__ import main
 from two_level_mha.check import Context
 from two_level_mha.check.context import OK, Sizes, difference, odd_ranks, ranks_text
 from two_level_mha.check.layers import EXACT, judge_layers
 from two_level_mha.check.links import disjoint, neighbours, slow_pairs
 from two_level_mha.check.ranks import judge_order
 from two_level_mha.facts import facts_of_rank, may_differ
+from two_level_mha_cli import main
 
 pytestmark = pytest.mark.cpu_only("its programs run on Gloo")
 
