@@ -6,6 +6,7 @@ job's store (failures.py), to which a thread tells each second where this rank i
 
 import contextlib
 import datetime
+import gc
 import hashlib
 import pickle
 import threading
@@ -78,7 +79,7 @@ class _Freed:
     name: str
     ranks: list[int]
     backend: str
-    roots: list["weakref.ref[DeviceMesh]"] = field(default_factory=list)
+    meshes: list["weakref.ref[DeviceMesh]"] = field(default_factory=list)
 
 
 class Inputs:
@@ -176,8 +177,8 @@ class Control:
             timeout=self.timeout or default_pg_timeout,
         )  # fmt: skip
         dist.distributed_c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(freed.ranks)}
-        for root in freed.roots:
-            if (mesh := root()) is not None:
+        for known in freed.meshes:
+            if (mesh := known()) is not None:
                 mesh._pg_registry[freed.name] = group
 
     def job_group(self) -> dist.ProcessGroup:
@@ -315,6 +316,8 @@ class Control:
 
     def _free(self) -> None:
         groups = {group.group_name: group for group in dist.distributed_c10d._world.pg_map}
+        # a group's connections are closed with its last reference, and guards of compiled calls hold copies of meshes
+        meshes = [x for x in gc.get_objects() if type(x) is DeviceMesh]
         for name in [name for name in self.names if name in groups]:
             group = groups[name]
             if group is dist.group.WORLD:
@@ -323,9 +326,9 @@ class Control:
             self._freed.append(freed)
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group(group)
-            for root in self._roots:  # a group's connections are closed with its last reference
-                if getattr(root(), "_pg_registry", {}).pop(name, None) is not None:
-                    freed.roots.append(root)
+            for mesh in meshes:
+                if getattr(mesh, "_pg_registry", {}).pop(name, None) is not None:
+                    freed.meshes.append(weakref.ref(mesh))
         self.group = None
 
     def _state(self) -> State:
