@@ -4,9 +4,11 @@ What is found here is a claim. The trial on a random copy (attentions.py) decide
 """
 
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import nn
 
 from two_level_mha.errors import GridError
@@ -21,9 +23,9 @@ PROJECTIONS = {
     "qkv": ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "qkv"),
     "o": ("o_proj", "out_proj", "dense", "c_proj", "out_lin", "Wo", "o", "../output.dense"),
 }
-# How q, k, v lie in one projection (stock.fused_names), the likelier first.
+# How q, k, v lie in one projection (stock.PACKINGS), the likelier first.
 PACKINGS = {"query_key_value": ("groups", "blocks")}
-ANY_PACKING = ("blocks", "groups")
+ANY_PACKING = ("blocks", "groups", "quarters")
 
 NORMS = {
     "q": ("q_norm", "query_norm", "q_layernorm", "query_layernorm"),
@@ -31,19 +33,28 @@ NORMS = {
 }
 HEAD_DIMS = ("head_dim", "attention_head_size", "head_size")
 HEADS = ("num_attention_heads", "num_heads", "n_heads")
-SCALES = ("scaling", "scale", "inv_norm_factor")
+LAYERS = ("layer_idx", "layer_id")
+SCALES = ("scaling", "scale", "inv_norm_factor", "softmax_scale")
 SOFTCAP = "attn_logit_softcapping"
 SINKS = "sinks"  # (h,)
 # A function beside the module: of position_ids, a rate and a length of the config, what queries are multiplied with.
 TEMPERATURE = "get_llama_4_attn_scale"
+ANGLES = "embed_positions"  # a buffer (length, 2 pairs) of each position's sines, then its cosines
+MASK = "bias"  # a buffer (1, 1, length, length) of bools, True = attend: causal, whatever else masks say
+WINDOWS = {"local": "window_size"}  # attention_type -> where the config has how many keys a row sees
 
 # Dropout of attention weights: an nn.Dropout or a probability; and of the output: an nn.Dropout.
-WEIGHTS_DROPOUT = ("dropout", "attention_dropout", "attn_dropout")
+WEIGHTS_DROPOUT = ("dropout", "attention_dropout", "attn_dropout", "attn_dropout_p")
 OUTPUT_DROPOUT = ("resid_dropout", "out_drop", "output_dropout")
 OUTPUT_NORM = "LayerNorm"  # of the output and the module's input, added
 
 CACHES = ("past_key_values", "layer_past")
 BIASES = ("alibi", "position_bias")  # of the scores
+# What is added to the scores: a bias as it is, or scaled as they are, or none, since the mask has it, but where
+# attention weights are asked for.
+BIASED = ("added", "scaled", "in the mask")
+# Classes whose masks are bools with True = hide, and whose position_bias is (h, 1, any number of keys, the last count).
+HIDING = ("MptAttention",)
 # Arguments that mean something to a call, and those that a call without them goes like; no others are known.
 ARGUMENTS = {"hidden_states", "attention_mask", "position_embeddings", "residual", *CACHES, *BIASES}
 OTHERS = {"output_attentions", "use_cache", "position_ids", "cache_position", "is_causal"}
@@ -88,6 +99,28 @@ def unknown_argument(module: nn.Module) -> str | None:
     return "it is always called with position_ids" if required and temperature_of(module) is None else None
 
 
+def hides(module: nn.Module) -> bool:
+    """Whether its masks are True where a key is hidden."""
+    return type(module).__name__ in HIDING
+
+
+def layer_of(module: nn.Module) -> int | None:
+    """Its layer of a KV cache."""
+    return first_of(module, LAYERS)
+
+
+def masks_itself(module: nn.Module) -> bool:
+    """Whether it is causal, whatever masks it is given."""
+    mask = getattr(module, MASK, None)
+    return isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.dim() == 4
+
+
+def window_of(module: nn.Module) -> int | None:
+    """How many keys a row sees of a module that masks itself; None: all up to its own."""
+    name = WINDOWS.get(getattr(module, "attention_type", None))
+    return getattr(module.config, name) if name is not None and masks_itself(module) else None
+
+
 def temperature_of(module: nn.Module) -> Callable | None:
     """What gives the factors of its queries, if it has any."""
     return getattr(sys.modules[type(module).__module__], TEMPERATURE, None)
@@ -104,7 +137,7 @@ def cache_name(module: nn.Module) -> str | None:
 
 def is_decoder(module: nn.Module, parent: nn.Module | None) -> bool:
     """Whether a module is attention that may be called with a KV cache."""
-    cached = getattr(module, "layer_idx", None) is not None and cache_name(module) is not None
+    cached = layer_of(module) is not None and cache_name(module) is not None
     return _looks_like(module, parent) and cached
 
 
@@ -116,6 +149,11 @@ def is_encoder(module: nn.Module, parent: nn.Module | None) -> bool:
 def is_called_with_cache(module: nn.Module, generates: bool) -> bool:
     """Whether attention that takes a KV cache may be given one: in a model that generates, or if it is causal."""
     return generates or getattr(module, "is_causal", True)
+
+
+def may_take_cache(module: nn.Module) -> bool:
+    """Whether a module without a layer of a KV cache may be given one: not if it has the attribute, but no number."""
+    return cache_name(module) is not None and not any(hasattr(module, name) for name in LAYERS)
 
 
 def is_cross(module: nn.Module, name: str) -> bool:
@@ -166,7 +204,7 @@ def names_of(
 
 
 def scale_of(original: nn.Module, head_dim: int) -> float:
-    """Of the scores."""
+    """Of scores that are scaled."""
     known = first_of(original, SCALES)
     return known if isinstance(known, float) else head_dim**-0.5
 
@@ -187,10 +225,17 @@ def is_known_linear(projection: nn.Module) -> bool:
 
 def variants_of(module: nn.Module, paths: Mapping[str, str]) -> list[dict[str, object]]:
     """What the names leave open, as options of ProjectedAttention, the likelier first."""
-    packings = PACKINGS.get(paths["qkv"], ANY_PACKING) if "qkv" in paths else ANY_PACKING[:1]
-    ways = [{"rotates": False}]
-    if "position_embeddings" in parameters_of(module):
-        ways = [{"rotates": True}, *ways]
+    named = parameters_of(module)
+    rotates: list[dict[str, object]] = [{"rotates": False}]
+    if "position_embeddings" in named or hasattr(module, ANGLES):
+        rotates = [{"rotates": True}, *rotates]
         if any(first_of(module, names) is not None for names in NORMS.values()):
-            ways.append({"rotates": True, "norms_last": True})
-    return [{"packing": packing, **way} for packing in packings for way in ways]
+            rotates.append({"rotates": True, "norms_last": True})
+    packings = PACKINGS.get(paths["qkv"], ANY_PACKING) if "qkv" in paths else ANY_PACKING[:1]
+    open_ = [
+        [{"packing": packing} for packing in packings],
+        [{"scaled": True}] if first_of(module, SCALES) is not None else [{"scaled": True}, {"scaled": False}],
+        [{"biased": biased} for biased in BIASED[: None if any(name in named for name in BIASES) else 1]],
+        rotates,
+    ]
+    return [{name: x for one in ways for name, x in one.items()} for ways in itertools.product(*open_)]
