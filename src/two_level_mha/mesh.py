@@ -46,6 +46,10 @@ class Grid:
         """Number of ranks."""
         return self.head_groups * self.slices
 
+    def for_kv_heads(self, num_kv_heads: int) -> "Grid":
+        """That of mesh_for."""
+        return self if num_kv_heads > 1 else Grid(1, self.size)
+
     def check(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         """Raises GridError, with the grids that would do, unless this grid fits such a layer."""
         if problem := _C.grid_problem(self.head_groups, self.slices, num_heads, num_kv_heads, head_dim):
@@ -380,6 +384,23 @@ def grid_mesh(mesh: DeviceMesh) -> DeviceMesh:
             'mesh._flatten("grid"), use it on its own ranks alone'
         )
     return flat
+
+
+def mesh_for(mesh: DeviceMesh | None, num_kv_heads: int) -> DeviceMesh | None:
+    """The mesh for attention of a model: with one key/value head, which no head groups share, the ranks in one row.
+
+    The first call for a mesh and one head is a collective, of whom place_on says.
+    """
+    if mesh is None or num_kv_heads > 1 or mesh.shape[0] == 1:
+        return mesh
+    control, key = control_on(mesh), ("one row", mesh.device_type)
+    if key not in control.meshes:
+        row = grid_mesh(mesh)._unflatten(0, (1, mesh.size()), AXES)
+        limit = default_timeout()
+        for group in _groups(row) if limit is not None else ():
+            set_timeout(group, limit)
+        control.meshes[key] = row
+    return control.meshes[key]
 
 
 def _flattened(mesh: DeviceMesh) -> DeviceMesh:

@@ -73,6 +73,25 @@ def test_logits_of_one_group(pool, scheme):
     compare(pool, logits_off, 4, [*ONE_GROUP, "olmo2", "qwen3 next"], (1, 4), {"scheme": scheme})
 
 
+@pytest.mark.parametrize("grid", [(2, 2), (4, 1)])
+def test_one_group_on_head_groups(pool, grid):
+    """T. Localises: one key/value head where the grid has head groups: its ranks in one row, and a cache of them."""
+    compare(pool, logits_off, 4, ONE_GROUP, grid, {"rest": True})
+    compare(pool, gradients_off, 4, ONE_GROUP, grid, True, {})
+    for cache in ("position", "batch"):
+        assert pool.run(tokens_off, 4, ONE_GROUP, grid, {"cache": cache}, timeout=TIMEOUT) == [[]] * 4
+    assert all(pool.run(same_with_own_cache, 4, "head_dim 512", grid, timeout=TIMEOUT))
+
+
+def same_with_own_cache(name, grid):
+    """Whether greedy tokens are stock's with a KVCache that was made for the model's mesh."""
+    stock, ours = pair(name, grid)
+    ids = prompt()[0][1:]
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = stock.generate(ids, **options)
+    return torch.equal(expected, ours.generate(ids, past_key_values=tlm.KVCache(ours.config, mesh(grid)), **options))
+
+
 @pytest.mark.parametrize("scheme", ["slices", "sequence", "batch", "heads", "weights"])
 def test_schemes(pool, scheme):
     """T. Localises: sums over the heads of a norm, sinks and gates, where a scheme puts heads and rows elsewhere."""
@@ -137,7 +156,7 @@ def split_activations(names):
 
 def test_split_activations(pool):
     """T. Localises: sums over heads, sinks and gates where rows or sequences come split."""
-    for found in pool.run(split_activations, 4, ["olmo2", "gpt oss", "phi3"], timeout=TIMEOUT):
+    for found in pool.run(split_activations, 4, ["olmo2", "gpt oss", "phi3", "falcon 7b"], timeout=TIMEOUT):
         check([found], 1e-10)
 
 
@@ -159,7 +178,7 @@ def stored(name, grid, folder):
     return len(load_file(f"{folder}/model.safetensors"))
 
 
-@pytest.mark.parametrize("name", [*PACKED, "opt", "gpt oss", "qwen3 next", "gptj", "stablelm 2"])
+@pytest.mark.parametrize("name", [*PACKED, "falcon 7b", "opt", "gpt oss", "qwen3 next", "gptj", "stablelm 2"])
 def test_stored(pool, tmp_path, name):
     """E. Localises: which rows of a fused tensor a rank's heads are, in both directions."""
     for grid in ((2, 2), (1, 4)):
