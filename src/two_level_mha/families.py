@@ -38,6 +38,7 @@ def _replace_mha(mha: nn.MultiheadAttention, projections, paths, mesh, **options
 _PARTS = (
     forms.SINKS,
     *(f"{name}.{part}" for name in (*sum(forms.NORMS.values(), ()), forms.OUTPUT_NORM) for part in ("weight", "bias")),
+    *(f"{name}.weight" for name in forms.GATES),
     *(f"{name}.norms.*.weight" for name in sum(forms.NORMS.values(), ())),
 )
 

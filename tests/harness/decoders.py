@@ -77,6 +77,14 @@ FORMS = {
     "qwen3 next": ("Qwen3NextConfig", {"head_dim": 16, "layer_types": ["full_attention"] * 3, "num_experts": 4,
                                        "num_experts_per_tok": 2, "moe_intermediate_size": 16,
                                        "shared_expert_intermediate_size": 16}),
+    "afmoe": ("AfmoeConfig", {"head_dim": 8, "sliding_window": 8, "num_dense_layers": 3,
+                              "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "laguna": ("LagunaConfig", {"head_dim": 8, "num_hidden_layers": 2, "sliding_window": 8, "gating": "per-head",
+                                "layer_types": ["full_attention", "sliding_attention"], "num_experts": 4,
+                                "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                                "shared_expert_intermediate_size": 16, "num_attention_heads_per_layer": [4, 8],
+                                "mlp_layer_types": ["dense", "sparse"]}),
+    "lfm3": ("Lfm3Config", {"head_dim": 8, "layer_types": ["full_attention"] * 3}),
     "falcon rw": ("FalconConfig", _FALCON | {"alibi": True, "multi_query": False}),
     "stablelm 2": ("StableLmConfig", {"qk_layernorm": True}),
     "nanochat": ("NanoChatConfig", {"head_dim": 8}),
@@ -228,5 +236,6 @@ def gradients_off(names, grid, use_cache, options, make=EXACT):
         found[name] = [
             (grads[key] - p.grad).abs().max().item() / max(1.0, p.grad.abs().max().item())
             for key, p in stock.named_parameters()
+            if p.grad is not None  # of a router's correction, which no gradient reaches
         ]
     return found

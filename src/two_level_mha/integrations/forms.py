@@ -23,6 +23,10 @@ PROJECTIONS = {
     "qkv": ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "qkv"),
     "o": ("o_proj", "out_proj", "dense", "c_proj", "out_lin", "Wo", "o", "../output.dense"),
 }
+# Of gates of attention's output: a projection as wide as q's, or a linear of one number for each head; and what the
+# output may be multiplied with of them, the likelier first.
+GATES = ("gate_proj", "g_proj")
+GATE_FUNCTIONS = {"sigmoid": torch.sigmoid, "softplus": nn.functional.softplus}
 # How q, k, v lie in one projection (stock.PACKINGS), the likelier first.
 PACKINGS = {"query_key_value": ("groups", "blocks")}
 ANY_PACKING = ("blocks", "groups", "quarters")
@@ -78,8 +82,21 @@ def paths_of(module: nn.Module, parent: nn.Module | None) -> dict[str, str] | No
             found[letter] = path
     for letters in ("q", "k", "v", "o"), ("qkv", "o"):
         if set(letters) <= found.keys():
-            return {letter: found[letter] for letter in letters}
+            paths = {letter: found[letter] for letter in letters}
+            gate = gate_of(module)
+            wide = gate is not None and features_of(getattr(module, gate))[1] == _width_of_heads(module, parent, paths)
+            return paths | ({"g": gate} if wide else {})
     return None
+
+
+def gate_of(module: nn.Module) -> str | None:
+    """Its linear of gates, by name."""
+    return next((name for name in GATES if is_linear(getattr(module, name, None))), None)
+
+
+def _width_of_heads(module: nn.Module, parent: nn.Module | None, paths: dict[str, str]) -> int | None:
+    out = _at(module, parent, paths["o"])
+    return features_of(out)[0] if is_linear(out) else None
 
 
 def _at(module: nn.Module, parent: nn.Module | None, path: str) -> object:
@@ -170,7 +187,7 @@ def first_of(module: nn.Module, names: tuple[str, ...]) -> object:
 
 def heads_of(original: nn.Module, projections: dict[str, nn.Module]) -> tuple[int, int, int]:
     """Heads, key/value heads, head_dim. Raises GridError where the projections' widths do not fit the heads."""
-    widths = {letter: features_of(linear)[1] for letter, linear in projections.items() if letter != "o"}
+    widths = {letter: features_of(linear)[1] for letter, linear in projections.items() if letter not in "og"}
     widths["o"] = features_of(projections["o"])[0]
     d, h = first_of(original, HEAD_DIMS), first_of(original, HEADS)
     if not isinstance(d, int):
@@ -185,8 +202,12 @@ def heads_of(original: nn.Module, projections: dict[str, nn.Module]) -> tuple[in
 
 
 def is_gated(projections: dict[str, nn.Module]) -> bool:
-    """Whether its projection of q has for each head a gate of the output behind the query."""
-    return "q" in projections and features_of(projections["q"])[1] == 2 * features_of(projections["o"])[0]
+    """Whether every query head has a gate of the output: a projection of their own, or behind q's heads in its own."""
+    return (
+        "g" in projections
+        or "q" in projections
+        and features_of(projections["q"])[1] == 2 * features_of(projections["o"])[0]
+    )
 
 
 def names_of(
@@ -199,7 +220,7 @@ def names_of(
         if letters == "qkv":
             names |= fused_names(paths[letters], linear, {"q": h, "k": k, "v": k}, d, packing)
         else:
-            names |= linear_names("out" if letters == "o" else letters, paths[letters], linear, d)
+            names |= linear_names({"o": "out", "g": "gate"}.get(letters, letters), paths[letters], linear, d)
     return names
 
 
@@ -237,5 +258,6 @@ def variants_of(module: nn.Module, paths: Mapping[str, str]) -> list[dict[str, o
         [{"scaled": True}] if first_of(module, SCALES) is not None else [{"scaled": True}, {"scaled": False}],
         [{"biased": biased} for biased in BIASED[: None if any(name in named for name in BIASES) else 1]],
         rotates,
+        [{"gate_function": name} for name in GATE_FUNCTIONS] if gate_of(module) is not None else [{}],
     ]
     return [{name: x for one in ways for name, x in one.items()} for ways in itertools.product(*open_)]

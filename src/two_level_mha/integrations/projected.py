@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from two_level_mha.activations import gather_part, used_apart
 from two_level_mha.class_like import class_like
 from two_level_mha.errors import UsageRuntimeError
 from two_level_mha.integrations import forms
@@ -26,7 +27,7 @@ class ProjectedAttention(Positioned, GridAttention):
     projections: the original's linears, by letter q, k, v or qkv, o; paths: where they are, as in StockTensor.key.
     packing: how q, k and v lie in one projection; rotates: False for a layer that leaves position_embeddings alone, as
     some of SmolLM3's and Cohere2's do; norms_last: its norms act on what was rotated; scaled: whether scores are;
-    biased: how a bias of the scores is added, one of forms.BIASED.
+    biased: how a bias of the scores is added, one of forms.BIASED; gate_function: one of forms.GATE_FUNCTIONS.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class ProjectedAttention(Positioned, GridAttention):
         norms_last: bool = False,
         scaled: bool = True,
         biased: str = forms.BIASED[0],
+        gate_function: str = "sigmoid",
         **options,
     ) -> None:
         h, k, d = forms.heads_of(original, projections)
@@ -68,6 +70,10 @@ class ProjectedAttention(Positioned, GridAttention):
         sinks = getattr(original, forms.SINKS, None)
         if sinks is not None:
             self.register_parameter(forms.SINKS, sinks)
+        self.gate_function = forms.GATE_FUNCTIONS[gate_function]
+        self.gate_name = None if gated else forms.gate_of(original)  # of one number for each head
+        if self.gate_name is not None:
+            self.add_module(self.gate_name, getattr(original, self.gate_name))
         self.use_positions(original, rotates, norms_last)
 
     @property
@@ -108,6 +114,7 @@ class ProjectedAttention(Positioned, GridAttention):
             dropout_p=self.dropout_p,
             need_weights=self.needs_weights(given),
             average_attn_weights=False,
+            gate=self.gate_of_heads(x_BLD, whole),
             **self.between_of(given),
             **options,
         )
@@ -147,6 +154,18 @@ class ProjectedAttention(Positioned, GridAttention):
                 mask = additive(mask, bias.dtype)
             mask = bias if mask is None else mask + bias
         return mask
+
+    def gate_of_heads(self, x_BLD: Tensor, whole: Tensor) -> Tensor | None:
+        """The gates (B, L, h) of a layer with one number for each head, of all rows; whole: stands for the whole x."""
+        if self.gate_name is None:
+            return None
+        linear = getattr(self, self.gate_name)
+        if not self.splits:
+            return linear(x_BLD)
+        names, weights = zip(*linear.named_parameters(), strict=True)
+        weights = dict(zip(names, used_apart(list(weights), self.place, self.reduce_dtype), strict=True))
+        part = torch.func.functional_call(linear, weights, (x_BLD,))
+        return gather_part(part, whole.shape[int(self.activations == "sequence")], self.activations, self.place, True)
 
     def between_of(self, given: dict) -> dict[str, object]:
         """What acts on queries and keys, as arguments of `attend`."""
