@@ -141,6 +141,11 @@ def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dic
     return attentions
 
 
+def sizes_in(model: nn.Module) -> list[tuple[int, int, int]]:
+    """Heads, key/value heads and head_dim of each attention by its structure. Raises GridError as find_attentions."""
+    return [one.sizes() for one in _find(model, set(), set(), lambda name: False).found]
+
+
 def add_whole(
     model: nn.Module, attentions: Attentions, split: Callable[[str], bool], skips: Callable[[str], bool]
 ) -> None:

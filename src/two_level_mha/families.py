@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from two_level_mha.adapters import Adapter
-from two_level_mha.integrations import forms
+from two_level_mha.integrations import forms, titan
 from two_level_mha.integrations.projected import probe_inputs, projected_like
 from two_level_mha.multihead import TwoLevelMultiheadAttention
 
@@ -72,5 +72,14 @@ FAMILIES = (
         _PARTS,
         variants=forms.variants_of,
         problem=forms.unknown_argument,
+    ),
+    Adapter(
+        "torchtitan's",
+        titan.is_titan,
+        titan.PATHS,
+        titan.titan_like,
+        titan.titan_inputs,
+        _PARTS,
+        problem=titan.problem,
     ),
 )

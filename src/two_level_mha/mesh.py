@@ -393,13 +393,27 @@ def mesh_for(mesh: DeviceMesh | None, num_kv_heads: int) -> DeviceMesh | None:
     """
     if mesh is None or num_kv_heads > 1 or mesh.shape[0] == 1:
         return mesh
-    control, key = control_on(mesh), ("one row", mesh.device_type)
+    return _known_grid(control_on(mesh), grid_mesh(mesh), Grid(1, mesh.size()))
+
+
+def grid_of_axis(axis: DeviceMesh, grid: Grid) -> DeviceMesh:
+    """The ranks of a mesh of one axis as a grid; the first call is a collective of all ranks of its bigger mesh.
+
+    Raises GridError for a grid of another size.
+    """
+    if grid.size != axis.size():
+        raise GridError(f"grid {grid.head_groups} x {grid.slices} needs {grid.size} ranks, the mesh has {axis.size()}")
+    return _known_grid(control_of(tuple(sorted(axis.mesh.tolist()))), axis, grid)
+
+
+def _known_grid(control: Control, axis: DeviceMesh, grid: Grid) -> DeviceMesh:
+    key = ("of one axis", axis.device_type, grid.head_groups, grid.slices)
     if key not in control.meshes:
-        row = grid_mesh(mesh)._unflatten(0, (1, mesh.size()), AXES)
+        made = axis._unflatten(0, (grid.head_groups, grid.slices), AXES)
         limit = default_timeout()
-        for group in _groups(row) if limit is not None else ():
+        for group in _groups(made) if limit is not None else ():
             set_timeout(group, limit)
-        control.meshes[key] = row
+        control.meshes[key] = made
     return control.meshes[key]
 
 
