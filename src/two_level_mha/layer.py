@@ -61,9 +61,9 @@ class GridAttention(nn.Module):
 
     Parameters, logical shapes: q_weight (h, d, D), k_weight (k, d, Dk), v_weight (k, d, Dv), out_weight (D, h, d),
     q_bias (h, d), k_bias and v_bias (k, d), bias_k and bias_v (k, d) or None, out_bias (D,). Without a mesh they are
-    plain parameters, with one DTensors on ("head", "slice"). gated: every query head has a gate of its output behind
-    it, so that q_weight is (2 h, d, D) and q_bias (2 h, d), or gate_weight (h, d, D) and gate_bias beside q's.
-    gate_function: of gates, what the output is multiplied with.
+    plain parameters, with one DTensors on ("head", "slice"). Without v_weight, what k_weight and k_bias give is v too.
+    gated: every query head has a gate of its output behind it, so that q_weight is (2 h, d, D) and q_bias (2 h, d), or
+    gate_weight (h, d, D) and gate_bias beside q's. gate_function: of gates, what the output is multiplied with.
     """
 
     gate_function: Callable[[Tensor], Tensor] = staticmethod(torch.sigmoid)
@@ -125,7 +125,7 @@ class GridAttention(nn.Module):
             head_dim=self.head_dim,
             embed_dim=full["q_weight"].shape[2],
             key_dim=full["k_weight"].shape[2],
-            value_dim=full["v_weight"].shape[2],
+            value_dim=full["v_weight" if "v_weight" in held else "k_weight"].shape[2],
             bias=not held.isdisjoint(("q_bias", "k_bias", "v_bias")),
             out_bias="out_bias" in held,
             bias_kv="bias_k" in held,
@@ -233,6 +233,8 @@ class GridAttention(nn.Module):
         if not p.keys().isdisjoint(GATE_DIMS):
             gates = local_blocks([p.get(name) for name in GATE_DIMS])
             weights[0], weights[3] = joined(weights[0], gates[0]), joined(weights[3], gates[1])
+        if weights[2] is None:
+            weights[2], weights[5] = weights[1], weights[4]
         after: list[Tensor] = []  # of the output, for `leave`: the gate, the sinks
         if self.gated or gate is not None or sinks is not None:
             rows, shared, between = self._with_after(gate, sinks, rows, shared, between, after)

@@ -50,6 +50,14 @@ _NO_GROUPS = {"num_key_value_heads": None}
 _OPT = _NO_GROUPS | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
 _FALCON = _NO_GROUPS | {"attention_dropout": 0.0}
 _GPT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_GEMMA4 = {
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 8,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 _NEOX = _NO_GROUPS | {"hidden_dropout": 0.0}
 # What other decoders have that Llama has not: other names, fused projections, norms over heads, sinks, gates. None: it
 # has no such field.
@@ -84,6 +92,8 @@ FORMS = {
                                 "num_experts_per_tok": 2, "moe_intermediate_size": 16,
                                 "shared_expert_intermediate_size": 16, "num_attention_heads_per_layer": [4, 8],
                                 "mlp_layer_types": ["dense", "sparse"]}),
+    "gemma4": ("Gemma4TextConfig", _GEMMA4),
+    "gemma4 k = v": ("Gemma4TextConfig", _GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 2}),
     "lfm3": ("Lfm3Config", {"head_dim": 8, "layer_types": ["full_attention"] * 3}),
     "falcon rw": ("FalconConfig", _FALCON | {"alibi": True, "multi_query": False}),
     "stablelm 2": ("StableLmConfig", {"qk_layernorm": True}),

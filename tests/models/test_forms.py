@@ -49,7 +49,7 @@ LIMITS = dict.fromkeys(FORMS, 1e-10) | {
 GROUPED = [name for name in FORMS if name not in ONE_GROUP]
 PACKED = ("phi3", "gpt neox", "falcon 40b", "bloom", "persimmon", "codegen")
 EVERY_KIND = ("opt", "phi with norms", "gpt neox", "falcon 40b", "bloom", "olmo2", "cohere", "gpt oss", "qwen3 next")
-SINCE = ("falcon rw", "stablelm 2", "codegen", "gpt neo", "mpt", "afmoe", "laguna", "lfm3")
+SINCE = ("falcon rw", "stablelm 2", "codegen", "gpt neo", "mpt", "afmoe", "laguna", "lfm3", "gemma4", "gemma4 k = v")
 TIMEOUT = 400
 
 
@@ -97,7 +97,7 @@ def same_with_own_cache(name, grid):
 @pytest.mark.parametrize("scheme", ["slices", "sequence", "batch", "heads", "weights"])
 def test_schemes(pool, scheme):
     """T. Localises: sums over the heads of a norm, sinks and gates, where a scheme puts heads and rows elsewhere."""
-    names = ("olmo2", "cohere", "gpt oss", "qwen3 next", "afmoe", "lfm3")
+    names = ("olmo2", "cohere", "gpt oss", "qwen3 next", "afmoe", "lfm3", "gemma4 k = v")
     compare(pool, logits_off, 4, names, (2, 2), {"scheme": scheme})
     compare(pool, gradients_off, 4, names, (2, 2), False, {"scheme": scheme})
 
@@ -163,7 +163,10 @@ def split_activations(names):
 def test_split_activations(pool):
     """T. Localises: sums over heads, sinks and gates where rows or sequences come split."""
     for found in pool.run(
-        split_activations, 4, ["olmo2", "gpt oss", "phi3", "falcon 7b", "afmoe", "lfm3"], timeout=TIMEOUT
+        split_activations,
+        4,
+        ["olmo2", "gpt oss", "phi3", "falcon 7b", "afmoe", "lfm3", "gemma4 k = v"],
+        timeout=TIMEOUT,
     ):
         check([found], 1e-10)
 
@@ -187,7 +190,8 @@ def stored(name, grid, folder):
 
 
 @pytest.mark.parametrize(
-    "name", [*PACKED, "falcon 7b", "opt", "gpt oss", "qwen3 next", "gptj", "stablelm 2", "afmoe", "lfm3"]
+    "name",
+    [*PACKED, "falcon 7b", "opt", "gpt oss", "qwen3 next", "gptj", "stablelm 2", "afmoe", "lfm3", "gemma4 k = v"],
 )
 def test_stored(pool, tmp_path, name):
     """E. Localises: which rows of a fused tensor a rank's heads are, in both directions."""

@@ -119,6 +119,8 @@ def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple,
     def of_rows(name: str, x: object, first: int, end: int) -> object:
         if name == "position_embeddings":
             return tuple(angles[:, first:end] for angles in x)
+        if name == forms.SHARED_STATES:
+            return dict(x)
         if name in forms.BIASES:
             return x if x is None or forms.hides(original) else x[..., :end]
         return x[:, first:end].contiguous()

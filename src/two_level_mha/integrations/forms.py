@@ -35,6 +35,7 @@ NORMS = {
     "q": ("q_norm", "query_norm", "q_layernorm", "query_layernorm"),
     "k": ("k_norm", "key_norm", "k_layernorm", "key_layernorm"),
 }
+VALUE_NORM = "v_norm"  # of each head of v; without weights
 HEAD_DIMS = ("head_dim", "attention_head_size", "head_size")
 HEADS = ("num_attention_heads", "num_heads", "n_heads")
 LAYERS = ("layer_idx", "layer_id")
@@ -61,6 +62,8 @@ BIASED = ("added", "scaled", "in the mask")
 HIDING = ("MptAttention",)
 # Arguments that mean something to a call, and those that a call without them goes like; no others are known.
 ARGUMENTS = {"hidden_states", "attention_mask", "position_embeddings", "residual", *CACHES, *BIASES}
+# Where layers leave keys and values for later ones, which these attributes say that a module does, or takes.
+SHARED_STATES, SHARES = "shared_kv_states", ("is_kv_shared_layer", "store_full_length_kv")
 OTHERS = {"output_attentions", "use_cache", "position_ids", "cache_position", "is_causal"}
 CROSS_NAMES = ("encoder_attn", "encdec", "enc_dec")
 # Of cross-attention, which it is not; given all the same, they are refused.
@@ -80,7 +83,8 @@ def paths_of(module: nn.Module, parent: nn.Module | None) -> dict[str, str] | No
         path = next((name for name in names if isinstance(_at(module, parent, name), nn.Module)), None)
         if path is not None:
             found[letter] = path
-    for letters in ("q", "k", "v", "o"), ("qkv", "o"):
+    without_v = any(getattr(module, name, module) is None for name in PROJECTIONS["v"])  # v is what k is projected to
+    for letters in ("q", "k", "v", "o"), ("qkv", "o"), ("q", "k", "o") if without_v else ("qkv", "o"):
         if set(letters) <= found.keys():
             paths = {letter: found[letter] for letter in letters}
             gate = gate_of(module)
@@ -110,6 +114,8 @@ def unknown_argument(module: nn.Module) -> str | None:
     """Why it may be called with what is not known here, or None."""
     named = parameters_of(module)
     for name in named:
+        if name == SHARED_STATES and not any(getattr(module, share, True) for share in SHARES):
+            continue
         if name not in (*ARGUMENTS, *OTHERS, *CROSS):
             return f"it takes an argument that is not known: {name}"
     required = "position_ids" in named and named["position_ids"].default is not None
@@ -189,6 +195,8 @@ def heads_of(original: nn.Module, projections: dict[str, nn.Module]) -> tuple[in
     """Heads, key/value heads, head_dim. Raises GridError where the projections' widths do not fit the heads."""
     widths = {letter: features_of(linear)[1] for letter, linear in projections.items() if letter not in "og"}
     widths["o"] = features_of(projections["o"])[0]
+    if "k" in widths:
+        widths.setdefault("v", widths["k"])
     d, h = first_of(original, HEAD_DIMS), first_of(original, HEADS)
     if not isinstance(d, int):
         h = h or getattr(getattr(original, "config", None), HEADS[0], None) or 1

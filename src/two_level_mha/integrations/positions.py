@@ -3,13 +3,14 @@
 Letters: as in layer.py, and r the dims of a head that are rotated.
 """
 
+import inspect
 import sys
 
 import torch
 from torch import Tensor, nn
 
 from two_level_mha.errors import GridError
-from two_level_mha.integrations.forms import ANGLES, NORMS, temperature_of
+from two_level_mha.integrations.forms import ANGLES, NORMS, VALUE_NORM, temperature_of
 from two_level_mha.layer import Aside
 from two_level_mha.low_rank import Cut
 
@@ -38,6 +39,7 @@ class Positioned:
                 self.norm_names[letter] = name
                 self.add_module(name, getattr(original, name))
                 self._check_norm(letter)
+        self.value_eps = _value_eps(original)
         self.fused = self.fused_form(self.rotary_width)
 
     def rows_of(self, given: dict) -> list[Tensor] | None:
@@ -75,6 +77,17 @@ class Positioned:
         if self.norms_last:
             return self._normed(*self._rotated(q_BHLd, k_BKSd, aside), aside)
         return self._rotated(*self._normed(q_BHLd, k_BKSd, aside), aside)
+
+    def normed_values(self, v_BKSe: Tensor) -> Tensor:
+        """v as attention takes it; this rank has d whole, or its slice."""
+        if self.value_eps is None:
+            return v_BKSe
+        x = v_BKSe if v_BKSe.dtype == torch.float64 else v_BKSe.float()
+        squares = x.square().sum(3, keepdim=True)
+        if x.shape[3] < self.head_dim:  # each rank uses the sum for its own slice: its gradient is summed too
+            ranks, group = self.place.grid.slices, self.place.groups[0]
+            squares = _ops.replicated([_ops.all_reduce(squares, ranks, group)], ranks, group)[0]
+        return (x * torch.rsqrt(squares / self.head_dim + self.value_eps)).to(v_BKSe.dtype)
 
     def _rotated(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
         q, k = q_BHLd, k_BKSd
@@ -184,12 +197,24 @@ def _eps(norm: nn.Module) -> float | None:
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
+def _value_eps(original: nn.Module) -> float | None:
+    """Of the norm of its values; None: it has none. Raises GridError for another than an RMS norm without weights."""
+    norm = getattr(original, VALUE_NORM, None)
+    if norm is None:
+        return None
+    if _eps(norm) is None or any(True for _ in norm.parameters()):
+        raise GridError(f"{VALUE_NORM} is more than an RMS norm without weights: {type(norm).__name__}")
+    return _eps(norm)
+
+
 def _rotary(original: nn.Module):
     """The rotary function of the model's own module: of q, k (B, heads, L, r), cos and sin it gives both."""
     module = sys.modules[type(original).__module__]
     found = getattr(module, "apply_rotary_pos_emb", None)
     if found is None:
         raise GridError(f"{module.__name__} has no apply_rotary_pos_emb, which its attention would be rotated by")
+    if list(inspect.signature(found).parameters)[1:3] == ["cos", "sin"]:  # of one of both
+        return lambda q, k, cos, sin: [found(x, cos, sin) for x in (q, k)]
     if hasattr(original, ANGLES):  # GPT-J's, of one (B, L, heads, r), sin and cos
         return lambda q, k, cos, sin: [found(x.transpose(1, 2), sin, cos).transpose(1, 2) for x in (q, k)]
     return found

@@ -24,7 +24,8 @@ class ProjectedAttention(Positioned, GridAttention):
     projection, dropout behind it and a residual are part of it. Weights (B, h, L, S) are computed only when
     output_attentions, of the call or else of the config, is true; with "sdpa" too, where the original has none.
 
-    projections: the original's linears, by letter q, k, v or qkv, o; paths: where they are, as in StockTensor.key.
+    projections: the original's linears, by letter q, k, v or qkv, o, without v where k's gives v too; paths: where they
+    are, as in StockTensor.key.
     packing: how q, k and v lie in one projection; rotates: False for a layer that leaves position_embeddings alone, as
     some of SmolLM3's and Cohere2's do; norms_last: its norms act on what was rotated; scaled: whether scores are;
     biased: how a bias of the scores is added, one of forms.BIASED; gate_function: one of forms.GATE_FUNCTIONS.
@@ -171,7 +172,7 @@ class ProjectedAttention(Positioned, GridAttention):
         """What acts on queries and keys, as arguments of `attend`."""
 
         def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
-            return *self.positioned(q_BHLd, k_BKSd, aside), v
+            return *self.positioned(q_BHLd, k_BKSd, aside), self.normed_values(v)
 
         return {
             "rows": self.rows_of(given),
@@ -235,6 +236,8 @@ def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict
     if "position_ids" in named:  # big ones: who makes anything of them will show it
         first = 0 if hasattr(original, forms.ANGLES) else 1 << 20
         given["position_ids"] = first + torch.arange(rows).expand(2, rows)
+    if forms.SHARED_STATES in named:
+        given[forms.SHARED_STATES] = {}
     if "residual" in named:
         given["residual"] = torch.randn_like(x_BLD)
     return given
