@@ -186,12 +186,30 @@ def stored(name, grid, folder):
     read = tlm.load_pretrained(tlm.parallelize(make_meta(name), mesh(grid)), folder)
     state = tlm.full_state_dict(read)
     assert not state or all(torch.equal(state[k], x) for k, x in expected.items())
+    ids, keep = prompt()
+    if name not in IN_FLOAT32:
+        with torch.no_grad():
+            outputs = [model(ids, attention_mask=keep, use_cache=False).logits for model in (stock, read)]
+        assert difference(*outputs, keep) <= 1e-5
     return len(load_file(f"{folder}/model.safetensors"))
 
 
 @pytest.mark.parametrize(
     "name",
-    [*PACKED, "falcon 7b", "opt", "gpt oss", "qwen3 next", "gptj", "stablelm 2", "afmoe", "lfm3", "gemma4 k = v"],
+    [
+        *PACKED,
+        "falcon 7b",
+        "opt",
+        "gpt oss",
+        "qwen3 next",
+        "gptj",
+        "gpt neo",
+        "nanochat",
+        "stablelm 2",
+        "afmoe",
+        "lfm3",
+        "gemma4 k = v",
+    ],
 )
 def test_stored(pool, tmp_path, name):
     """E. Localises: which rows of a fused tensor a rank's heads are, in both directions."""
