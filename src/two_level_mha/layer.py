@@ -230,7 +230,7 @@ class GridAttention(nn.Module):
         *weights, out_weight, out_bias = local_blocks(
             [p[name] if name in p else getattr(self, name) for name in SHARDED_DIMS]
         )
-        if not p.keys().isdisjoint(GATE_DIMS):
+        if "gate_weight" in p:
             gates = local_blocks([p.get(name) for name in GATE_DIMS])
             weights[0], weights[3] = joined(weights[0], gates[0]), joined(weights[3], gates[1])
         if weights[2] is None:
