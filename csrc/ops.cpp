@@ -342,9 +342,9 @@ TORCH_LIBRARY(two_level_mha, library) {
       enter_op);
 
   // Second half: attend, move back, combine. k and v as `enter` gave them,
-  // or those of a cache in the same layout; causal counts positions. after: the gate of a gated
-  // layer, whose q_weight has for each head two, q's and the gate's, then perhaps sinks (h,):
-  // csrc/pass/after.h.
+  // or those of a cache in the same layout; causal counts positions. after: the gate, which a gated
+  // layer must have, whose q_weight has for each head two, q's and the gate's, then perhaps sinks
+  // (h,): csrc/pass/after.h.
   library.def(
       "leave("
       "Tensor q, "

@@ -10,9 +10,10 @@
 namespace two_level_mha {
 
 After after_of(const std::optional<std::vector<Tensor>>& list, const Context& context) {
-  const size_t count = list ? list->size() : 0, gates = context.sizes.gated ? 1 : 0;
-  TORCH_CHECK_VALUE(count == gates || count == gates + 1, "after must be the gate of a layer that is gated (",
-                    gates, "), then perhaps sinks, got ", count, " tensors");
+  const size_t count = list ? list->size() : 0, gates = count > 0 && list->front().dim() == 4 ? 1 : 0;
+  const bool missing = context.sizes.gated && gates == 0;
+  TORCH_CHECK_VALUE(!missing && count <= gates + 1, "after must be the gate, without which a gated layer (",
+                    context.sizes.gated, ") is none, then perhaps sinks, got ", count, " tensors");
   After after;
   if (gates == 1) after.gate = list->front();
   if (count > gates) after.sinks = list->back();
@@ -45,7 +46,7 @@ Tensor with_gate(const Tensor& o, const std::optional<Tensor>& gate, const Conte
                     context.sizes.d, ", got ", gate->scalar_type(), " ", gate->sym_sizes());
   const int64_t width = fixed_size(o, 3);
   const Tensor own = width == context.sizes.d ? *gate : gate->narrow(3, width * context.slice, width);
-  return o * at::sigmoid(own).to(o.scalar_type());
+  return o * own.to(o.scalar_type());
 }
 
 }  // namespace two_level_mha

@@ -23,6 +23,7 @@ from two_level_mha.pretrained import from_pretrained  # noqa: E402
 from two_level_mha.profile import Profile  # noqa: E402
 from two_level_mha.report import Report, report  # noqa: E402
 from two_level_mha.saving import Loaded, load, save  # noqa: E402
+from two_level_mha.style import TwoLevelParallel  # noqa: E402
 from two_level_mha.training import clip_grad_norm_, param_groups, shard_embed_dim, unscale_  # noqa: E402
 from two_level_mha.verify import verify  # noqa: E402
 
@@ -42,6 +43,7 @@ __all__ = [
     "Rotary",
     "TwoLevelAttention",
     "TwoLevelMultiheadAttention",
+    "TwoLevelParallel",
     "adaptable",
     "clip_grad_norm_",
     "close",

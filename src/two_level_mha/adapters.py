@@ -47,7 +47,7 @@ class Adapter:
     paths: Mapping[str, str] | Callable[[nn.Module, nn.Module | None], Mapping[str, str]]
     replace: Callable[..., nn.Module]  # (module, projections, paths, mesh, **options), gives a module with stock_names
     inputs: Callable[[nn.Module, torch.dtype], list[tuple[tuple, dict]]]
-    parameters: tuple[str, ...] = ()  # that it may have besides those of the projections
+    parameters: tuple[str, ...] = ()  # that it may have besides those of the projections; patterns, as of fnmatch
     cached: bool = False  # replace takes cache=, the layout of its KV cache
     # (module, paths) -> options of replace, of which the probe takes the first that fits
     variants: Callable[[nn.Module, Mapping[str, str]], Sequence[dict[str, object]]] = lambda module, paths: ({},)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -10,7 +11,13 @@ from torch.distributed.tensor import DTensor
 from two_level_mha.adapters import Adapter, adapters_with
 from two_level_mha.errors import GridError
 from two_level_mha.families import FAMILIES
-from two_level_mha.integrations.forms import cache_name, is_called_with_cache, is_cross, is_known_linear
+from two_level_mha.integrations.forms import (
+    is_called_with_cache,
+    is_cross,
+    is_known_linear,
+    layer_of,
+    may_take_cache,
+)
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
 from two_level_mha.layer import GridAttention
@@ -18,6 +25,7 @@ from two_level_mha.probe import changed_linear, has_hooks, is_inside, layer_sett
 from two_level_mha.stock import resolve
 from two_level_mha.trial import Unlike, agreeing
 
+IS_CROSS = "it is cross-attention"
 NO_PLAN = "no plan splits it"  # why an MLP is gathered
 
 # Names of projections: q, kv_b_proj, query_key_value, linear_v, c_attn and so on.
@@ -106,7 +114,7 @@ def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dic
     """Every attention of the model whose name `skips` does not say; each kind is tried against its replacement.
 
     Inside a transformers model, those that no adapter reproduces are gathered, and with them all of the same class,
-    which may share keys. Raises GridError, naming it, for one that is not supported.
+    which may share keys, as cross-attention does with none. Raises GridError, naming it, for one that is not supported.
     """
     parts, gathers = pretrained_models(model).values(), set()
     if options["scheme"] != "independent":  # another model
@@ -125,12 +133,17 @@ def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dic
             attentions.gathered[one.name] = one.module, str(variant)
         else:
             raise variant
-    classes = {type(module): why for module, why in attentions.gathered.values()}
+    classes = {type(module): why for module, why in attentions.gathered.values() if why != IS_CROSS}
     for one in list(attentions.found):
         if (why := classes.get(type(one.module))) is not None:
             attentions.found.remove(one)
             attentions.gathered.setdefault(one.name, (one.module, why))
     return attentions
+
+
+def sizes_in(model: nn.Module) -> list[tuple[int, int, int]]:
+    """Heads, key/value heads and head_dim of each attention by its structure. Raises GridError as find_attentions."""
+    return [one.sizes() for one in _find(model, set(), set(), lambda name: False).found]
 
 
 def add_whole(
@@ -277,8 +290,8 @@ def _problem(one: Found, owners: dict[int, list[str]]) -> str | None:
 def _unlike(one: Found, generates: bool) -> str | None:
     """What a module has that the adapter of its structure has not, or None. generates: whether its model does."""
     if is_cross(one.module, one.name):
-        return "it is cross-attention"
-    if generates and cache_name(one.module) is not None and not one.adapter.cached:
+        return IS_CROSS
+    if generates and may_take_cache(one.module) and not one.adapter.cached:
         return "it is called with a KV cache"
     if problem := one.adapter.problem(one.module):
         return problem
@@ -287,7 +300,7 @@ def _unlike(one: Found, generates: bool) -> str | None:
             return f"its {letter} projection is a {type(projection).__name__}"
     known = {id(p) for projection in one.projections.values() for p in projection.parameters()}
     for name, p in one.module.named_parameters():
-        if id(p) not in known and name not in one.adapter.parameters:
+        if id(p) not in known and not any(fnmatchcase(name, pattern) for pattern in one.adapter.parameters):
             return f"it has a parameter that {one.adapter.name} attention has not: {name}"
     return None
 
@@ -317,6 +330,6 @@ def _features(one: Found) -> tuple:
     """What makes two modules of one class behave differently."""
     shapes = tuple((letter, tuple(p.weight.shape), p.bias is None) for letter, p in one.projections.items())
     own = tuple((name, tuple(p.shape)) for name, p in one.module.named_parameters())
-    config, layer = getattr(one.module, "config", None), getattr(one.module, "layer_idx", None)
+    config, layer = getattr(one.module, "config", None), layer_of(one.module)
     implementation = getattr(config, "_attn_implementation", None)
     return type(one.module), implementation, shapes, own, settings(one.module), layer_settings(config, layer)

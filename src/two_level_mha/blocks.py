@@ -23,7 +23,10 @@ SHARDED_DIMS = {
 }
 
 
-QUERY_SIDE = ("q_weight", "q_bias", "out_weight")
+# Of gates that have a projection of their own; they lie as q_weight and q_bias.
+GATE_DIMS = {"gate_weight": (0, 1), "gate_bias": (0, 1)}
+
+QUERY_SIDE = ("q_weight", "q_bias", "out_weight", *GATE_DIMS)
 
 
 def placements(name: str, combine: str, whole_heads: bool = False) -> list:
@@ -32,7 +35,7 @@ def placements(name: str, combine: str, whole_heads: bool = False) -> list:
     combine="concat" replicates out_weight; whole_heads shards the query side along heads over both axes. What has no
     layout, such as the weight of a norm, is replicated.
     """
-    dims = SHARDED_DIMS.get(name, (None, None))
+    dims = (SHARDED_DIMS | GATE_DIMS).get(name, (None, None))
     if name == "out_weight" and combine == "concat":
         dims = (None, None)
     elif whole_heads and name in QUERY_SIDE:
@@ -59,6 +62,15 @@ def block(full: Tensor, name: str, mesh: DeviceMesh | None, combine: str, whole_
 def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor behind a block; a collective for a DTensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def joined(q: Tensor | None, gate: Tensor | None) -> Tensor | None:
+    """(2 H, ..), behind each head of q (H, ..) its gate's; None is zeros, or of both None."""
+    known = q if gate is None else gate
+    if known is None:
+        return None
+    parts = [known.new_zeros(known.shape) if x is None else x for x in (q, gate)]
+    return torch.stack(parts, 1).flatten(0, 1)
 
 
 class _Local(torch.autograd.Function):

@@ -19,7 +19,7 @@ from two_level_mha.integrations.lora import adapters_aside, check_adapters, is_p
 from two_level_mha.integrations.private import pretrained_models, private_method
 from two_level_mha.layer import GridAttention, check_options, check_overlap, stores_whole_heads
 from two_level_mha.low_rank import Projection
-from two_level_mha.mesh import Grid, control_on, place_on
+from two_level_mha.mesh import Grid, control_on, mesh_for, place_on
 from two_level_mha.names import Activations, CacheLayout, Combine, Model, Scheme
 from two_level_mha.probe import HOOKS, drops
 from two_level_mha.profile import Profile, resolve_profile
@@ -58,6 +58,7 @@ def parallelize(
     divides the width and a copy, run in parts, gives its numbers.
     Attention of a transformers model that no replacement reproduces keeps its own code: its weights are stored split
     over all ranks and gathered for each call, in which every rank runs its sequences of the batch, and caches theirs.
+    Attention with one key/value head, which head groups cannot share, is split over the grid's ranks as one of (1, P).
     skip, only: patterns of names of modules, as of fnmatch ("model.vision_tower*"): what a skip pattern matches, or no
     only pattern, stays whole, with all that is in it, and is named in the report.
     cache: how such decoders keep a KV cache that transformers made: "position" or "batch" (two_level_mha.cache).
@@ -211,16 +212,17 @@ def _check_grid(found: list[Found], grid: Grid, scheme: str) -> None:
     for one in found:
         try:
             h, k, d = one.sizes()
-            grid.check(h, k, d)
-            stores_whole_heads(scheme, h, k, grid)
+            own = grid.for_kv_heads(k)
+            own.check(h, k, d)
+            stores_whole_heads(scheme, h, k, own)
         except GridError as error:
             raise GridError(f"{one.name} ({type(one.module).__name__}): {error}") from None
 
 
 def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
-    ours = one.adapter.new(one.module, one.projections, one.paths, mesh, options | one.variant).train(
-        one.module.training
-    )
+    own = mesh_for(mesh, one.sizes()[1])
+    ours = one.adapter.new(one.module, one.projections, one.paths, own, options | one.variant)
+    ours.train(one.module.training)
     for part in ours.modules() if mesh is not None else ():
         if isinstance(part, GridAttention) and part.calls is not None:
             part.calls.name = one.names()[0]

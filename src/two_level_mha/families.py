@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from two_level_mha.adapters import Adapter
-from two_level_mha.integrations import forms
+from two_level_mha.integrations import forms, titan
 from two_level_mha.integrations.projected import probe_inputs, projected_like
 from two_level_mha.multihead import TwoLevelMultiheadAttention
 
@@ -38,6 +38,8 @@ def _replace_mha(mha: nn.MultiheadAttention, projections, paths, mesh, **options
 _PARTS = (
     forms.SINKS,
     *(f"{name}.{part}" for name in (*sum(forms.NORMS.values(), ()), forms.OUTPUT_NORM) for part in ("weight", "bias")),
+    *(f"{name}.weight" for name in forms.GATES),
+    *(f"{name}.norms.*.weight" for name in sum(forms.NORMS.values(), ())),
 )
 
 FAMILIES = (
@@ -70,5 +72,14 @@ FAMILIES = (
         _PARTS,
         variants=forms.variants_of,
         problem=forms.unknown_argument,
+    ),
+    Adapter(
+        "torchtitan's",
+        titan.is_titan,
+        titan.PATHS,
+        titan.titan_like,
+        titan.titan_inputs,
+        _PARTS,
+        problem=titan.problem,
     ),
 )

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha import _C
-from two_level_mha.activations import check_activations, stand_in, whole_sizes
+from two_level_mha.activations import check_activations, stand_in, used_apart, whole_sizes
 from two_level_mha.agreement import ALIKE, Calls, check_call, compares, same_on_all_ranks, seals
-from two_level_mha.blocks import COMBINES, SHARDED_DIMS, block, local_blocks
+from two_level_mha.blocks import COMBINES, GATE_DIMS, SHARDED_DIMS, block, joined, local_blocks
 from two_level_mha.cache_layer import NO_CACHE, CachedCall, CacheLayer
 from two_level_mha.context import cast, constants, element_size, layer_numbers, size_numbers
 from two_level_mha.errors import GridError
-from two_level_mha.low_rank import low_rank
+from two_level_mha.low_rank import Cut, low_rank
 from two_level_mha.mesh import Grid, place_on
 from two_level_mha.profile import Profile, resolve_profile
 from two_level_mha.stream import Stream
@@ -61,9 +61,12 @@ class GridAttention(nn.Module):
 
     Parameters, logical shapes: q_weight (h, d, D), k_weight (k, d, Dk), v_weight (k, d, Dv), out_weight (D, h, d),
     q_bias (h, d), k_bias and v_bias (k, d), bias_k and bias_v (k, d) or None, out_bias (D,). Without a mesh they are
-    plain parameters, with one DTensors on ("head", "slice"). gated: every query head has a gate of its output behind
-    it, so that q_weight is (2 h, d, D) and q_bias (2 h, d).
+    plain parameters, with one DTensors on ("head", "slice"). Without v_weight, what k_weight and k_bias give is v too.
+    gated: every query head has a gate of its output behind it, so that q_weight is (2 h, d, D) and q_bias (2 h, d), or
+    gate_weight (h, d, D) and gate_bias beside q's. gate_function: of gates, what the output is multiplied with.
     """
+
+    gate_function: Callable[[Tensor], Tensor] = staticmethod(torch.sigmoid)
 
     def __init__(
         self,
@@ -122,7 +125,7 @@ class GridAttention(nn.Module):
             head_dim=self.head_dim,
             embed_dim=full["q_weight"].shape[2],
             key_dim=full["k_weight"].shape[2],
-            value_dim=full["v_weight"].shape[2],
+            value_dim=full["v_weight" if "v_weight" in held else "k_weight"].shape[2],
             bias=not held.isdisjoint(("q_bias", "k_bias", "v_bias")),
             out_bias="out_bias" in held,
             bias_kv="bias_k" in held,
@@ -203,6 +206,7 @@ class GridAttention(nn.Module):
         shared: list[Tensor] | None = None,
         between: Between | None = None,
         sinks: Tensor | None = None,
+        gate: Tensor | None = None,
         cache: CacheLayer | None = None,
         call: CachedCall = NO_CACHE,
     ) -> tuple[Tensor, Tensor | None]:
@@ -216,8 +220,9 @@ class GridAttention(nn.Module):
         rows: tensors (B or 1, 1, L, ..) that go with the tokens: the Aside has those of q's rows and those of k's.
         shared: parameters that every rank holds and `between` uses for its own rows and heads: the Aside has them with
         the sum over the grid as their gradient.
-        sinks: (h,), of each head the logit of one key more, whose value is zero. A gated layer multiplies attention's
-        output by the sigmoid of its gate.
+        sinks: (h,), of each head the logit of one key more, whose value is zero. gate: (B, L, h), the same on every
+        rank, of each row and head one gate; a gated layer has its own. Attention's output is multiplied by the
+        gate_function of it.
         cache: takes the new keys and values, and all of its own are attended to; call: what its begin() said.
         """
         # nn.Module finds parameters by a slow path; pruned and parametrized ones are attributes
@@ -225,9 +230,14 @@ class GridAttention(nn.Module):
         *weights, out_weight, out_bias = local_blocks(
             [p[name] if name in p else getattr(self, name) for name in SHARDED_DIMS]
         )
+        if "gate_weight" in p:
+            gates = local_blocks([p.get(name) for name in GATE_DIMS])
+            weights[0], weights[3] = joined(weights[0], gates[0]), joined(weights[3], gates[1])
+        if weights[2] is None:
+            weights[2], weights[5] = weights[1], weights[4]
         after: list[Tensor] = []  # of the output, for `leave`: the gate, the sinks
-        if self.gated or sinks is not None:
-            shared, between = self._with_after(sinks, shared, between, after)
+        if self.gated or gate is not None or sinks is not None:
+            rows, shared, between = self._with_after(gate, sinks, rows, shared, between, after)
         adapted = low_rank(self) if self.projection_names else None
         if adapted is not None:
             out_weight, out_bias = adapted.widened(out_weight, out_bias)
@@ -291,20 +301,33 @@ class GridAttention(nn.Module):
                 self.calls.end()
 
     def _with_after(
-        self, sinks: Tensor | None, shared: list[Tensor] | None, between: Between | None, after: list[Tensor]
-    ) -> tuple[list[Tensor] | None, Between]:
-        """`shared` and `between` of a call that takes out of them, into `after`, what acts on attention's output."""
+        self, gate: Tensor | None, sinks: Tensor | None, rows: list[Tensor] | None, shared: list[Tensor] | None,
+        between: Between | None, after: list[Tensor],
+    ) -> tuple[list[Tensor] | None, list[Tensor] | None, Between]:  # fmt: skip
+        """`rows`, `shared` and `between` of a call that takes out of them, into `after`, what acts on attention's
+        output.
+        """
+        if gate is not None:
+            gate_B1Lh = used_apart([gate], self.place, self.reduce_dtype)[0].unsqueeze(1)
+            rows = [*(rows or ()), gate_B1Lh]
+        if sinks is not None:
+            shared = [*(shared or ()), sinks]
 
         def take(q: Tensor, k: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
             if self.gated:
-                q, gate = q.unflatten(1, (-1, 2)).unbind(2)
-                after.append(gate)
+                q, own = q.unflatten(1, (-1, 2)).unbind(2)
+                after.append(self.gate_function(own))
+            if gate is not None:
+                d = self.head_dim
+                all_BLhd = self.gate_function(aside.q_rows[-1]).squeeze(1).unsqueeze(3).expand(-1, -1, -1, d)
+                after.append(Cut(self.place, d).of(all_BLhd, 2, q.shape[1], d).transpose(1, 2))
+                aside = aside._replace(q_rows=aside.q_rows[:-1], k_rows=aside.k_rows[:-1])
             if sinks is not None:
                 after.append(aside.shared[-1])
                 aside = aside._replace(shared=aside.shared[:-1])
             return (q, k, v) if between is None else between(q, k, v, aside)
 
-        return (shared if sinks is None else [*(shared or ()), sinks]), take
+        return rows, shared, take
 
     def _begin(self, how: tuple, sizes: list[int], need_weights: bool, average: bool, query: Tensor) -> int | None:
         """Begins a call that the ranks compare: what its exchanges carry, 0 where they do not. None: no such call."""
@@ -323,7 +346,7 @@ class GridAttention(nn.Module):
 
     def _blocks(self) -> list[Tensor | None]:
         """The parameters that no other rank holds alike."""
-        return [self._parameters.get(name) for name in SHARDED_DIMS if name != "out_bias"]
+        return [self._parameters.get(name) for name in (*SHARDED_DIMS, *GATE_DIMS) if name != "out_bias"]
 
     def _constants(self, scheme: str, causal: bool, element_size: int, zero_key: bool, batch_first: bool) -> str:
         """The constants of a call; made once for each way in which calls run the layer."""

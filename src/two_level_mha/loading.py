@@ -318,9 +318,9 @@ class _Checkpoint:
             else:
                 state[key] = Slice(source, own and pattern is None, heap)  # a converter copies what it fuses
         for module in self.model.modules():
-            # ours are complete; in others buffers that the files have not are made again
+            # ours are complete; buffers that the files have not are made again
             vars(module).pop("_is_hf_initialized", None)
-            if isinstance(module, GridAttention):
+            if isinstance(module, GridAttention) and not any(True for _ in module.buffers(recurse=False)):
                 module._is_hf_initialized = True
         dtype = self.model.dtype
         config = private("LoadStateDictConfig")(

@@ -46,6 +46,10 @@ class Grid:
         """Number of ranks."""
         return self.head_groups * self.slices
 
+    def for_kv_heads(self, num_kv_heads: int) -> "Grid":
+        """That of mesh_for."""
+        return self if num_kv_heads > 1 else Grid(1, self.size)
+
     def check(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         """Raises GridError, with the grids that would do, unless this grid fits such a layer."""
         if problem := _C.grid_problem(self.head_groups, self.slices, num_heads, num_kv_heads, head_dim):
@@ -380,6 +384,37 @@ def grid_mesh(mesh: DeviceMesh) -> DeviceMesh:
             'mesh._flatten("grid"), use it on its own ranks alone'
         )
     return flat
+
+
+def mesh_for(mesh: DeviceMesh | None, num_kv_heads: int) -> DeviceMesh | None:
+    """The mesh for attention of a model: with one key/value head, which no head groups share, the ranks in one row.
+
+    The first call for a mesh and one head is a collective, of whom place_on says.
+    """
+    if mesh is None or num_kv_heads > 1 or mesh.shape[0] == 1:
+        return mesh
+    return _known_grid(control_on(mesh), grid_mesh(mesh), Grid(1, mesh.size()))
+
+
+def grid_of_axis(axis: DeviceMesh, grid: Grid) -> DeviceMesh:
+    """The ranks of a mesh of one axis as a grid; the first call is a collective of all ranks of its bigger mesh.
+
+    Raises GridError for a grid of another size.
+    """
+    if grid.size != axis.size():
+        raise GridError(f"grid {grid.head_groups} x {grid.slices} needs {grid.size} ranks, the mesh has {axis.size()}")
+    return _known_grid(control_of(tuple(sorted(axis.mesh.tolist()))), axis, grid)
+
+
+def _known_grid(control: Control, axis: DeviceMesh, grid: Grid) -> DeviceMesh:
+    key = ("of one axis", axis.device_type, grid.head_groups, grid.slices)
+    if key not in control.meshes:
+        made = axis._unflatten(0, (grid.head_groups, grid.slices), AXES)
+        limit = default_timeout()
+        for group in _groups(made) if limit is not None else ():
+            set_timeout(group, limit)
+        control.meshes[key] = made
+    return control.meshes[key]
 
 
 def _flattened(mesh: DeviceMesh) -> DeviceMesh:

@@ -31,11 +31,11 @@ def named_layers(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module
             yield f"{name}.{number}", layer
 
 
-def random_copy(modules: list[nn.Module], gain: float = 1.0) -> list[nn.Module]:
-    """Copies to probe, with what they share: on the CPU, in float64, in eval mode, without hooks.
+def random_copy(modules: list[nn.Module], gain: float = 1.0, dtype: torch.dtype = torch.float64) -> list[nn.Module]:
+    """Copies to probe, with what they share: on the CPU, in eval mode, without hooks.
 
     Random weights, whatever the originals have (meta ones too): zeros or tiny weights would hide a difference. A linear
-    gives about `gain` times what it gets.
+    gives about `gain` times what it gets. Buffers of meta modules are random too; those of bools are causal masks.
     """
     copies = copy.deepcopy(modules)
     for module in copies:
@@ -44,11 +44,22 @@ def random_copy(modules: list[nn.Module], gain: float = 1.0) -> list[nn.Module]:
                 getattr(part, hooks).clear()
         if any(p.is_meta for p in module.parameters()):
             module.to_empty(device="cpu")
-        module.cpu().double().eval()
+            _fill_buffers(module)
+        module.cpu().to(dtype).eval()
         for p in module.parameters():
             with torch.no_grad():
                 p.normal_(std=gain * p.shape[-1] ** -0.5)
     return copies
+
+
+def _fill_buffers(module: nn.Module) -> None:
+    for x in module.buffers():
+        if x.is_floating_point():
+            x.normal_()
+        elif x.dtype == torch.bool and x.dim() > 1:
+            x.fill_(True).tril_()
+        else:
+            x.zero_()
 
 
 def drops(module: nn.Module) -> bool:
@@ -81,7 +92,9 @@ def settings(module: nn.Module) -> tuple:
     found = [
         (name, value)
         for name, value in vars(module).items()
-        if not name.startswith("_") and name != "layer_idx" and (isinstance(value, plain) or inspect.isroutine(value))
+        if not name.startswith("_")
+        and name not in ("layer_idx", "layer_id")
+        and (isinstance(value, plain) or inspect.isroutine(value))
     ]
     return tuple(sorted(found, key=lambda item: item[0]))
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from two_level_mha.errors import GridError
+
 
 @dataclass(frozen=True)
 class StockTensor:
@@ -90,19 +92,28 @@ def linear_names(name: str, path: str, linear: nn.Module, head_dim: int) -> dict
     return entries
 
 
+# How q, k and v lie in one projection: in so many groups (None: one for each key/value head), of each group in this
+# order. "quarters" is CodeGen's, of the four devices that it was trained on.
+PACKINGS = {"blocks": (1, "qkv"), "groups": (None, "qkv"), "quarters": (4, "qvk")}
+
+
 def fused_names(
     path: str, linear: nn.Module, heads: dict[str, int], head_dim: int, packing: str
 ) -> dict[str, StockTensor]:
     """The entries of q, k and v of one projection at `path`, an nn.Linear or a Conv1D; heads: of each of them.
 
-    packing: "blocks", all of q, then of k, then of v; "groups": for each key/value head its query heads, it, its value.
+    packing: one of PACKINGS. Raises GridError where its groups do not divide the heads.
     """
-    groups = heads["k"] if packing == "groups" else 1
+    groups, letters = PACKINGS[packing]
+    groups = groups or heads["k"]
+    if any(count % groups for count in heads.values()):
+        raise GridError(f"{path} does not hold {groups} groups of heads: it is of {heads}")
     entries = {}
     for part, p in linear.named_parameters():
         shape, start = tuple(p.shape), 0
         transposed = part == "weight" and not isinstance(linear, nn.Linear)
-        for letter, count in heads.items():
+        for letter in letters:
+            count = heads[letter]
             own = (count, head_dim, *(shape[:1] if transposed else shape[1:]))
             entries[f"{letter}_{part}"] = StockTensor(
                 f"{path}.{part}", shape, own, int(transposed), start, transposed, groups

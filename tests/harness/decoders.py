@@ -49,6 +49,15 @@ MODELS = {
 _NO_GROUPS = {"num_key_value_heads": None}
 _OPT = _NO_GROUPS | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
 _FALCON = _NO_GROUPS | {"attention_dropout": 0.0}
+_GPT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_GEMMA4 = {
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 8,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 _NEOX = _NO_GROUPS | {"hidden_dropout": 0.0}
 # What other decoders have that Llama has not: other names, fused projections, norms over heads, sinks, gates. None: it
 # has no such field.
@@ -62,7 +71,7 @@ FORMS = {
     "falcon": ("FalconConfig", _FALCON | {"multi_query": False}),
     "falcon 40b": ("FalconConfig", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon 7b": ("FalconConfig", _FALCON),
-    "bigcode": ("GPTBigCodeConfig", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "bigcode": ("GPTBigCodeConfig", _GPT),
     "bloom": ("BloomConfig", {"hidden_dropout": 0.0}),
     "stablelm": ("StableLmConfig", {}),
     "persimmon": ("PersimmonConfig", _NO_GROUPS),
@@ -76,13 +85,32 @@ FORMS = {
     "qwen3 next": ("Qwen3NextConfig", {"head_dim": 16, "layer_types": ["full_attention"] * 3, "num_experts": 4,
                                        "num_experts_per_tok": 2, "moe_intermediate_size": 16,
                                        "shared_expert_intermediate_size": 16}),
+    "afmoe": ("AfmoeConfig", {"head_dim": 8, "sliding_window": 8, "num_dense_layers": 3,
+                              "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "laguna": ("LagunaConfig", {"head_dim": 8, "num_hidden_layers": 2, "sliding_window": 8, "gating": "per-head",
+                                "layer_types": ["full_attention", "sliding_attention"], "num_experts": 4,
+                                "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                                "shared_expert_intermediate_size": 16, "num_attention_heads_per_layer": [4, 8],
+                                "mlp_layer_types": ["dense", "sparse"]}),
+    "gemma4": ("Gemma4TextConfig", _GEMMA4),
+    "gemma4 k = v": ("Gemma4TextConfig", _GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 2}),
+    "lfm3": ("Lfm3Config", {"head_dim": 8, "layer_types": ["full_attention"] * 3}),
+    "falcon rw": ("FalconConfig", _FALCON | {"alibi": True, "multi_query": False}),
+    "stablelm 2": ("StableLmConfig", {"qk_layernorm": True}),
+    "nanochat": ("NanoChatConfig", {"head_dim": 8}),
+    "gptj": ("GPTJConfig", _NO_GROUPS | _GPT | {"rotary_dim": 4}),
+    "codegen": ("CodeGenConfig", _NO_GROUPS | _GPT | {"rotary_dim": 4}),
+    "gpt neo": ("GPTNeoConfig", _NO_GROUPS | {"attention_types": [[["global", "local"], 1]], "window_size": 8,
+                                              "num_hidden_layers": 2, "embed_dropout": 0.0}),
+    "xglm": ("XGLMConfig", _NO_GROUPS | {"ffn_dim": 48, "dropout": 0.0, "attention_dropout": 0.0}),
+    "mpt": ("MptConfig", _NO_GROUPS | {"max_seq_len": 64}),
     "olmo3": ("Olmo3Config", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
                               "num_hidden_layers": 4}),
 }  # fmt: skip
 
 
 EXACT = {"exact": True}
-EAGER_ONLY = ("bloom", "gpt oss", "granite swa")
+EAGER_ONLY = ("bloom", "gpt oss", "granite swa", "gptj", "codegen", "gpt neo", "xglm", "mpt")
 
 
 class Norm(nn.Module):
@@ -90,11 +118,12 @@ class Norm(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.weight, self.shift = norm.weight, float("Gemma" in type(norm).__name__)
+        self.weight, self.shift = getattr(norm, "weight", None), float("Gemma" in type(norm).__name__)
         self.eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (self.shift + self.weight)
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return y if self.weight is None else y * (self.shift + self.weight)
 
 
 def make_config(name: str, **changes) -> transformers.PretrainedConfig:
@@ -217,5 +246,6 @@ def gradients_off(names, grid, use_cache, options, make=EXACT):
         found[name] = [
             (grads[key] - p.grad).abs().max().item() / max(1.0, p.grad.abs().max().item())
             for key, p in stock.named_parameters()
+            if p.grad is not None  # of a router's correction, which no gradient reaches
         ]
     return found

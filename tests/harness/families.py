@@ -1,11 +1,13 @@
 """Every causal language model of transformers, small, split over 4 ranks and not: what is right, what is refused.
 
     PYTHONPATH=tests python -m harness.families [--ranks 4] [--only llama gpt_oss] [--json FILE] [--docs FILE]
+    PYTHONPATH=tests python -m harness.families --ranks 8 --kv-heads 1 --ours
 
 Of each family of transformers' mapping one model with random weights and 2 key/value heads where it lets one choose, on
-a grid of 2 head groups. Right: logits of a padded batch, the gradient of every parameter, and 8 greedy tokens with a
-cache are the unsplit model's. Beside it what transformers' own tensor parallelism does with the same model, saved and
-read again: right if the logits and the tokens are. Families of which no small model can be made have the reason.
+a grid of as many head groups. Right: logits of a padded batch, the gradient of every parameter, and 8 greedy tokens
+with a cache are the unsplit model's. Beside it what transformers' own tensor parallelism does with the same model,
+saved and read again: right if the logits and the tokens are. Families of which no small model can be made have the
+reason.
 """
 
 import argparse
@@ -50,8 +52,7 @@ SIZES = {
     "linear_value_head_dim": 16, "hidden_size_per_layer_input": 16, "time_step_rank": 4, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 64, "lru_width": 64,
 }  # fmt: skip
-
-
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "multi_query_group_num")
 SHARED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
 # What single families need besides; None: their own default.
 MORE = {
@@ -81,14 +82,16 @@ MORE = {
 }
 
 
-def small(family: str) -> transformers.PretrainedConfig:
-    """A small configuration of a family."""
+def small(family: str, kv_heads: int = SIZES[KV_HEADS[0]]) -> transformers.PretrainedConfig:
+    """A small configuration of a family, with so many key/value heads where it lets one choose."""
     made = transformers.AutoConfig.for_model(family)
     options = _sizes(made)
     for name, part in vars(made).items():
         if isinstance(part, transformers.PretrainedConfig):
             options[name] = _sizes(part)
     options |= MORE.get(family, {})
+    for part in (options, *(part for part in options.values() if isinstance(part, dict))):
+        part |= {name: kv_heads for name in KV_HEADS if part.get(name) == SIZES[name]}
     return type(made)(**{name: value for name, value in options.items() if value is not None})
 
 
@@ -113,9 +116,9 @@ def _has(config: transformers.PretrainedConfig, name: str) -> bool:
         return True
 
 
-def build(family: str) -> torch.nn.Module:
+def build(family: str, kv_heads: int = SIZES[KV_HEADS[0]]) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = small(family)
+    config = small(family, kv_heads)
     config._attn_implementation = "sdpa"
     try:
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -165,7 +168,7 @@ def stock_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def try_family(family: str, grid: tuple[int, int]) -> dict[str, object]:
     """On every rank."""
     try:
-        model = build(family)
+        model = build(family, grid[0])
         whole = answers(copy.deepcopy(model))
     except Exception as error:
         return {"verdict": "not built", "why": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -236,8 +239,10 @@ def try_stock(family: str, folder: str) -> dict[str, object]:
     return {"verdict": "right" if right else "wrong", "why": "" if right else f"logits differ by {off:.1e}"}
 
 
-def survey(families: list[str], ranks: int, stock: bool = True) -> dict[str, dict]:
-    """By family what try_family found, and, if asked for, under "stock" what try_stock did."""
+def survey(families: list[str], ranks: int, stock: bool = True, kv_heads: int = 2) -> dict[str, dict]:
+    """By family what try_family found, with a head group for each of kv_heads, and, if asked for, under "stock" what
+    try_stock did.
+    """
     from harness.families import (
         try_family,
         try_stock,
@@ -255,7 +260,7 @@ def survey(families: list[str], ranks: int, stock: bool = True) -> dict[str, dic
 
     for family in families:
         start = time.monotonic()
-        one = found[family] = on_ranks(try_family, family, (2, ranks // 2))
+        one = found[family] = on_ranks(try_family, family, (kv_heads, ranks // kv_heads))
         if stock and one["verdict"] != "not built":
             with tempfile.TemporaryDirectory() as folder:
                 one["stock"] = on_ranks(try_stock, family, folder)
@@ -277,7 +282,7 @@ def counts(found: dict[str, dict]) -> dict[str, int]:
     known = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
     right = [one for one in found.values() if one["verdict"] == "right"]
     known["right by split attention alone"] = sum(one["attentions"] > 0 and not one["gathered"] for one in right)
-    known[STOCK] = sum(one["stock"]["verdict"] == "right" for one in right)
+    known[STOCK] = sum(one.get("stock", {}).get("verdict") == "right" for one in right)
     return known
 
 
@@ -340,14 +345,18 @@ def _cell(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--ours", action="store_true", help="not transformers' own tensor parallelism; no files")
     parser.add_argument("--only", nargs="*", default=[], help="these anew; the others stay as the JSON file has them")
     parser.add_argument("--json", type=Path, help="all that was found")
     parser.add_argument("--docs", type=Path, help="a page of it, in Markdown")
     args = parser.parse_args()
+    if (args.ours or args.kv_heads != 2) and (args.docs or args.json):
+        parser.error("--docs and --json are of 2 key/value heads, beside transformers' own tensor parallelism")
     families = args.only or sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     known = args.only and args.json and args.json.is_file()
     found = json.loads(args.json.read_text())["families"] if known else {}
-    found = dict(sorted((found | survey(families, args.ranks)).items()))
+    found = dict(sorted((found | survey(families, args.ranks, not args.ours, args.kv_heads)).items()))
     number = counts(found)
     print(number)
     made = {

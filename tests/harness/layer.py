@@ -271,7 +271,7 @@ def run(
     q, k, v, *after = ops.enter(*xs, *(leaf.get(name) for name in ENTER_WEIGHTS), None, shared, *call)
     if case.gated:
         q, gate = q.unflatten(1, (-1, 2)).unbind(2)
-        after.insert(0, gate)
+        after.insert(0, gate.sigmoid())
     attn_mask = leaf.get("mask", mask)
     if attn_mask is not None and case.extra_keys:
         attn_mask = torch.nn.functional.pad(attn_mask, (0, 2), value=float(attn_mask.dtype == torch.bool))

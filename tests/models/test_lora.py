@@ -148,6 +148,8 @@ CASES = {
     "heads of one projection": ("gpt neox", {"targets": ("query_key_value", "dense")}),
     "groups of one projection": ("falcon 40b", {"targets": ("query_key_value", "dense"), "scheme": "heads"}),
     "queries and gates": ("qwen3 next", {"targets": ATTENTION, "rest": False}),
+    "gates of heads": ("lfm3", {"targets": ATTENTION, "rest": False}),
+    "one key/value head": ("falcon 7b", {"targets": ("query_key_value", "dense"), "rest": False}),
     "GPT-2": ("gpt2", {"targets": r".*\.attn\.c_(attn|proj)", "lora": {"fan_in_fan_out": True}}),
 }
 

@@ -109,6 +109,14 @@ def test_quickstart():
     assert float(re.search(r"largest difference: (\S+)", result.stdout)[1]) <= 1e-6
 
 
+def test_parallel_style():
+    """Localises: the example of torch's parallelize_module, or that module with another torch."""
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "4", str(ROOT / "examples" / "parallel_style.py")]
+    result = run(command, ROOT)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert float(re.search(r"after one step: (\S+)", result.stdout)[1]) <= 1e-5
+
+
 @pytest.mark.slow
 def test_notebook(tmp_path):
     """Localises: a cell that fails; the ranks that it starts."""

@@ -11,7 +11,7 @@ from transformers.cache_utils import (
 
 from two_level_mha.cache_layer import CacheLayer, LayersCache
 from two_level_mha.errors import GridError, UsageRuntimeError
-from two_level_mha.mesh import Place
+from two_level_mha.mesh import Place, mesh_for
 
 # type of layer -> whether it keeps a window of tokens
 WINDOWED = {"full_attention": False, "sliding_attention": True}
@@ -97,7 +97,7 @@ class ModelCache(LayersCache, Cache):
     layer_class = ModelCacheLayer
 
     def __init__(self, config, mesh, **options) -> None:
-        LayersCache.__init__(self, config, mesh, **options)
+        LayersCache.__init__(self, config, mesh_for(mesh, _kv_heads(config)), **options)
         Cache.__init__(self, layers=self.layers)
 
     def windows_of(self, config, place: Place) -> list[int | None]:
@@ -109,11 +109,16 @@ class ModelCache(LayersCache, Cache):
                     f"layer {layer} of {type(config).__name__} is of type {kind!r}, which a KV cache on a grid does "
                     f"not keep; supported: {', '.join(WINDOWED)}"
                 )
-        heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        heads = _kv_heads(config)
         place.grid.check(heads, heads, _head_dim(config))
         return [options[i].get("sliding_window") if WINDOWED[kind] else None for i, kind in enumerate(kinds)]
 
     reset = Cache.reset
+
+
+def _kv_heads(config) -> int:
+    config = config.get_text_config(decoder=True)
+    return getattr(config, "num_key_value_heads", config.num_attention_heads)
 
 
 def _head_dim(config) -> int:

@@ -54,8 +54,9 @@ def deal_cache(cache: Cache, index: int, batch: int, place: Place) -> None:
     Raises GridError for a layer that was filled elsewhere, or for a batch of another size than before.
     """
     if isinstance(cache, EncoderDecoderCache):
-        for one in (cache.self_attention_cache, cache.cross_attention_cache):
-            deal_cache(one, index, batch, place)
+        deal_cache(cache.cross_attention_cache, index, batch, place)
+        if not _is_split(cache.self_attention_cache, index):  # by self-attention, while this is cross-attention
+            deal_cache(cache.self_attention_cache, index, batch, place)
         return
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
@@ -79,6 +80,12 @@ def own_layer(cache: Cache, index: int) -> object:
     if isinstance(layer, ModelCacheLayer) or _filled(layer):
         raise GridError("past_key_values was filled by a model that is not split so: fill it again by this one")
     return layer
+
+
+def _is_split(cache: Cache, index: int) -> bool:
+    """Whether layer `index` holds what a split attention put there."""
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    return isinstance(layer, ModelCacheLayer) and bool(layer.length)
 
 
 def _filled(layer: object) -> bool:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import DynamicCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from two_level_mha.cache_layer import NO_CACHE
 from two_level_mha.class_like import class_like
@@ -11,7 +12,7 @@ from two_level_mha.decoder import check_dropout
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations import forms
 from two_level_mha.integrations.cache import WINDOWED, put_layer, split_layer
-from two_level_mha.integrations.projected import ProjectedAttention, additive, random_arguments, takes_additive
+from two_level_mha.integrations.projected import ProjectedAttention, additive, mask_for, random_arguments
 
 
 class DecoderAttention(ProjectedAttention):
@@ -36,18 +37,18 @@ class DecoderAttention(ProjectedAttention):
     ) -> None:
         _check_options(original, options["scheme"])
         super().__init__(original, projections, paths, mesh, **options)
-        self.layer_idx, self.cache_layout = original.layer_idx, cache
+        self.layer_idx, self.cache_layout = forms.layer_of(original), cache
         self.cache_name = forms.cache_name(original)
         self.softcap = getattr(original, forms.SOFTCAP, None) or 0.0
 
     def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         given = dict(zip(self.argument_names, args, strict=False)) | kwargs
-        hidden_states, past = given["hidden_states"], given.get(self.cache_name)
+        hidden_states, past = given["hidden_states"], _own_cache(given.get(self.cache_name))
         whole = self.wholes([hidden_states])[0]
         B, L, _ = whole.shape
         need_weights, dropout_p = self.needs_weights(given), self.dropout_p
         layout = "batch" if dropout_p > 0.0 else self.cache_layout  # see check_dropout
-        mask = self.mask_of(given)
+        mask = self.mask_of(given, L + (past.get_seq_length(self.layer_idx) if isinstance(past, Cache) else 0))
 
         def check() -> dict[str, object]:
             self.check_arguments(given)
@@ -70,11 +71,16 @@ class DecoderAttention(ProjectedAttention):
             layer = split_layer(past, self.layer_idx, self.place, layout)
             put_layer(past, self.layer_idx, layer)
             call = layer.begin(B, L)
-        causal = self.causal_without_mask(given, L) if mask is None else None
+        causal = self.masks_itself or (mask is None and self.causal_without_mask(given, L))
         if need_weights and mask is not None and mask.dtype == torch.bool:
             mask = additive(mask, hidden_states.dtype)  # a padded row must not become NaN
         first_row = call.position if causal else None
         return self.attended(given, whole, mask, first_row, softcap=self.softcap, cache=layer, call=call)
+
+
+def _own_cache(past: object) -> object:
+    """Of an encoder-decoder's cache the part of self-attention."""
+    return past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
 
 
 def _check_options(original: nn.Module, scheme: str) -> None:
@@ -85,7 +91,7 @@ def _check_options(original: nn.Module, scheme: str) -> None:
     clip = getattr(config, "clip_qkv", None)
     if clip is not None:  # a trial's numbers may be too small for it
         raise GridError(f"it clips queries, keys and values (clip_qkv={clip})")
-    kind = dict(enumerate(getattr(config, "layer_types", None) or ())).get(original.layer_idx)
+    kind = dict(enumerate(getattr(config, "layer_types", None) or ())).get(forms.layer_of(original))
     if kind is not None and kind not in WINDOWED:
         raise GridError(f"its layer is of type {kind!r}, whose cache is not split; supported: {', '.join(WINDOWED)}")
 
@@ -100,8 +106,6 @@ def problem(original: nn.Module) -> str | None:
     config = getattr(original, "config", None)
     if getattr(original, "reorder_and_upcast_attn", False) and config._attn_implementation == "eager":
         return 'reorder_and_upcast_attn acts with "eager": call model.set_attn_implementation("sdpa") first'
-    if getattr(config, "alibi", False) and "position_embeddings" in forms.parameters_of(original):
-        return "it adds ALiBi to the scores or rotates, as its config says"
     return forms.unknown_argument(original)
 
 
@@ -115,15 +119,15 @@ def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple,
     def of_rows(name: str, x: object, first: int, end: int) -> object:
         if name == "position_embeddings":
             return tuple(angles[:, first:end] for angles in x)
+        if name == forms.SHARED_STATES:
+            return dict(x)
         if name in forms.BIASES:
-            return None if x is None else x[..., :end]
+            return x if x is None or forms.hides(original) else x[..., :end]
         return x[:, first:end].contiguous()
 
     def call(first: int, end: int, mask: Tensor | None, past) -> tuple[tuple, dict]:
         if mask is not None:
-            mask = mask[:, :, first:end, :end]
-            if takes_additive(original):
-                mask = additive(mask, dtype)
+            mask = mask_for(original, mask[:, :, first:end, :end], dtype)
         given = {name: of_rows(name, x, first, end) for name, x in whole.items()}
         return (given.pop("hidden_states"),), given | {"attention_mask": mask, forms.cache_name(original): past}
 

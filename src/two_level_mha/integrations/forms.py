@@ -4,9 +4,11 @@ What is found here is a claim. The trial on a random copy (attentions.py) decide
 """
 
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import nn
 
 from two_level_mha.errors import GridError
@@ -21,31 +23,47 @@ PROJECTIONS = {
     "qkv": ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "qkv"),
     "o": ("o_proj", "out_proj", "dense", "c_proj", "out_lin", "Wo", "o", "../output.dense"),
 }
-# How q, k, v lie in one projection (stock.fused_names), the likelier first.
+# Of gates of attention's output: a projection as wide as q's, or a linear of one number for each head; and what the
+# output may be multiplied with of them, the likelier first.
+GATES = ("gate_proj", "g_proj")
+GATE_FUNCTIONS = {"sigmoid": torch.sigmoid, "softplus": nn.functional.softplus}
+# How q, k, v lie in one projection (stock.PACKINGS), the likelier first.
 PACKINGS = {"query_key_value": ("groups", "blocks")}
-ANY_PACKING = ("blocks", "groups")
+ANY_PACKING = ("blocks", "groups", "quarters")
 
 NORMS = {
     "q": ("q_norm", "query_norm", "q_layernorm", "query_layernorm"),
     "k": ("k_norm", "key_norm", "k_layernorm", "key_layernorm"),
 }
+VALUE_NORM = "v_norm"  # of each head of v; without weights
 HEAD_DIMS = ("head_dim", "attention_head_size", "head_size")
 HEADS = ("num_attention_heads", "num_heads", "n_heads")
-SCALES = ("scaling", "scale", "inv_norm_factor")
+LAYERS = ("layer_idx", "layer_id")
+SCALES = ("scaling", "scale", "inv_norm_factor", "softmax_scale")
 SOFTCAP = "attn_logit_softcapping"
 SINKS = "sinks"  # (h,)
 # A function beside the module: of position_ids, a rate and a length of the config, what queries are multiplied with.
 TEMPERATURE = "get_llama_4_attn_scale"
+ANGLES = "embed_positions"  # a buffer (length, 2 pairs) of each position's sines, then its cosines
+MASK = "bias"  # a buffer (1, 1, length, length) of bools, True = attend: causal, whatever else masks say
+WINDOWS = {"local": "window_size"}  # attention_type -> where the config has how many keys a row sees
 
 # Dropout of attention weights: an nn.Dropout or a probability; and of the output: an nn.Dropout.
-WEIGHTS_DROPOUT = ("dropout", "attention_dropout", "attn_dropout")
+WEIGHTS_DROPOUT = ("dropout", "attention_dropout", "attn_dropout", "attn_dropout_p")
 OUTPUT_DROPOUT = ("resid_dropout", "out_drop", "output_dropout")
 OUTPUT_NORM = "LayerNorm"  # of the output and the module's input, added
 
 CACHES = ("past_key_values", "layer_past")
 BIASES = ("alibi", "position_bias")  # of the scores
+# What is added to the scores: a bias as it is, or scaled as they are, or none, since the mask has it, but where
+# attention weights are asked for.
+BIASED = ("added", "scaled", "in the mask")
+# Classes whose masks are bools with True = hide, and whose position_bias is (h, 1, any number of keys, the last count).
+HIDING = ("MptAttention",)
 # Arguments that mean something to a call, and those that a call without them goes like; no others are known.
 ARGUMENTS = {"hidden_states", "attention_mask", "position_embeddings", "residual", *CACHES, *BIASES}
+# Where layers leave keys and values for later ones, which these attributes say that a module does, or takes.
+SHARED_STATES, SHARES = "shared_kv_states", ("is_kv_shared_layer", "store_full_length_kv")
 OTHERS = {"output_attentions", "use_cache", "position_ids", "cache_position", "is_causal"}
 CROSS_NAMES = ("encoder_attn", "encdec", "enc_dec")
 # Of cross-attention, which it is not; given all the same, they are refused.
@@ -65,10 +83,24 @@ def paths_of(module: nn.Module, parent: nn.Module | None) -> dict[str, str] | No
         path = next((name for name in names if isinstance(_at(module, parent, name), nn.Module)), None)
         if path is not None:
             found[letter] = path
-    for letters in ("q", "k", "v", "o"), ("qkv", "o"):
+    without_v = any(getattr(module, name, module) is None for name in PROJECTIONS["v"])  # v is what k is projected to
+    for letters in ("q", "k", "v", "o"), ("qkv", "o"), ("q", "k", "o") if without_v else ("qkv", "o"):
         if set(letters) <= found.keys():
-            return {letter: found[letter] for letter in letters}
+            paths = {letter: found[letter] for letter in letters}
+            gate = gate_of(module)
+            wide = gate is not None and features_of(getattr(module, gate))[1] == _width_of_heads(module, parent, paths)
+            return paths | ({"g": gate} if wide else {})
     return None
+
+
+def gate_of(module: nn.Module) -> str | None:
+    """Its linear of gates, by name."""
+    return next((name for name in GATES if is_linear(getattr(module, name, None))), None)
+
+
+def _width_of_heads(module: nn.Module, parent: nn.Module | None, paths: dict[str, str]) -> int | None:
+    out = _at(module, parent, paths["o"])
+    return features_of(out)[0] if is_linear(out) else None
 
 
 def _at(module: nn.Module, parent: nn.Module | None, path: str) -> object:
@@ -82,10 +114,34 @@ def unknown_argument(module: nn.Module) -> str | None:
     """Why it may be called with what is not known here, or None."""
     named = parameters_of(module)
     for name in named:
+        if name == SHARED_STATES and not any(getattr(module, share, True) for share in SHARES):
+            continue
         if name not in (*ARGUMENTS, *OTHERS, *CROSS):
             return f"it takes an argument that is not known: {name}"
     required = "position_ids" in named and named["position_ids"].default is not None
     return "it is always called with position_ids" if required and temperature_of(module) is None else None
+
+
+def hides(module: nn.Module) -> bool:
+    """Whether its masks are True where a key is hidden."""
+    return type(module).__name__ in HIDING
+
+
+def layer_of(module: nn.Module) -> int | None:
+    """Its layer of a KV cache."""
+    return first_of(module, LAYERS)
+
+
+def masks_itself(module: nn.Module) -> bool:
+    """Whether it is causal, whatever masks it is given."""
+    mask = getattr(module, MASK, None)
+    return isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.dim() == 4
+
+
+def window_of(module: nn.Module) -> int | None:
+    """How many keys a row sees of a module that masks itself; None: all up to its own."""
+    name = WINDOWS.get(getattr(module, "attention_type", None))
+    return getattr(module.config, name) if name is not None and masks_itself(module) else None
 
 
 def temperature_of(module: nn.Module) -> Callable | None:
@@ -104,7 +160,7 @@ def cache_name(module: nn.Module) -> str | None:
 
 def is_decoder(module: nn.Module, parent: nn.Module | None) -> bool:
     """Whether a module is attention that may be called with a KV cache."""
-    cached = getattr(module, "layer_idx", None) is not None and cache_name(module) is not None
+    cached = layer_of(module) is not None and cache_name(module) is not None
     return _looks_like(module, parent) and cached
 
 
@@ -116,6 +172,11 @@ def is_encoder(module: nn.Module, parent: nn.Module | None) -> bool:
 def is_called_with_cache(module: nn.Module, generates: bool) -> bool:
     """Whether attention that takes a KV cache may be given one: in a model that generates, or if it is causal."""
     return generates or getattr(module, "is_causal", True)
+
+
+def may_take_cache(module: nn.Module) -> bool:
+    """Whether a module without a layer of a KV cache may be given one: not if it has the attribute, but no number."""
+    return cache_name(module) is not None and not any(hasattr(module, name) for name in LAYERS)
 
 
 def is_cross(module: nn.Module, name: str) -> bool:
@@ -132,8 +193,10 @@ def first_of(module: nn.Module, names: tuple[str, ...]) -> object:
 
 def heads_of(original: nn.Module, projections: dict[str, nn.Module]) -> tuple[int, int, int]:
     """Heads, key/value heads, head_dim. Raises GridError where the projections' widths do not fit the heads."""
-    widths = {letter: features_of(linear)[1] for letter, linear in projections.items() if letter != "o"}
+    widths = {letter: features_of(linear)[1] for letter, linear in projections.items() if letter not in "og"}
     widths["o"] = features_of(projections["o"])[0]
+    if "k" in widths:
+        widths.setdefault("v", widths["k"])
     d, h = first_of(original, HEAD_DIMS), first_of(original, HEADS)
     if not isinstance(d, int):
         h = h or getattr(getattr(original, "config", None), HEADS[0], None) or 1
@@ -147,8 +210,12 @@ def heads_of(original: nn.Module, projections: dict[str, nn.Module]) -> tuple[in
 
 
 def is_gated(projections: dict[str, nn.Module]) -> bool:
-    """Whether its projection of q has for each head a gate of the output behind the query."""
-    return "q" in projections and features_of(projections["q"])[1] == 2 * features_of(projections["o"])[0]
+    """Whether every query head has a gate of the output: a projection of their own, or behind q's heads in its own."""
+    return (
+        "g" in projections
+        or "q" in projections
+        and features_of(projections["q"])[1] == 2 * features_of(projections["o"])[0]
+    )
 
 
 def names_of(
@@ -161,12 +228,12 @@ def names_of(
         if letters == "qkv":
             names |= fused_names(paths[letters], linear, {"q": h, "k": k, "v": k}, d, packing)
         else:
-            names |= linear_names("out" if letters == "o" else letters, paths[letters], linear, d)
+            names |= linear_names({"o": "out", "g": "gate"}.get(letters, letters), paths[letters], linear, d)
     return names
 
 
 def scale_of(original: nn.Module, head_dim: int) -> float:
-    """Of the scores."""
+    """Of scores that are scaled."""
     known = first_of(original, SCALES)
     return known if isinstance(known, float) else head_dim**-0.5
 
@@ -187,10 +254,18 @@ def is_known_linear(projection: nn.Module) -> bool:
 
 def variants_of(module: nn.Module, paths: Mapping[str, str]) -> list[dict[str, object]]:
     """What the names leave open, as options of ProjectedAttention, the likelier first."""
-    packings = PACKINGS.get(paths["qkv"], ANY_PACKING) if "qkv" in paths else ANY_PACKING[:1]
-    ways = [{"rotates": False}]
-    if "position_embeddings" in parameters_of(module):
-        ways = [{"rotates": True}, *ways]
+    named = parameters_of(module)
+    rotates: list[dict[str, object]] = [{"rotates": False}]
+    if "position_embeddings" in named or hasattr(module, ANGLES):
+        rotates = [{"rotates": True}, *rotates]
         if any(first_of(module, names) is not None for names in NORMS.values()):
-            ways.append({"rotates": True, "norms_last": True})
-    return [{"packing": packing, **way} for packing in packings for way in ways]
+            rotates.append({"rotates": True, "norms_last": True})
+    packings = PACKINGS.get(paths["qkv"], ANY_PACKING) if "qkv" in paths else ANY_PACKING[:1]
+    open_ = [
+        [{"packing": packing} for packing in packings],
+        [{"scaled": True}] if first_of(module, SCALES) is not None else [{"scaled": True}, {"scaled": False}],
+        [{"biased": biased} for biased in BIASED[: None if any(name in named for name in BIASES) else 1]],
+        rotates,
+        [{"gate_function": name} for name in GATE_FUNCTIONS] if gate_of(module) is not None else [{}],
+    ]
+    return [{name: x for one in ways for name, x in one.items()} for ways in itertools.product(*open_)]

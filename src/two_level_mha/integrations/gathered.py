@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from two_level_mha.class_like import become
 from two_level_mha.gathered import Sequences, like, store_split, whole_weights
 from two_level_mha.integrations.dealt_cache import can_be_dealt, deal_cache
+from two_level_mha.integrations.forms import layer_of
 from two_level_mha.integrations.lora import mark
 from two_level_mha.mesh import Place, grid_mesh, place_on
 from two_level_mha.probe import drops, in_eval
@@ -103,6 +104,6 @@ def _for_trial(x: object) -> object:
 def gather_weights(module: nn.Module, mesh: DeviceMesh) -> None:
     """Makes a module, in place, a Gathered one."""
     store_split(module, grid_mesh(mesh))
-    layer = next((part.layer_idx for part in module.modules() if getattr(part, "layer_idx", None) is not None), None)
+    layer = next((layer_of(part) for part in module.modules() if layer_of(part) is not None), None)
     mark(module, {path: "gathered" for path, part in module.named_modules() if path and hasattr(part, "weight")}, mesh)
     become(module, Gathered, place=place_on(mesh), layer=layer, dealt={})

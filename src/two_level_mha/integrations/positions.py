@@ -3,16 +3,18 @@
 Letters: as in layer.py, and r the dims of a head that are rotated.
 """
 
+import inspect
 import sys
 
 import torch
 from torch import Tensor, nn
 
 from two_level_mha.errors import GridError
-from two_level_mha.integrations.forms import NORMS, temperature_of
+from two_level_mha.integrations.forms import ANGLES, NORMS, VALUE_NORM, temperature_of
 from two_level_mha.layer import Aside
 from two_level_mha.low_rank import Cut
 
+PER_HEAD = "norms"  # a norm's list of one for each head
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in float64 models' norms are float32's
 
 _ops = torch.ops.two_level_mha
@@ -21,13 +23,15 @@ _ops = torch.ops.two_level_mha
 class Positioned:
     """Of a split attention: `use_positions` takes over the original's norms and its rotary function.
 
-    A norm's weights are (d,), of every head; (heads, d), one for each head; or (heads * d,), of an RMS norm over all
-    heads, whose sums of squares are summed over the ranks that have the others of the same rows.
+    A norm's weights are (d,), of every head, or none; (heads, d), or a list of as many norms, one for each head; or
+    (heads * d,), of an RMS norm over all heads, whose sums of squares are summed over the ranks that have the others
+    of the same rows.
     """
 
     def use_positions(self, original: nn.Module, rotates: bool, norms_last: bool) -> None:
         self.rotary, self.temperature = _rotary(original) if rotates else None, temperature_of(original)
         self.rotary_width, self.norms_last = rotary_width(original, self.head_dim), norms_last
+        self.register_buffer(ANGLES, getattr(original, ANGLES, None) if rotates else None, persistent=False)
         self.norm_names: dict[str, str] = {}  # letter -> child
         for letter, names in NORMS.items():
             name = next((name for name in names if getattr(original, name, None) is not None), None)
@@ -35,11 +39,15 @@ class Positioned:
                 self.norm_names[letter] = name
                 self.add_module(name, getattr(original, name))
                 self._check_norm(letter)
+        self.value_eps = _value_eps(original)
         self.fused = self.fused_form(self.rotary_width)
 
     def rows_of(self, given: dict) -> list[Tensor] | None:
         """What goes with the tokens of a call: cos and sin, then the factors of the queries."""
-        angles = given.get("position_embeddings")
+        angles, table = given.get("position_embeddings"), self._buffers[ANGLES]
+        if table is not None:
+            sin, cos = table[given["position_ids"]].to(given["hidden_states"].dtype).chunk(2, -1)
+            angles = cos, sin
         unrotated = self.rotary is None or angles is None  # a model may leave them out by its config
         rows = [] if unrotated else [x.unsqueeze(1) for x in angles]
         if self.temperature is not None:
@@ -70,6 +78,17 @@ class Positioned:
             return self._normed(*self._rotated(q_BHLd, k_BKSd, aside), aside)
         return self._rotated(*self._normed(q_BHLd, k_BKSd, aside), aside)
 
+    def normed_values(self, v_BKSe: Tensor) -> Tensor:
+        """v as attention takes it; this rank has d whole, or its slice."""
+        if self.value_eps is None:
+            return v_BKSe
+        x = v_BKSe if v_BKSe.dtype == torch.float64 else v_BKSe.float()
+        squares = x.square().sum(3, keepdim=True)
+        if x.shape[3] < self.head_dim:  # each rank uses the sum for its own slice: its gradient is summed too
+            ranks, group = self.place.grid.slices, self.place.groups[0]
+            squares = _ops.replicated([_ops.all_reduce(squares, ranks, group)], ranks, group)[0]
+        return (x * torch.rsqrt(squares / self.head_dim + self.value_eps)).to(v_BKSe.dtype)
+
     def _rotated(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
         q, k = q_BHLd, k_BKSd
         if self.rotary is not None and len(aside.q_rows) >= 2:
@@ -93,10 +112,14 @@ class Positioned:
 
     def _of_heads(self, x_BHLd: Tensor, letter: str, norm: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
         heads, d = self._heads(letter), self.head_dim
-        shape = _weight_shape(norm)
-        if shape == (d,):
+        shape, cut = _weight_shape(norm), Cut(self.place, d)
+        if (each := getattr(norm, PER_HEAD, None)) is not None:
+            weights_hd = torch.stack(list(parameters.values()))
+            ones = {"weight": torch.ones_like(weights_hd[0])}
+            unweighted = torch.func.functional_call(each[0], ones, (x_BHLd,))
+            return unweighted * cut.of(weights_hd, 0, x_BHLd.shape[1], d).unsqueeze(1)
+        if shape in (None, (d,)):
             return torch.func.functional_call(norm, parameters, (x_BHLd,))
-        cut = Cut(self.place, d)
         parameters = {own: cut.of(p.view(heads, d), 0, x_BHLd.shape[1], d) for own, p in parameters.items()}
         if shape == (heads, d):
             return torch.func.functional_call(norm, parameters, (x_BHLd.transpose(1, 2),)).transpose(1, 2)
@@ -174,17 +197,33 @@ def _eps(norm: nn.Module) -> float | None:
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
+def _value_eps(original: nn.Module) -> float | None:
+    """Of the norm of its values; None: it has none. Raises GridError for another than an RMS norm without weights."""
+    norm = getattr(original, VALUE_NORM, None)
+    if norm is None:
+        return None
+    if _eps(norm) is None or any(True for _ in norm.parameters()):
+        raise GridError(f"{VALUE_NORM} is more than an RMS norm without weights: {type(norm).__name__}")
+    return _eps(norm)
+
+
 def _rotary(original: nn.Module):
-    """The rotary function of the model's own module."""
+    """The rotary function of the model's own module: of q, k (B, heads, L, r), cos and sin it gives both."""
     module = sys.modules[type(original).__module__]
     found = getattr(module, "apply_rotary_pos_emb", None)
     if found is None:
         raise GridError(f"{module.__name__} has no apply_rotary_pos_emb, which its attention would be rotated by")
+    if list(inspect.signature(found).parameters)[1:3] == ["cos", "sin"]:  # of one of both
+        return lambda q, k, cos, sin: [found(x, cos, sin) for x in (q, k)]
+    if hasattr(original, ANGLES):  # GPT-J's, of one (B, L, heads, r), sin and cos
+        return lambda q, k, cos, sin: [found(x.transpose(1, 2), sin, cos).transpose(1, 2) for x in (q, k)]
     return found
 
 
 def rotary_width(original: nn.Module, head_dim: int) -> int:
     """How many dims of a head are rotated."""
+    if hasattr(original, ANGLES):
+        return getattr(original, ANGLES).shape[-1]
     config = getattr(original, "config", None)
     parameters = getattr(config, "rope_parameters", None) or {}
     share = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0

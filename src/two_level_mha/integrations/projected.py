@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from two_level_mha.activations import gather_part, used_apart
 from two_level_mha.class_like import class_like
 from two_level_mha.errors import UsageRuntimeError
 from two_level_mha.integrations import forms
@@ -23,9 +24,11 @@ class ProjectedAttention(Positioned, GridAttention):
     projection, dropout behind it and a residual are part of it. Weights (B, h, L, S) are computed only when
     output_attentions, of the call or else of the config, is true; with "sdpa" too, where the original has none.
 
-    projections: the original's linears, by letter q, k, v or qkv, o; paths: where they are, as in StockTensor.key.
+    projections: the original's linears, by letter q, k, v or qkv, o, without v where k's gives v too; paths: where they
+    are, as in StockTensor.key.
     packing: how q, k and v lie in one projection; rotates: False for a layer that leaves position_embeddings alone, as
-    some of SmolLM3's and Cohere2's do; norms_last: its norms act on what was rotated.
+    some of SmolLM3's and Cohere2's do; norms_last: its norms act on what was rotated; scaled: whether scores are;
+    biased: how a bias of the scores is added, one of forms.BIASED; gate_function: one of forms.GATE_FUNCTIONS.
     """
 
     def __init__(
@@ -38,13 +41,18 @@ class ProjectedAttention(Positioned, GridAttention):
         packing: str = "blocks",
         rotates: bool = False,
         norms_last: bool = False,
+        scaled: bool = True,
+        biased: str = forms.BIASED[0],
+        gate_function: str = "sigmoid",
         **options,
     ) -> None:
         h, k, d = forms.heads_of(original, projections)
         gated = forms.is_gated(projections)
         super().__init__(num_heads=h, num_kv_heads=k, head_dim=d, mesh=mesh, gated=gated, **options)
         self.config = getattr(original, "config", None)  # Bloom's and MPNet's attention has none: masks are additive
-        self.scaling = forms.scale_of(original, d)
+        self.scaling = forms.scale_of(original, d) if scaled else 1.0
+        self.biased, self.hides = biased, forms.hides(original)
+        self.masks_itself, self.window = forms.masks_itself(original), forms.window_of(original)
         self.is_causal = getattr(original, "is_causal", False)
         self.argument_names = tuple(forms.parameters_of(original))
         self.dropout_name, dropout = forms.weights_dropout(original)
@@ -63,6 +71,10 @@ class ProjectedAttention(Positioned, GridAttention):
         sinks = getattr(original, forms.SINKS, None)
         if sinks is not None:
             self.register_parameter(forms.SINKS, sinks)
+        self.gate_function = forms.GATE_FUNCTIONS[gate_function]
+        self.gate_name = None if gated else forms.gate_of(original)  # of one number for each head
+        if self.gate_name is not None:
+            self.add_module(self.gate_name, getattr(original, self.gate_name))
         self.use_positions(original, rotates, norms_last)
 
     @property
@@ -74,7 +86,7 @@ class ProjectedAttention(Positioned, GridAttention):
         given = dict(zip(self.argument_names, args, strict=False)) | kwargs
         hidden_states, dropout_p = given["hidden_states"], self.dropout_p
         whole = self.wholes([hidden_states])[0]
-        mask = self.mask_of(given)
+        mask = self.mask_of(given, whole.shape[1])
 
         def check() -> dict[str, object]:
             self.check_arguments(given)
@@ -83,7 +95,7 @@ class ProjectedAttention(Positioned, GridAttention):
             return {"need_weights": self.needs_weights(given), "dropout_p": dropout_p}
 
         self.check_call(check, {"hidden_states": hidden_states, "attention_mask": mask})
-        causal = mask is None and self.causal_without_mask(given, whole.shape[1])
+        causal = self.masks_itself or (mask is None and self.causal_without_mask(given, whole.shape[1]))
         return self.attended(given, whole, mask, 0 if causal else None)
 
     def attended(
@@ -99,9 +111,11 @@ class ProjectedAttention(Positioned, GridAttention):
             attn_mask=mask,
             scale=self.scaling,
             causal=causal,
+            window=self.window,
             dropout_p=self.dropout_p,
             need_weights=self.needs_weights(given),
             average_attn_weights=False,
+            gate=self.gate_of_heads(x_BLD, whole),
             **self.between_of(given),
             **options,
         )
@@ -124,25 +138,41 @@ class ProjectedAttention(Positioned, GridAttention):
             if given.get(name) is not None and name not in self.argument_names:
                 raise UsageRuntimeError(f"{name} is not supported by this attention: it adds attention_mask only")
 
-    def mask_of(self, given: dict) -> Tensor | None:
-        """The mask, with what the original adds to the scores."""
+    def mask_of(self, given: dict, keys: int) -> Tensor | None:
+        """The mask, with what the original adds to the scores; keys: how many there are."""
         mask = given.get("attention_mask")
+        if mask is not None and self.hides:
+            mask = ~mask
         for name in forms.BIASES:
             bias = given.get(name) if name in self.argument_names else None
-            if bias is None:
+            if bias is None or (self.biased == "in the mask" and not self.needs_weights(given)):
                 continue
-            if bias.dim() == 3:  # (B * h, 1, S)
-                bias = bias.unflatten(0, (-1, self.num_heads))
+            if bias.dim() == 3:  # (B * h, 1, S), or (h, 1, any number)
+                bias = bias.unflatten(0, (-1, self.num_heads))[..., -keys:]
+            if self.biased != "added":
+                bias = bias * self.scaling
             if mask is not None and mask.dtype == torch.bool:
                 mask = additive(mask, bias.dtype)
             mask = bias if mask is None else mask + bias
         return mask
 
+    def gate_of_heads(self, x_BLD: Tensor, whole: Tensor) -> Tensor | None:
+        """The gates (B, L, h) of a layer with one number for each head, of all rows; whole: stands for the whole x."""
+        if self.gate_name is None:
+            return None
+        linear = getattr(self, self.gate_name)
+        if not self.splits:
+            return linear(x_BLD)
+        names, weights = zip(*linear.named_parameters(), strict=True)
+        weights = dict(zip(names, used_apart(list(weights), self.place, self.reduce_dtype), strict=True))
+        part = torch.func.functional_call(linear, weights, (x_BLD,))
+        return gather_part(part, whole.shape[int(self.activations == "sequence")], self.activations, self.place, True)
+
     def between_of(self, given: dict) -> dict[str, object]:
         """What acts on queries and keys, as arguments of `attend`."""
 
         def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
-            return *self.positioned(q_BHLd, k_BKSd, aside), v
+            return *self.positioned(q_BHLd, k_BKSd, aside), self.normed_values(v)
 
         return {
             "rows": self.rows_of(given),
@@ -181,9 +211,12 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def takes_additive(original: nn.Module) -> bool:
-    """Whether its masks are added to the scores."""
-    return getattr(getattr(original, "config", None), "_attn_implementation", "eager") == "eager"
+def mask_for(original: nn.Module, keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask (True = attend) as the original takes it."""
+    if forms.hides(original):
+        return ~keep
+    eager = getattr(getattr(original, "config", None), "_attn_implementation", "eager") == "eager"
+    return additive(keep, dtype) if eager else keep
 
 
 def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict[str, object]:
@@ -194,12 +227,17 @@ def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict
     h, d = (forms.first_of(original, names) for names in (forms.HEADS, forms.HEAD_DIMS))
     if "position_embeddings" in named:
         given["position_embeddings"] = random_angles(original, d, rows, dtype)
-    if "alibi" in named:
-        given["alibi"] = None if "position_embeddings" in named else torch.randn(2 * h, 1, rows, dtype=dtype)
+    if "alibi" in named:  # where it is a choice of the config, angles are given all the same
+        alibi = "position_embeddings" not in named or getattr(original.config, "alibi", False)
+        given["alibi"] = torch.randn(2 * h, 1, rows, dtype=dtype) if alibi else None
     if "position_bias" in named:
-        given["position_bias"] = torch.randn(1, h, rows, rows, dtype=dtype)
+        shape = (h, 1, 2 * rows) if forms.hides(original) else (1, h, rows, rows)
+        given["position_bias"] = torch.randn(shape, dtype=dtype)
     if "position_ids" in named:  # big ones: who makes anything of them will show it
-        given["position_ids"] = (1 << 20) + torch.arange(rows).expand(2, rows)
+        first = 0 if hasattr(original, forms.ANGLES) else 1 << 20
+        given["position_ids"] = first + torch.arange(rows).expand(2, rows)
+    if forms.SHARED_STATES in named:
+        given[forms.SHARED_STATES] = {}
     if "residual" in named:
         given["residual"] = torch.randn_like(x_BLD)
     return given
@@ -211,5 +249,5 @@ def probe_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, d
     hidden = (given.pop("hidden_states"),)
     keep_B11S = torch.ones(2, 1, 1, 5, dtype=torch.bool)
     keep_B11S[1, ..., 3:] = False
-    mask = additive(keep_B11S, dtype) if takes_additive(original) else keep_B11S
+    mask = mask_for(original, keep_B11S, dtype)
     return [(hidden, given | {"attention_mask": mask}), (hidden, given | {"attention_mask": None})]
