@@ -43,8 +43,9 @@ Tensor with_gate(const Tensor& o, const std::optional<Tensor>& gate, const Conte
                         fixed_size(*gate, 1) == fixed_size(o, 1) && fixed_size(*gate, 3) == context.sizes.d,
                     "gate must be floating and lie as q does, with ", fixed_size(o, 1), " heads of ",
                     context.sizes.d, ", got ", gate->scalar_type(), " ", gate->sym_sizes());
-  const int64_t width = fixed_size(o, 3);
-  const Tensor own = width == context.sizes.d ? *gate : gate->narrow(3, width * context.slice, width);
+  const auto [first, count] = context.columns();
+  const bool whole = fixed_size(o, 3) == context.sizes.d;
+  const Tensor own = whole ? *gate : gate->narrow(3, first, count);
   return o * at::sigmoid(own).to(o.scalar_type());
 }
 

@@ -214,8 +214,6 @@ def test_decode_sends_the_same_at_every_context():
 
 def test_no_grid():
     """Localises: the refusal, and the numbers of ranks it names."""
-    with pytest.raises(tlm.GridError, match=r"no grid of 12 ranks is valid; for 8: .*; for 16: \(8, 2\)"):
-        tlm.plan(**LLAMA | {"devices": 12}, **CALL)
     with pytest.raises(tlm.GridError, match=r"no grid of 1000000000039 ranks is valid; for 1024: \(8, 128\)$"):
         tlm.plan(**LLAMA | {"devices": 10**12 + 39}, **CALL)
     assert tlm.Grid.candidates(10**12, 64, 8, 128) == []
@@ -306,8 +304,8 @@ def test_command_line():
     found = json.loads(command("--devices", "16", "--decode", "--json").stdout)
     assert found == json.loads(json.dumps(tlm.plan(**LLAMA, **CALL, decode=True).to_dict()))
     assert sum(option["pick"] for option in found["options"]) == 1
-    refused = command("--devices", "12")
-    assert refused.returncode == 2 and "no grid of 12 ranks is valid; for 8:" in refused.stderr and not refused.stdout
+    refused = command("--devices", "9999999")
+    assert refused.returncode == 2 and "no grid of 9999999 ranks is valid; for" in refused.stderr and not refused.stdout
 
 
 def test_candidates_are_the_valid_grids():
