@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from harness import cached, two_level_attention
 from harness.calls import EMBED, Call, mesh, off, stock_layer
+from harness.compiled import compiled_over_lengths
 from harness.two_level_attention import HALF, PAIRS, Decoder
 
 import two_level_mha as tlm
@@ -168,3 +169,74 @@ def test_training_and_checkpoints(pool, tmp_path, grids):
         for found in both:
             assert "q_weight" in found
             assert all(torch.equal(x, results[0][0][name]) for name, x in found.items())
+
+
+def split_activations(grid) -> list[str]:
+    case = Decoder(batch=3, length=13, options={"qk_norm": 1e-3, "rope": HALF, "bias": True})
+    cases = [
+        (activations, scheme, combine)
+        for activations in ("sequence", "batch")
+        for scheme in SCHEMES
+        for combine in COMBINES
+    ]
+    names = ("activations", "scheme", "combine")
+    return [
+        f"{options}: {found}"
+        for options in cases
+        if (found := two_level_attention.off(case, grid, **dict(zip(names, options, strict=True))))
+    ]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_split_activations(pool, grid):
+    """T. Localises: parts of X and Y beside narrow slices, chunks of the batch among them."""
+    for failed in pool.run(split_activations, grid[0] * grid[1], grid, timeout=240):
+        assert not failed, "\n".join(failed)
+
+
+def overlapped(grid) -> list[str]:
+    case = Decoder(batch=12, length=9, options={"rope": HALF, "bias": True})
+    return [
+        f"{scheme}, {overlap}: {found}"
+        for scheme in SCHEMES
+        for overlap in (2, 3)
+        if (found := two_level_attention.off(case, grid, scheme=scheme, overlap=overlap))
+    ]
+
+
+def test_overlap(pool):
+    """T. Localises: chunks of the batch whose exchanges are filled up."""
+    for failed in pool.run(overlapped, 3, (1, 3), timeout=240):
+        assert not failed, "\n".join(failed)
+
+
+def compiled(grid, scheme: str) -> tuple[int, float]:
+    torch.manual_seed(0)
+    layer = tlm.TwoLevelAttention(12, 8, 4, 8, dtype=torch.float64, mesh=mesh(grid), scheme=scheme, rope=tlm.Rotary())
+    return compiled_over_lengths(layer, 12, True, lengths=(16, 24, 33))  # two rows a chunk or more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["slices", "sequence"])
+def test_compile(pool, scheme):
+    """T. Localises: a guard on the width of a slice, a graph break, an empty block while tracing."""
+    for graphs, error in pool.run(compiled, 7, (1, 7), scheme, timeout=400):
+        assert graphs <= 2 and error <= 1e-10
+
+
+def watched(grid) -> int:
+    torch.manual_seed(0)
+    layer = tlm.TwoLevelMultiheadAttention(16, 4, batch_first=True, mesh=mesh(grid))
+    optimizer = torch.optim.AdamW(tlm.param_groups(layer), lr=1e-2)
+    with tlm.verify(layer, optimizer, every=1) as handle:
+        for _ in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(2, 5, 16)
+            layer(x, x, x)[0].square().sum().backward()
+            optimizer.step()
+    return handle.step
+
+
+def test_verify(pool):
+    """Localises: checksums of blocks that have nothing."""
+    assert pool.run(watched, 7, (1, 7)) == [3] * 7
