@@ -22,7 +22,7 @@ struct Columns {
 };
 
 inline int64_t slice_width(int64_t head_dim, int64_t slices) {
-  return ceil_div(head_dim, slices);
+  return head_dim / slices + (head_dim % slices != 0);
 }
 
 inline Columns slice_columns(int64_t head_dim, int64_t slices, int64_t slice) {
