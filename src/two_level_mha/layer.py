@@ -323,7 +323,12 @@ class GridAttention(nn.Module):
         return 0 if captured else self.calls.number(self._blocks())
 
     def _blocks(self) -> list[Tensor | None]:
-        """The parameters that no other rank holds alike."""
+        """The parameters that no other rank holds alike, and to which code writes as often on every rank.
+
+        None where slices differ: a checkpoint comes into those in one piece, in several or, where empty, in none.
+        """
+        if self.head_dim % self.place.grid.slices:
+            return []
         return [self._parameters.get(name) for name in SHARDED_DIMS if name != "out_bias"]
 
     def _constants(self, scheme: str, causal: bool, element_size: int, zero_key: bool, batch_first: bool) -> str:

@@ -11,8 +11,8 @@ from harness.decoders import EXACT, pair, prompt
 
 GRIDS = [(1, 3), (2, 3)]
 NAMES = ["llama", "qwen3"]
-# norms over all heads, fused projections, sinks, ALiBi, gates
-FORMS = ["olmo2", "phi3", "falcon 40b", "gpt neox", "gpt oss", "bloom", "qwen3 next"]
+# norms over all heads, fused projections, sinks, gates
+FORMS = ["olmo2", "phi3", "falcon 40b", "gpt neox", "gpt oss", "qwen3 next"]
 
 
 def everything(grid, rest: bool) -> list[str]:

@@ -111,19 +111,25 @@ def trained(grid, seed: int) -> tuple[tlm.TwoLevelMultiheadAttention, torch.opti
     torch.manual_seed(2)
     optimizer = torch.optim.AdamW(tlm.param_groups(layer), lr=1e-2)
     for _ in range(2):
-        q, k, v = (torch.randn(2, 5, width, dtype=torch.float64) for width in (EMBED, 6, 10))
-        optimizer.zero_grad()
-        layer(q, k, v)[0].square().sum().backward()
-        norms = [tlm.clip_grad_norm_(layer.parameters(), 0.5, order).item() for order in (2.0, float("inf"))]
-        optimizer.step()
+        norms = step(layer, optimizer)
     return layer, optimizer, norms
+
+
+def step(layer, optimizer) -> list[float]:
+    """A step of training; the norms of its gradients."""
+    q, k, v = (torch.randn(2, 5, width, dtype=torch.float64) for width in (EMBED, 6, 10))
+    optimizer.zero_grad()
+    layer(q, k, v)[0].square().sum().backward()
+    norms = [tlm.clip_grad_norm_(layer.parameters(), 0.5, order).item() for order in (2.0, float("inf"))]
+    optimizer.step()
+    return norms
 
 
 def values(layer, optimizer) -> dict[str, torch.Tensor]:
     """Whole parameters and whole moments by name."""
-    found = {name: full_tensor(p) for name, p in layer.named_parameters()}
+    found = {name: full_tensor(p).clone() for name, p in layer.named_parameters()}
     for name, p in layer.named_parameters():
-        found |= {f"{name}/{key}": full_tensor(x) for key, x in optimizer.state[p].items()}
+        found |= {f"{name}/{key}": full_tensor(x).clone() for key, x in optimizer.state[p].items()}
     return found
 
 
@@ -149,7 +155,8 @@ def loaded(grid, directory: str) -> list[dict[str, torch.Tensor]]:
             state = {"model": layer.state_dict()}
             dcp.load(state, checkpoint_id=f"{directory}/dcp")
             layer.load_state_dict(state["model"])
-            found.append({name: full_tensor(p) for name, p in layer.named_parameters()})
+            found.append({name: full_tensor(p).clone() for name, p in layer.named_parameters()})
+        step(layer, optimizer)  # its ranks have read in one piece, in several or in none
     return found
 
 
