@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from two_level_mha.blocks import dealt
+from two_level_mha.errors import GridError
+
 
 def _kind(p: Tensor) -> object:
     """Parameters of one kind can be handled together: plain ones, or DTensors of one mesh."""
@@ -40,11 +43,19 @@ def shard_embed_dim(p: nn.Parameter) -> Shard | None:
     """For fully_shard(.., shard_placement_fn=shard_embed_dim): weight blocks are sharded along embed_dim.
 
     The default, the first dim, is that of the heads, and nothing is saved where a rank has one. Shard of the dim, or
-    None (the default) for what is no weight block. fully_shard wants its mesh to divide embed_dim.
+    None (the default) for what is no weight block. fully_shard wants its mesh to divide embed_dim. Raises GridError, on
+    every rank, where a slice has no columns: fully_shard would fail on its rank, and the others would wait.
     """
     sharded = {placement.dim for placement in p.placements if placement.is_shard()} if isinstance(p, DTensor) else set()
     if p.dim() != 3 or not sharded:
         return None
+    for axis, placement in enumerate(p.placements):
+        parts = p.device_mesh.size(axis)
+        if placement.is_shard() and dealt(p.shape[placement.dim], parts, parts - 1)[1] == 0:
+            raise GridError(
+                f"fully_shard takes no empty blocks, and {parts} slices of {p.shape[placement.dim]} columns leave some "
+                "without any: take a grid of fewer slices"
+            )
     return Shard(2 if 0 in sharded else 0)  # (h, d, D), or out_weight's (D, h, d)
 
 

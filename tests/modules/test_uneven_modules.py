@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from harness import cached, two_level_attention
-from harness.calls import EMBED, Call, mesh, off, stock_layer
+from harness.calls import EMBED, Call, mesh, off, stock_layer, text_of
 from harness.compiled import compiled_over_lengths
 from harness.two_level_attention import HALF, PAIRS, Decoder
 
@@ -247,3 +247,16 @@ def watched(grid) -> int:
 def test_verify(pool):
     """Localises: checksums of blocks that have nothing."""
     assert pool.run(watched, 7, (1, 7)) == [3] * 7
+
+
+def sharded(grid) -> list[str]:
+    layer = tlm.TwoLevelMultiheadAttention(32, 4, mesh=mesh(grid))
+    return [text_of(tlm.shard_embed_dim, p) for p in (layer.q_weight, layer.out_weight, layer.out_bias)]
+
+
+def test_fully_shard_of_nothing(pool):
+    """Localises: ranks with an empty slice that fail in torch while the others wait."""
+    for texts in pool.run(sharded, 7, (1, 7)):
+        assert all("7 slices of 8 columns leave some without any" in text for text in texts[:2])
+        assert texts[2] == "no error"
+    assert pool.run(sharded, 3, (1, 3)) == [["no error"] * 3] * 3
