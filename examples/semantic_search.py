@@ -115,9 +115,10 @@ def span(start: int, count: int) -> str:
 
 def grid_picture(n: int, m: int, heads: int, head_dim: int) -> str:
     """Who owns what: head groups down, slices across."""
-    H, E = heads // n, head_dim // m
+    H, E = heads // n, -(-head_dim // m)
+    owned = [range(head_dim)[j * E : (j + 1) * E] for j in range(m)]  # the last ones may have less, or nothing
     cells = [[f"rank {i * m + j}" for j in range(m)] for i in range(n)]
-    titles = [f"dims {span(j * E, E)}" for j in range(m)]
+    titles = [f"dims {span(dims.start, len(dims))}" if dims else "no dims" for dims in owned]
     sides = [f"heads {span(i * H, H)}" for i in range(n)]
     width, side = max(map(len, titles + cells[-1])) + 2, max(map(len, sides))
     rule = "─" * width

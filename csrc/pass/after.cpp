@@ -44,9 +44,9 @@ Tensor with_gate(const Tensor& o, const std::optional<Tensor>& gate, const Conte
                         fixed_size(*gate, 1) == fixed_size(o, 1) && fixed_size(*gate, 3) == context.sizes.d,
                     "gate must be floating and lie as q does, with ", fixed_size(o, 1), " heads of ",
                     context.sizes.d, ", got ", gate->scalar_type(), " ", gate->sym_sizes());
-  const int64_t width = fixed_size(o, 3);
-  const Tensor own = width == context.sizes.d ? *gate : gate->narrow(3, width * context.slice, width);
-  return o * own.to(o.scalar_type());
+  const auto [first, count] = context.columns();
+  const bool whole = fixed_size(o, 3) == context.sizes.d;
+  return o * (whole ? *gate : gate->narrow(3, first, count)).to(o.scalar_type());
 }
 
 }  // namespace two_level_mha

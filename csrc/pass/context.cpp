@@ -29,14 +29,17 @@ LayerSizes layer_sizes(const Constants& layer, std::optional<at::ScalarType> red
   return sizes;
 }
 
-Scheme checked_scheme(int64_t number, bool whole_heads) {
+Scheme checked_scheme(int64_t number, const CallSizes<c10::SymInt>& sizes) {
   const Scheme scheme = Scheme(number);
   if (scheme == Scheme::automatic) return scheme;
   for (const SchemeRow& row : kSchemes) {
     if (row.scheme != scheme) continue;
-    TORCH_CHECK_VALUE(row.storage == Storage::either || (row.storage == Storage::whole_heads) == whole_heads,
-                      "scheme '", row.name, "' needs the query side stored by ",
-                      row.storage == Storage::whole_heads ? "whole heads" : "slices of every head");
+    TORCH_CHECK_VALUE(
+        row.storage == Storage::either || (row.storage == Storage::whole_heads) == sizes.whole_heads,
+        "scheme '", row.name, "' needs the query side stored by ",
+        row.storage == Storage::whole_heads ? "whole heads" : "slices of every head");
+    TORCH_CHECK_VALUE(slices_fit(row, sizes.d, sizes.m), "scheme '", row.name,
+                      "' needs equal slices: slices=", sizes.m, " must divide head_dim=", sizes.d);
     return scheme;
   }
   TORCH_CHECK_VALUE(false, "scheme must be the number of one of ", scheme_names(), ", got ", number);
@@ -137,8 +140,7 @@ Context context_of(const Constants& constants, const std::vector<std::string>& n
                     c.attention_single_wide,
                     c.hidden};
   TORCH_CHECK_VALUE(rates.valid(), Rates::kInvalid);
-  const Scheme scheme =
-      resolve_scheme(checked_scheme(c.scheme, context.sizes.whole_heads), context.sizes, rates);
+  const Scheme scheme = resolve_scheme(checked_scheme(c.scheme, context.sizes), context.sizes, rates);
   context.row = concrete_row(scheme, context.sizes);
   if (c.overlap == 0)
     context.sizes.overlap =
@@ -194,7 +196,8 @@ void check_layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   };
   check("q", q, {batch, local.heads, rows, local.qk_width});
   check("k", k, {batch, local.kv_heads, keys, local.qk_width});
-  check("v", v, {batch, local.kv_heads, keys, local.v_width});
+  const int64_t v_width = context.row.v == Move::keep ? context.columns().count : local.v_width;
+  check("v", v, {batch, local.kv_heads, keys, v_width});
 }
 
 }  // namespace two_level_mha

@@ -130,6 +130,8 @@ struct Context {
   Context of_chunk(const Chunking& chunks, int64_t c) const;
   // The dim of q and o (B, heads, length, d) that the slice group splits: whole heads, or d-slices.
   int64_t split_dim() const { return sizes.whole_heads ? 1 : 3; }
+  // What of every head this rank's slice has.
+  Columns columns() const { return slice_columns(sizes.d, sizes.m, slice); }
   // Dim of (B, heads, length, d) along which the queries are sharded: 0, 2, or -1 if they are not.
   int64_t sharded_dim() const;
   // Tokens of X, and of Y, are sharded over the slice group.

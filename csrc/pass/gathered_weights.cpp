@@ -2,21 +2,21 @@
 
 #include <ATen/ATen.h>
 
+#include "../base/sizes.h"
 #include "../comm/gather.h"
 
 namespace two_level_mha {
 
 namespace {
 
-// Blocks split alike along `dim` over the slice group -> whole. Fewer than four dims are padded with ones.
+// Blocks of columns, `dim`, of this rank's slice -> whole. Fewer than four dims are padded with ones.
 std::vector<Tensor> whole(const std::vector<Tensor>& blocks, int64_t dim, const Context& context) {
   std::vector<Tensor> four_d;
   for (const Tensor& block : blocks) {
-    four_d.push_back(block);
+    four_d.push_back(pad_dim(block, dim, 0, context.sizes.width() - context.columns().count));
     while (four_d.back().dim() < 4) four_d.back() = four_d.back().unsqueeze(-1);
   }
-  const auto size = blocks[0].sym_size(dim) * context.sizes.m;
-  auto out = gather_along(four_d, dim, size, /*zigzag=*/false, context.groups.slice);
+  auto out = gather_along(four_d, dim, context.sizes.d, /*zigzag=*/false, context.groups.slice);
   for (size_t i = 0; i < out.size(); ++i)
     while (out[i].dim() > blocks[i].dim()) out[i] = out[i].squeeze(-1);
   return out;

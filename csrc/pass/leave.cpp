@@ -19,9 +19,12 @@ namespace {
 // The paper's concatenation: O of all slices and heads (B, h, L, d).
 Tensor concatenate_heads(const Tensor& o, const Context& context) {
   const Groups& groups = context.groups;
-  if (!context.sizes.whole_heads)
-    return hierarchical_all_gather(o, {{1, groups.head}, {3, groups.slice}}, /*reversed=*/false,
-                                   /*replicated=*/true, context.seal);
+  if (!context.sizes.whole_heads) {
+    const Tensor filled = pad_dim(o, 3, 0, context.sizes.width() - fixed_size(o, 3));
+    const Tensor all = hierarchical_all_gather(filled, {{1, groups.head}, {3, groups.slice}},
+                                               /*reversed=*/false, /*replicated=*/true, context.seal);
+    return fixed_size(all, 3) == context.sizes.d ? all : all.narrow(3, 0, context.sizes.d);
+  }
   return hierarchical_all_gather(o.unsqueeze(1), {{1, groups.head}, {2, groups.slice}}, false, true,
                                  context.seal)
       .flatten(1, 2);

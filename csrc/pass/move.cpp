@@ -57,6 +57,22 @@ int64_t pack_dim(Move move) {
   }
 }
 
+// This rank's columns of heads, filled up to the widest slice, as exchanges send them.
+Tensor filled(const Tensor& x, const Context& context) {
+  return pad_dim(x, 3, 0, context.sizes.width() - context.columns().count);
+}
+
+// O's split dim as a rank has it of an exchange: heads / m, or columns that are filled up.
+int64_t split_size(const Tensor& o, const Context& context) {
+  return context.sizes.whole_heads ? fixed_size(o, 1) / context.sizes.m : context.sizes.width();
+}
+
+// The same without what columns were filled up with.
+Tensor own_columns(const Tensor& o, const Context& context) {
+  const int64_t count = context.columns().count;
+  return context.sizes.whole_heads || count == fixed_size(o, 3) ? o : o.narrow(3, 0, count);
+}
+
 }  // namespace
 
 Later<std::vector<Tensor>> begin_move_in(const std::vector<Tensor>& qkv, const Context& context) {
@@ -67,9 +83,10 @@ Later<std::vector<Tensor>> begin_move_in(const std::vector<Tensor>& qkv, const C
   bool all_replicated = true;
   for (size_t i = 0; i < xs.size(); ++i) {
     if (moves[i] == Move::keep || m == 1) continue;
-    moving.push_back(moves[i] == Move::cyclic ? by_owner(xs[i], context.sizes.position, m) : xs[i]);
     dims.push_back(pack_dim(moves[i]));
     gathered.push_back(i == 0 ? context.split_dim() : 3);
+    const Tensor x = gathered.back() == 3 ? filled(xs[i], context) : xs[i];
+    moving.push_back(moves[i] == Move::cyclic ? by_owner(x, context.sizes.position, m) : x);
     all_replicated &= pack_dim(moves[i]) < 0;
   }
   if (moving.empty()) return [=] { return xs; };
@@ -80,7 +97,7 @@ Later<std::vector<Tensor>> begin_move_in(const std::vector<Tensor>& qkv, const C
   for (size_t i = 0; i < moving.size(); ++i)
     for (int64_t dim = 0; dim < 4; ++dim) {
       auto size = moving[i].sym_size(dim);
-      if (dim == gathered[i]) size = size * m;
+      if (dim == gathered[i]) size = dim == 3 ? c10::SymInt(context.sizes.d) : size * m;
       if (dim == dims[i]) size = shard_rows(size, m, context.zigzag() && dim == 2);
       sizes.push_back(size);
     }
@@ -108,9 +125,9 @@ Later<Tensor> begin_move_out(const Tensor& o, const Context& context) {
   auto coming =
       start(Collective::all_to_all, pack({o}, {context.split_dim()}, m, false), context.groups.slice);
   auto sizes = o.sym_sizes().vec();
-  sizes[context.split_dim()] = sizes[context.split_dim()] / m;
+  sizes[context.split_dim()] = split_size(o, context);
   sizes[dim] = dim == 0 ? context.sizes.B : context.sizes.L;
-  return [=, zigzag = context.zigzag()] { return unpack(coming(), sizes, {dim}, m, zigzag)[0]; };
+  return [=] { return own_columns(unpack(coming(), sizes, {dim}, m, context.zigzag())[0], context); };
 }
 
 Tensor merge_out(const Tensor& o, const Tensor& logsumexp, const Context& context) {
@@ -120,7 +137,9 @@ Tensor merge_out(const Tensor& o, const Tensor& logsumexp, const Context& contex
     return start(Collective::all_to_all, pack(xs, dims, m, false), context.groups.slice)();
   };
   auto out_sizes = o.sym_sizes().vec();
-  out_sizes[context.split_dim()] = out_sizes[context.split_dim()] / m;
+  const int64_t held = split_size(o, context);
+  const auto split = o.sym_numel() / out_sizes[context.split_dim()] * held;
+  out_sizes[context.split_dim()] = held;
   std::vector<c10::SymInt> lse_sizes(out_sizes.begin(), out_sizes.begin() + 3);
   const int64_t lse_dim = context.split_dim() == 1 ? 1 : -1;
   auto parts = [&](const Tensor& buffer, std::vector<c10::SymInt> sizes) {
@@ -129,19 +148,20 @@ Tensor merge_out(const Tensor& o, const Tensor& logsumexp, const Context& contex
   };
   Tensor lse = logsumexp.unsqueeze(3);
   if (lse.scalar_type() != o.scalar_type() && at::GradMode::is_enabled() && o.requires_grad())
-    return std::get<0>(merge_partials(parts(exchange({o}, {context.split_dim()}), out_sizes),
-                                      parts(exchange({lse}, {lse_dim}), lse_sizes)));
+    return own_columns(std::get<0>(merge_partials(parts(exchange({o}, {context.split_dim()}), out_sizes),
+                                                  parts(exchange({lse}, {lse_dim}), lse_sizes))),
+                       context);
   // One exchange: without gradients the logsumexp can travel as pairs of half-width numbers.
   auto bits = [](const Tensor& x, at::ScalarType dtype) {
     return x.scalar_type() == dtype ? x
                                     : x.view(dtype);  // view(dtype) has no gradient, even for the same one
   };
   Tensor buffer = exchange({o, bits(lse, o.scalar_type())}, {context.split_dim(), lse_dim});
-  const auto split = o.sym_numel() / m;
   Tensor outs = buffer.narrow_symint(1, 0, split);
   Tensor lses = buffer.narrow_symint(1, split, buffer.sym_size(1) - split).contiguous();
-  return std::get<0>(
-      merge_partials(parts(outs, out_sizes), parts(bits(lses, logsumexp.scalar_type()), lse_sizes)));
+  return own_columns(std::get<0>(merge_partials(parts(outs, out_sizes),
+                                                parts(bits(lses, logsumexp.scalar_type()), lse_sizes))),
+                     context);
 }
 
 }  // namespace two_level_mha

@@ -74,6 +74,10 @@ struct CallSizes {
   // Heads that the query side projects and moves.
   int64_t q_heads() const { return gated ? 2 * H : H; }
   bool split() const { return activations != Activations::replicated && n * m > 1; }
+  // Columns of a head in the widest slice, which an exchange sends of every one.
+  int64_t width() const { return slice_width(d, m); }
+  // Elements of a row of `heads` heads of the query side that the widest rank has: slices of them, or whole heads.
+  int64_t query_row(int64_t heads) const { return whole_heads ? heads / m * d : heads * width(); }
   int64_t kdim() const { return key_dim > 0 ? key_dim : D; }
   int64_t vdim() const { return value_dim > 0 ? value_dim : D; }
 };

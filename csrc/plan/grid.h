@@ -15,6 +15,21 @@ namespace two_level_mha {
 // More than any machine has. Products with a number of ranks and searches over it stay small.
 constexpr int64_t kMaxRanks = int64_t(1) << 20;
 
+// The columns of every head that slice j of m has: [first, first + count) of d, which DTensor's Shard deals alike. All have
+// `slice_width` of them but the last ones, which are narrower, or empty; exchanges fill these up.
+struct Columns {
+  int64_t first, count;
+};
+
+inline int64_t slice_width(int64_t head_dim, int64_t slices) {
+  return head_dim / slices + (head_dim % slices != 0);
+}
+
+inline Columns slice_columns(int64_t head_dim, int64_t slices, int64_t slice) {
+  const int64_t width = slice_width(head_dim, slices), first = std::min(slice * width, head_dim);
+  return {first, std::min(width, head_dim - first)};
+}
+
 // The sizes of a layer that decide which grids it can run on.
 struct Heads {
   int64_t num_heads;     // h
@@ -36,12 +51,14 @@ struct Grid {
   int64_t slice(int64_t rank) const { return rank % slices; }
   std::string text() const { return "(" + std::to_string(head_groups) + ", " + std::to_string(slices) + ")"; }
 
-  // Every weight block has one owner, and the KV cache is never duplicated: n divides k, m divides d.
+  // Every weight block has one owner, and the KV cache is never duplicated: n divides k.
   bool valid(const Heads& heads) const {
     return head_groups > 0 && slices > 0 && head_groups <= kMaxRanks / slices && heads.positive() &&
-           heads.num_kv_heads % head_groups == 0 && heads.num_heads % head_groups == 0 &&
-           heads.head_dim % slices == 0;
+           heads.num_kv_heads % head_groups == 0 && heads.num_heads % head_groups == 0;
   }
+
+  // Whether its slices are equal too.
+  bool even(const Heads& heads) const { return valid(heads) && heads.head_dim % slices == 0; }
 
   // All valid grids of `ranks` ranks, most head groups first (they need the fewest exchanges).
   static std::vector<Grid> valid_grids(int64_t ranks, const Heads& heads) {
@@ -55,14 +72,14 @@ struct Grid {
   }
 
   // The numbers of ranks nearest to `ranks`, below and
-  // above, that have a valid grid (0: none above within 4x).
+  // above, that have a grid of equal slices (0: none above within 4x).
   static std::pair<int64_t, int64_t> nearest(int64_t ranks, const Heads& heads) {
     int64_t below = 0, above = 0;
     const int64_t most = 4 * std::min(ranks, kMaxRanks);  // what is beyond is not near
     for (int64_t n = 1; n <= std::min(heads.num_kv_heads, most); ++n)
       for (int64_t m = 1; m <= std::min(heads.head_dim, most / n) && Grid{n, 1}.valid(heads); ++m) {
         const int64_t p = n * m;
-        if (!Grid{n, m}.valid(heads)) continue;
+        if (!Grid{n, m}.even(heads)) continue;
         if (p < ranks) below = std::max(below, p);
         if (p > ranks && ceil_div(p, 4) <= ranks) above = above > 0 ? std::min(above, p) : p;
       }
@@ -89,10 +106,8 @@ struct Grid {
     }
     if (heads.num_kv_heads % head_groups != 0)
       out << "head_groups=" << head_groups << " must divide num_kv_heads=" << heads.num_kv_heads;
-    else if (heads.num_heads % head_groups != 0)
-      out << "head_groups=" << head_groups << " must divide num_heads=" << heads.num_heads;
     else
-      out << "slices=" << slices << " must divide head_dim=" << heads.head_dim;
+      out << "head_groups=" << head_groups << " must divide num_heads=" << heads.num_heads;
     out << "; " << choices(size(), heads);
     return out.str();
   }

@@ -25,10 +25,10 @@ struct Memory {
 inline Memory memory_of(Scheme scheme, const CallSizes<Checked>& s) {
   const SchemeRow row = concrete_row(scheme, s);
   const Local<Checked> local = local_sizes(row, s);
-  const int64_t E = s.d / s.m, h = s.n * s.H;
-  const int64_t projections = E * (s.D * s.q_heads() + (s.kdim() + s.vdim()) * s.K);
-  const int64_t out = s.concat ? s.D * h * s.d : s.D * s.H * E;
-  const int64_t biases = s.bias ? E * (s.q_heads() + 2 * s.K) + s.D : 0;
+  const int64_t q_width = s.query_row(s.q_heads()), kv_width = s.K * s.width(), h = s.n * s.H;
+  const int64_t projections = s.D * q_width + (s.kdim() + s.vdim()) * kv_width;
+  const int64_t out = s.D * (s.concat ? h * s.d : s.query_row(s.H));
+  const int64_t biases = s.bias ? q_width + 2 * kv_width + s.D : 0;
   const Checked weights = projections + out + biases;
 
   const Checked queries = local.batch * local.heads * local.rows;
@@ -40,7 +40,7 @@ inline Memory memory_of(Scheme scheme, const CallSizes<Checked>& s) {
   if (s.concat)
     kept = kept + s.B * s.L * h * s.d;  // the concatenation
   else if (row.out != Move::keep && s.m > 1)
-    kept = kept + s.B * s.L * s.H * E;  // O as W_O takes it
+    kept = kept + s.B * s.L * s.query_row(s.H);  // O as W_O takes it
   if (row.w == Move::replicate) kept = kept + s.m * (projections + (s.concat ? 0 : out));
   const bool by_batch = row.cached == Cached::may;  // of the two layouts of a cache; position is the default
   const Checked batch = by_batch ? ceil_div(s.B, s.m) : s.B;
@@ -118,6 +118,7 @@ inline std::vector<Option> plan_options(const PlanRequest& request, const Rates&
     const size_t first = options.size();
     for (const SchemeRow& row : kSchemes) {
       if (row.cached == other || (row.storage == Storage::whole_heads && !heads_fit)) continue;
+      if (!slices_fit(row, heads.head_dim, grid.slices)) continue;
       const bool stored_whole = row.storage == Storage::whole_heads || (request.cached && whole);
       options.push_back(option_of(request, grid, row.scheme, stored_whole, rates));
     }

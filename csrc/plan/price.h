@@ -33,10 +33,10 @@ Local<I> local_sizes(const SchemeRow& row, const CallSizes<I>& s) {
   if (row.k == Move::cyclic) local.keys = ceil_div(s.S, s.m);
   // queries that stay where they are projected: whole heads of this rank, or slices as heads
   if (row.q == Move::keep && row.storage == Storage::whole_heads) local.heads = s.H / s.m;
-  if (row.q == Move::keep && row.storage == Storage::slices) local.qk_width = s.d / s.m;
+  if (row.q == Move::keep && row.storage == Storage::slices) local.qk_width = s.width();
   if (row.k == Move::heads) local.kv_heads = s.K / s.m;
   if (row.k == Move::one_head) local.kv_heads = 1;
-  if (row.v == Move::keep) local.v_width = s.d / s.m;
+  if (row.v == Move::keep) local.v_width = s.width();
   return local;
 }
 
@@ -46,17 +46,20 @@ template <class I>
 Work<I> forward_work(Scheme scheme, const CallSizes<I>& s) {
   const SchemeRow row = concrete_row(scheme, s);
   const Local<I> local = local_sizes(row, s);
-  const int64_t width = row.w == Move::replicate ? s.d : s.d / s.m;
-  const int64_t out_width = s.concat ? s.n * s.H * s.d : s.H * width;
+  // features of the projections: of all slices, or of this rank's
+  const bool all = row.w == Move::replicate;
+  const int64_t q_width = all ? s.q_heads() * s.d : s.query_row(s.q_heads());
+  const int64_t kv_width = s.K * (all ? s.d : s.width());
+  const int64_t out_width = s.concat ? s.n * s.H * s.d : all ? s.H * s.d : s.query_row(s.H);
   Work<I> work{I(0), I(0), I(0), I(0)};
   const I seen =
       s.causal ? local.keys - ceil_div(s.S - s.position, 2 * (row.k == Move::cyclic ? s.m : 1)) : local.keys;
   work.attention = local.batch * local.rows * seen * (2 * local.heads * (local.qk_width + local.v_width));
   work.out = traffic::tokens(row.y, s.L, s) * (2 * s.D * out_width);
-  work.projections = traffic::tokens(row.x, s.L, s) * (2 * s.D * s.q_heads() * width) +
-                     traffic::tokens(row.x, s.given_keys(), s) * (2 * (s.kdim() + s.vdim()) * s.K * width) +
+  work.projections = traffic::tokens(row.x, s.L, s) * (2 * s.D * q_width) +
+                     traffic::tokens(row.x, s.given_keys(), s) * (2 * (s.kdim() + s.vdim()) * kv_width) +
                      work.out;
-  const int64_t weights = width * (s.D * s.q_heads() + (s.kdim() + s.vdim()) * s.K) + s.D * out_width;
+  const int64_t weights = s.D * q_width + (s.kdim() + s.vdim()) * kv_width + s.D * out_width;
   work.read =
       local.batch * local.keys * (local.kv_heads * (local.qk_width + local.v_width) * s.element_size) +
       weights * s.element_size;

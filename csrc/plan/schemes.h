@@ -2,8 +2,8 @@
 // moving there sends, price.h what it costs.
 //
 // Letters as everywhere: B batch, L query length, S key length, D embed dim, d head_dim; H = h / n query
-// heads and K = k / n KV heads of a rank's group; m ranks in a slice group, each holding E = d / m of every
-// head's dimension after projection. `heads` stores the query side otherwise: H / m whole heads a rank.
+// heads and K = k / n KV heads of a rank's group; m ranks in a slice group, each holding E columns of every
+// head after projection, ceil(d / m) or what is left of them (grid.h). `heads` stores the query side otherwise: H / m whole heads a rank.
 #pragma once
 
 #include <algorithm>
@@ -98,6 +98,11 @@ inline const SchemeRow& scheme_row(Scheme scheme) {
   for (const SchemeRow& row : kSchemes)
     if (row.scheme == scheme) return row;
   throw std::logic_error("scheme without a row");
+}
+
+// Whether a scheme runs with m slices of d columns: where they are heads of their own, they are equal.
+inline bool slices_fit(const SchemeRow& row, int64_t d, int64_t m) {
+  return row.exact || d % m == 0;
 }
 
 inline std::string scheme_names() {

@@ -70,11 +70,10 @@ I all_reduce(const I& bytes, int64_t ranks) {
   return bytes * (2 * (ranks - 1)) / ranks;
 }
 
-// Elements that a rank sends to each of the others to move `heads` heads of `length` rows of its d-slice (or
-// its whole heads: heads * E is the same).
+// Elements that a rank sends to each of the others to move `length` rows of `width` elements: of its slices of heads, the
+// narrower filled up, or of its whole heads.
 template <class I>
-I part(Move move, int64_t heads, const I& length, const CallSizes<I>& s, bool zigzag) {
-  const int64_t width = heads * (s.d / s.m);
+I part(Move move, int64_t width, const I& length, const CallSizes<I>& s, bool zigzag) {
   switch (move) {
     case Move::keep:
       return I(0);
@@ -193,7 +192,7 @@ void add_tokens_sum(Traffic<I>& rows, const char* what, Move move, const Chunkin
 // a gather's is a reduce-scatter, since the ranks use what they gathered each in its own way.
 template <class I>
 void add_exchanges(Traffic<I>& rows, const SchemeRow& row, const CallSizes<I>& s) {
-  const int64_t E = s.d / s.m, others = s.m - 1, each = s.element_size * others;
+  const int64_t E = s.width(), others = s.m - 1, each = s.element_size * others;
   const bool zigzag = zigzag_rows(row, s.causal);
   if (row.w == Move::replicate) {
     const int64_t blocks = E * (s.q_heads() * s.D + s.K * (s.kdim() + s.vdim()));
@@ -204,12 +203,13 @@ void add_exchanges(Traffic<I>& rows, const SchemeRow& row, const CallSizes<I>& s
       rows.push_back({"move in", Axis::slice,
                       s.B * shard_rows(s.given_keys(), s.m, zigzag) * (2 * s.K * s.d * each), 1});
   } else if (row.q != Move::keep || row.k != Move::keep) {
-    const I sent = part(row.q, s.q_heads(), s.L, s, zigzag) + part(row.k, s.K, s.moved_keys(), s, zigzag) +
-                   part(row.v, s.K, s.moved_keys(), s, zigzag);
+    const I sent = part(row.q, s.query_row(s.q_heads()), s.L, s, zigzag) +
+                   part(row.k, s.K * E, s.moved_keys(), s, zigzag) +
+                   part(row.v, s.K * E, s.moved_keys(), s, zigzag);
     rows.push_back({"move in", Axis::slice, sent * each, enter_chunks(row, s).count, 0, /*enters=*/true});
   }
   if (row.out == Move::keep) return;
-  I bytes = part(row.out, s.H, s.L, s, zigzag) * each;
+  I bytes = part(row.out, s.query_row(s.H), s.L, s, zigzag) * each;
   if (row.out == Move::merge)  // and the logsumexp, in no less than float32
     bytes = bytes +
             s.B * s.L * ((s.whole_heads ? s.H / s.m : s.H) * std::max<int64_t>(4, s.element_size) * others);
@@ -254,7 +254,7 @@ Traffic<I> forward_traffic(Scheme scheme, const CallSizes<I>& s) {
   const bool summed = !s.concat && row.y == Move::replicate;
   const I sealed(s.sealed ? seal_code(summed ? reduce_size : s.element_size, s.n * s.m).elements() : 0);
   if (s.concat)
-    traffic::add_gather<I>(rows, "combine", s.B * s.L * (s.H * (s.d / s.m)), s, sealed);
+    traffic::add_gather<I>(rows, "combine", s.B * s.L * s.query_row(s.H), s, sealed);
   else if (parts_out)
     traffic::add_split(rows, "combine", traffic::split_elements(1, s), reduce_size, true, s);
   else if (s.split() && summed)

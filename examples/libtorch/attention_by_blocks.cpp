@@ -30,8 +30,9 @@ Tensor leaf(at::IntArrayRef sizes) {
 
 // Block (i, j) of a weight whose heads lie along `dim` and whose head dimension follows it.
 Tensor block(const Tensor& weight, const tlm::Grid& grid, int64_t dim, int64_t i, int64_t j) {
-  int64_t heads = weight.size(dim) / grid.head_groups, width = weight.size(dim + 1) / grid.slices;
-  return weight.narrow(dim, i * heads, heads).narrow(dim + 1, j * width, width);
+  int64_t heads = weight.size(dim) / grid.head_groups;
+  auto [first, count] = tlm::slice_columns(weight.size(dim + 1), grid.slices, j);
+  return weight.narrow(dim, i * heads, heads).narrow(dim + 1, first, count);
 }
 
 // The layer in four lines of ATen, causal, query head x reading KV head x / (h / k).

@@ -43,6 +43,13 @@ def placements(name: str, combine: str, whole_heads: bool = False) -> list:
     return [Replicate() if dim is None else Shard(dim) for dim in dims]
 
 
+def dealt(size: int, parts: int, part: int) -> tuple[int, int]:
+    """First and count of what Shard deals to a part of a dim: ceil(size / parts), the last less or nothing."""
+    share = -(-size // parts)
+    first = min(share * part, size)
+    return first, min(share, size - first)
+
+
 def block(full: Tensor, name: str, mesh: DeviceMesh | None, combine: str, whole_heads: bool = False) -> Tensor:
     """`full`, the same on every rank, as this rank stores it: a DTensor, or a copy without a mesh.
 
@@ -53,10 +60,11 @@ def block(full: Tensor, name: str, mesh: DeviceMesh | None, combine: str, whole_
     local, layout = full, placements(name, combine, whole_heads)
     for axis, placement in enumerate(layout):
         if isinstance(placement, Shard):
-            size = local.shape[placement.dim] // mesh.size(axis)
-            local = local.narrow(placement.dim, size * mesh.get_local_rank(axis), size)
+            size = local.shape[placement.dim]
+            local = local.narrow(placement.dim, *dealt(size, mesh.size(axis), mesh.get_local_rank(axis)))
     local = local.clone(memory_format=torch.contiguous_format)
-    return DTensor.from_local(local, mesh, layout, run_check=False)
+    stride = torch.empty(full.shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, layout, run_check=False, shape=full.shape, stride=stride)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

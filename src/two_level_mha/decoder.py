@@ -67,7 +67,7 @@ class TwoLevelAttention(Drops, GridAttention):
     softcap: scores s become softcap * tanh(s / softcap), before the mask. scale: of the scores, None: 1 / sqrt(d).
     dropout: probability with which an attention weight is dropped in training, the same ones on every grid.
     mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process; left out, it is None, which a
-        job of several ranks is warned of. head_groups must divide k, slices must divide d.
+        job of several ranks is warned of. head_groups must divide k.
     scheme, combine, debug, reduce_dtype, profile, activations, overlap: as for TwoLevelMultiheadAttention. scheme
         "independent" takes neither norm nor rotary, which need d whole.
 

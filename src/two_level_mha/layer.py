@@ -92,6 +92,7 @@ class GridAttention(nn.Module):
             raise GridError(f"reduce_dtype must be None or torch.float32, got {reduce_dtype}")
         self.place = place_on(mesh)
         self.place.grid.check(num_heads, num_kv_heads, head_dim)
+        check_slices(scheme, head_dim, self.place.grid)
         self.whole_heads = stores_whole_heads(scheme, num_heads, num_kv_heads, self.place.grid)
         self.mesh = mesh
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
@@ -345,7 +346,12 @@ class GridAttention(nn.Module):
         return 0 if captured else self.calls.number(self._blocks())
 
     def _blocks(self) -> list[Tensor | None]:
-        """The parameters that no other rank holds alike."""
+        """The parameters that no other rank holds alike, and to which code writes as often on every rank.
+
+        None where slices differ: a checkpoint comes into those in one piece, in several or, where empty, in none.
+        """
+        if self.head_dim % self.place.grid.slices:
+            return []
         return [self._parameters.get(name) for name in (*SHARDED_DIMS, *GATE_DIMS) if name != "out_bias"]
 
     def _constants(self, scheme: str, causal: bool, element_size: int, zero_key: bool, batch_first: bool) -> str:
@@ -382,6 +388,15 @@ def check_overlap(overlap: int | None) -> None:
         raise GridError(
             f"overlap must be a number of chunks from 1 (off) to {_C.most_chunks}, or None (as predicted), got "
             f"{overlap!r}"
+        )
+
+
+def check_slices(scheme: str, head_dim: int, grid: Grid) -> None:
+    """Raises GridError where scheme "independent", whose slices are heads, would have some of another width."""
+    if scheme == "independent" and head_dim % grid.slices:
+        raise GridError(
+            f"scheme 'independent' makes a head of every slice: slices={grid.slices} must divide head_dim={head_dim}; "
+            "take another grid, or an exact scheme, such as 'auto', which takes slices of any width"
         )
 
 

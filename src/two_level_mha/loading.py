@@ -78,6 +78,8 @@ class StockSlice(Slice):
         index = (slice(None),) * len(self.stock.own) if index == (Ellipsis,) else index
         asked = [range(*part.indices(n)) for part, n in zip(index, self.stock.own, strict=True)]
         dims = self._stock_dims()
+        if not all(asked):  # a slice that has nothing
+            return torch.empty([len(part) for part in asked], dtype=self.source[:0].dtype)
         pieces: list[list[slice]] = [[]]
         joined = 0
         for dim, own_dims in enumerate(dims):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from two_level_mha.activations import used_apart
+from two_level_mha.blocks import dealt
 from two_level_mha.errors import UsageRuntimeError
 from two_level_mha.mesh import Place
 
@@ -89,7 +90,7 @@ class Cut(NamedTuple):
         first = 0 if heads == total else place.head_group * share
         if heads < share:
             first += place.slice * share // place.grid.slices
-        start = 0 if width == self.head_dim else place.slice * width
+        start = 0 if width == self.head_dim else dealt(self.head_dim, place.grid.slices, place.slice)[0]
         return x.narrow(dim, first, heads).narrow(dim + 1, start, width)
 
 

@@ -26,7 +26,8 @@ AXES = ("head", "slice")
 class Grid:
     """P = head_groups * slices ranks. Rank (i, j), number i * slices + j, owns head group i and slice j of every head.
 
-    Pure arithmetic: valid for a layer if head_groups divides its KV heads and slices divides its head_dim.
+    Pure arithmetic: valid for a layer if head_groups divides its KV heads. A slice has ceil(head_dim / slices) columns
+    of every head; where slices does not divide head_dim the last ones have less, or nothing.
     """
 
     head_groups: int = 1
@@ -81,7 +82,7 @@ class Grid:
         Raises GridError without a head_dim, for a profile that is none, or a device_type without one.
         """
         if head_dim is None:
-            raise GridError("head_dim must be given: the slices of a grid divide it")
+            raise GridError("head_dim must be given: the price of a grid depends on it")
         rates = resolve_profile(profile, device_type).numbers
         try:
             found = _C.ranked_grids(ranks, num_heads, num_kv_heads or num_heads, head_dim, rates)

@@ -56,8 +56,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
     nn.MultiheadAttention, and:
 
     mesh: DeviceMesh with axes ("head", "slice") (see init_mesh), or None for one process; left out, it is None, which a
-        job of several ranks is warned of. head_groups must divide num_heads, slices must divide embed_dim // num_heads;
-        else GridError.
+        job of several ranks is warned of. head_groups must divide num_heads, else GridError.
     scheme: "auto" or one of the exact "slices", "sequence", "batch", "heads", "weights" (the same numbers, other
         costs), or "independent": the paper's literal per-slice softmax, which is another model (num_heads * m heads of
         width d / m).

@@ -4,6 +4,7 @@ The numbers and the choice are C++ (csrc/plan/), the same that decides scheme="a
 printed.
 """
 
+import math
 import os
 import textwrap
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ import torch
 
 from two_level_mha import _C
 from two_level_mha.activations import check_activations
-from two_level_mha.blocks import COMBINES
+from two_level_mha.blocks import COMBINES, dealt
 from two_level_mha.context import ACTIVATIONS
 from two_level_mha.errors import GridError
 from two_level_mha.layer import check_overlap
@@ -132,9 +133,11 @@ def plan(
     activations: how X and Y lie over the ranks, as TwoLevelMultiheadAttention has it.
     overlap: chunks of the batch, as it has it; None: for each grid and scheme the number that is predicted fastest.
     profile: the hardware to predict for, a Profile, its name or its JSON file; None: that of device_type.
-    Raises GridError if an argument does not fit, or if no grid is valid; then it names the nearest numbers of ranks
-    that have one.
+    Where ranks shares no factor with the key/value heads, so that all are slices of one head group, `why` says what the
+    nearest numbers of ranks that do would take.
+    Raises GridError if an argument does not fit.
     """
+    asked = dict(locals())
     if (ranks is None) == (devices is None):
         raise GridError("plan needs the number of ranks, once: ranks=16")
     devices = devices if ranks is None else ranks
@@ -205,7 +208,9 @@ def plan(
         profile=hardware,
         options=options,
         pick=options[picked],
-        why=_why(options, options[picked], decode, overlap is None),
+        why=_why(options, options[picked], decode, overlap is None)
+        + _slices_text(options[picked].grid, head_dim)
+        + _nearby_text(asked, devices, kv_heads),
     )
 
 
@@ -233,6 +238,37 @@ def _why(options: tuple[Option, ...], pick: Option, decode: bool, chosen: bool) 
         otherwise = "the default layout" if decode else "scheme='auto'"
         text += f" Ask for it by {ask}: {otherwise} is {auto.scheme!r} there."
     return text
+
+
+def _slices_text(grid: tuple[int, int], head_dim: int) -> str:
+    """What slices of unequal widths have, if they are."""
+    m = grid[1]
+    if head_dim % m == 0:
+        return ""
+    widths = [dealt(head_dim, m, slice)[1] for slice in range(m)]
+    last, empty = min(width for width in widths if width), widths.count(0)
+    text = f" {m} does not divide head_dim {head_dim}: a slice has {widths[0]} columns"
+    text += f", the last one {last}" if last < widths[0] else ""
+    return text + (f", and {empty} of {m} slices have none." if empty else ".")
+
+
+def _nearby_text(asked: dict, ranks: int, kv_heads: int) -> str:
+    """Where there is but one head group, what the nearest numbers of ranks with more would take."""
+    if ranks == 1 or kv_heads == 1 or math.gcd(ranks, kv_heads) > 1:
+        return ""
+    below = next((p for p in range(ranks, 1, -1) if math.gcd(p, kv_heads) > 1), None)
+    above = next(p for p in range(ranks, ranks + kv_heads + 1) if math.gcd(p, kv_heads) > 1)
+    found = []
+    for p in filter(None, (below, above)):
+        try:
+            pick = plan(**asked | {"ranks": p, "devices": None}).pick
+        except GridError:  # on that many the numbers are too large to price
+            continue
+        found.append(f"{p} would take {pick.name}, predicted {_duration(pick.predicted_seconds['total'])}")
+    return (
+        f" {ranks} ranks share no factor with {kv_heads} key/value heads, and so are one head group; "
+        + "; ".join(found)
+    ) + "."
 
 
 UNITS = {"FLOP": {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}, "B": {"GB": 1e9, "MB": 1e6, "KB": 1e3}}

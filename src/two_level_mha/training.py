@@ -5,8 +5,11 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from two_level_mha.blocks import dealt
+from two_level_mha.errors import GridError
 
 
 def _kind(p: Tensor) -> object:
@@ -40,11 +43,19 @@ def shard_embed_dim(p: nn.Parameter) -> Shard | None:
     """For fully_shard(.., shard_placement_fn=shard_embed_dim): weight blocks are sharded along embed_dim.
 
     The default, the first dim, is that of the heads, and nothing is saved where a rank has one. Shard of the dim, or
-    None (the default) for what is no weight block. fully_shard wants its mesh to divide embed_dim.
+    None (the default) for what is no weight block. fully_shard wants its mesh to divide embed_dim. Raises GridError, on
+    every rank, where a slice has no columns: fully_shard would fail on its rank, and the others would wait.
     """
     sharded = {placement.dim for placement in p.placements if placement.is_shard()} if isinstance(p, DTensor) else set()
     if p.dim() != 3 or not sharded:
         return None
+    for axis, placement in enumerate(p.placements):
+        parts = p.device_mesh.size(axis)
+        if placement.is_shard() and dealt(p.shape[placement.dim], parts, parts - 1)[1] == 0:
+            raise GridError(
+                f"fully_shard takes no empty blocks, and {parts} slices of {p.shape[placement.dim]} columns leave some "
+                "without any: take a grid of fewer slices"
+            )
     return Shard(2 if 0 in sharded else 0)  # (h, d, D), or out_weight's (D, h, d)
 
 
@@ -70,6 +81,16 @@ def unscale_(scaler: torch.amp.GradScaler, optimizers: Iterable[torch.optim.Opti
         x.copy_(worst)
 
 
+def _total_norm(gradients: list[Tensor], norm_type: float) -> Tensor:
+    """get_total_norm of one kind; torch knows no largest of none, and the block of an empty slice has none."""
+    if float(norm_type) != float("inf") or not isinstance(gradients[0], DTensor):
+        return get_total_norm(gradients, norm_type)
+    local = [gradient.to_local() for gradient in gradients]
+    largest = get_total_norm([x if x.numel() else x.new_zeros(1) for x in local], norm_type)
+    mesh = gradients[0].device_mesh
+    return DTensor.from_local(largest, mesh, [Partial("max")] * mesh.ndim, run_check=False)
+
+
 @torch.no_grad()
 def clip_grad_norm_(
     params: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
@@ -84,7 +105,7 @@ def clip_grad_norm_(
     kinds = _kinds(p for p in params if p.grad is not None)
     if not kinds:
         return torch.tensor(0.0)
-    norms = [get_total_norm([p.grad for p in kind], norm_type) for kind in kinds]
+    norms = [_total_norm([p.grad for p in kind], norm_type) for kind in kinds]
     full = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     total = torch.linalg.vector_norm(torch.stack([norm.to(full[0].device) for norm in full]), norm_type)
     if error_if_nonfinite and not torch.isfinite(total):

@@ -18,6 +18,7 @@ from two_level_mha.testing import record_collectives
 
 FLAT_SUM_ELEMENTS = 1 << 16
 GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2), (2, 4), (4, 2)]
+UNEVEN = [(1, 3), (2, 3), (1, 7)]  # slices of 8 columns: 3 3 2, and 2 2 2 2 and three empty ones
 SCHEMES = ("independent", "slices", "sequence", "batch", "heads", "weights")
 
 
@@ -27,6 +28,17 @@ def ceil_to(size, m):
 
 def padded_rows(case, length, m):
     return ceil_to(length, 2 * m if case.causal is not None else m)
+
+
+def filled(case, m):
+    """Columns of a head as exchanges of slices carry them, the narrower filled up."""
+    return ceil_to(case.head_dim, m)
+
+
+def query_row(case, n, m):
+    """Elements of a row of O that a rank sends: of whole heads, or of slices."""
+    H = case.heads // n
+    return H // m * case.head_dim if case.whole_heads else H * filled(case, m) // m
 
 
 def deals_batch(case, m):
@@ -42,7 +54,7 @@ def dealt_tokens(case, length, m):
 
 def exchanged(case, n, m):
     """Elements sent inside the slice group around attention, one direction, without biases."""
-    B, L, S, d, D = case.batch, case.length, case.all_keys, case.head_dim, case.embed_dim
+    B, L, S, d, D = case.batch, case.length, case.all_keys, filled(case, m), case.embed_dim
     H, K, r = case.heads // n, case.kv_heads // n, Fraction(m - 1, m)
     if case.scheme == "independent" or m == 1:
         return 0
@@ -59,7 +71,7 @@ def exchanged(case, n, m):
         weights += r * d * H * dealt_tokens(case, L, m)
     if not deals_batch(case, m):
         keys = case.keys or case.length
-        weights += r * B * d * 2 * K * padded_rows(case, keys, m)
+        weights += r * B * case.head_dim * 2 * K * padded_rows(case, keys, m)  # of tokens, whose heads are whole
     return weights
 
 
@@ -69,7 +81,7 @@ def biases(case, n, m):
         return 0
     H, K = case.heads // n, case.kv_heads // n
     width = (H + 2 * K if case.bias else 0) + (2 * K if case.extra_keys else 0)
-    return Fraction(m - 1, m) * case.head_dim * width
+    return Fraction(m - 1, m) * filled(case, m) * width
 
 
 def summed(elements, n, m):
@@ -94,7 +106,7 @@ def gathered(local, n, m):
 def combined(case, n, m):
     """Elements sent by combine, forward: the sum of y, or the gather of O."""
     if case.combine == "concat":
-        return gathered(case.batch * case.length * (case.heads // n) * (case.head_dim // m), n, m)
+        return gathered(case.batch * case.length * query_row(case, n, m), n, m)
     if case.scheme == "weights" and m > 1:
         return summed_dealt(dealt_tokens(case, case.length, m) * case.embed_dim, n, m)
     return summed(case.batch * case.length * case.embed_dim, n, m)
@@ -170,6 +182,11 @@ def recorded(record, groups, n, m):
     ]
 
 
+def rounded(found, expected, n, m):
+    """Whether bytes are those expected; where the ranks do not divide them, up to two sums are rounded down."""
+    return 0 <= expected - found < (2 if (n, m) in UNEVEN else 1e-9)
+
+
 def total(axes):
     return sum(size for size, _ in axes.values())
 
@@ -196,17 +213,25 @@ BASES = [
 ]
 
 
+def whole_heads(n, m):
+    """Query heads that can be dealt whole."""
+    return n * (8 if 8 % m == 0 else 2 * m)
+
+
 def cases_for(n, m):
     cases = []
     for at, base in enumerate(BASES):
         for scheme in SCHEMES:
             # whole heads: a KV head shared by ranks, or several KV heads a rank
-            whole = {"heads": 8 * n, "kv_heads": n * (m if at % 2 else max(1, m // 2))} if scheme == "heads" else {}
+            if scheme == "independent" and base.head_dim % m:
+                continue  # refused
+            shared = m // 2 if m % 2 == 0 else 1
+            whole = {"heads": whole_heads(n, m), "kv_heads": n * (m if at % 2 else shared)} if scheme == "heads" else {}
             cases += [replace(base, scheme=scheme, combine=combine, **whole) for combine in ("reduce", "concat")]
     return cases
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", GRIDS + UNEVEN)
 def test_bytes_are_the_table(pool, grid):
     """E. Localises: an exchange too many, too wide, or of the wrong kind, per scheme, combine and direction."""
     n, m = grid
@@ -216,11 +241,13 @@ def test_bytes_are_the_table(pool, grid):
             assert [forward, backward] == table(case.scheme, call_of(case, n, m), m), (rank, case)
             around = exchanged(case, n, m) + biases(case, n, m)
             size = case.dtype.itemsize
-            assert total(forward) == size * (around + combined(case, n, m)), ("forward", rank, case)
-            assert total(backward) == size * (around + input_gradient(case, n, m)), ("backward", rank, case)
+            parts = {"forward": (forward, combined), "backward": (backward, input_gradient)}
+            for direction, (axes, more) in parts.items():
+                expected = size * (around + more(case, n, m))
+                assert rounded(total(axes), expected, n, m), (direction, rank, case)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", GRIDS + UNEVEN[:1])
 def test_gates(pool, grid):
     """E. Localises: gates that are moved apart from the queries, or are not counted."""
     n, m = grid
@@ -338,11 +365,11 @@ def decoded(n, m, cases):
     return found
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", GRIDS + UNEVEN)
 def test_decode_with_a_cache(pool, grid):
     """E. Localises: the exchanges with a KV cache of both layouts and both storages."""
     n, m = grid
-    storages = [{"scheme": "auto", "heads": 8 * n, "kv_heads": n}, {"scheme": "heads", "heads": 8 * n, "kv_heads": n}]
+    storages = [{"scheme": scheme, "heads": whole_heads(n, m), "kv_heads": n} for scheme in ("auto", "heads")]
     cases = [
         (Case(**storage, combine=combine, length=length, batch=batch, dtype=dtype), position, cache)
         for storage in storages
@@ -359,15 +386,17 @@ def test_decode_with_a_cache(pool, grid):
             forward, backward = table(cache, call, m)
             assert training == [forward, backward], (case, position, cache)
             # r = (m - 1) / m of q, k, v and o, and each partial o's logsumexp
-            B, L, H, d, r = case.batch, case.length, case.heads // n, case.head_dim, Fraction(m - 1, m)
+            B, L, d, r = case.batch, case.length, filled(case, m), Fraction(m - 1, m)
+            rows = m * query_row(case, n, m)
             if cache == "position":
                 new = -(-(position % m + L) // m)
-                moved = r * B * d * (2 * H * L + 2 * new)
-                merged = (m - 1) * B * L * (H // m if case.whole_heads else H) * max(4, case.dtype.itemsize)
+                moved = r * B * (2 * rows * L + 2 * d * new)
+                heads = case.heads // n // (m if case.whole_heads else 1)
+                merged = (m - 1) * B * L * heads * max(4, case.dtype.itemsize)
             else:
-                moved, merged = r * Fraction(ceil_to(B, m), m) * d * (2 * H * L + 2 * L), 0
-            expected = case.dtype.itemsize * (moved + combined(replace(case, scheme="slices"), n, m)) + merged
-            assert total(inference[0]) == expected, (case, position, cache)
+                moved, merged = r * Fraction(ceil_to(B, m), m) * (2 * rows * L + 2 * d * L), 0
+            expected = case.dtype.itemsize * (moved + combined(case, n, m)) + merged
+            assert rounded(total(inference[0]), expected, n, m), (case, position, cache)
 
 
 def gathers(n, m, slices_first):

@@ -4,6 +4,7 @@ A failure here with the tests of the split green is in what is read of a tensor,
 """
 
 import json
+import math
 
 import pytest
 import torch
@@ -109,6 +110,8 @@ CASES = {
     "BERT": ("BertModel", {}, (2, 2), {}, "meta", "2KB"),
     "ViT": ("ViTModel", {}, (1, 4), {"combine": "concat"}, "weights", "5GB"),
     "GPT-2": ("GPT2LMHeadModel", {}, (2, 2), {}, "meta", "2KB"),
+    "Qwen3 on 6 ranks": ("qwen3", {}, (2, 3), {}, "meta", "2KB"),  # slices of 6, 6 and 4 columns
+    "GPT-2 on 7 ranks": ("GPT2LMHeadModel", {}, (1, 7), {}, "meta", "5GB"),  # three have none of 4 columns
     "GPT-2, whole heads": ("GPT2LMHeadModel", {}, (1, 4), {"scheme": "heads"}, "weights", "5GB"),
 }
 
@@ -123,7 +126,7 @@ def test_load_and_save(pool, case, tmp_path):
     (tmp_path / "source" / "generation_config.json").unlink(missing_ok=True)
     if stock.can_generate() and changes != TIED:
         GenerationConfig(do_sample=True, top_k=7, max_new_tokens=5).save_pretrained(source)
-    for found in pool.run(load, 4, kind, changes, source, grid, options, start, out):
+    for found in pool.run(load, math.prod(grid), kind, changes, source, grid, options, start, out):
         assert not found["wrong"]
         assert found["same"] <= (1e-6 if kind == "mixtral" else 1e-10)  # its router is in float32
     again = type(stock).from_pretrained(out).state_dict()

@@ -4,6 +4,7 @@
 `integrations/lora_layers.py` (what else is split) or, if only one of before and after fails, in `integrations/lora.py`.
 """
 
+import math
 import re
 import warnings
 
@@ -139,6 +140,8 @@ CASES = {
     "weights": ("llama", {"targets": ATTENTION, "rest": False, "scheme": "weights"}),
     "heads": ("llama", {"targets": ATTENTION, "rest": False, "scheme": "heads"}),
     "one row of slices": ("llama", {"targets": ATTENTION, "rest": False, "scheme": "slices", "grid": (1, 4)}),
+    "slices of 3, 3 and 2": ("llama", {"targets": ATTENTION, "rest": False, "scheme": "slices", "grid": (1, 3)}),
+    "weights, on 6 ranks": ("llama", {"targets": ATTENTION, "rest": False, "scheme": "weights", "grid": (2, 3)}),
     "concat": ("llama", {"targets": ATTENTION, "rest": False, "combine": "concat"}),
     "dropout": ("llama", {"targets": tuple(t for t in ALL if t != "o_proj"), "lora": {"lora_dropout": 0.3}}),
     "embedding": ("llama", {"targets": ("embed_tokens", "q_proj")}),
@@ -168,7 +171,7 @@ IN_BOTH_ORDERS = ("Llama", "embedding", "gathered weights")
 def test_as_unsplit(pool, case, before):
     """T: the start that PEFT draws, losses, adapters after training, tokens, merging and unmerging, stock's format."""
     kind, options = CASES[case]
-    for off in pool.run(compare, 4, kind, before, options):
+    for off in pool.run(compare, math.prod(options.get("grid", (2, 2))), kind, before, options):
         assert not off
 
 

@@ -125,17 +125,16 @@ def test_ranks_that_disagree(pool, name, sentence):
 def no_grids() -> list[str]:
     return [
         text_of(tlm.TwoLevelAttention, 32, 8, 2, mesh=mesh((4, 1))),
-        text_of(tlm.TwoLevelAttention, 32, 8, 2, 6, mesh=mesh((1, 4))),
+        text_of(tlm.TwoLevelAttention, 32, 8, 2, 6, mesh=mesh((1, 4)), scheme="independent"),
     ]
 
 
 def test_grids_that_do_not_fit(pool):
-    """Localises: which heads are counted: two KV heads have no four groups, and four slices do not divide 6 dims."""
+    """Localises: which heads are counted: two KV heads have no four groups; slices as heads, of 2 dims and of 0."""
     expected = [
         "grid (4, 1) does not fit num_heads=8, num_kv_heads=2, head_dim=4: head_groups=4 must divide num_kv_heads=2; "
         "valid grids for 4 ranks: (2, 2), (1, 4);",
-        "grid (1, 4) does not fit num_heads=8, num_kv_heads=2, head_dim=6: slices=4 must divide head_dim=6; "
-        "valid grids for 4 ranks: (2, 2);",
+        "scheme 'independent' makes a head of every slice: slices=4 must divide head_dim=6; take another grid, or",
     ]
     for texts in pool.run(no_grids, 4):
         for text, sentence in zip(texts, expected, strict=True):

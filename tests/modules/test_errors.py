@@ -169,9 +169,9 @@ def wrong_grids() -> list[str]:
         text_of(tlm.init_mesh, DEVICE, (3, 2)),
         text_of(tlm.init_mesh, DEVICE, (0, 4)),
         text_of(layer, 18, 3, mesh=mesh((2, 2))),
-        text_of(layer, 15, 3, mesh=mesh((1, 4))),
-        text_of(layer, 12, 6, mesh=mesh((1, 4))),
-        text_of(tlm.init_mesh, DEVICE, num_heads=3, head_dim=5),
+        text_of(layer, 15, 3, mesh=mesh((4, 1))),
+        text_of(layer, 12, 6, mesh=mesh((4, 1))),
+        text_of(layer, 15, 3, mesh=mesh((1, 4)), scheme="independent"),
         text_of(layer, 16, 4, mesh=torch.distributed.device_mesh.init_device_mesh(DEVICE, (4,))),
     ]
 
@@ -184,12 +184,12 @@ def test_grids_that_do_not_fit(pool):
         "grid 3 x 2 needs 6 ranks, but the world size is 4; grids of 4 ranks: (4, 1), (2, 2), (1, 4)",
         "head_groups and slices must be positive, got head_groups=0, slices=4",
         "grid (2, 2) does not fit num_heads=3, num_kv_heads=3, head_dim=6: head_groups=2 must divide num_kv_heads=3; "
-        "no grid of 4 ranks is valid; for 3: (3, 1), (1, 3); for 6: (3, 2), (1, 6)",
-        "grid (1, 4) does not fit num_heads=3, num_kv_heads=3, head_dim=5: slices=4 must divide head_dim=5; "
-        "no grid of 4 ranks is valid; for 3: (3, 1); for 5: (1, 5)",
-        "grid (1, 4) does not fit num_heads=6, num_kv_heads=6, head_dim=2: slices=4 must divide head_dim=2; "
-        "valid grids for 4 ranks: (2, 2); for 3: (3, 1); for 6: (6, 1), (3, 2)",
-        "no grid of 4 ranks is valid; for 3: (3, 1); for 5: (1, 5)",
+        "valid grids for 4 ranks: (1, 4); for 3: (3, 1), (1, 3); for 6: (3, 2), (1, 6)",
+        "grid (4, 1) does not fit num_heads=3, num_kv_heads=3, head_dim=5: head_groups=4 must divide num_kv_heads=3; "
+        "valid grids for 4 ranks: (1, 4); for 3: (3, 1), (1, 3); for 5: (1, 5)",
+        "grid (4, 1) does not fit num_heads=6, num_kv_heads=6, head_dim=2: head_groups=4 must divide num_kv_heads=6; "
+        "valid grids for 4 ranks: (2, 2), (1, 4); for 3: (3, 1), (1, 3); for 6: (6, 1), (3, 2), (2, 3), (1, 6)",
+        "scheme 'independent' makes a head of every slice: slices=4 must divide head_dim=5; take another grid, or",
         'mesh must have the axes ("head", "slice"), got None; use two_level_mha.init_mesh, or take',
     ]
     for text, sentence in zip(found[0], expected, strict=True):

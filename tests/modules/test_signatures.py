@@ -54,7 +54,7 @@ def test_partial_attention():
 
 def test_candidates_need_a_head_dim():
     """Localises: an empty list for want of an argument."""
-    assert text_of(tlm.Grid.candidates, 16, 64, 8) == "head_dim must be given: the slices of a grid divide it"
+    assert text_of(tlm.Grid.candidates, 16, 64, 8) == "head_dim must be given: the price of a grid depends on it"
     assert tlm.Grid.candidates(16, 64, 8, 128)
 
 

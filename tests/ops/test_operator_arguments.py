@@ -270,7 +270,7 @@ def test_hostile_rates_and_layers():
         for rate in (0, -1):
             assert "rates must be positive" in refused(lambda n=name, r=rate: enter(**{n: r}))
     for changed in ({"head_dim": 0}, {"num_kv_heads": 2**40, "num_heads": 2**41 + 1, "head_dim": 2**40}):
-        assert "does not fit" in refused(lambda c=changed: enter(**{"slices": 3} | c))
+        assert "does not fit" in refused(lambda c=changed: enter(**{"head_groups": 3} | c))
 
 
 def test_the_private_module_refuses():

@@ -115,7 +115,8 @@ def test_environment_of_a_rank():
             4,
             "--heads 6 --head-dim 9 --grid 4x1",
             "grid (4, 1) does not fit num_heads=6, num_kv_heads=6, head_dim=9: head_groups=4 must divide "
-            "num_kv_heads=6; no grid of 4 ranks is valid; for 3: (3, 1), (1, 3); for 6: (6, 1), (2, 3)",
+            "num_kv_heads=6; valid grids for 4 ranks: (2, 2), (1, 4); for 3: (3, 1), (1, 3); for 6: (6, 1), (3, 2), "
+            "(2, 3), (1, 6)",
         ),
         (4, "--timeout 0", "--timeout must be a number of seconds greater than 0, got 0"),
         (4, "--profile tpu", "profile must be one of h100, cpu, or a JSON file, got 'tpu'"),

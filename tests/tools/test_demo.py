@@ -60,7 +60,7 @@ def test_grid_that_does_not_fit():
     assert result.returncode == 2, result.stdout + result.stderr
     assert result.stderr.count("error: ") == 1
     assert "Traceback" not in result.stderr
-    assert "head_groups=5 must divide num_kv_heads=12; no grid of 5 ranks is valid; for 4: (4, 1)" in result.stderr
+    assert "head_groups=5 must divide num_kv_heads=12; valid grids for 5 ranks: (1, 5); for 4: (4, 1)" in result.stderr
 
 
 @pytest.mark.parametrize("text", ["banana", "4x4x1", "4x"])

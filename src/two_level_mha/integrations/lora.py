@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from two_level_mha.agreement import digest, same_on_all_ranks
+from two_level_mha.blocks import dealt
 from two_level_mha.class_like import become
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations.lora_layers import ADAPTED, PLAIN_ONLY, Adapted, AdaptedProjection
@@ -276,7 +277,5 @@ def _own(p: DTensor, place: Place) -> tuple[tuple[int, int], tuple[int, int]]:
     """First and count of the rows and of the columns that this rank has, as torch deals them."""
     rank, found = place.head_group * place.grid.slices + place.slice, []
     for dim, size in enumerate(p.shape):
-        share = -(-size // place.grid.size) if p.placements[-1] == Shard(dim) else size
-        first = min(rank * share, size) if share < size else 0
-        found.append((first, min(share, size - first)))
+        found.append(dealt(size, place.grid.size, rank) if p.placements[-1] == Shard(dim) else (0, size))
     return tuple(found)
