@@ -69,7 +69,12 @@ class Places:
             for ranks, group in ((tuple(dist.get_process_group_ranks(group)), group) for group in axes)
             if not self._inside.issuperset(ranks)
         }
-        self.groups = [*whole, *outside.values()]
+        # by name: who holds a group keeps its connections open, when the mesh is closed after a failure too
+        self._groups = [group.group_name for group in (*whole, *outside.values())]
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        return [dist.distributed_c10d._resolve_process_group(name) for name in self._groups]
 
     def _place(self, x: Tensor) -> Placed:
         if not isinstance(x, DTensor):
@@ -108,7 +113,7 @@ class Places:
     def gather_row(self, row: list[int]) -> dict[int, list[int]]:
         """Rows of as many 64-bit integers from every rank, by rank. One all-gather for each group."""
         rows = torch.tensor([self.rank, *row])
-        if self.groups:
+        if self._groups:
             rows = rows.to(self.device)
         for group in self.groups:
             gathered = rows.new_empty(dist.get_world_size(group) * rows.numel())

@@ -65,8 +65,15 @@ def unscale_(scaler: torch.amp.GradScaler, optimizers: Iterable[torch.optim.Opti
 
     An inf or NaN in any gradient, on any rank, skips the step of all, as one optimizer of the unsplit model would.
     Clipping after it is safe: a norm that is not finite reaches the gradients of no step that is made. A collective.
+    Raises GridError for an optimizer of plain parameters and DTensors both, which torch's scaler does not take.
     """
     optimizers = list(optimizers)
+    for number, optimizer in enumerate(optimizers):
+        if len(kinds := _kinds(p for group in optimizer.param_groups for p in group["params"])) > 1:
+            raise GridError(
+                f"optimizer {number} has parameters of {len(kinds)} kinds, plain ones and DTensors of a mesh, which a "
+                "GradScaler does not take: make one for each kind, [AdamW([group]) for group in tlm.param_groups(model)]"
+            )
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     if not scaler.is_enabled():

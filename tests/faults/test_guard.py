@@ -14,6 +14,7 @@ from harness.calls import text_of
 from harness.pool import Pool
 
 import two_level_mha as tlm
+from two_level_mha.held import Places
 
 pytestmark = pytest.mark.cpu_only("its programs run on Gloo")
 
@@ -121,6 +122,7 @@ def reopened() -> list[tuple]:
     layer = tlm.TwoLevelMultiheadAttention(16, 4, mesh=mesh)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.ones(2, 3, 16)
+    places = Places(layer)  # as verify has it
     found = []
     for _ in range(2):
         before = [layer(x, x, x)[0], compiled(x, x, x, need_weights=False)[0], layer.q_weight.full_tensor()]
@@ -130,6 +132,7 @@ def reopened() -> list[tuple]:
         tlm.reopen(mesh)
         after = [layer(x, x, x)[0], compiled(x, x, x, need_weights=False)[0], layer.q_weight.full_tensor()]
         after[0].sum().backward()
+        assert places.gather("here") == dict.fromkeys(range(4), "here")
         equal = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         found.append((failed, equal, torch.rand(3).tolist(), tlm.init_mesh("cpu", (2, 2)) is mesh))
     return found
