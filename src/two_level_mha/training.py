@@ -72,7 +72,7 @@ def unscale_(scaler: torch.amp.GradScaler, optimizers: Iterable[torch.optim.Opti
         if len(kinds := _kinds(p for group in optimizer.param_groups for p in group["params"])) > 1:
             raise GridError(
                 f"optimizer {number} has parameters of {len(kinds)} kinds, plain ones and DTensors of a mesh, which a "
-                "GradScaler does not take: make one for each kind, [AdamW([group]) for group in tlm.param_groups(model)]"
+                "GradScaler does not take: make one of each kind, [AdamW([group]) for group in tlm.param_groups(model)]"
             )
     for optimizer in optimizers:
         scaler.unscale_(optimizer)

@@ -5,7 +5,7 @@ A failure here with test_decoder.py green is in training.py, or in how torch's u
 
 import pytest
 import torch
-from harness.calls import mesh
+from harness.calls import mesh, text_of
 from harness.device import DEVICE
 from harness.language import Model, backward, difference, gradients, local_bytes, tokens, weights
 from torch.distributed.tensor import DTensor
@@ -170,6 +170,18 @@ def test_torch_looks_at_the_first_gradient_only(pool):
 def test_unscale_takes_any_order(pool):
     """E. Localises: unscale_'s own news of an inf, for optimizers that param_groups did not order."""
     assert pool.run(replicated_first, 4, True) == [1.0] * 4
+
+
+def mixed_kinds() -> str:
+    model = Model(mesh((2, 2)))
+    optimizer = torch.optim.SGD(tlm.param_groups(model), lr=0.1)
+    return text_of(tlm.unscale_, torch.amp.GradScaler(DEVICE), [optimizer])
+
+
+def test_unscale_names_the_way_for_mixed_kinds(pool):
+    """E. Localises: torch's own error for plain parameters and DTensors in one optimizer."""
+    for text in pool.run(mixed_kinds, 4):
+        assert text.startswith("GridError: optimizer 0 has parameters of 2 kinds") and "tlm.param_groups" in text
 
 
 def test_param_groups_put_split_parameters_first(pool):
