@@ -3,6 +3,9 @@
 #include <ATen/ATen.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <chrono>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
 namespace two_level_mha {
@@ -11,7 +14,27 @@ namespace {
 
 constexpr int kTag = 0x746c6d;  // of these messages, apart from those that others send in the group
 
-using Works = std::vector<c10::intrusive_ptr<c10d::Work>>;
+// Messages under way. Alone they would wait as long as Gloo's connections were first told, whatever set_timeout says.
+class Messages : public c10d::Work {
+ public:
+  explicit Messages(std::chrono::milliseconds limit) : limit_(limit) {}
+
+  void push_back(c10::intrusive_ptr<c10d::Work> one) { works_.push_back(std::move(one)); }
+
+  bool wait(std::chrono::milliseconds limit = kNoTimeout) override {
+    using Clock = std::chrono::steady_clock;
+    const auto until = Clock::now() + (limit == kNoTimeout ? limit_ : limit);
+    for (const auto& work : works_) {
+      const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(until - Clock::now());
+      work->wait(std::max(left, std::chrono::milliseconds(1)));
+    }
+    return true;
+  }
+
+ private:
+  std::chrono::milliseconds limit_;
+  std::vector<c10::intrusive_ptr<c10d::Work>> works_;
+};
 
 // Gloo's backend of the group for CPU tensors; empty if it has another, or if there is no such group.
 c10::intrusive_ptr<c10d::Backend> gloo_of(const std::string& name) {
@@ -24,31 +47,30 @@ c10::intrusive_ptr<c10d::Backend> gloo_of(const std::string& name) {
 }
 
 // Piece k of `theirs` comes from rank k, piece k of `ours` goes there. Pieces without elements do not travel.
-Works post(c10d::Backend& gloo, const std::vector<Tensor>& theirs, const std::vector<Tensor>& ours) {
+c10::intrusive_ptr<Messages> post(c10d::Backend& gloo, const std::vector<Tensor>& theirs,
+                                  const std::vector<Tensor>& ours) {
   const int size = gloo.getSize(), rank = gloo.getRank();
-  Works works;
+  auto works = c10::make_intrusive<Messages>(gloo.getBackendOptions()->timeout);
   for (int k = 1; k < size; ++k) {
     const int from = (rank + size - k) % size;
     std::vector<Tensor> piece{theirs[from]};
-    if (piece[0].numel() > 0) works.push_back(gloo.recv(piece, from, kTag));
+    if (piece[0].numel() > 0) works->push_back(gloo.recv(piece, from, kTag));
   }
   for (int k = 1; k < size; ++k) {
     const int to = (rank + k) % size;
     std::vector<Tensor> piece{ours[to]};
-    if (piece[0].numel() > 0) works.push_back(gloo.send(piece, to, kTag));
+    if (piece[0].numel() > 0) works->push_back(gloo.send(piece, to, kTag));
   }
   Tensor(theirs[rank]).copy_(ours[rank]);
   return works;
 }
 
 // Waited for at once, or by whoever waits for the tensor: a graph may write to x again before it does.
-Tensor with_works(const Tensor& out, const Works& works, bool wait) {
-  for (const auto& work : works) {
-    if (wait)
-      work->wait();
-    else
-      c10d::register_work(out, work);
-  }
+Tensor with_messages(const Tensor& out, const c10::intrusive_ptr<Messages>& messages, bool wait) {
+  if (wait)
+    messages->wait();
+  else
+    c10d::register_work(out, messages);
   return out;
 }
 
@@ -83,8 +105,8 @@ Tensor all_to_all_cpu(const Tensor& x, at::IntArrayRef received, at::IntArrayRef
   auto sizes = x.sizes().vec();
   sizes[0] = sum(received);
   Tensor out = at::empty(sizes, x.options());
-  return with_works(out, post(*gloo, out.split_with_sizes(received), x.contiguous().split_with_sizes(sent)),
-                    wait);
+  return with_messages(
+      out, post(*gloo, out.split_with_sizes(received), x.contiguous().split_with_sizes(sent)), wait);
 }
 
 Tensor all_to_all_meta(const Tensor& x, c10::SymIntArrayRef received, c10::SymIntArrayRef, std::string,
@@ -105,8 +127,8 @@ Tensor all_gather_cpu(const Tensor& x, int64_t ranks, std::string group, bool wa
   sizes[0] *= ranks;
   Tensor out = at::empty(sizes, x.options());
   const std::vector<int64_t> of_each(ranks, rows);
-  return with_works(out, post(*gloo, out.split_with_sizes(of_each), std::vector(ranks, x.contiguous())),
-                    wait);
+  return with_messages(out, post(*gloo, out.split_with_sizes(of_each), std::vector(ranks, x.contiguous())),
+                       wait);
 }
 
 Tensor all_gather_meta(const Tensor& x, int64_t ranks, std::string, bool) {
