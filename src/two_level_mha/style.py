@@ -85,12 +85,7 @@ class TwoLevelParallel(ParallelStyle):
         else:
             options = {"device_type": device_mesh.device_type, "profile": self.options["profile"]}
             fits = [Grid.candidates(device_mesh.size(), h, k, d, **options) for h, k, d in sizes_in(holder)]
-            grid = next((one for one in fits[0] if all(one in others for others in fits)), None)
-            if grid is None:
-                raise GridError(
-                    f"no grid of {device_mesh.size()} ranks fits the module's attention: head groups must divide its "
-                    "key/value heads, slices its head_dim"
-                )
+            grid = next(one for one in fits[0] if all(one in others for others in fits))  # (1, P) is for every layer
         return grid_of_axis(device_mesh, grid)
 
     def __repr__(self) -> str:

@@ -1,6 +1,7 @@
 """TwoLevelParallel: attention on a grid by torch's parallelize_module, of models that are not transformers' too."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -158,7 +159,6 @@ def refusals() -> list[str]:
         (nn.ModuleDict({"a": Noted(32, 4, 2)}), grid, {}),
         (nn.ModuleDict({"a": titan.Attention(32, 4, 2)}), tp, {"grid": (2, 4)}),
         (nn.ModuleDict({"a": titan.Attention(32, 4, 2)}), grid, {"grid": (4, 1)}),
-        (nn.ModuleDict({"a": nn.MultiheadAttention(6, 2)}), tp, {}),
     ]
     said = []
     for model, place, options in cases:
@@ -180,11 +180,26 @@ def test_refusals(pool):
     """Localises: a message that no longer says what to do, or differs between ranks."""
     answers = pool.run(refusals, 4, timeout=120)
     assert all(said == answers[0] for said in answers)
-    nothing, called, size, other, heads, masks, table = answers[0]
+    nothing, called, size, other, masks, table = answers[0]
     assert "no attention was found" in nothing
     assert "it is called with x, freqs_cis, start_pos: only x and a table of rotations are known" in called
     assert "grid 2 x 4 needs 8 ranks, the mesh has 4" in size
     assert "is for a mesh of one axis" in other and "leave it out" in other
-    assert "no grid of 4 ranks fits" in heads
     assert "attention_masks is not supported" in masks and "leave it out" in masks
     assert "freqs_cis must be (positions, r), with a row for each of 4 positions, got (3, 4)" in table
+
+
+def few_columns() -> tuple[tuple[int, int], float]:
+    """The grid that two heads of 3 take on 4 ranks, and the difference from the unsplit layer."""
+    stock = nn.MultiheadAttention(6, 2, batch_first=True, dtype=torch.float64)
+    model = nn.ModuleDict({"a": copy.deepcopy(stock)})
+    tp = init_device_mesh(DEVICE, (4,), mesh_dim_names=("tp",))
+    parallelize_module(model, tp, {"a": tlm.TwoLevelParallel()})
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    return tuple(model["a"].mesh.shape), (model["a"](x, x, x)[0] - stock(x, x, x)[0]).abs().max().item()
+
+
+def test_heads_that_no_grid_divides(pool):
+    """Localises: a style that asks for slices of equal width, where layers do not."""
+    for grid, difference in pool.run(few_columns, 4):
+        assert math.prod(grid) == 4 and difference < 1e-10
