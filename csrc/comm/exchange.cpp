@@ -64,10 +64,15 @@ Tensor in_group(const Tensor& x, const Group& group, const char* kind,
   return result;
 }
 
-// (1, N) -> (g, N). On the CPU not by the functional operator alone: in torch 2.15 two of them that Gloo runs at once
+bool in_graph() {
+  return c10::impl::TorchDispatchModeTLS::get_mode(c10::impl::TorchDispatchModeKey::PROXY).has_value();
+}
+
+// (1, N) -> (g, N). Between nodes a ring sends less over their link than pairs do, but of two ranks. On the CPU not by the functional operator alone: in torch 2.15 two of them that Gloo runs at once
 // write to freed memory, which its variant with `out` does not. A graph has no such variant: there it is waited for.
 Tensor issue_all_gather(const Tensor& x, const Group& group) {
-  if (group.size == 2 && has_pairs(x, group)) return all_gather_pairs(x, group);
+  if (group.size == 2 && has_pairs(x, group))
+    return call("two_level_mha::_all_gather_pairs", {x, group.size, group.name, in_graph()});
   if (x.is_cpu() && !at::isTensorSubclassLike(x)) {
     auto sizes = x.sizes().vec();
     sizes[0] = group.size;
@@ -75,14 +80,13 @@ Tensor issue_all_gather(const Tensor& x, const Group& group) {
                 {x, group.size, group.name, at::empty(sizes, x.options())});
   }
   Tensor started = call("_c10d_functional::all_gather_into_tensor", {x, group.size, group.name});
-  using Modes = c10::impl::TorchDispatchModeTLS;
-  const bool in_graph = Modes::get_mode(c10::impl::TorchDispatchModeKey::PROXY).has_value();
-  return x.is_cpu() && in_graph ? wait_tensor(started) : started;
+  return x.is_cpu() && in_graph() ? wait_tensor(started) : started;
 }
 
 Tensor issue_all_to_all(const Tensor& x, const std::vector<int64_t>& received,
                         const std::vector<int64_t>& sent, const Group& group) {
-  if (has_pairs(x, group)) return all_to_all_pairs(x, received, sent, group);
+  if (has_pairs(x, group))
+    return call("two_level_mha::_all_to_all_pairs", {x, received, sent, group.name, in_graph()});
   return call("_c10d_functional::all_to_all_single", {x, received, sent, group.name});
 }
 

@@ -1,7 +1,7 @@
 #include "pairs.h"
 
 #include <ATen/ATen.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -74,12 +74,6 @@ Tensor with_messages(const Tensor& out, const c10::intrusive_ptr<Messages>& mess
   return out;
 }
 
-int64_t sum(at::IntArrayRef sizes) {
-  int64_t found = 0;
-  for (int64_t size : sizes) found += size;
-  return found;
-}
-
 c10::intrusive_ptr<c10d::Backend> checked_gloo(const std::string& name) {
   auto gloo = gloo_of(name);
   TORCH_CHECK_VALUE(gloo != nullptr, "group_name must be a group with Gloo for CPU tensors, got ", name);
@@ -97,13 +91,13 @@ Tensor all_to_all_cpu(const Tensor& x, at::IntArrayRef received, at::IntArrayRef
   auto gloo = checked_gloo(group);
   check_sizes("output_split_sizes", received, gloo->getSize());
   check_sizes("input_split_sizes", sent, gloo->getSize());
-  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(0) == sum(sent), "input_split_sizes must sum to the rows of input ",
-                    x.sizes(), ", got ", sent);
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(0) == c10::sum_integers(sent),
+                    "input_split_sizes must sum to the rows of input ", x.sizes(), ", got ", sent);
   const size_t own = gloo->getRank();
   TORCH_CHECK_VALUE(sent[own] == received[own], "a rank receives from itself what it sends there: got ",
                     sent[own], " rows sent and ", received[own], " received");
   auto sizes = x.sizes().vec();
-  sizes[0] = sum(received);
+  sizes[0] = c10::sum_integers(received);
   Tensor out = at::empty(sizes, x.options());
   return with_messages(
       out, post(*gloo, out.split_with_sizes(received), x.contiguous().split_with_sizes(sent)), wait);
@@ -137,31 +131,10 @@ Tensor all_gather_meta(const Tensor& x, int64_t ranks, std::string, bool) {
   return at::empty_symint(sizes, x.options());
 }
 
-bool in_graph() {
-  return c10::impl::TorchDispatchModeTLS::get_mode(c10::impl::TorchDispatchModeKey::PROXY).has_value();
-}
-
 }  // namespace
 
 bool has_pairs(const Tensor& x, const Group& group) {
   return x.is_cpu() && gloo_of(group.name);
-}
-
-Tensor all_to_all_pairs(const Tensor& x, const std::vector<int64_t>& received,
-                        const std::vector<int64_t>& sent, const Group& group) {
-  static auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("two_level_mha::_all_to_all_pairs", "")
-          .typed<Tensor(const Tensor&, c10::SymIntArrayRef, c10::SymIntArrayRef, std::string, bool)>();
-  return op.call(x, c10::fromIntArrayRefSlow(received), c10::fromIntArrayRefSlow(sent), group.name,
-                 in_graph());
-}
-
-Tensor all_gather_pairs(const Tensor& x, const Group& group) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("two_level_mha::_all_gather_pairs", "")
-                       .typed<Tensor(const Tensor&, int64_t, std::string, bool)>();
-  return op.call(x, group.size, group.name, in_graph());
 }
 
 TORCH_LIBRARY_IMPL(two_level_mha, CPU, library) {

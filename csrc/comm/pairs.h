@@ -13,15 +13,8 @@ namespace two_level_mha {
 
 using at::Tensor;
 
-// Whether these exchanges serve the tensor in the group: on the CPU, by Gloo. The same on every rank of it.
+// Whether they serve the tensor in the group, by the operators _all_to_all_pairs and _all_gather_pairs: on the CPU, by
+// Gloo. The same on every rank of it.
 bool has_pairs(const Tensor& x, const Group& group);
-
-// What "_c10d_functional::all_to_all_single" is given, and gives: to be waited for. Not differentiable.
-Tensor all_to_all_pairs(const Tensor& x, const std::vector<int64_t>& received,
-                        const std::vector<int64_t>& sent, const Group& group);
-
-// The same of "_c10d_functional::all_gather_into_tensor". Between nodes a ring sends less over their link, but of two
-// ranks.
-Tensor all_gather_pairs(const Tensor& x, const Group& group);
 
 }  // namespace two_level_mha

@@ -2,8 +2,8 @@
 
 #include <ATen/ATen.h>
 
-#include "../base/sizes.h"
 #include "../comm/gather.h"
+#include "move.h"
 
 namespace two_level_mha {
 
@@ -13,7 +13,7 @@ namespace {
 std::vector<Tensor> whole(const std::vector<Tensor>& blocks, int64_t dim, const Context& context) {
   std::vector<Tensor> four_d;
   for (const Tensor& block : blocks) {
-    four_d.push_back(pad_dim(block, dim, 0, context.sizes.width() - context.columns().count));
+    four_d.push_back(filled(block, dim, context));
     while (four_d.back().dim() < 4) four_d.back() = four_d.back().unsqueeze(-1);
   }
   auto out = gather_along(four_d, dim, context.sizes.d, /*zigzag=*/false, context.groups.slice);

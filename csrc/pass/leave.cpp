@@ -20,8 +20,7 @@ namespace {
 Tensor concatenate_heads(const Tensor& o, const Context& context) {
   const Groups& groups = context.groups;
   if (!context.sizes.whole_heads) {
-    const Tensor filled = pad_dim(o, 3, 0, context.sizes.width() - fixed_size(o, 3));
-    const Tensor all = hierarchical_all_gather(filled, {{1, groups.head}, {3, groups.slice}},
+    const Tensor all = hierarchical_all_gather(filled(o, 3, context), {{1, groups.head}, {3, groups.slice}},
                                                /*reversed=*/false, /*replicated=*/true, context.seal);
     return fixed_size(all, 3) == context.sizes.d ? all : all.narrow(3, 0, context.sizes.d);
   }

@@ -57,11 +57,6 @@ int64_t pack_dim(Move move) {
   }
 }
 
-// This rank's columns of heads, filled up to the widest slice, as exchanges send them.
-Tensor filled(const Tensor& x, const Context& context) {
-  return pad_dim(x, 3, 0, context.sizes.width() - context.columns().count);
-}
-
 // O's split dim as a rank has it of an exchange: heads / m, or columns that are filled up.
 int64_t split_size(const Tensor& o, const Context& context) {
   return context.sizes.whole_heads ? fixed_size(o, 1) / context.sizes.m : context.sizes.width();
@@ -75,6 +70,10 @@ Tensor own_columns(const Tensor& o, const Context& context) {
 
 }  // namespace
 
+Tensor filled(const Tensor& x, int64_t dim, const Context& context) {
+  return pad_dim(x, dim, 0, context.sizes.width() - context.columns().count);
+}
+
 Later<std::vector<Tensor>> begin_move_in(const std::vector<Tensor>& qkv, const Context& context) {
   const int64_t m = context.sizes.m;
   const std::array<Move, 3> moves{context.row.q, context.row.k, context.row.v};
@@ -85,7 +84,7 @@ Later<std::vector<Tensor>> begin_move_in(const std::vector<Tensor>& qkv, const C
     if (moves[i] == Move::keep || m == 1) continue;
     dims.push_back(pack_dim(moves[i]));
     gathered.push_back(i == 0 ? context.split_dim() : 3);
-    const Tensor x = gathered.back() == 3 ? filled(xs[i], context) : xs[i];
+    const Tensor x = gathered.back() == 3 ? filled(xs[i], 3, context) : xs[i];
     moving.push_back(moves[i] == Move::cyclic ? by_owner(x, context.sizes.position, m) : x);
     all_replicated &= pack_dim(moves[i]) < 0;
   }

@@ -14,6 +14,9 @@ Tensor shard(const Tensor& x, const Context& context, double fill = 0.0);
 // Rows of x (.., length, ..) along dim 2 whose position is this rank's.
 Tensor shard_cyclic(const Tensor& x, const Context& context);
 
+// Columns of heads, `dim`, of this rank's slice, filled up to the widest one, as exchanges send them.
+Tensor filled(const Tensor& x, int64_t dim, const Context& context);
+
 // q, k, v as projected -> as the scheme's row says, in one exchange inside the slice group.
 Later<std::vector<Tensor>> begin_move_in(const std::vector<Tensor>& qkv, const Context& context);
 

@@ -316,9 +316,10 @@ class Control:
 
     def _free(self) -> None:
         groups = {group.group_name: group for group in dist.distributed_c10d._world.pg_map}
+        names = [name for name in self.names if name in groups]
         # a group's connections are closed with its last reference, and guards of compiled calls hold copies of meshes
-        meshes = [x for x in gc.get_objects() if type(x) is DeviceMesh]
-        for name in [name for name in self.names if name in groups]:
+        meshes = [x for x in gc.get_objects() if type(x) is DeviceMesh] if names else []
+        for name in names:
             group = groups[name]
             if group is dist.group.WORLD:
                 continue

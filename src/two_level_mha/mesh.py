@@ -135,8 +135,7 @@ def init_mesh(
     mesh = control.meshes[key]
     if limit is not None:
         control.set_timeout(limit)
-        for group in _groups(mesh):
-            set_timeout(group, limit)
+        _limit(mesh, limit)
     return mesh
 
 
@@ -253,10 +252,14 @@ def _new_mesh(device_type: str, n: int, m: int) -> DeviceMesh:
     mesh = init_device_mesh(device_type, (n, m), mesh_dim_names=AXES, backend_override=own)
     if n * m > 1:
         mesh._flatten("grid", backend_override=backend)
-    limit = default_timeout()
-    for group in _groups(mesh) if limit is not None else ():
-        set_timeout(group, limit)
+    _limit(mesh, default_timeout())
     return mesh
+
+
+def _limit(mesh: DeviceMesh, timeout: datetime.timedelta | None) -> None:
+    """How long its groups' exchanges wait; None: as they do."""
+    for group in _groups(mesh) if timeout is not None else ():
+        set_timeout(group, timeout)
 
 
 def _rank_rows(mesh: DeviceMesh) -> list[list[int]]:
@@ -411,9 +414,7 @@ def _known_grid(control: Control, axis: DeviceMesh, grid: Grid) -> DeviceMesh:
     key = ("of one axis", axis.device_type, grid.head_groups, grid.slices)
     if key not in control.meshes:
         made = axis._unflatten(0, (grid.head_groups, grid.slices), AXES)
-        limit = default_timeout()
-        for group in _groups(made) if limit is not None else ():
-            set_timeout(group, limit)
+        _limit(made, default_timeout())
         control.meshes[key] = made
     return control.meshes[key]
 

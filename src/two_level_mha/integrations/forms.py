@@ -13,7 +13,7 @@ from torch import nn
 
 from two_level_mha.errors import GridError
 from two_level_mha.low_rank import features_of, is_linear
-from two_level_mha.stock import StockTensor, fused_names, linear_names
+from two_level_mha.stock import StockTensor, from_stock, fused_names, linear_names, take_stock_keys
 
 # Letter of a projection -> its names, the first that a module has; with "../" its parent's.
 PROJECTIONS = {
@@ -230,6 +230,19 @@ def names_of(
         else:
             names |= linear_names({"o": "out", "g": "gate"}.get(letters, letters), paths[letters], linear, d)
     return names
+
+
+def store_projections(
+    ours: nn.Module, projections: dict[str, nn.Module], paths: dict[str, str], sizes: tuple[int, int, int],
+    packing: str = "blocks",
+) -> None:  # fmt: skip
+    """Gives a GridAttention the parameters of the original's linears, trained where those are, under their names."""
+    ours.stock_names, held = names_of(projections, paths, sizes, packing), {}
+    for letter, linear in projections.items():
+        held |= {f"{paths[letter]}.{part}": p for part, p in linear.named_parameters()}
+    trained = {name: held[stock.key].requires_grad for name, stock in ours.stock_names.items()}
+    ours.store(from_stock({key: p.detach() for key, p in held.items()}, ours.stock_names), trained)
+    take_stock_keys(ours)
 
 
 def scale_of(original: nn.Module, head_dim: int) -> float:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import loss_parallel
 
+from two_level_mha.blocks import dealt
 from two_level_mha.class_like import become
 from two_level_mha.mesh import grid_mesh
 from two_level_mha.stream import InStream, Stream
@@ -41,9 +42,8 @@ class SplitHead(InStream, nn.Linear):
         """This rank's columns."""
         if isinstance(p, DTensor):
             return p.to_local()
-        share = -(-self.out_features // self.mesh.size())
-        first = min(self.mesh.get_local_rank() * share, self.out_features)
-        return self.stream.summed([p])[0][first : first + share]
+        first, count = dealt(self.out_features, self.mesh.size(), self.mesh.get_local_rank())
+        return self.stream.summed([p])[0][first : first + count]
 
     def _sharded(self, logits: Tensor) -> DTensor:
         shape = torch.Size((*logits.shape[:-1], self.out_features))

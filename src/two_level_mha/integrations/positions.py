@@ -60,6 +60,10 @@ class Positioned:
         """Those of queries and of keys that the model has."""
         return [getattr(self, name) for name in self.norm_names.values()]
 
+    def norm_parameters(self) -> list[nn.Parameter] | None:
+        """Of all of them, as attend's `shared`."""
+        return [p for norm in self.norms() for p in norm.parameters()] or None
+
     def positioned(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
         """Queries and keys as attention takes them: normed and rotated. On a GPU by one kernel, where nothing is
         differentiated and the model's own functions are those that it computes.

@@ -11,7 +11,6 @@ from two_level_mha.integrations import forms
 from two_level_mha.integrations.positions import Positioned, random_angles
 from two_level_mha.layer import Aside, GridAttention
 from two_level_mha.low_rank import features_of
-from two_level_mha.stock import from_stock, take_stock_keys
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # whose masks are understood
 
@@ -62,12 +61,7 @@ class ProjectedAttention(Positioned, GridAttention):
         self.after += [forms.OUTPUT_NORM] if hasattr(original, forms.OUTPUT_NORM) else []
         for name in self.after:
             self.add_module(name, getattr(original, name))
-        self.stock_names, state = forms.names_of(projections, paths, (h, k, d), packing), {}
-        for letter, linear in projections.items():
-            state |= {f"{paths[letter]}.{part}": p for part, p in linear.named_parameters()}
-        trained = {name: state[stock.key].requires_grad for name, stock in self.stock_names.items()}
-        self.store(from_stock({key: p.detach() for key, p in state.items()}, self.stock_names), trained)
-        take_stock_keys(self)
+        forms.store_projections(self, projections, paths, (h, k, d), packing)
         sinks = getattr(original, forms.SINKS, None)
         if sinks is not None:
             self.register_parameter(forms.SINKS, sinks)
@@ -176,7 +170,7 @@ class ProjectedAttention(Positioned, GridAttention):
 
         return {
             "rows": self.rows_of(given),
-            "shared": [p for norm in self.norms() for p in norm.parameters()] or None,
+            "shared": self.norm_parameters(),
             "between": between,
             "sinks": self._parameters.get(forms.SINKS),
         }

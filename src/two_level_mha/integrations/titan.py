@@ -16,7 +16,6 @@ from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations import forms
 from two_level_mha.integrations.positions import Positioned
 from two_level_mha.layer import Aside, GridAttention
-from two_level_mha.stock import from_stock, take_stock_keys
 
 PATHS = {"q": "wq", "k": "wk", "v": "wv", "o": "wo"}
 ROTATE = "apply_rotary_emb"  # beside the class: of q, k (B, L, heads, d) and the table it gives both
@@ -36,13 +35,7 @@ class TitanAttention(Positioned, GridAttention):
         super().__init__(num_heads=h, num_kv_heads=k, head_dim=d, mesh=mesh, **options)
         self.argument_names = tuple(forms.parameters_of(original))
         self.rotate = rotation_of(original)
-        self.stock_names = forms.names_of(projections, paths, (h, k, d), "blocks")
-        held = {}
-        for letter, one in projections.items():
-            held |= {f"{paths[letter]}.{part}": p for part, p in one.named_parameters()}
-        trained = {name: held[stock.key].requires_grad for name, stock in self.stock_names.items()}
-        self.store(from_stock({key: p.detach() for key, p in held.items()}, self.stock_names), trained)
-        take_stock_keys(self)
+        forms.store_projections(self, projections, paths, (h, k, d))
         self.use_positions(original, rotates=False, norms_last=False)
 
     def forward(self, *args, **kwargs) -> Tensor:
@@ -77,7 +70,7 @@ class TitanAttention(Positioned, GridAttention):
 
         return self.attend(
             x_BLD, x_BLD, x_BLD, wholes=[whole, whole], causal=0, rows=[numbers[None, None]],
-            shared=[p for norm in self.norms() for p in norm.parameters()] or None, between=between,
+            shared=self.norm_parameters(), between=between,
         )[0]  # fmt: skip
 
 
