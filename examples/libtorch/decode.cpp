@@ -64,7 +64,7 @@ Tensor attend(Layer& layer, const Tensor& x) {
   Tensor keys = tlm::rotary(entered.k, entered.k_rows[0], entered.k_rows[1], false);
   tlm::Attend causal;
   causal.causal = position;
-  return tlm::leave(q, keys, entered.v, causal, layer.out, context, &layer.cache);
+  return tlm::leave(q, keys, entered.v, causal, layer.out, {}, context, &layer.cache);
 }
 
 }  // namespace
