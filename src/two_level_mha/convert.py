@@ -233,6 +233,10 @@ def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
         if is_projection(one.paths, letters):
             ours.add_module(one.paths[letters], Projection(ours, letters, projection))
             ours.projection_names[letters] = one.paths[letters]
+    for name in one.module._modules:  # in the original's order, in which adapters are put to them and drawn
+        child = ours._modules.pop(name, None)
+        if child is not None:
+            ours.add_module(name, child)
     for parent, child in one.uses:
         setattr(parent, child, ours)
     if one.out_in_parent:
