@@ -39,6 +39,7 @@ class Part:
     only_alone: bool = False  # nothing but computing
     across: bool = False  # one rank a node, and the slice axis between them
     rate: int = 0  # of the link, bits a second, for predictions; 0: nothing is planned
+    case: str = ""  # the only one; "": all
 
     def grid(self, ranks: int) -> tuple[int, int]:
         return (1, ranks) if self.across else (NODES, ranks // NODES)
@@ -222,6 +223,7 @@ def run(part: Part) -> None:
             cases = pairs(part, place_on(mesh).groups[2])
         else:
             cases = (gathers(part, mesh) if part.block else []) + layers(part, mesh)
+        cases = [case for case in cases if part.case in ("", case.name)]
         rows = [{"part": part.name, **prepared(case, node_of), "runs": []} for case in cases]
         for repeat in range(part.repeats):
             for case, row in zip(cases, rows, strict=True):

@@ -9,9 +9,9 @@ says so and ends with 2. On the grid (2, m) the slice axis lies inside a node an
   wrong order  the same with the ranks dealt to the nodes in turn, so that the slice axis crosses the link
   duplex       at --rate, two ranks that send each other as much at once: as layers do, by Gloo's all_to_all, and by
                messages of which the receives, or the sends, are posted first
-  balanced     one rank a node and the slice axis across, longer sequences, at a rate at which the bytes of no case take
-               more than 1 / BALANCE of its computing: what is hidden where the layers compute one chunk while another
-               travels (overlap=4), and what the number of chunks takes that is predicted for such a link (overlap=None)
+  balanced     one rank a node and the slice axis across, longer sequences, each case at the rate at which its bytes take
+               1 / BALANCE of its computing: what is hidden where a layer computes one chunk while another travels
+               (overlap=4), and what the number of chunks takes that is predicted for such a link (overlap=None)
 
 Bytes over the link are what a node sends, by the counters of its interface, headers taken off. Beside them is a
 prediction: the bytes that a rank sends by the table of csrc/plan/traffic.h, placed as Gloo does.
@@ -46,7 +46,7 @@ from common import ROOT, machine, verdict, write_results
 from link_ranks import Part, run
 from nodes import Nodes, bits_per_second, missing
 
-BALANCE = 2.0
+BALANCE = 1.6
 DISTURBED = 1.2
 TURN_MS = 4.0  # what a rank waits for a core that another has: there are more ranks than cores
 COMPUTE = 1.3  # times the exchange that computing takes at least, where overlap is asked to hide half of it
@@ -133,14 +133,19 @@ def shown(ms: float | None) -> str:
     return "     -" if ms is None else f"{ms:6.1f}"
 
 
-def balanced_rate(rows: list[dict]) -> int:
-    """Bits a second at which the bytes of every case take at most 1 / BALANCE of its computing alone."""
-    needed = [
-        row["predicted"]["link_bytes"]["alone"] * 8e3 / (row["measured"]["alone_ms"] / BALANCE)
-        for row in rows
-        if row["measured"]["runs_kept"]
-    ]
-    return round(max(needed))
+def balanced_rate(row: dict) -> int:
+    """Bits a second at which a case's bytes take 1 / BALANCE of its computing alone."""
+    return round(row["predicted"]["link_bytes"]["alone"] * 8e3 / (row["measured"]["alone_ms"] / BALANCE))
+
+
+def balanced(nodes: Nodes, part: Part) -> list[dict]:
+    """Every case of a part, each at a rate of its own."""
+    rows = []
+    for alone in measure(nodes, replace(part, only_alone=True, repeats=3), 1):
+        nodes.shape(balanced_rate(alone))
+        print(f"{part.name}: the link at {nodes.rate / 1e6:.0f} Mbit/s")
+        rows += report(measure(nodes, replace(part, rate=nodes.rate, case=alone["case"]), 1))
+    return rows
 
 
 def arguments() -> argparse.Namespace:
@@ -170,7 +175,7 @@ def main() -> None:
         raise SystemExit(2)
     torch.set_num_threads(1)  # as the ranks have
     short = Part("short", args.repeats, length=32, embed_dim=512, block=1 << 19)
-    long = Part("balanced", args.repeats, length=4096, embed_dim=64, batch=8, across=True)
+    long = Part("balanced", args.repeats, length=8192, embed_dim=64, batch=4, across=True)
     if args.quick:
         short = replace(short, repeats=2)
     wrong = replace(short, name="wrong order", repeats=max(1, short.repeats // 3), round_robin=True)
@@ -181,9 +186,7 @@ def main() -> None:
             rows += report(measure(nodes, part, args.ranks_per_node))
         if not args.quick:
             parts.append(long)
-            nodes.shape(balanced_rate(measure(nodes, replace(long, only_alone=True, repeats=3), args.ranks_per_node)))
-            print(f"balanced: the link at {nodes.rate / 1e6:.0f} Mbit/s")
-            rows += report(measure(nodes, replace(long, rate=nodes.rate), args.ranks_per_node))
+            rows += balanced(nodes, long)
         link = {"kind": nodes.kind, "delay_ms": args.delay}
     of = machine() | {
         "kernel": platform.release(),

@@ -108,6 +108,24 @@ Tensor leave_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
                after_of(after, context), context);
 }
 
+Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& q_weight,
+                    const Tensor& k_weight, const Tensor& v_weight, const std::optional<Tensor>& q_bias,
+                    const std::optional<Tensor>& k_bias, const std::optional<Tensor>& v_bias,
+                    const std::optional<Tensor>& bias_k, const std::optional<Tensor>& bias_v,
+                    const Tensor& out_weight, const std::optional<Tensor>& out_bias, std::optional<Tensors> angles,
+                    std::optional<Tensors> norms, double eps, bool interleaved,
+                    const std::optional<Tensor>& attn_mask, std::optional<double> scale,
+                    std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window, double softcap,
+                    double dropout_p, const std::optional<Tensor>& seed, std::string constants,
+                    c10::SymIntArrayRef sizes, const std::optional<Tensor>& before) {
+  const Context context = sealed_context(constants, sizes, before);
+  return attention(query, key, value, {q_weight, k_weight, v_weight, q_bias, k_bias, v_bias},
+                   {bias_k, bias_v, context.zero_key},
+                   {norms.value_or(Tensors()), angles.value_or(Tensors()), eps, interleaved},
+                   {attn_mask, scale, causal, window, softcap, dropout_p, seed}, {out_weight, out_bias},
+                   context);
+}
+
 std::tuple<Tensor, Tensor> leave_with_weights_op(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_weight,
     const std::optional<Tensor>& out_bias, const std::optional<Tensor>& attn_mask,
@@ -366,7 +384,41 @@ TORCH_LIBRARY(two_level_mha, library) {
       ") -> Tensor",
       leave_op);
 
-  // The same and the attention weights, (B, h, L, S) or averaged over the heads (B, L, S).
+  // Both halves, and between them norm_rotary with `norms` and the angles of q's tokens, if there are any. In chunks of
+  // the batch all exchanges run beside attention, and not only those of one half beside what that half computes.
+  library.def(
+      "attention("
+      "Tensor query, "
+      "Tensor key, "
+      "Tensor value, "
+      "Tensor q_weight, "
+      "Tensor k_weight, "
+      "Tensor v_weight, "
+      "Tensor? q_bias, "
+      "Tensor? k_bias, "
+      "Tensor? v_bias, "
+      "Tensor? bias_k, "
+      "Tensor? bias_v, "
+      "Tensor out_weight, "
+      "Tensor? out_bias, "
+      "Tensor[]? angles, "
+      "Tensor[]? norms, "
+      "float eps, "
+      "bool interleaved, "
+      "Tensor? attn_mask, "
+      "float? scale, "
+      "SymInt? causal, "
+      "SymInt? window, "
+      "float softcap, "
+      "float dropout_p, "
+      "Tensor? seed, "
+      "str constants, "
+      "SymInt[] sizes, "
+      "Tensor? before=None"
+      ") -> Tensor",
+      attention_op);
+
+  // `leave`, and the attention weights, (B, h, L, S) or averaged over the heads (B, L, S).
   library.def(
       "leave_with_weights("
       "Tensor q, "

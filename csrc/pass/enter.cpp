@@ -4,8 +4,7 @@
 #include "../comm/gather.h"
 #include "../comm/replicated.h"
 #include "gathered_weights.h"
-#include "grid_projection.h"
-#include "inputs.h"
+#include "halves.h"
 #include "move.h"
 #include "pass.h"
 #include "tokens.h"
@@ -51,12 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> project_and_move(Inputs inputs, const QkvWeig
   const Chunking chunks = context.enter_chunks();
   const GridProjection projection(inputs, weights, context, chunks);
   std::vector<Later<std::vector<Tensor>>> moving;
-  for (int64_t c = 0; c < chunks.count; ++c) {
-    auto [q, k, v] = projection(c);
-    moving.push_back(begin_move_in(
-        {q, with_extra_keys(k, extra.bias_k, extra.zero), with_extra_keys(v, extra.bias_v, extra.zero)},
-        context));
-  }
+  for (int64_t c = 0; c < chunks.count; ++c) moving.push_back(begin_enter(projection, c, extra, context));
   std::array<std::vector<Tensor>, 3> moved;
   for (auto& later : moving) {
     const std::vector<Tensor> chunk = arrived(later);
@@ -97,16 +91,30 @@ void shard_token_rows(const std::vector<Tensor>& xs, const Context& context, Ent
 
 }  // namespace
 
+Later<std::vector<Tensor>> begin_enter(const GridProjection& projection, int64_t c, const ExtraKeys& extra,
+                                       const Context& context) {
+  auto [q, k, v] = projection(c);
+  return begin_move_in(
+      {q, with_extra_keys(k, extra.bias_k, extra.zero), with_extra_keys(v, extra.bias_v, extra.zero)},
+      context);
+}
+
+Entered enter_beside(const Inputs& inputs, const std::vector<Tensor>& rows, const std::vector<Tensor>& shared,
+                     const Context& context) {
+  Entered entered;
+  if (context.number != 0) entered.seal = seal_of(inputs, rows, shared, context);
+  shard_token_rows(rows, context, entered);
+  entered.shared = enter_replicated(shared, over_grid(context.groups), context.reduce_dtype);
+  return entered;
+}
+
 Entered enter(const Tensor& query, const Tensor& key, const Tensor& value, const QkvWeights& weights,
               const ExtraKeys& extra, const std::vector<Tensor>& rows, const std::vector<Tensor>& shared,
               const Context& context) {
   const Inputs inputs(query, key, value);
   const auto project = context.shards_x() ? project_tokens : project_and_move;
-  Entered entered;
-  if (context.number != 0) entered.seal = seal_of(inputs, rows, shared, context);
+  Entered entered = enter_beside(inputs, rows, shared, context);
   std::tie(entered.q, entered.k, entered.v) = project(inputs, weights, extra, context);
-  shard_token_rows(rows, context, entered);
-  entered.shared = enter_replicated(shared, over_grid(context.groups), context.reduce_dtype);
   return entered;
 }
 

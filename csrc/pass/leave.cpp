@@ -7,6 +7,7 @@
 #include "attention_weights.h"
 #include "chunks.h"
 #include "gathered_weights.h"
+#include "halves.h"
 #include "local.h"
 #include "move.h"
 #include "pass.h"
@@ -99,50 +100,68 @@ std::pair<Tensor, Tensor> seen_by(const Tensor& q, const Tensor& k, const Tensor
 
 }  // namespace
 
-// In chunks of the batch: while one is attended to, the one before moves and is summed.
+Leaving::Leaving(const Attend& attend, const OutWeights& out, const std::optional<Tensor>& sinks,
+                 const Context& context)
+    : out_(out),
+      sinks_(sinks),
+      context_(sealed(context, attend, out)),
+      chunks_(context.leave_chunks()),
+      attend_(with_whole_mask(attend, context)) {
+  if (attend_.mask && attend_.mask->sym_size(0) != 1) masks_ = in_chunks(*attend_.mask, 0, chunks_);
+}
+
+void Leaving::operator()(const Tensor& q, const Tensor& k, const Tensor& v,
+                         const std::optional<Tensor>& gate) {
+  const int64_t c = moving_.size();
+  const Context chunk = context_.of_chunk(chunks_, c);
+  Attend options = attend_;
+  if (!masks_.empty()) options.mask = masks_[c];
+  auto [o, logsumexp] = attend_local(q, k, v, options, chunk, partial_attention);
+  add_sinks(o, logsumexp, sinks_);
+  moving_.push_back(begin_move_out(with_gate(o, gate, context_), chunk));
+  const int64_t behind = moves_out(context_) ? 1 : 0;  // a chunk moves while the next is attended to
+  if (c >= behind) combine();
+}
+
+bool Leaving::advance() {
+  bool more = false;
+  for (const auto& sum : combining_) more |= sum.advance();
+  return more;
+}
+
+void Leaving::combine() {
+  advance();
+  const int64_t c = combining_.size();
+  combining_.push_back(begin_combine(arrived(moving_[c]), out_, context_.of_chunk(chunks_, c)));
+}
+
+Tensor Leaving::finish() {
+  if (combining_.size() < moving_.size()) combine();
+  while (advance()) continue;
+  std::vector<Tensor> ys;
+  for (auto& later : combining_) ys.push_back(arrived(later));
+  return from_chunks(ys, context_.batch_first ? 0 : 1, chunks_);
+}
+
 Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend, const OutWeights& out,
              const After& after, const Context& call, CacheLayer* cache) {
-  const Context context = sealed(call, attend, out);
-  const auto [keys, values] = seen_by(q, k, v, attend, context, cache);
-  check_layout(q, keys, values, context);
-  const Attend whole = with_whole_mask(attend, context);
-  const auto sinks = own_sinks(after, fixed_size(q, 1), context);
-  if (context.row.out == Move::merge) {
-    auto [o, logsumexp] = attend_local(q, keys, values, whole, context, partial_attention);
+  const auto [keys, values] = seen_by(q, k, v, attend, call, cache);
+  check_layout(q, keys, values, call);
+  const auto sinks = own_sinks(after, fixed_size(q, 1), call);
+  if (call.row.out == Move::merge) {
+    const Context context = sealed(call, attend, out);
+    auto [o, logsumexp] =
+        attend_local(q, keys, values, with_whole_mask(attend, context), context, partial_attention);
     add_sinks(o, logsumexp, sinks);
     return begin_combine(merge_out(with_gate(o, after.gate, context), logsumexp, context), out, context)();
   }
-  const Chunking chunks = context.leave_chunks(), here{chunks.count, 1};
+  const Chunking here{call.leave_chunks().count, 1};  // a chunk has as many sequences of each rank
   const auto qs = in_chunks(q, 0, here), ks = in_chunks(keys, 0, here), vs = in_chunks(values, 0, here);
-  const bool one_mask = !whole.mask || whole.mask->sym_size(0) == 1;
-  const auto masks = one_mask ? std::vector<Tensor>() : in_chunks(*whole.mask, 0, chunks);
   const auto gates = after.gate ? in_chunks(*after.gate, 0, here) : std::vector<Tensor>();
-  std::vector<Later<Tensor>> moving, combining;
-  auto advance = [&] {
-    bool more = false;
-    for (const auto& sum : combining) more |= sum.advance();
-    return more;
-  };
-  auto combine = [&](int64_t c) {
-    advance();
-    combining.push_back(begin_combine(arrived(moving[c]), out, context.of_chunk(chunks, c)));
-  };
-  const int64_t behind = moves_out(context) ? 1 : 0;  // a chunk moves while the next is attended to
-  for (int64_t c = 0; c < chunks.count; ++c) {
-    const Context chunk = context.of_chunk(chunks, c);
-    Attend options = whole;
-    if (!one_mask) options.mask = masks[c];
-    auto [o, logsumexp] = attend_local(qs[c], ks[c], vs[c], options, chunk, partial_attention);
-    add_sinks(o, logsumexp, sinks);
-    if (after.gate) o = with_gate(o, gates[c], context);
-    moving.push_back(begin_move_out(o, chunk));
-    if (c >= behind) combine(c - behind);
-  }
-  if (behind == 1) combine(chunks.count - 1);
-  while (advance()) continue;
-  std::vector<Tensor> ys;
-  for (auto& later : combining) ys.push_back(arrived(later));
-  return from_chunks(ys, context.batch_first ? 0 : 1, chunks);
+  Leaving leaving(attend, out, sinks, call);
+  for (int64_t c = 0; c < here.count; ++c)
+    leaving(qs[c], ks[c], vs[c], after.gate ? std::optional<Tensor>(gates[c]) : std::nullopt);
+  return leaving.finish();
 }
 
 std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,

@@ -45,7 +45,20 @@ struct OutWeights {
 Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend, const OutWeights& out,
              const After& after, const Context& context, CacheLayer* cache = nullptr);
 
-// The same and the attention weights after dropout: (B, h, L, S), or their mean over the heads (B, L, S). A
+// What acts between the halves of `attention`: norms of q's and k's heads, (d,) each, or none; rotary angles, cos and sin
+// (B or 1, 1, L, r), or none.
+struct NormRotary {
+  std::vector<Tensor> weights, angles;
+  double eps = 0.0;
+  bool interleaved = false;
+};
+
+// Both halves. In chunks of the batch one is attended to while the next comes in and the one before goes out.
+Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const QkvWeights& weights,
+                 const ExtraKeys& extra, const NormRotary& between, const Attend& attend, const OutWeights& out,
+                 const Context& context);
+
+// `leave`, and the attention weights after dropout: (B, h, L, S), or their mean over the heads (B, L, S). A
 // row that sees no key is NaN, as in nn.MultiheadAttention with need_weights=True.
 std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
                                               const Attend& attend, const OutWeights& out, const After& after,

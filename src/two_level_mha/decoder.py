@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from two_level_mha.blocks import local_blocks
 from two_level_mha.cache_layer import NO_CACHE, CacheLayer
 from two_level_mha.errors import MASK_DTYPE_NAMES, MASK_DTYPES, GridError, no_tensor, wrong_device, wrong_dtype
-from two_level_mha.layer import Aside, Drops, GridAttention
+from two_level_mha.layer import Drops, GridAttention, NormRotary
 from two_level_mha.mesh import NoMesh, check_no_mesh, given_mesh
 from two_level_mha.names import Activations, Combine, Scheme
 from two_level_mha.profile import Profile
@@ -169,20 +169,13 @@ class TwoLevelAttention(Drops, GridAttention):
         if position_embeddings is None and self.rope is not None:
             position_embeddings = self.rope.embeddings(call.position, length, self.head_dim, x_BLD.device)
 
-        def between(q: Tensor, k: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
-            interleaved = self.rope is not None and self.rope.interleaved
-            if norms or aside.q_rows:
-                q, k = _ops.norm_rotary(
-                    q, k, aside.shared, self.qk_norm or 0.0, aside.q_rows, aside.k_rows, interleaved
-                )
-            return q, k, v
-
+        interleaved = self.rope is not None and self.rope.interleaved
         return self.attend(
             x_BLD, x_BLD, x_BLD, wholes=[whole_BLD, whole_BLD], attn_mask=attn_mask,
             scale=self.scale, causal=call.position if is_causal else None,
             window=self.window, softcap=self.softcap, dropout_p=dropout_p,
             rows=None if position_embeddings is None else [x.unsqueeze(1) for x in position_embeddings],
-            shared=local_blocks(norms) or None, between=between,
+            shared=local_blocks(norms) or None, between=NormRotary(self.qk_norm or 0.0, interleaved),
             cache=cache, call=call,
         )[0]  # fmt: skip
 

@@ -43,6 +43,23 @@ class Aside(NamedTuple):
 Between = Callable[[Tensor, Tensor, Tensor, Aside], tuple[Tensor, Tensor, Tensor]]
 
 
+class NormRotary(NamedTuple):
+    """A Between that the pass itself knows: norms, whose weights are `shared`, and rotation by cos and sin, the `rows`;
+    each may be absent.
+    """
+
+    eps: float = 0.0
+    interleaved: bool = False
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
+        if aside.shared or aside.q_rows:
+            q, k = _ops.norm_rotary(q, k, aside.shared, self.eps, aside.q_rows, aside.k_rows, self.interleaved)
+        return q, k, v
+
+
+NOTHING = NormRotary()
+
+
 class Drops:
     """A module with `dropout`: the probability with which an attention weight is dropped in training."""
 
@@ -205,7 +222,7 @@ class GridAttention(nn.Module):
         average_attn_weights: bool = True,
         rows: list[Tensor] | None = None,
         shared: list[Tensor] | None = None,
-        between: Between | None = None,
+        between: Between = NOTHING,
         sinks: Tensor | None = None,
         gate: Tensor | None = None,
         cache: CacheLayer | None = None,
@@ -261,23 +278,28 @@ class GridAttention(nn.Module):
         if number and not torch.compiler.is_compiling():
             before = self.calls.control.inputs.seal
         try:
+            if dropout_p > 0.0:
+                seed = torch.randint(2**62, (1,), device=query.device)
+            # softcap no default of 0.0: torch.compile(dynamic=True) makes a float argument symbolic, and compiles twice
+            how_to_attend = (
+                attn_mask, scale, causal, window, 0.0 if softcap is None else softcap, dropout_p, seed, text,
+            )  # fmt: skip
             entered = sizes if not number else [*sizes, number]
+            if isinstance(between, NormRotary) and cache is None and not need_weights:
+                y = _ops.attention(
+                    query, key, value, *weights, out_weight, out_bias, rows, shared, *between, *how_to_attend, entered,
+                    before,
+                )  # fmt: skip
+                return y, None
             q, k, v, *aside = _ops.enter(query, key, value, *weights, rows, shared, text, entered, before)
             if number:
                 seal = aside.pop()
-            if between is not None:
-                at = 0 if rows is None else len(rows)
-                q, k, v = between(q, k, v, Aside(aside[:at], aside[at : 2 * at], aside[2 * at :]))
-            if dropout_p > 0.0:
-                seed = torch.randint(2**62, (1,), device=query.device)
+            at = 0 if rows is None else len(rows)
+            q, k, v = between(q, k, v, Aside(aside[:at], aside[at : 2 * at], aside[2 * at :]))
             if cache is not None and need_weights:
                 for_gradients = q.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
                 k, v = cache.append(k, v, sizes[1], for_gradients=for_gradients)
-            # softcap no default of 0.0: torch.compile(dynamic=True) makes a float argument symbolic, and compiles twice
-            arguments = (
-                q, k, v, out_weight, out_bias, attn_mask, scale, causal, window, 0.0 if softcap is None else softcap,
-                dropout_p, seed, text, sizes,
-            )  # fmt: skip
+            arguments = (q, k, v, out_weight, out_bias, *how_to_attend, sizes)
             attention_weights = None
             if need_weights:
                 y, attention_weights = _ops.leave_with_weights(*arguments, average_attn_weights, seal, after or None)
@@ -289,7 +311,7 @@ class GridAttention(nn.Module):
                 cache.keep(*kept)
             return y if adapted is None else adapted.finished(y), attention_weights
         except torch.distributed.DistError as error:
-            if seal is None or type(error) is not torch.distributed.DistError:  # those of a backend
+            if not number or type(error) is not torch.distributed.DistError:  # those of a backend
                 raise
             options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "dropout_p": dropout_p}
             tensors = {} if self.splits else {"query": query, "key": key, "value": value}
@@ -303,7 +325,7 @@ class GridAttention(nn.Module):
 
     def _with_after(
         self, gate: Tensor | None, sinks: Tensor | None, rows: list[Tensor] | None, shared: list[Tensor] | None,
-        between: Between | None, after: list[Tensor],
+        between: Between, after: list[Tensor],
     ) -> tuple[list[Tensor] | None, list[Tensor] | None, Between]:  # fmt: skip
         """`rows`, `shared` and `between` of a call that takes out of them, into `after`, what acts on attention's
         output.
@@ -326,7 +348,7 @@ class GridAttention(nn.Module):
             if sinks is not None:
                 after.append(aside.shared[-1])
                 aside = aside._replace(shared=aside.shared[:-1])
-            return (q, k, v) if between is None else between(q, k, v, aside)
+            return between(q, k, v, aside)
 
         return rows, shared, take
 

@@ -113,7 +113,7 @@ class LowRank:
         batch_first: bool,
         rows: list[Tensor] | None,
         shared: list[Tensor] | None,
-        between: Callable | None,
+        between: Callable,
     ) -> tuple[list[Tensor], list[Tensor], Callable]:
         """`rows`, `shared` and `between` of the call with those of the terms of q, k and v."""
         rows, shared = rows or [], shared or []
@@ -131,8 +131,6 @@ class LowRank:
             for (which, at), b in zip(targets, aside.shared[len(shared) :], strict=True):
                 a_B1Lr = (aside.k_rows if which else aside.q_rows)[at]
                 found[which] = self._added(found[which], a_B1Lr.squeeze(1), b)
-            if between is None:
-                return tuple(found)
             kept = aside._replace(
                 q_rows=aside.q_rows[: len(rows)], k_rows=aside.k_rows[: len(rows)], shared=aside.shared[: len(shared)]
             )
