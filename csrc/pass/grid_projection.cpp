@@ -34,7 +34,8 @@ struct ProjectionState : torch::CustomClassHolder {
   Tensors inputs;  // for the weights' gradients; the autograd functions take them
 
   struct Chunk {
-    Later<Tensors> inputs;  // on their way, if split
+    Tensors parts;          // of the inputs, if split, until they are sent
+    Later<Tensors> inputs;  // the wholes, on their way
     Tensors products;       // gradients of each input's products (.., heads * E), for the weights
     Later<Tensors> sums;    // of the gradients of the trained inputs, on their way
   };
@@ -58,16 +59,23 @@ struct ProjectionState : torch::CustomClassHolder {
     }
     Tensors begun;
     for (size_t c = 0; c < chunks.size(); ++c) {
-      if (split) of_chunk[c].inputs = begin_all_parts(chunks[c], sizes, *split);
       for (const Tensor& x : chunks[c]) begun.push_back(split ? at::empty({0}, x.options()) : x);
+      if (split) of_chunk[c].parts = std::move(chunks[c]);
     }
+    if (split) begin_chunk(0);
     return begun;
   }
 
+  void begin_chunk(int64_t c) {
+    of_chunk[c].inputs = begin_all_parts(std::exchange(of_chunk[c].parts, {}), sizes, *split);
+  }
+
   std::tuple<Tensor, Tensor, Tensor> project(int64_t c, Tensors xs, const Tensors& weights) {
-    if (split) xs = arrived(of_chunk[c].inputs);
-    if (split)
+    if (split) {
+      xs = arrived(of_chunk[c].inputs);
+      if (c + 1 < chunks_.count) begin_chunk(c + 1);  // not before: chunks that travel together all come last
       for (Tensor& x : xs) x = x.squeeze(1);
+    }
     auto of = [&](size_t i) { return bias[i] == 0 ? std::nullopt : std::optional<Tensor>(weights[bias[i]]); };
     return qkv_projection(xs[at[0]], xs[at[1]], xs[at[2]],
                           {weights[0], weights[1], weights[2], of(0), of(1), of(2)}, split || batch_first);

@@ -15,7 +15,7 @@ std::vector<Tensor> whole_inputs(const Inputs& inputs, const Context& context);
 
 struct ProjectionState;
 
-// Begins to gather inputs that are split, chunk after chunk. Then the product of one chunk after the other, as
+// Begins to gather inputs that are split, each chunk when the one before has come. Then the product of one chunk after the other, as
 // qkv_projection gives it, batch first if the inputs are split: of all tokens, or where the call takes parts of those of
 // this rank's slice.
 //
