@@ -9,8 +9,8 @@ says so and ends with 2. On the grid (2, m) the slice axis lies inside a node an
   wrong order  the same with the ranks dealt to the nodes in turn, so that the slice axis crosses the link
   duplex       at --rate, two ranks that send each other as much at once: as layers do, by Gloo's all_to_all, and by
                messages of which the receives, or the sends, are posted first
-  balanced     one rank a node and the slice axis across, longer sequences, each case at the rate at which its bytes take
-               1 / BALANCE of its computing: what is hidden where a layer computes one chunk while another travels
+  balanced     one rank a node and the slice axis across, longer sequences, each case at the rate at which its bytes
+               take 1 / BALANCE of its computing: what is hidden where a layer computes a chunk while others travel
                (overlap=4), and what the number of chunks takes that is predicted for such a link (overlap=None)
 
 Bytes over the link are what a node sends, by the counters of its interface, headers taken off. Beside them is a

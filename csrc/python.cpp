@@ -192,6 +192,7 @@ std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads
   check_overlap(overlap);
   request.layer.overlap = overlap;
   request.call.position = cached ? S - L : 0;
+  request.call.in_halves = cached;
   request.call.element_size = element_size;
   request.call.causal = causal;
   const auto options = plan_options(request, rates);

@@ -8,7 +8,7 @@ namespace two_level_mha {
 namespace {
 
 std::tuple<Tensor, Tensor> positioned(const Tensor& q, const Tensor& k, const Entered& beside,
-                                     const NormRotary& between) {
+                                      const NormRotary& between) {
   if (beside.shared.empty() && beside.q_rows.empty()) return {q, k};
   return norm_rotary(q, k, beside.shared, between.eps, beside.q_rows, beside.k_rows, between.interleaved);
 }
@@ -23,16 +23,15 @@ std::vector<Tensor> rows_of(const std::vector<Tensor>& rows, const Chunking& chu
 }  // namespace
 
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const QkvWeights& weights,
-                 const ExtraKeys& extra, const NormRotary& between, const Attend& attend, const OutWeights& out,
-                 const Context& call) {
+                 const ExtraKeys& extra, const NormRotary& between, const Attend& attend,
+                 const OutWeights& out, const Context& call) {
   Context context = call;
   auto seal = [&](const Entered& entered) {
     if (entered.seal) context.seal = Seal{*entered.seal, context.groups.grid};
   };
   const Chunking chunks = call.leave_chunks();
   if (chunks.count == 1) {
-    const Entered entered =
-        enter(query, key, value, weights, extra, between.angles, between.weights, call);
+    const Entered entered = enter(query, key, value, weights, extra, between.angles, between.weights, call);
     seal(entered);
     const auto [q, k] = positioned(entered.q, entered.k, entered, between);
     return leave(q, k, entered.v, attend, out, {}, context);

@@ -122,6 +122,7 @@ Context context_of(const Constants& constants, const std::vector<std::string>& n
   shape.S = shape.S + shape.extra_keys;
   shape.element_size = c.element_size;
   shape.causal = c.causal != 0;
+  shape.in_halves = c.in_halves != 0;
   context.sizes = call_sizes(layer_sizes(c, context.reduce_dtype), context.grid, shape);
 
   const Rates rates{c.flops,

@@ -45,6 +45,7 @@ struct Constants {
   int64_t element_size = 4;                     // bytes, of the dtype that the projections compute in
   int64_t zero_key = 0;     // whether a key and value of zeros is added, which every query sees
   int64_t batch_first = 1;  // X and Y are (B, L, D), else (L, B, D)
+  int64_t in_halves = 0;    // whether the call is `enter` and `leave`, and not `attention`
 };
 
 inline constexpr Field<Constants, int64_t> kConstants[] = {
@@ -87,6 +88,7 @@ inline constexpr Field<Constants, int64_t> kConstants[] = {
     {"element_size", &Constants::element_size},
     {"zero_key", &Constants::zero_key},
     {"batch_first", &Constants::batch_first},
+    {"in_halves", &Constants::in_halves},
 };
 
 // The sizes of a call, which may be symbolic. Operators take them as one list, in the order of kSizes.

@@ -55,8 +55,8 @@ struct NormRotary {
 
 // Both halves. In chunks of the batch one is attended to while the next comes in and the one before goes out.
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const QkvWeights& weights,
-                 const ExtraKeys& extra, const NormRotary& between, const Attend& attend, const OutWeights& out,
-                 const Context& context);
+                 const ExtraKeys& extra, const NormRotary& between, const Attend& attend,
+                 const OutWeights& out, const Context& context);
 
 // `leave`, and the attention weights after dropout: (B, h, L, S), or their mean over the heads (B, L, S). A
 // row that sees no key is NaN, as in nn.MultiheadAttention with need_weights=True.

@@ -38,6 +38,7 @@ struct CallShape {
   int64_t extra_keys = 0;    // of the S, those that stand for no token of the input
   int64_t element_size = 4;  // of the dtype that the projections compute in
   bool causal = false;
+  bool in_halves = false;  // what comes in is all waited for before anything is attended to
 };
 
 // One call on one rank of a grid.
@@ -51,6 +52,7 @@ struct CallSizes {
   bool concat = false;
   bool whole_heads = false;
   bool gated = false;
+  bool in_halves = false;
   I position = 0;
 
   int64_t reduce_size = 0;
@@ -95,6 +97,7 @@ CallSizes<I> call_sizes(const LayerSizes& layer, const Grid& grid, const CallSha
   s.D = layer.D;
   s.element_size = call.element_size;
   s.causal = call.causal;
+  s.in_halves = call.in_halves;
   s.concat = layer.concat;
   s.whole_heads = layer.whole_heads;
   s.gated = layer.gated;

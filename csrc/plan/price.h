@@ -121,9 +121,13 @@ Price<I> price_in_chunks(Scheme scheme, const CallSizes<I>& s, const Rates& prof
   price.latency = I(collectives * (profile.flops / 1'000'000'000 * profile.latency));
   const Chunking in = enter_chunks(row, s), out = leave_chunks(row, s);
   price.chunks = std::max(in.count, out.count);
-  if (price.chunks > 1)
-    price.hidden =
-        (beside(entering, sent_in, in.count) + beside(leaving, sent_out, out.count)) / 100 * profile.hidden;
+  if (price.chunks > 1) {
+    const bool in_halves = s.in_halves || in.count != out.count;
+    const I hidden = in_halves
+                         ? beside(entering, sent_in, in.count) + beside(leaving, sent_out, out.count)
+                         : beside(price.compute, price.sending, in.count);
+    price.hidden = hidden / 100 * profile.hidden;
+  }
   return price;
 }
 

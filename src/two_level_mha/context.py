@@ -54,10 +54,11 @@ def constants(
     element_size: int,
     zero_key: bool = False,
     batch_first: bool = True,
+    in_halves: bool = False,
     name: str = "",
 ) -> str:
     """The constants of a call as the operators take them: the layer's numbers, how it runs, groups, its name."""
-    how = (SCHEME_NUMBERS[scheme], int(causal), element_size, int(zero_key), int(batch_first))
+    how = (SCHEME_NUMBERS[scheme], int(causal), element_size, int(zero_key), int(batch_first), int(in_halves))
     return "\n".join((" ".join(map(str, (*layer, *how))), *groups, *([name] if name else ())))
 
 

@@ -263,7 +263,11 @@ class GridAttention(nn.Module):
         if self.splits:  # parts are sent as the projections take them
             query, key, value = cast([query, key, value])
         batch_dim, length_dim = (0, 1) if batch_first else (1, 0)
-        how = (call.scheme or self.scheme, causal is not None, element_size(query), add_zero_attn, batch_first)
+        in_halves = not isinstance(between, NormRotary) or cache is not None or need_weights
+        how = {
+            "scheme": call.scheme or self.scheme, "causal": causal is not None, "element_size": element_size(query),
+            "zero_key": add_zero_attn, "batch_first": batch_first, "in_halves": in_halves,
+        }  # fmt: skip
         whole_query, whole_key = (query, key) if wholes is None else wholes[:2]
         sizes = size_numbers(
             batch=whole_query.shape[batch_dim],
@@ -272,7 +276,7 @@ class GridAttention(nn.Module):
             position=call.position,
             first_key=call.first_key,
         )
-        text = self._constants(*how)
+        text = self._constants(how)
         number = self._begin(how, sizes, need_weights, average_attn_weights, query)
         seed = seal = before = None
         if number and not torch.compiler.is_compiling():
@@ -285,7 +289,7 @@ class GridAttention(nn.Module):
                 attn_mask, scale, causal, window, 0.0 if softcap is None else softcap, dropout_p, seed, text,
             )  # fmt: skip
             entered = sizes if not number else [*sizes, number]
-            if isinstance(between, NormRotary) and cache is None and not need_weights:
+            if not in_halves:
                 y = _ops.attention(
                     query, key, value, *weights, out_weight, out_bias, rows, shared, *between, *how_to_attend, entered,
                     before,
@@ -352,15 +356,15 @@ class GridAttention(nn.Module):
 
         return rows, shared, take
 
-    def _begin(self, how: tuple, sizes: list[int], need_weights: bool, average: bool, query: Tensor) -> int | None:
+    def _begin(self, how: dict, sizes: list[int], need_weights: bool, average: bool, query: Tensor) -> int | None:
         """Begins a call that the ranks compare: what its exchanges carry, 0 where they do not. None: no such call."""
         if self.calls is None or self.calls.control.alone or not seals(self.debug):
             return None
         if torch.compiler.is_compiling():  # a graph has no number that counts: it compares the rest
             return 1
         batch, length, keys, *_ = sizes
-        what = {"scheme, causal, bytes of an element, zero key, batch first": how, "batch": batch, "length": length}
-        what |= {"keys": keys, "attention weights": (need_weights, need_weights and average), "dtype": query.dtype}
+        what = how | {"batch": batch, "length": length, "keys": keys, "dtype": query.dtype}
+        what |= {"attention weights": (need_weights, need_weights and average)}
         captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
         what |= {"grad mode": torch.is_grad_enabled(), "in the capture of a CUDA graph": captured}
         compared, self._just_compared = self._just_compared, False
@@ -376,15 +380,13 @@ class GridAttention(nn.Module):
             return []
         return [self._parameters.get(name) for name in (*SHARDED_DIMS, *GATE_DIMS) if name != "out_bias"]
 
-    def _constants(self, scheme: str, causal: bool, element_size: int, zero_key: bool, batch_first: bool) -> str:
+    def _constants(self, how: dict) -> str:
         """The constants of a call; made once for each way in which calls run the layer."""
         activations = self.activations if self.splits else "replicated"
-        key = (scheme, causal, element_size, zero_key, batch_first, activations)
+        key = (*how.values(), activations)
         if key not in self._texts:
-            self._texts[key] = constants(
-                self._numbers[activations], self.place.groups, scheme=scheme, causal=causal, element_size=element_size,
-                zero_key=zero_key, batch_first=batch_first, name="" if self.calls is None else self.calls.name,
-            )  # fmt: skip
+            name = "" if self.calls is None else self.calls.name
+            self._texts[key] = constants(self._numbers[activations], self.place.groups, **how, name=name)
         return self._texts[key]
 
     def extra_repr(self) -> str:

@@ -57,4 +57,4 @@ def call_of_a_layer(grid: tuple[int, int]) -> dict[str, int]:
 def test_a_call_without_a_cache(pool):
     """E. Localises: the same in nn.MultiheadAttention's place."""
     for found in pool.run(call_of_a_layer, 2, (1, 2)):
-        assert found == {"enter": 1, "leave": 1}
+        assert found == {"attention": 1}

@@ -101,6 +101,10 @@ def right_calls() -> dict[str, dict]:
         "enter": projection | call | {
             "bias_k": None, "bias_v": None, "rows": [torch.randn(B, 1, L, 4)], "shared": [torch.randn(d)],
         },
+        "attention": projection | call | options | {
+            "bias_k": None, "bias_v": None, "out_weight": weight, "out_bias": torch.randn(D), "angles": None,
+            "norms": [torch.randn(d), torch.randn(d)], "eps": 1e-6, "interleaved": False,
+        },
         "leave": left | {"after": [torch.randn(H)]},
         "leave_with_weights": left | {"average": True, "after": [torch.randn(H)]},
         "leave_with_cache": left | {

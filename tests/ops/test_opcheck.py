@@ -65,6 +65,14 @@ def after() -> list[torch.Tensor]:
     return [random(B, H, L, d), random(H)]
 
 
+def attention(n: int, m: int, scheme: str) -> tuple:
+    weights = list(blocks(n, m).values())
+    inputs = [random(B, L, D), random(B, S, D), random(B, S, D)]
+    mask = torch.rand(B, 1, L, S + 2) < 0.8
+    return (*inputs, *weights, None, [random(d), random(d)], 1e-6, True, mask, None, 1, 4, 2.0, 0.3, torch.tensor([3]),
+            *decided(case(scheme), place(n, m)))  # fmt: skip
+
+
 def cache(memory: list[torch.Tensor], length: int, batch: int = 3) -> tuple:
     """memory and numbers of a cache layer that is not split."""
     return memory, [1, 0, 1, 0, 0, 0, batch, length, 0, 0, 0]
@@ -133,6 +141,7 @@ CASES = {
     "opened": lambda: (sealed(), {}),
     "enter": lambda: (enter(1, 1, "slices"), {}),
     "leave": lambda: (leave(1, 1, "slices", gated=True), {"after": after()}),
+    "attention": lambda: (attention(1, 1, "slices"), {}),
     "leave_with_weights": lambda: (leave(1, 1, "slices"), {"average": False, "after": after()[1:]}),
     "leave_with_cache": lambda: ((*leave(1, 1, "batch", gated=True), *cache([], 0, batch=B)), {"after": after()}),
     "cache_append": lambda: ((*cache([], 0), random(3, K, L, d), random(3, K, L, d), L), {}),
@@ -179,7 +188,7 @@ def test_every_operator_is_checked():
 
 
 def on_ranks(name: str, n: int, m: int) -> None:
-    build = enter if name == "enter" else leave
+    build = {"enter": enter, "attention": attention}.get(name, leave)
     for scheme in SCHEMES:
         # only this one: the others stumble over torch's own wait_tensor, which returns what it was given
         torch.library.opcheck(
@@ -188,7 +197,7 @@ def on_ranks(name: str, n: int, m: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["enter", "leave", "leave_with_weights"])
+@pytest.mark.parametrize("name", ["enter", "leave", "attention", "leave_with_weights"])
 def test_tracing_on_a_grid(pool, name):
     """With the exchanges and their adjoints in the graph, with symbolic sizes, per scheme: the eager numbers."""
     pool.run(on_ranks, 4, name, 2, 2, timeout=180)
