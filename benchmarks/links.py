@@ -175,7 +175,7 @@ def main() -> None:
         raise SystemExit(2)
     torch.set_num_threads(1)  # as the ranks have
     short = Part("short", args.repeats, length=32, embed_dim=512, block=1 << 19)
-    long = Part("balanced", args.repeats, length=8192, embed_dim=64, batch=4, across=True)
+    long = Part("balanced", args.repeats, length=12288, embed_dim=32, batch=4, across=True)
     if args.quick:
         short = replace(short, repeats=2)
     wrong = replace(short, name="wrong order", repeats=max(1, short.repeats // 3), round_robin=True)
