@@ -32,6 +32,9 @@ CALLS = {
 }  # fmt: skip
 DECODERS = {
     "grouped heads, rope, norm": Decoder(batch=5, length=13, options={"qk_norm": 1e-3, "rope": HALF, "bias": True}),
+    "angles and a mask of each sequence": Decoder(
+        batch=8, length=9, given=8, mask="documents", options={"qk_norm": 1e-3, "rope": HALF}
+    ),
     "window, dropout": Decoder(batch=8, length=16, options={"window": 3, "dropout": 0.3}),
     "trained mask, softcap": Decoder(mask="bias", batch=8, length=9, options={"softcap": 1.5}),
 }
@@ -74,7 +77,9 @@ def test_difference_from_one_chunk(pool):
 
 
 class Order(TorchDispatchMode):
-    """What was dispatched, in order: collectives begun ("start"), waited for ("wait"), and products ("compute")."""
+    """In order: collectives begun ("start"), waited for ("wait"), products ("compute"), and attention
+    ("attend").
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,25 +90,29 @@ class Order(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if namespace == "_c10d_functional" or name in ("_all_to_all_pairs", "_all_gather_pairs"):
             self.seen.append("wait" if name == "wait_tensor" else "start")
-        elif name in ("linear", "mm", "addmm", "bmm") or name.startswith("partial_attention"):
+        elif name in ("linear", "mm", "addmm", "bmm"):
             self.seen.append("compute")
+        elif name.startswith("partial_attention"):
+            self.seen.append("attend")
         return out
 
-    def hidden(self) -> int:
+    def hidden(self, beside: tuple[str, ...] = ("compute", "attend")) -> int:
         """Exchanges that were under way while something was computed."""
         open_, used = [], []
         for what in self.seen:
             if what == "start":
                 open_.append(False)
-            elif what == "compute":
+            elif what in beside:
                 open_ = [True] * len(open_)
-            elif open_:
+            elif what == "wait" and open_:
                 used.append(open_.pop(0))
         return sum(used)
 
 
-def hidden(grid, scheme: str, activations: str) -> dict[int, tuple[int, int, int, list]]:
-    """By number of chunks: exchanges under way beside computing, forward and backward, all of them, and their order."""
+def hidden(grid, scheme: str, activations: str) -> dict[int, tuple[int, int, list[int], list]]:
+    """By number of chunks: exchanges under way beside computing, forward and backward, both beside attention alone, and
+    the order of all.
+    """
     found = {}
     for overlap in (1, 4):
         torch.manual_seed(0)
@@ -118,7 +127,8 @@ def hidden(grid, scheme: str, activations: str) -> dict[int, tuple[int, int, int
             with Order() as backward:
                 y.sum().backward()
         order = [(call.name, call.elements) for call in record.calls]
-        found[overlap] = forward.hidden(), backward.hidden(), len(record.calls), order
+        beside = [each.hidden(("attend",)) for each in (forward, backward)]
+        found[overlap] = forward.hidden(), backward.hidden(), beside, order
     return found
 
 
@@ -128,10 +138,12 @@ def test_exchanges_are_under_way(pool, scheme, activations):
     """E. Localises: a wait that comes before the next chunk is computed; ranks that exchange in another order."""
     every = pool.run(hidden, 4, (2, 2), scheme, activations)
     assert all(found == every[0] for found in every)
-    (forward, backward, _, _), (forward_4, backward_4, count, _) = every[0][1], every[0][4]
+    (forward, backward, _, _), (forward_4, backward_4, beside, order) = every[0][1], every[0][4]
     assert forward == 0 and backward >= 1  # the sum of dX, beside the weights' gradients
-    # of 4 chunks 3 move beside the next one, in each half of the pass
-    assert forward_4 >= 6 and backward_4 >= 6 and count >= 4 * 4
+    # of 4 chunks all but the first come in while another is attended to, and all but the last go out
+    assert forward_4 >= 6 and backward_4 >= 6 and len(order) >= 4 * 4
+    # in backward the sum of dX begins two chunks of attention behind
+    assert beside[0] >= 6 and beside[1] >= 5
 
 
 def sent(grid, activations: str, combine: str) -> list[tuple]:
