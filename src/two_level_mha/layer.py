@@ -302,7 +302,7 @@ class GridAttention(nn.Module):
             q, k, v = between(q, k, v, Aside(aside[:at], aside[at : 2 * at], aside[2 * at :]))
             if cache is not None and need_weights:
                 for_gradients = q.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
-                k, v = cache.append(k, v, sizes[1], for_gradients=for_gradients)
+                k, v = cache.append(k, v, sizes[2], for_gradients=for_gradients)
             arguments = (q, k, v, out_weight, out_bias, *how_to_attend, sizes)
             attention_weights = None
             if need_weights:

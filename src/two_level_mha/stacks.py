@@ -111,6 +111,8 @@ def find_stacks(model: nn.Module, found: Iterable[Attention], rest: Rest) -> tup
                  for ones in by_layer.values() for one in ones}  # fmt: skip
         if len(kinds) > 1:
             problem = "batch_first differs between its attentions"
+        if crossing := [one.name for ones in by_layer.values() for one in ones if one.adapter.crosses]:
+            problem = f"{crossing[0]} is cross-attention, of states that are whole"
         if not problem:
             path = name.split(".")[:-1]
             around = [model.get_submodule(".".join(path[:i])) for i in range(len(path) + 1)]

@@ -106,11 +106,16 @@ FORMS = {
     "mpt": ("MptConfig", _NO_GROUPS | {"max_seq_len": 64}),
     "olmo3": ("Olmo3Config", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
                               "num_hidden_layers": 4}),
+    "llama4": ("Llama4TextConfig", {"head_dim": 8, "attention_chunk_size": 8, "no_rope_layers": [1, 0, 1],
+                                    "intermediate_size_mlp": 48, "moe_layers": [], "floor_scale": 3,
+                                    "attn_scale": 0.4}),
+    "roformer": ("RoFormerConfig", _NO_GROUPS | {"is_decoder": True, "hidden_dropout_prob": 0.0,
+                                                 "attention_probs_dropout_prob": 0.0, "embedding_size": 32}),
 }  # fmt: skip
 
 
 EXACT = {"exact": True}
-EAGER_ONLY = ("bloom", "gpt oss", "granite swa", "gptj", "codegen", "gpt neo", "xglm", "mpt")
+EAGER_ONLY = ("bloom", "gpt oss", "granite swa", "gptj", "codegen", "gpt neo", "xglm", "mpt", "roformer")
 
 
 class Norm(nn.Module):

@@ -42,13 +42,14 @@ class DecoderAttention(ProjectedAttention):
         self.softcap = getattr(original, forms.SOFTCAP, None) or 0.0
 
     def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        given = dict(zip(self.argument_names, args, strict=False)) | kwargs
-        hidden_states, past = given["hidden_states"], _own_cache(given.get(self.cache_name))
-        whole = self.wholes([hidden_states])[0]
-        B, L, _ = whole.shape
+        given = self.given(args, kwargs)
+        hidden_states, states, past = given["hidden_states"], self.states_of(given), self.cache_of(given)
+        wholes = self.wholes([hidden_states, states])
+        (B, L, _), new_keys = wholes[0].shape, wholes[1].shape[1]
         need_weights, dropout_p = self.needs_weights(given), self.dropout_p
         layout = "batch" if dropout_p > 0.0 else self.cache_layout  # see check_dropout
-        mask = self.mask_of(given, L + (past.get_seq_length(self.layer_idx) if isinstance(past, Cache) else 0))
+        kept = past.get_seq_length(self.layer_idx) if isinstance(past, Cache) else 0
+        mask = self.mask_of(given, L, kept + new_keys, kept)
 
         def check() -> dict[str, object]:
             self.check_arguments(given)
@@ -57,7 +58,7 @@ class DecoderAttention(ProjectedAttention):
                 return settings
             layer = split_layer(past, self.layer_idx, self.place, layout)
             check_dropout(layer, dropout_p)
-            call = layer.next_call(B, L)
+            call = layer.next_call(B, new_keys)
             if need_weights and layer.layout == "position":
                 raise UsageRuntimeError(
                     "output_attentions needs all keys of a query on one rank, which a cache by position has not: "
@@ -65,22 +66,27 @@ class DecoderAttention(ProjectedAttention):
                 )
             return settings | call._asdict()
 
-        self.check_call(check, {"hidden_states": hidden_states, "attention_mask": mask})
+        tensors = {"hidden_states": hidden_states, "attention_mask": mask}
+        self.check_call(check, tensors if states is hidden_states else tensors | {"other states": states})
         layer, call = None, NO_CACHE
         if past is not None:
             layer = split_layer(past, self.layer_idx, self.place, layout)
             put_layer(past, self.layer_idx, layer)
-            call = layer.begin(B, L)
-        causal = self.masks_itself or (mask is None and self.causal_without_mask(given, L))
+            call = layer.begin(B, new_keys)
+        causal = self.masks_itself or self.causal_without_mask(given, L)
         if need_weights and mask is not None and mask.dtype == torch.bool:
             mask = additive(mask, hidden_states.dtype)  # a padded row must not become NaN
         first_row = call.position if causal else None
-        return self.attended(given, whole, mask, first_row, softcap=self.softcap, cache=layer, call=call)
+        return self.attended(given, states, wholes, mask, first_row, softcap=self.softcap, cache=layer, call=call)
 
+    def states_of(self, given: dict) -> Tensor:
+        """Those of which a call makes keys and values."""
+        return given["hidden_states"]
 
-def _own_cache(past: object) -> object:
-    """Of an encoder-decoder's cache the part of self-attention."""
-    return past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
+    def cache_of(self, given: dict) -> object:
+        """The cache of a call; of an encoder-decoder's the part of self-attention."""
+        past = given.get(self.cache_name)
+        return past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
 
 
 def _check_options(original: nn.Module, scheme: str) -> None:
@@ -117,18 +123,25 @@ def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple,
     cache, whole = DynamicCache(), random_arguments(original, 6, dtype)
 
     def of_rows(name: str, x: object, first: int, end: int) -> object:
-        if name == "position_embeddings":
+        if name == "position_embeddings" and isinstance(x, tuple):
             return tuple(angles[:, first:end] for angles in x)
+        if name == forms.SINUSOIDS:
+            return x[:, :, first:end]
         if name == forms.SHARED_STATES:
             return dict(x)
         if name in forms.BIASES:
-            return x if x is None or forms.hides(original) else x[..., :end]
+            if x is None or forms.hides(original):
+                return x
+            return x[..., :end] if x.shape[-2] == 1 else x[..., first:end, :end]
         return x[:, first:end].contiguous()
 
     def call(first: int, end: int, mask: Tensor | None, past) -> tuple[tuple, dict]:
         if mask is not None:
             mask = mask_for(original, mask[:, :, first:end, :end], dtype)
         given = {name: of_rows(name, x, first, end) for name, x in whole.items()}
-        return (given.pop("hidden_states"),), given | {"attention_mask": mask, forms.cache_name(original): past}
+        return (given.pop("hidden_states"),), given | {
+            forms.mask_name(original): mask,
+            forms.cache_name(original): past,
+        }
 
     return [call(0, 6, keep, None), call(0, 4, keep, cache), call(4, 6, keep, cache), call(0, 6, None, None)]
