@@ -51,7 +51,7 @@ GROUPED = [name for name in FORMS if name not in ONE_GROUP]
 PACKED = ("phi3", "gpt neox", "falcon 40b", "bloom", "persimmon", "codegen")
 EVERY_KIND = ("opt", "phi with norms", "gpt neox", "falcon 40b", "bloom", "olmo2", "cohere", "gpt oss", "qwen3 next")
 SINCE = ("falcon rw", "stablelm 2", "codegen", "gpt neo", "mpt", "afmoe", "laguna", "lfm3", "gemma4", "gemma4 k = v")
-POSITIONS = ("llama4", "roformer")
+LATER = ("llama4", "roformer", "gemma4 shared", "gemma3n")
 TIMEOUT = 400
 
 
@@ -98,13 +98,13 @@ def same_with_own_cache(name, grid):
 
 @pytest.mark.parametrize("scheme", ["slices", "sequence", "batch", "heads", "weights"])
 def test_schemes(pool, scheme):
-    """T. Localises: sums over the heads of a norm, sinks and gates, where a scheme puts heads and rows elsewhere."""
-    names = ("olmo2", "cohere", "gpt oss", "qwen3 next", "afmoe", "lfm3", "gemma4 k = v")
+    """T. Localises: sums over heads of a norm, sinks, gates, keys that layers share, where heads and rows are elsewhere."""
+    names = ("olmo2", "cohere", "gpt oss", "qwen3 next", "afmoe", "lfm3", "gemma4 k = v", "gemma4 shared")
     compare(pool, logits_off, 4, names, (2, 2), {"scheme": scheme})
     compare(pool, gradients_off, 4, names, (2, 2), False, {"scheme": scheme})
 
 
-@pytest.mark.parametrize("names", [EVERY_KIND, SINCE, POSITIONS])
+@pytest.mark.parametrize("names", [EVERY_KIND, SINCE, LATER])
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_gradients(pool, use_cache, names):
     """T. Localises: gradients of parts of a fused tensor, of a norm's shared sum, of sinks, of what is added."""
@@ -130,7 +130,7 @@ def tokens_off(names, grid, options):
     return wrong
 
 
-@pytest.mark.parametrize("names", [EVERY_KIND, SINCE, POSITIONS])
+@pytest.mark.parametrize("names", [EVERY_KIND, SINCE, LATER])
 @pytest.mark.parametrize("cache", ["position", "batch"])
 def test_greedy(pool, cache, names):
     """E. Localises: one query at a time against a cache: ALiBi of all its keys, sinks that ranks share."""
@@ -167,7 +167,7 @@ def test_split_activations(pool):
     for found in pool.run(
         split_activations,
         4,
-        ["olmo2", "gpt oss", "phi3", "falcon 7b", "afmoe", "lfm3", "gemma4 k = v"],
+        ["olmo2", "gpt oss", "phi3", "falcon 7b", "afmoe", "lfm3", "gemma4 k = v", "gemma4 shared"],
         timeout=TIMEOUT,
     ):
         check([found], 1e-10)
@@ -211,6 +211,7 @@ def stored(name, grid, folder):
         "afmoe",
         "lfm3",
         "gemma4 k = v",
+        "gemma3n",
     ],
 )
 def test_stored(pool, tmp_path, name):
@@ -291,7 +292,7 @@ def compiled(name: str) -> float:
         return difference(stock(ids, use_cache=False).logits, run(ids, use_cache=False).logits, keep)
 
 
-@pytest.mark.parametrize("name", ["olmo2", "gpt neox", "granite swa", "afmoe", "lfm3"])
+@pytest.mark.parametrize("name", ["olmo2", "gpt neox", "granite swa", "afmoe", "lfm3", "gemma4 shared"])
 def test_compiled(pool, name):
     """T. Localises: what a graph cannot hold of the adapter: a lookup by name, a sum over heads."""
     assert max(pool.run(compiled, 4, name, timeout=200)) <= (1e-5 if name in IN_FLOAT32 else 1e-10)

@@ -72,8 +72,9 @@ LISTING = ("modeling_openai.Attention",)  # classes, and their modules, that giv
 # Arguments that mean something to a call, and those that a call without them goes like; no others are known.
 MASKS = ("attention_mask", "mask")
 ARGUMENTS = {*INPUTS, "position_embeddings", SINUSOIDS, "residual", *MASKS, *CACHES, *BIASES}
-# Where layers leave keys and values for later ones, which these attributes say that a module does, or takes.
-SHARED_STATES, SHARES = "shared_kv_states", ("is_kv_shared_layer", "store_full_length_kv")
+# Where layers leave keys and values, by layer_type, for later ones that have none of their own; what says that a module
+# takes them, or leaves its own.
+SHARED_STATES, TAKES, LEAVES = "shared_kv_states", "is_kv_shared_layer", "store_full_length_kv"
 OTHERS = {"output_attentions", "use_cache", "position_ids", "cache_position", "is_causal"}
 # Of cross-attention: what it is called, and the states that it attends to.
 CROSS_NAMES = ("encoder_attn", "encdec", "enc_dec")
@@ -95,13 +96,19 @@ def paths_of(module: nn.Module, parent: nn.Module | None) -> dict[str, str] | No
         if path is not None:
             found[letter] = path
     without_v = any(getattr(module, name, module) is None for name in PROJECTIONS["v"])  # v is what k is projected to
-    for letters in ("q", "k", "v", "o"), ("qkv", "o"), ("q", "k", "o") if without_v else ("qkv", "o"):
+    kinds = [("q", "k", "v", "o"), ("qkv", "o"), *([("q", "k", "o")] if without_v else [])]
+    for letters in [("q", "o")] if takes_shared(module) else kinds:
         if set(letters) <= found.keys():
             paths = {letter: found[letter] for letter in letters}
             gate = gate_of(module)
             wide = gate is not None and features_of(getattr(module, gate))[1] == _width_of_heads(module, parent, paths)
             return paths | ({"g": gate} if wide else {})
     return None
+
+
+def takes_shared(module: nn.Module) -> bool:
+    """Whether its keys and values are another layer's."""
+    return getattr(module, TAKES, False) is True
 
 
 def gate_of(module: nn.Module) -> str | None:
@@ -125,7 +132,7 @@ def unknown_argument(module: nn.Module) -> str | None:
     """Why it may be called with what is not known here, or None."""
     named = parameters_of(module)
     for name in named:
-        if name == SHARED_STATES and not any(getattr(module, share, True) for share in SHARES):
+        if name == SHARED_STATES and all(hasattr(module, share) for share in (TAKES, LEAVES)):
             continue
         if name not in (*ARGUMENTS, *OTHERS, *CROSS):
             return f"it takes an argument that is not known: {name}"
@@ -251,6 +258,8 @@ def heads_of(original: nn.Module, projections: dict[str, nn.Module]) -> tuple[in
         h = h or getattr(getattr(original, "config", None), HEADS[0], None) or 1
         d = widths["o"] // h
     h = widths["o"] // d
+    if takes_shared(original):
+        widths |= dict.fromkeys("kv", h // original.num_key_value_groups * d)
     rest = widths["qkv"] - h * d if "qkv" in widths else widths["k"] + widths["v"]
     fits = widths["o"] == h * d and rest % (2 * d) == 0 and rest > 0
     if not fits or ("q" in widths and (widths["q"] not in (h * d, 2 * h * d) or widths["k"] != widths["v"])):

@@ -16,6 +16,7 @@ from two_level_mha.integrations.forms import (
     SINUSOIDS,
     VALUE_NORM,
     parameters_of,
+    takes_shared,
     temperature_of,
     tuning_of,
 )
@@ -48,7 +49,7 @@ class Positioned:
                 self.norm_names[letter] = name
                 self.add_module(name, getattr(original, name))
                 self._check_norm(letter)
-        self.value_eps = _value_eps(original)
+        self.value_eps, self.queries_alone = _value_eps(original), takes_shared(original)
         self.fused = self.fused_form(self.rotary_width)
 
     def rows_of(self, given: dict, first: int, length: int) -> list[Tensor] | None:
@@ -122,7 +123,8 @@ class Positioned:
         if self.rotary is not None and len(aside.q_rows) >= 2:
             q, k = q[..., : self.rotary_width], k[..., : self.rotary_width]
             q = self.rotary(q, q[:, :0], *(x.squeeze(1) for x in aside.q_rows[:2]))[0]
-            k = self.rotary(k[:, :0], k, *(x.squeeze(1) for x in aside.k_rows[:2]))[1]
+            if not self.queries_alone:
+                k = self.rotary(k[:, :0], k, *(x.squeeze(1) for x in aside.k_rows[:2]))[1]
             if self.rotary_width < self.head_dim:
                 rest = slice(self.rotary_width, None)
                 q, k = torch.cat([q, q_BHLd[..., rest]], -1), torch.cat([k, k_BKSd[..., rest]], -1)

@@ -1,5 +1,7 @@
 """transformers' attention without a KV cache, as its modules are called: BERT, ViT, CLIP, ModernBERT and their kin."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -108,11 +110,18 @@ class ProjectedAttention(Positioned, GridAttention):
         return given | {forms.INPUTS[0]: given[self.argument_names[0]], forms.MASKS[0]: given.get(self.mask_name)}
 
     def attended(
-        self, given: dict, states: Tensor, wholes: list[Tensor], mask: Tensor | None, causal: int | None, **options
+        self,
+        given: dict,
+        states: Tensor,
+        wholes: list[Tensor],
+        mask: Tensor | None,
+        causal: int | None,
+        then: Callable | None = None,
+        **options,
     ) -> tuple[Tensor, Tensor | None]:
         """What a call returns: of `attend`, which takes the options, and of what the original does behind it.
 
-        states: of which keys and values are.
+        states: of which keys and values are; then: what acts last on q, k and v before they attend.
         """
         x_BLD = given["hidden_states"]
         y_BLD, weights = self.attend(
@@ -128,7 +137,7 @@ class ProjectedAttention(Positioned, GridAttention):
             need_weights=self.needs_weights(given),
             average_attn_weights=False,
             gate=self.gate_of_heads(x_BLD, wholes[0]),
-            **self.between_of(given, options.get("call", NO_CACHE).position, wholes[0].shape[1]),
+            **self.between_of(given, options.get("call", NO_CACHE).position, wholes[0].shape[1], then),
             **options,
         )
         y_BLD = self.finished(y_BLD, given)
@@ -188,11 +197,12 @@ class ProjectedAttention(Positioned, GridAttention):
         part = torch.func.functional_call(linear, weights, (x_BLD,))
         return gather_part(part, whole.shape[int(self.activations == "sequence")], self.activations, self.place, True)
 
-    def between_of(self, given: dict, first: int, length: int) -> dict[str, object]:
+    def between_of(self, given: dict, first: int, length: int, then: Callable | None) -> dict[str, object]:
         """What acts on queries and keys, as arguments of `attend`; first, length: positions of the queries."""
 
         def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
-            return *self.positioned(q_BHLd, k_BKSd, aside), self.normed_values(v)
+            found = *self.positioned(q_BHLd, k_BKSd, aside), self.normed_values(v)
+            return found if then is None else then(*found)
 
         return {
             "rows": self.rows_of(given, first, length),
@@ -263,6 +273,9 @@ def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict
         given["position_ids"] = first + torch.arange(rows).expand(2, rows)
     if forms.SHARED_STATES in named:
         given[forms.SHARED_STATES] = {}
+        if forms.takes_shared(original):
+            shape = (2, features_of(projection)[1] // d // original.num_key_value_groups, rows, d)
+            given[forms.SHARED_STATES] = {original.layer_type: tuple(torch.randn(2, *shape, dtype=dtype))}
     if "residual" in named:
         given["residual"] = torch.randn_like(x_BLD)
     return given
