@@ -98,7 +98,7 @@ def same_with_own_cache(name, grid):
 
 @pytest.mark.parametrize("scheme", ["slices", "sequence", "batch", "heads", "weights"])
 def test_schemes(pool, scheme):
-    """T. Localises: sums over heads of a norm, sinks, gates, keys that layers share, where heads and rows are elsewhere."""
+    """T. Localises: sums over the heads of a norm, sinks, gates, shared keys, where heads and rows are elsewhere."""
     names = ("olmo2", "cohere", "gpt oss", "qwen3 next", "afmoe", "lfm3", "gemma4 k = v", "gemma4 shared")
     compare(pool, logits_off, 4, names, (2, 2), {"scheme": scheme})
     compare(pool, gradients_off, 4, names, (2, 2), False, {"scheme": scheme})
