@@ -17,6 +17,8 @@ import two_level_mha as tlm
 from two_level_mha.attentions import NO_PLAN
 from two_level_mha.integrations.cross import CrossAttention
 
+peft = pytest.importorskip("peft")
+
 SIZES = {
     "vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
@@ -228,6 +230,67 @@ def test_split_activations(pool, activations):
     for found, left_out in pool.run(split_activations, 4, activations):
         assert max(found.values()) < 1e-10, found
         assert len(left_out) == 1
+
+
+LORA = {"bart": ["q_proj", "k_proj", "v_proj", "out_proj"], "t5": ["q", "k", "v", "o"]}
+
+
+def with_adapters(name: str) -> tuple[float, bool]:
+    """Of LoRA on all projections: how far logits and adapters' gradients are off, whether tokens are alike."""
+    models = []
+    for grid in (None, (2, 2)):
+        torch.manual_seed(5)
+        config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=LORA[name])
+        model = peft.get_peft_model(make(name), config)
+        draw = torch.Generator().manual_seed(3)
+        for key, p in sorted(model.named_parameters()):
+            if "lora_B" in key:  # zero at the start
+                p.data.copy_(torch.randn(p.shape, generator=draw, dtype=torch.float64) * 0.2)
+        models.append(model if grid is None else tlm.parallelize(model, mesh(grid)))
+    found = []
+    for model in models:
+        labels = torch.randint(3, 64, (3, 7), generator=torch.manual_seed(2))
+        output = model(**inputs(name), labels=labels, use_cache=False)
+        output.loss.backward()
+        grads = {key: p.grad for key, p in model.named_parameters() if "lora_" in key}
+        assert any("EncDecAttention" in key or "encoder_attn" in key for key in grads)
+        found.append({"logits": output.logits, **grads})
+    assert found[0].keys() == found[1].keys()
+    off = max((x - found[1][key]).abs().max().item() for key, x in found[0].items())
+    return off, torch.equal(*(tokens(model, name, 1) for model in models))
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_adapters(pool, name):
+    """T. Localises: an adapter's product of other states than the queries', of none where a cache has the keys."""
+    for off, alike in pool.run(with_adapters, 4, name, timeout=120):
+        assert off < 1e-10 and alike
+
+
+def stored(name: str, folder: str) -> int:
+    """full_state_dict, load_state_dict, and load_pretrained of a model that was made on meta and split."""
+    stock = make(name)
+    expected = stock.state_dict()
+    ours = tlm.parallelize(copy.deepcopy(stock), mesh((2, 2)))
+    for p in ours.parameters():
+        torch.nn.init.zeros_(p)
+    ours.load_state_dict(expected)
+    ours.save_pretrained(folder)
+    torch.distributed.barrier()
+    with torch.device("meta"):
+        blank = type(stock)(stock.config).double()
+    read = tlm.load_pretrained(tlm.parallelize(blank, mesh((2, 2))), folder)
+    assert tlm.report(read).attentions == 6
+    for model in (ours, read):
+        state = tlm.full_state_dict(model)
+        assert not state or all(torch.equal(state[key], x) for key, x in expected.items())
+    return len(expected)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_stored(pool, tmp_path, name):
+    """E. Localises: a projection of cross-attention, or T5's table, under another name; a trial of a model on meta."""
+    assert min(pool.run(stored, 4, name, str(tmp_path), timeout=120)) > 0
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in IN_DEPTH])
