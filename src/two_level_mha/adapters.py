@@ -49,6 +49,7 @@ class Adapter:
     inputs: Callable[[nn.Module, torch.dtype], list[tuple[tuple, dict]]]
     parameters: tuple[str, ...] = ()  # that it may have besides those of the projections; patterns, as of fnmatch
     cached: bool = False  # replace takes cache=, the layout of its KV cache
+    crosses: bool | None = False  # whether it attends to other states than its own; None: it may
     # (module, paths) -> options of replace, of which the probe takes the first that fits
     variants: Callable[[nn.Module, Mapping[str, str]], Sequence[dict[str, object]]] = lambda module, paths: ({},)
     sizes: Callable[[nn.Module, dict], tuple[int, int, int]] = heads_of  # (module, projections) -> h, k, d

@@ -133,9 +133,9 @@ def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dic
             attentions.gathered[one.name] = one.module, str(variant)
         else:
             raise variant
-    classes = {type(module): why for module, why in attentions.gathered.values() if why != IS_CROSS}
+    classes = {type(module): why for name, (module, why) in attentions.gathered.items() if not is_cross(module, name)}
     for one in list(attentions.found):
-        if (why := classes.get(type(one.module))) is not None:
+        if one.adapter.crosses is not True and (why := classes.get(type(one.module))) is not None:
             attentions.found.remove(one)
             attentions.gathered.setdefault(one.name, (one.module, why))
     return attentions
@@ -201,8 +201,10 @@ def _find(
         parent = uses[module][0][0] if name else None
         if isinstance(module, GridAttention):  # split already
             continue
-        cached = is_called_with_cache(module, module in generates)
-        adapter = next((one for one in adapters if one.matches(module, parent) and (cached or not one.cached)), None)
+        crosses = is_cross(module, name)
+        cached = crosses or is_called_with_cache(module, module in generates)
+        fitting = (one for one in adapters if one.crosses in (crosses, None) and (cached or not one.cached))
+        adapter = next((one for one in fitting if one.matches(module, parent)), None)
         mixer = module in gathers and _mixes_tokens(module)
         unplanned = _UNPLANNED.get(type(module).__name__) if module in gathers else None
         if adapter is None and not (_looks_like_attention(module) or mixer or unplanned):
@@ -221,8 +223,8 @@ def _find(
         if adapter is None and module in gathers:
             if problem := _not_gathered(module, owners):
                 raise GridError(f"{where} is not supported: {problem}")
-            why = unplanned or f"no adapter knows its structure ({type(module).__name__})"
-            attentions.gathered[name] = module, why
+            unknown = IS_CROSS if crosses else f"no adapter knows its structure ({type(module).__name__})"
+            attentions.gathered[name] = module, unplanned or unknown
             continue
         if adapter is None:
             raise GridError(
@@ -289,8 +291,6 @@ def _problem(one: Found, owners: dict[int, list[str]]) -> str | None:
 
 def _unlike(one: Found, generates: bool) -> str | None:
     """What a module has that the adapter of its structure has not, or None. generates: whether its model does."""
-    if is_cross(one.module, one.name):
-        return IS_CROSS
     if generates and may_take_cache(one.module) and not one.adapter.cached:
         return "it is called with a KV cache"
     if problem := one.adapter.problem(one.module):
@@ -332,4 +332,5 @@ def _features(one: Found) -> tuple:
     own = tuple((name, tuple(p.shape)) for name, p in one.module.named_parameters())
     config, layer = getattr(one.module, "config", None), layer_of(one.module)
     implementation = getattr(config, "_attn_implementation", None)
-    return type(one.module), implementation, shapes, own, settings(one.module), layer_settings(config, layer)
+    kind = type(one.module), one.adapter.name, implementation
+    return kind, shapes, own, settings(one.module), layer_settings(config, layer)

@@ -38,7 +38,7 @@ def _replace_mha(mha: nn.MultiheadAttention, projections, paths, mesh, **options
 _PARTS = (
     forms.SINKS,
     *(f"{name}.{part}" for name in (*sum(forms.NORMS.values(), ()), forms.OUTPUT_NORM) for part in ("weight", "bias")),
-    *(f"{name}.weight" for name in forms.GATES),
+    *(f"{name}.weight" for name in (*forms.GATES, forms.BIAS_TABLE)),
     *(f"{name}.norms.*.weight" for name in sum(forms.NORMS.values(), ())),
 )
 
@@ -51,6 +51,19 @@ FAMILIES = (
         _torch_inputs,
         ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v"),
         sizes=lambda mha, projections: (mha.num_heads, mha.num_heads, mha.head_dim),
+        crosses=None,
+    ),
+    Adapter(
+        "cross",
+        forms.is_cross_attention,
+        forms.paths_of,
+        later("cross", "cross_like"),
+        later("cross", "cross_inputs"),
+        _PARTS,
+        cached=True,
+        crosses=True,
+        variants=forms.variants_of,
+        problem=forms.unknown_argument,
     ),
     Adapter(
         "decoder",

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from two_level_mha import _C
 from two_level_mha.activations import check_activations, stand_in, used_apart, whole_sizes
 from two_level_mha.agreement import ALIKE, Calls, check_call, compares, same_on_all_ranks, seals
-from two_level_mha.blocks import COMBINES, GATE_DIMS, SHARDED_DIMS, block, joined, local_blocks
+from two_level_mha.blocks import COMBINES, GATE_DIMS, SHARDED_DIMS, block, dealt, joined, local_blocks
 from two_level_mha.cache_layer import NO_CACHE, CachedCall, CacheLayer
 from two_level_mha.context import cast, constants, element_size, layer_numbers, size_numbers
 from two_level_mha.errors import GridError
@@ -78,7 +78,8 @@ class GridAttention(nn.Module):
 
     Parameters, logical shapes: q_weight (h, d, D), k_weight (k, d, Dk), v_weight (k, d, Dv), out_weight (D, h, d),
     q_bias (h, d), k_bias and v_bias (k, d), bias_k and bias_v (k, d) or None, out_bias (D,). Without a mesh they are
-    plain parameters, with one DTensors on ("head", "slice"). Without v_weight, what k_weight and k_bias give is v too.
+    plain parameters, with one DTensors on ("head", "slice"). Without v_weight, what k_weight and k_bias give is v too;
+    without k_weight `between` brings both, in the layout of the call, whose key and value inputs have no token.
     gated: every query head has a gate of its output behind it, so that q_weight is (2 h, d, D) and q_bias (2 h, d), or
     gate_weight (h, d, D) and gate_bias beside q's. gate_function: of gates, what the output is multiplied with.
     """
@@ -142,8 +143,8 @@ class GridAttention(nn.Module):
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             embed_dim=full["q_weight"].shape[2],
-            key_dim=full["k_weight"].shape[2],
-            value_dim=full["v_weight" if "v_weight" in held else "k_weight"].shape[2],
+            key_dim=full["k_weight" if "k_weight" in held else "q_weight"].shape[2],
+            value_dim=full[next(f"{letter}_weight" for letter in "vkq" if f"{letter}_weight" in held)].shape[2],
             bias=not held.isdisjoint(("q_bias", "k_bias", "v_bias")),
             out_bias="out_bias" in held,
             bias_kv="bias_k" in held,
@@ -251,6 +252,8 @@ class GridAttention(nn.Module):
         if "gate_weight" in p:
             gates = local_blocks([p.get(name) for name in GATE_DIMS])
             weights[0], weights[3] = joined(weights[0], gates[0]), joined(weights[3], gates[1])
+        if weights[1] is None:
+            weights[1] = query.new_empty(()).expand(self._key_block)
         if weights[2] is None:
             weights[2], weights[5] = weights[1], weights[4]
         after: list[Tensor] = []  # of the output, for `leave`: the gate, the sinks
@@ -302,7 +305,7 @@ class GridAttention(nn.Module):
             q, k, v = between(q, k, v, Aside(aside[:at], aside[at : 2 * at], aside[2 * at :]))
             if cache is not None and need_weights:
                 for_gradients = q.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
-                k, v = cache.append(k, v, sizes[1], for_gradients=for_gradients)
+                k, v = cache.append(k, v, sizes[2], for_gradients=for_gradients)
             arguments = (q, k, v, out_weight, out_bias, *how_to_attend, sizes)
             attention_weights = None
             if need_weights:
@@ -355,6 +358,12 @@ class GridAttention(nn.Module):
             return between(q, k, v, aside)
 
         return rows, shared, take
+
+    @property
+    def _key_block(self) -> tuple[int, int, int]:
+        """The shape of this rank's k_weight, where it has none."""
+        width = dealt(self.head_dim, self.place.grid.slices, self.place.slice)[1]
+        return self.num_kv_heads // self.place.grid.head_groups, width, self.q_weight.shape[2]
 
     def _begin(self, how: dict, sizes: list[int], need_weights: bool, average: bool, query: Tensor) -> int | None:
         """Begins a call that the ranks compare: what its exchanges carry, 0 where they do not. None: no such call."""

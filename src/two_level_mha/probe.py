@@ -35,7 +35,7 @@ def random_copy(modules: list[nn.Module], gain: float = 1.0, dtype: torch.dtype 
     """Copies to probe, with what they share: on the CPU, in eval mode, without hooks.
 
     Random weights, whatever the originals have (meta ones too): zeros or tiny weights would hide a difference. A linear
-    gives about `gain` times what it gets. Buffers of meta modules are random too; those of bools are causal masks.
+    gives about `gain` times what it gets. Buffers of meta modules are random too; those of bools, or 4-D, causal masks.
     """
     copies = copy.deepcopy(modules)
     for module in copies:
@@ -54,10 +54,10 @@ def random_copy(modules: list[nn.Module], gain: float = 1.0, dtype: torch.dtype 
 
 def _fill_buffers(module: nn.Module) -> None:
     for x in module.buffers():
-        if x.is_floating_point():
+        if x.dim() == 4 or (x.dtype == torch.bool and x.dim() > 1):
+            x.fill_(1).tril_()
+        elif x.is_floating_point():
             x.normal_()
-        elif x.dtype == torch.bool and x.dim() > 1:
-            x.fill_(True).tril_()
         else:
             x.zero_()
 

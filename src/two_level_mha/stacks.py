@@ -16,6 +16,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from two_level_mha.adapters import Adapter
 from two_level_mha.class_like import become
+from two_level_mha.integrations.forms import takes_shared
 from two_level_mha.integrations.head import head_of, split_head
 from two_level_mha.integrations.lora import mark
 from two_level_mha.integrations.private import pretrained_models
@@ -111,6 +112,10 @@ def find_stacks(model: nn.Module, found: Iterable[Attention], rest: Rest) -> tup
                  for ones in by_layer.values() for one in ones}  # fmt: skip
         if len(kinds) > 1:
             problem = "batch_first differs between its attentions"
+        if crossing := [one.name for ones in by_layer.values() for one in ones if one.adapter.crosses]:
+            problem = f"{crossing[0]} is cross-attention, of states that are whole"
+        if taking := [one.name for ones in by_layer.values() for one in ones if takes_shared(one.module)]:
+            problem = f"{taking[0]} attends to keys of another layer"
         if not problem:
             path = name.split(".")[:-1]
             around = [model.get_submodule(".".join(path[:i])) for i in range(len(path) + 1)]

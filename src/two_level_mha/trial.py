@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from two_level_mha.errors import GridError
-from two_level_mha.integrations.forms import WEIGHTS_DROPOUT, weights_dropout
+from two_level_mha.integrations.forms import SHARED_STATES, WEIGHTS_DROPOUT, weights_dropout
 from two_level_mha.probe import random_copy
 
 # Gain of the random weights, and the difference allowed. Some models take the softmax in float32; what clips shows at
@@ -100,9 +100,14 @@ def _probe(one, options: dict, dtype: torch.dtype, gain: float, tolerance: float
                 f"{where} has the structure of {known} attention, but its parts do not work like it: {error!r}"
             ) from error
         compared += 1
-        difference = (expected - got).abs().max().item() if expected.shape == got.shape else float("inf")
-        if not difference <= tolerance * expected.abs().max().item():
-            raise Unlike(
-                f"{where} has the structure of {known} attention, but its numbers differ from it by {difference:.1e} "
-                f"on a small input{when}: it does something else, and is not supported"
-            )
+        pairs = [(expected, got)]
+        for kind, states in (kwargs.get(SHARED_STATES) or {}).items():  # what it has left for other layers
+            left = our_kwargs[SHARED_STATES].get(kind, [x[:0] for x in states])
+            pairs += zip(states, left, strict=False)
+        for a, b in pairs:
+            difference = (a - b).abs().max().item() if a.shape == b.shape else float("inf")
+            if not difference <= tolerance * a.abs().max().item():
+                raise Unlike(
+                    f"{where} has the structure of {known} attention, but its numbers differ from it by "
+                    f"{difference:.1e} on a small input{when}: it does something else, and is not supported"
+                )

@@ -58,6 +58,13 @@ _GEMMA4 = {
     "num_kv_shared_layers": 0,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+_SHARED = {
+    "num_hidden_layers": 5,
+    "num_kv_shared_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+}
 _NEOX = _NO_GROUPS | {"hidden_dropout": 0.0}
 # What other decoders have that Llama has not: other names, fused projections, norms over heads, sinks, gates. None: it
 # has no such field.
@@ -106,11 +113,19 @@ FORMS = {
     "mpt": ("MptConfig", _NO_GROUPS | {"max_seq_len": 64}),
     "olmo3": ("Olmo3Config", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
                               "num_hidden_layers": 4}),
+    "llama4": ("Llama4TextConfig", {"head_dim": 8, "attention_chunk_size": 8, "no_rope_layers": [1, 0, 1],
+                                    "intermediate_size_mlp": 48, "moe_layers": [], "floor_scale": 3,
+                                    "attn_scale": 0.4}),
+    "gemma4 shared": ("Gemma4TextConfig", _GEMMA4 | _SHARED),
+    "gemma3n": ("Gemma3nTextConfig", _SHARED | {"head_dim": 8, "sliding_window": 8, "laurel_rank": 4,
+                                                "altup_num_inputs": 2, "activation_sparsity_pattern": None}),
+    "roformer": ("RoFormerConfig", _NO_GROUPS | {"is_decoder": True, "hidden_dropout_prob": 0.0,
+                                                 "attention_probs_dropout_prob": 0.0, "embedding_size": 32}),
 }  # fmt: skip
 
 
 EXACT = {"exact": True}
-EAGER_ONLY = ("bloom", "gpt oss", "granite swa", "gptj", "codegen", "gpt neo", "xglm", "mpt")
+EAGER_ONLY = ("bloom", "gpt oss", "granite swa", "gptj", "codegen", "gpt neo", "xglm", "mpt", "roformer")
 
 
 class Norm(nn.Module):

@@ -14,12 +14,13 @@ from transformers import (
     DebertaV2Model,
     DeepseekV3Config,
     DeepseekV3Model,
-    T5Config,
-    T5EncoderModel,
+    MvpConfig,
+    MvpModel,
 )
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
 import two_level_mha as tlm
+from two_level_mha.integrations.cross import CrossAttention
 
 NAME = "encoder.layer.1.attention.self"
 
@@ -207,10 +208,12 @@ SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_atten
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
 UNKNOWN = {
     "DeBERTa": (lambda: DebertaV2Model(DebertaV2Config(**SMALL)), "encoder.layer.0.attention.self"),
-    "T5": (
-        lambda: T5EncoderModel(T5Config(vocab_size=30, d_model=16, d_kv=4, num_heads=4, num_layers=1, d_ff=24)),
-        "encoder.block.0.layer.0.SelfAttention",
-        "it takes an argument that is not known: mask",
+    "MVP": (
+        lambda: MvpModel(
+            MvpConfig(vocab_size=30, **dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 16))
+        ),
+        "encoder.layers.0.self_attn",
+        "it takes an argument that is not known: attn_prompt",
     ),
     "DeepSeek": (
         lambda: nn.ModuleList([nn.MultiheadAttention(16, 4), DeepseekV3Model(DeepseekV3Config(**SMALL, **LATENT))]),
@@ -234,14 +237,16 @@ def test_unknown_structure_elsewhere():
             super().__init__()
             self.to_q, self.to_k, self.to_v = (nn.Linear(8, 8) for _ in range(3))
 
-    text = "structure that is not supported; supported: nn.MultiheadAttention, decoder, encoder"
+    text = "structure that is not supported; supported: nn.MultiheadAttention, cross, decoder, encoder"
     check_refused(nn.Sequential(OtherAttention()), "0 (OtherAttention)", text)
 
 
 def test_cross_attention():
     """Localises: cross-attention taken for self-attention of the same shape."""
-    model = make("BertModel", is_decoder=True, add_cross_attention=True)
-    check_own_code(model, "encoder.layer.0.crossattention.self", "it is cross-attention")
+    model = tlm.parallelize(make("BertModel", is_decoder=True, add_cross_attention=True), None)
+    layer = model.encoder.layer[0]
+    kinds = [isinstance(one.self, CrossAttention) for one in (layer.attention, layer.crossattention)]
+    assert kinds == [False, True] and not tlm.report(model).gathered
 
 
 def test_nothing_found():

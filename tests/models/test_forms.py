@@ -45,11 +45,13 @@ LIMITS = dict.fromkeys(FORMS, 1e-10) | {
     "codegen": 1e-5,
     "gpt neo": 1e-5,
     "mpt": 5e-5,
+    "llama4": 1e-5,  # which rotates and norms in float32
 }
 GROUPED = [name for name in FORMS if name not in ONE_GROUP]
 PACKED = ("phi3", "gpt neox", "falcon 40b", "bloom", "persimmon", "codegen")
 EVERY_KIND = ("opt", "phi with norms", "gpt neox", "falcon 40b", "bloom", "olmo2", "cohere", "gpt oss", "qwen3 next")
 SINCE = ("falcon rw", "stablelm 2", "codegen", "gpt neo", "mpt", "afmoe", "laguna", "lfm3", "gemma4", "gemma4 k = v")
+LATER = ("llama4", "roformer", "gemma4 shared", "gemma3n")
 TIMEOUT = 400
 
 
@@ -63,7 +65,7 @@ def compare(pool, function, ranks: int, names, *args) -> None:
 
 
 @pytest.mark.parametrize("cache", ["position", "batch"])
-@pytest.mark.parametrize("names", [GROUPED[:9], GROUPED[9:18], GROUPED[18:]])
+@pytest.mark.parametrize("names", [GROUPED[:9], GROUPED[9:18], GROUPED[18:27], GROUPED[27:]])
 def test_logits(pool, names, cache):
     """T. Localises: the names and shapes of a family, its arguments and masks, per family."""
     compare(pool, logits_off, 4, names, (2, 2), {"cache": cache})
@@ -96,13 +98,13 @@ def same_with_own_cache(name, grid):
 
 @pytest.mark.parametrize("scheme", ["slices", "sequence", "batch", "heads", "weights"])
 def test_schemes(pool, scheme):
-    """T. Localises: sums over the heads of a norm, sinks and gates, where a scheme puts heads and rows elsewhere."""
-    names = ("olmo2", "cohere", "gpt oss", "qwen3 next", "afmoe", "lfm3", "gemma4 k = v")
+    """T. Localises: sums over the heads of a norm, sinks, gates, shared keys, where heads and rows are elsewhere."""
+    names = ("olmo2", "cohere", "gpt oss", "qwen3 next", "afmoe", "lfm3", "gemma4 k = v", "gemma4 shared")
     compare(pool, logits_off, 4, names, (2, 2), {"scheme": scheme})
     compare(pool, gradients_off, 4, names, (2, 2), False, {"scheme": scheme})
 
 
-@pytest.mark.parametrize("names", [EVERY_KIND, SINCE])
+@pytest.mark.parametrize("names", [EVERY_KIND, SINCE, LATER])
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_gradients(pool, use_cache, names):
     """T. Localises: gradients of parts of a fused tensor, of a norm's shared sum, of sinks, of what is added."""
@@ -128,7 +130,7 @@ def tokens_off(names, grid, options):
     return wrong
 
 
-@pytest.mark.parametrize("names", [EVERY_KIND, SINCE])
+@pytest.mark.parametrize("names", [EVERY_KIND, SINCE, LATER])
 @pytest.mark.parametrize("cache", ["position", "batch"])
 def test_greedy(pool, cache, names):
     """E. Localises: one query at a time against a cache: ALiBi of all its keys, sinks that ranks share."""
@@ -165,7 +167,7 @@ def test_split_activations(pool):
     for found in pool.run(
         split_activations,
         4,
-        ["olmo2", "gpt oss", "phi3", "falcon 7b", "afmoe", "lfm3", "gemma4 k = v"],
+        ["olmo2", "gpt oss", "phi3", "falcon 7b", "afmoe", "lfm3", "gemma4 k = v", "gemma4 shared"],
         timeout=TIMEOUT,
     ):
         check([found], 1e-10)
@@ -209,6 +211,7 @@ def stored(name, grid, folder):
         "afmoe",
         "lfm3",
         "gemma4 k = v",
+        "gemma3n",
     ],
 )
 def test_stored(pool, tmp_path, name):
@@ -289,7 +292,7 @@ def compiled(name: str) -> float:
         return difference(stock(ids, use_cache=False).logits, run(ids, use_cache=False).logits, keep)
 
 
-@pytest.mark.parametrize("name", ["olmo2", "gpt neox", "granite swa", "afmoe", "lfm3"])
+@pytest.mark.parametrize("name", ["olmo2", "gpt neox", "granite swa", "afmoe", "lfm3", "gemma4 shared"])
 def test_compiled(pool, name):
     """T. Localises: what a graph cannot hold of the adapter: a lookup by name, a sum over heads."""
     assert max(pool.run(compiled, 4, name, timeout=200)) <= (1e-5 if name in IN_FLOAT32 else 1e-10)
@@ -312,6 +315,36 @@ def test_autocast(pool, name):
     """R. Localises: a norm or a sum taken in low precision."""
     for ours, stock in pool.run(rounded, 4, name):
         assert ours <= 2 * stock
+
+
+def without_cache(grid: tuple[int, int]) -> tuple[float, bool]:
+    """Largest difference of logits and gradients of the first GPT, and whether tokens and weights are alike."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    config = transformers.OpenAIGPTConfig(**sizes, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    stock = transformers.OpenAIGPTLMHeadModel(config).double().eval()
+    for p in stock.parameters():
+        p.data.normal_(1.0 if p.ndim == 1 else 0.0, 0.2)
+    ours = tlm.parallelize(copy.deepcopy(stock), mesh(grid))
+    assert tlm.report(ours).attentions == 2
+    ids, keep = prompt()
+    found, tokens = [], []
+    for model in (stock, ours):
+        output = model(ids, attention_mask=keep, output_attentions=True)
+        (output.logits.log_softmax(-1)[..., 3] * keep).sum().backward()
+        weights = [x.transpose(1, 2)[keep.bool()] for x in output.attentions]
+        found.append([output.logits[keep.bool()], *weights])
+        tokens.append(model.generate(ids[1:], max_new_tokens=8, do_sample=False, pad_token_id=0))
+    grads = full_gradients(ours)
+    found = [*zip(*found, strict=True), *((p.grad, grads[name]) for name, p in stock.named_parameters())]
+    return max((a - b).abs().max().item() for a, b in found), torch.equal(*tokens)
+
+
+def test_without_cache(pool):
+    """T. Localises: a mask that is a buffer of floats, a list as output, hidden states by another name."""
+    for grid in ((2, 2), (1, 4)):
+        for off, alike in pool.run(without_cache, 4, grid):
+            assert off <= 1e-10 and alike
 
 
 ENCODERS = {

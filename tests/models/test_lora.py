@@ -153,6 +153,7 @@ CASES = {
     "queries and gates": ("qwen3 next", {"targets": ATTENTION, "rest": False}),
     "gates of heads": ("lfm3", {"targets": ATTENTION, "rest": False}),
     "one key/value head": ("falcon 7b", {"targets": ("query_key_value", "dense"), "rest": False}),
+    "another layer's keys": ("gemma4 shared", {"targets": ATTENTION, "rest": False}),
     "GPT-2": ("gpt2", {"targets": r".*\.attn\.c_(attn|proj)", "lora": {"fan_in_fan_out": True}}),
 }
 

@@ -14,7 +14,7 @@ from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.mesh import Place, mesh_for
 
 # type of layer -> whether it keeps a window of tokens
-WINDOWED = {"full_attention": False, "sliding_attention": True}
+WINDOWED = {"full_attention": False, "sliding_attention": True, "chunked_attention": True}
 
 
 class ModelCacheLayer(CacheLayer, CacheLayerMixin):

@@ -1,18 +1,29 @@
 """transformers' attention of decoders, with a KV cache: Llama, Qwen, Gemma, GPT-2, OPT, Falcon and their kin."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from two_level_mha.cache_layer import NO_CACHE
+from two_level_mha.cache_layer import NO_CACHE, CachedCall
 from two_level_mha.class_like import class_like
 from two_level_mha.decoder import check_dropout
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations import forms
 from two_level_mha.integrations.cache import WINDOWED, put_layer, split_layer
 from two_level_mha.integrations.projected import ProjectedAttention, additive, mask_for, random_arguments
+
+
+class SharedKeys(NamedTuple):
+    """What a layer leaves for later ones: keys and values as it attended to them, this rank's, in the call's layout."""
+
+    k: Tensor
+    v: Tensor
+    call: CachedCall
+    new: int  # keys that came with the call
 
 
 class DecoderAttention(ProjectedAttention):
@@ -40,15 +51,21 @@ class DecoderAttention(ProjectedAttention):
         self.layer_idx, self.cache_layout = forms.layer_of(original), cache
         self.cache_name = forms.cache_name(original)
         self.softcap = getattr(original, forms.SOFTCAP, None) or 0.0
+        self.leaves_shared = getattr(original, forms.LEAVES, False)
+        if self.leaves_shared or forms.takes_shared(original):
+            self.layer_type = original.layer_type
+            if self.scheme == "auto":  # layers that share keys must have them in one layout
+                self.scheme = "heads" if self.whole_heads else "sequence"
 
     def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        given = dict(zip(self.argument_names, args, strict=False)) | kwargs
-        hidden_states, past = given["hidden_states"], _own_cache(given.get(self.cache_name))
-        whole = self.wholes([hidden_states])[0]
-        B, L, _ = whole.shape
+        given = self.given(args, kwargs)
+        hidden_states, states, past = given["hidden_states"], self.states_of(given), self.cache_of(given)
+        wholes = self.wholes([hidden_states, states])
+        (B, L, _), new_keys = wholes[0].shape, wholes[1].shape[1]
         need_weights, dropout_p = self.needs_weights(given), self.dropout_p
         layout = "batch" if dropout_p > 0.0 else self.cache_layout  # see check_dropout
-        mask = self.mask_of(given, L + (past.get_seq_length(self.layer_idx) if isinstance(past, Cache) else 0))
+        kept = past.get_seq_length(self.layer_idx) if isinstance(past, Cache) else 0
+        mask = self.mask_of(given, L, kept + new_keys, kept)
 
         def check() -> dict[str, object]:
             self.check_arguments(given)
@@ -57,7 +74,7 @@ class DecoderAttention(ProjectedAttention):
                 return settings
             layer = split_layer(past, self.layer_idx, self.place, layout)
             check_dropout(layer, dropout_p)
-            call = layer.next_call(B, L)
+            call = layer.next_call(B, new_keys)
             if need_weights and layer.layout == "position":
                 raise UsageRuntimeError(
                     "output_attentions needs all keys of a query on one rank, which a cache by position has not: "
@@ -65,22 +82,70 @@ class DecoderAttention(ProjectedAttention):
                 )
             return settings | call._asdict()
 
-        self.check_call(check, {"hidden_states": hidden_states, "attention_mask": mask})
+        tensors = {"hidden_states": hidden_states, "attention_mask": mask}
+        self.check_call(check, tensors if states is hidden_states else tensors | {"other states": states})
         layer, call = None, NO_CACHE
         if past is not None:
             layer = split_layer(past, self.layer_idx, self.place, layout)
             put_layer(past, self.layer_idx, layer)
-            call = layer.begin(B, L)
-        causal = self.masks_itself or (mask is None and self.causal_without_mask(given, L))
+            call = layer.begin(B, new_keys)
+        causal = self.masks_itself or self.causal_without_mask(given, L)
         if need_weights and mask is not None and mask.dtype == torch.bool:
             mask = additive(mask, hidden_states.dtype)  # a padded row must not become NaN
         first_row = call.position if causal else None
-        return self.attended(given, whole, mask, first_row, softcap=self.softcap, cache=layer, call=call)
+        options = {"softcap": self.softcap, "call": call}
+        if not self.leaves_shared:
+            return self.attended(given, states, wholes, mask, first_row, cache=layer, **options)
+
+        def leave(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            if layer is not None:
+                for_gradients = q.requires_grad or (mask is not None and mask.requires_grad)
+                k, v = layer.append(k, v, new_keys, for_gradients=for_gradients)
+            given[forms.SHARED_STATES][self.layer_type] = SharedKeys(k, v, call, new_keys)
+            return q, k, v
+
+        return self.attended(given, states, wholes, mask, first_row, then=leave, **options)
+
+    def states_of(self, given: dict) -> Tensor:
+        """Those of which a call makes keys and values."""
+        return given["hidden_states"]
+
+    def cache_of(self, given: dict) -> object:
+        """The cache of a call; of an encoder-decoder's the part of self-attention."""
+        past = given.get(self.cache_name)
+        return past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
 
 
-def _own_cache(past: object) -> object:
-    """Of an encoder-decoder's cache the part of self-attention."""
-    return past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
+class TakingAttention(DecoderAttention):
+    """A DecoderAttention without keys and values of its own: it attends to those that another layer has left."""
+
+    def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        given = self.given(args, kwargs)
+        x_BLD, left = given["hidden_states"], given[forms.SHARED_STATES].get(self.layer_type)
+        B, L, D = x_BLD.shape
+        if isinstance(left, tuple) and not isinstance(left, SharedKeys) and self.place.grid.size == 1:
+            left = SharedKeys(*left, NO_CACHE._replace(position=left[0].shape[2] - L), L)  # all of them
+        mask = self.mask_of(given, L, L)
+
+        def check() -> dict[str, object]:
+            self.check_arguments(given)
+            if not isinstance(left, SharedKeys):
+                raise UsageRuntimeError(
+                    f"{forms.SHARED_STATES} has no keys and values of a split attention for {self.layer_type!r}: split "
+                    "the layer that leaves them too"
+                )
+            return {"need_weights": self.needs_weights(given), "dropout_p": self.dropout_p} | left.call._asdict()
+
+        self.check_call(check, {"hidden_states": x_BLD, "attention_mask": mask})
+        if self.needs_weights(given) and mask is not None and mask.dtype == torch.bool:
+            mask = additive(mask, x_BLD.dtype)
+        none, call = x_BLD.new_empty(B, 0, D), left.call._replace(position=left.call.position + left.new)
+        causal = left.call.position if self.masks_itself or self.causal_without_mask(given, L) else None
+
+        def take(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return q, left.k, left.v
+
+        return self.attended(given, none, [x_BLD, none], mask, causal, then=take, softcap=self.softcap, call=call)
 
 
 def _check_options(original: nn.Module, scheme: str) -> None:
@@ -98,7 +163,8 @@ def _check_options(original: nn.Module, scheme: str) -> None:
 
 def decoder_like(original: nn.Module, *args, **options) -> DecoderAttention:
     """A DecoderAttention of the original's class too."""
-    return class_like(DecoderAttention, type(original))(original, *args, **options)
+    kind = TakingAttention if forms.takes_shared(original) else DecoderAttention
+    return class_like(kind, type(original))(original, *args, **options)
 
 
 def problem(original: nn.Module) -> str | None:
@@ -117,18 +183,25 @@ def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple,
     cache, whole = DynamicCache(), random_arguments(original, 6, dtype)
 
     def of_rows(name: str, x: object, first: int, end: int) -> object:
-        if name == "position_embeddings":
+        if name == "position_embeddings" and isinstance(x, tuple):
             return tuple(angles[:, first:end] for angles in x)
+        if name == forms.SINUSOIDS:
+            return x[:, :, first:end]
         if name == forms.SHARED_STATES:
-            return dict(x)
+            return {kind: tuple(one[:, :, :end] for one in pair) for kind, pair in x.items()}
         if name in forms.BIASES:
-            return x if x is None or forms.hides(original) else x[..., :end]
+            if x is None or forms.hides(original):
+                return x
+            return x[..., :end] if x.shape[-2] == 1 else x[..., first:end, :end]
         return x[:, first:end].contiguous()
 
     def call(first: int, end: int, mask: Tensor | None, past) -> tuple[tuple, dict]:
         if mask is not None:
             mask = mask_for(original, mask[:, :, first:end, :end], dtype)
         given = {name: of_rows(name, x, first, end) for name, x in whole.items()}
-        return (given.pop("hidden_states"),), given | {"attention_mask": mask, forms.cache_name(original): past}
+        return (given.pop("hidden_states"),), given | {
+            forms.mask_name(original): mask,
+            forms.cache_name(original): past,
+        }
 
     return [call(0, 6, keep, None), call(0, 4, keep, cache), call(4, 6, keep, cache), call(0, 6, None, None)]

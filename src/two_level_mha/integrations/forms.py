@@ -32,20 +32,24 @@ PACKINGS = {"query_key_value": ("groups", "blocks")}
 ANY_PACKING = ("blocks", "groups", "quarters")
 
 NORMS = {
-    "q": ("q_norm", "query_norm", "q_layernorm", "query_layernorm"),
-    "k": ("k_norm", "key_norm", "k_layernorm", "key_layernorm"),
+    "q": ("q_norm", "query_norm", "q_layernorm", "query_layernorm", "qk_norm"),
+    "k": ("k_norm", "key_norm", "k_layernorm", "key_layernorm", "qk_norm"),
 }
 VALUE_NORM = "v_norm"  # of each head of v; without weights
-HEAD_DIMS = ("head_dim", "attention_head_size", "head_size")
-HEADS = ("num_attention_heads", "num_heads", "n_heads")
+HEAD_DIMS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 LAYERS = ("layer_idx", "layer_id")
 SCALES = ("scaling", "scale", "inv_norm_factor", "softmax_scale")
 SOFTCAP = "attn_logit_softcapping"
 SINKS = "sinks"  # (h,)
 # A function beside the module: of position_ids, a rate and a length of the config, what queries are multiplied with.
 TEMPERATURE = "get_llama_4_attn_scale"
+# Classes whose layers without rotation multiply queries with 1 + attn_scale log(1 + floor((p + 1) / floor_scale)), of a
+# row's position p in the sequence and its cache.
+TUNED = ("Llama4TextAttention",)
 ANGLES = "embed_positions"  # a buffer (length, 2 pairs) of each position's sines, then its cosines
-MASK = "bias"  # a buffer (1, 1, length, length) of bools, True = attend: causal, whatever else masks say
+SINUSOIDS = "sinusoidal_pos"  # an argument (1, 1, L, 2 pairs), of each position's sines, then its cosines
+MASK = "bias"  # a buffer (1, 1, length, length), True or 1 = attend: causal, whatever else masks say
 WINDOWS = {"local": "window_size"}  # attention_type -> where the config has how many keys a row sees
 
 # Dropout of attention weights: an nn.Dropout or a probability; and of the output: an nn.Dropout.
@@ -58,16 +62,24 @@ BIASES = ("alibi", "position_bias")  # of the scores
 # What is added to the scores: a bias as it is, or scaled as they are, or none, since the mask has it, but where
 # attention weights are asked for.
 BIASED = ("added", "scaled", "in the mask")
+# A table of the bias by distance, of which compute_bias makes position_bias where none is given; layers without a table
+# are then given what it made.
+BIAS_TABLE = "relative_attention_bias"
 # Classes whose masks are bools with True = hide, and whose position_bias is (h, 1, any number of keys, the last count).
 HIDING = ("MptAttention",)
+INPUTS = ("hidden_states", "x")
+LISTING = ("modeling_openai.Attention",)  # classes, and their modules, that give a list, of weights only if asked for
 # Arguments that mean something to a call, and those that a call without them goes like; no others are known.
-ARGUMENTS = {"hidden_states", "attention_mask", "position_embeddings", "residual", *CACHES, *BIASES}
-# Where layers leave keys and values for later ones, which these attributes say that a module does, or takes.
-SHARED_STATES, SHARES = "shared_kv_states", ("is_kv_shared_layer", "store_full_length_kv")
+MASKS = ("attention_mask", "mask")
+ARGUMENTS = {*INPUTS, "position_embeddings", SINUSOIDS, "residual", *MASKS, *CACHES, *BIASES}
+# Where layers leave keys and values, by layer_type, for later ones that have none of their own; what says that a module
+# takes them, or leaves its own.
+SHARED_STATES, TAKES, LEAVES = "shared_kv_states", "is_kv_shared_layer", "store_full_length_kv"
 OTHERS = {"output_attentions", "use_cache", "position_ids", "cache_position", "is_causal"}
+# Of cross-attention: what it is called, and the states that it attends to.
 CROSS_NAMES = ("encoder_attn", "encdec", "enc_dec")
-# Of cross-attention, which it is not; given all the same, they are refused.
-CROSS = ("encoder_hidden_states", "encoder_attention_mask", "key_value_states")
+STATES = ("key_value_states", "encoder_hidden_states")
+CROSS = (*STATES, "encoder_attention_mask")  # given to what is called otherwise, they are refused
 
 
 def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
@@ -84,13 +96,19 @@ def paths_of(module: nn.Module, parent: nn.Module | None) -> dict[str, str] | No
         if path is not None:
             found[letter] = path
     without_v = any(getattr(module, name, module) is None for name in PROJECTIONS["v"])  # v is what k is projected to
-    for letters in ("q", "k", "v", "o"), ("qkv", "o"), ("q", "k", "o") if without_v else ("qkv", "o"):
+    kinds = [("q", "k", "v", "o"), ("qkv", "o"), *([("q", "k", "o")] if without_v else [])]
+    for letters in [("q", "o")] if takes_shared(module) else kinds:
         if set(letters) <= found.keys():
             paths = {letter: found[letter] for letter in letters}
             gate = gate_of(module)
             wide = gate is not None and features_of(getattr(module, gate))[1] == _width_of_heads(module, parent, paths)
             return paths | ({"g": gate} if wide else {})
     return None
+
+
+def takes_shared(module: nn.Module) -> bool:
+    """Whether its keys and values are another layer's."""
+    return getattr(module, TAKES, False) is True
 
 
 def gate_of(module: nn.Module) -> str | None:
@@ -114,7 +132,7 @@ def unknown_argument(module: nn.Module) -> str | None:
     """Why it may be called with what is not known here, or None."""
     named = parameters_of(module)
     for name in named:
-        if name == SHARED_STATES and not any(getattr(module, share, True) for share in SHARES):
+        if name == SHARED_STATES and all(hasattr(module, share) for share in (TAKES, LEAVES)):
             continue
         if name not in (*ARGUMENTS, *OTHERS, *CROSS):
             return f"it takes an argument that is not known: {name}"
@@ -135,7 +153,7 @@ def layer_of(module: nn.Module) -> int | None:
 def masks_itself(module: nn.Module) -> bool:
     """Whether it is causal, whatever masks it is given."""
     mask = getattr(module, MASK, None)
-    return isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.dim() == 4
+    return isinstance(mask, torch.Tensor) and mask.dim() == 4
 
 
 def window_of(module: nn.Module) -> int | None:
@@ -149,8 +167,16 @@ def temperature_of(module: nn.Module) -> Callable | None:
     return getattr(sys.modules[type(module).__module__], TEMPERATURE, None)
 
 
+def tuning_of(module: nn.Module) -> tuple[float, float] | None:
+    """attn_scale and floor_scale, if it has such factors."""
+    tuned = type(module).__name__ in TUNED and module.attn_temperature_tuning and not module.use_rope
+    return (module.attn_scale, module.floor_scale) if tuned else None
+
+
 def _looks_like(module: nn.Module, parent: nn.Module | None) -> bool:
-    return paths_of(module, parent) is not None and next(iter(parameters_of(module)), None) == "hidden_states"
+    first = next(iter(parameters_of(module)), None)
+    known = first == INPUTS[0] or (first in INPUTS and type(module).__module__.startswith("transformers."))
+    return known and paths_of(module, parent) is not None
 
 
 def cache_name(module: nn.Module) -> str | None:
@@ -158,10 +184,37 @@ def cache_name(module: nn.Module) -> str | None:
     return next((name for name in CACHES if name in parameters_of(module)), None)
 
 
+def mask_name(module: nn.Module) -> str:
+    """What it calls its mask."""
+    return next((name for name in MASKS if name in parameters_of(module)), MASKS[0])
+
+
+def gives_list(module: nn.Module) -> bool:
+    """Whether its output is a list."""
+    kind = type(module)
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" in LISTING
+
+
+def gives_bias(module: nn.Module) -> bool:
+    """Whether it gives the bias that it has added, for other layers, between its output and the weights."""
+    return hasattr(module, "compute_bias") and "position_bias" in parameters_of(module)
+
+
+def states_name(module: nn.Module) -> str | None:
+    """What it calls the states that cross-attention attends to; None: it has no such argument."""
+    return next((name for name in STATES if name in parameters_of(module)), None)
+
+
 def is_decoder(module: nn.Module, parent: nn.Module | None) -> bool:
     """Whether a module is attention that may be called with a KV cache."""
     cached = layer_of(module) is not None and cache_name(module) is not None
     return _looks_like(module, parent) and cached
+
+
+def is_cross_attention(module: nn.Module, parent: nn.Module | None) -> bool:
+    """Whether a module is attention that may be called with other states."""
+    paths = paths_of(module, parent) if _looks_like(module, parent) else None
+    return paths is not None and "k" in paths and states_name(module) is not None
 
 
 def is_encoder(module: nn.Module, parent: nn.Module | None) -> bool:
@@ -180,10 +233,13 @@ def may_take_cache(module: nn.Module) -> bool:
 
 
 def is_cross(module: nn.Module, name: str) -> bool:
-    """Whether a module is attention to other states than its own: by its class, an attribute, or what it is called."""
-    called = type(module).__name__.lower(), name.rpartition(".")[2].lower()
-    by_name = "crossattention" in called[0] or "cross" in called[1] or called[1].startswith(CROSS_NAMES)
-    return by_name or bool(getattr(module, "is_cross_attention", False))
+    """Whether a module is attention to other states than its own: by its class, an attribute, or what it, or the module
+    that it is in, is called.
+    """
+    called = [part.lower() for part in name.split(".")[-2:]]
+    by_name = any("cross" in part or part.startswith(CROSS_NAMES) for part in called)
+    by_class = "crossattention" in type(module).__name__.lower()
+    return by_name or by_class or bool(getattr(module, "is_cross_attention", False))
 
 
 def first_of(module: nn.Module, names: tuple[str, ...]) -> object:
@@ -202,6 +258,8 @@ def heads_of(original: nn.Module, projections: dict[str, nn.Module]) -> tuple[in
         h = h or getattr(getattr(original, "config", None), HEADS[0], None) or 1
         d = widths["o"] // h
     h = widths["o"] // d
+    if takes_shared(original):
+        widths |= dict.fromkeys("kv", h // original.num_key_value_groups * d)
     rest = widths["qkv"] - h * d if "qkv" in widths else widths["k"] + widths["v"]
     fits = widths["o"] == h * d and rest % (2 * d) == 0 and rest > 0
     if not fits or ("q" in widths and (widths["q"] not in (h * d, 2 * h * d) or widths["k"] != widths["v"])):
@@ -269,7 +327,7 @@ def variants_of(module: nn.Module, paths: Mapping[str, str]) -> list[dict[str, o
     """What the names leave open, as options of ProjectedAttention, the likelier first."""
     named = parameters_of(module)
     rotates: list[dict[str, object]] = [{"rotates": False}]
-    if "position_embeddings" in named or hasattr(module, ANGLES):
+    if {"position_embeddings", SINUSOIDS} & named.keys() or hasattr(module, ANGLES):
         rotates = [{"rotates": True}, *rotates]
         if any(first_of(module, names) is not None for names in NORMS.values()):
             rotates.append({"rotates": True, "norms_last": True})

@@ -152,7 +152,7 @@ def refusal_of(layers: dict[str, nn.Module], attentions: list, activations: str)
 
 def is_projection(paths: dict[str, str], letter: str) -> bool:
     """Whether the projection stays a child of the split attention: not outside, nor fused with what is no linear."""
-    return "." not in paths[letter] and set("".join(paths)) == set("qkvo")
+    return "." not in paths[letter] and set("".join(paths)) in (set("qkvo"), set("qo"))
 
 
 def check_adapters(layers: Iterable[nn.Module], mesh: DeviceMesh | None, refusal: Exception | None = None) -> None:

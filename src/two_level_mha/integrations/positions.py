@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from two_level_mha.errors import GridError
-from two_level_mha.integrations.forms import ANGLES, NORMS, VALUE_NORM, temperature_of
+from two_level_mha.integrations.forms import (
+    ANGLES,
+    NORMS,
+    SINUSOIDS,
+    VALUE_NORM,
+    parameters_of,
+    takes_shared,
+    temperature_of,
+    tuning_of,
+)
 from two_level_mha.layer import Aside
 from two_level_mha.low_rank import Cut
 
@@ -29,7 +38,8 @@ class Positioned:
     """
 
     def use_positions(self, original: nn.Module, rotates: bool, norms_last: bool) -> None:
-        self.rotary, self.temperature = _rotary(original) if rotates else None, temperature_of(original)
+        self.rotary = _rotary(original) if rotates else None
+        self.temperature, self.tuning = temperature_of(original), tuning_of(original)
         self.rotary_width, self.norms_last = rotary_width(original, self.head_dim), norms_last
         self.register_buffer(ANGLES, getattr(original, ANGLES, None) if rotates else None, persistent=False)
         self.norm_names: dict[str, str] = {}  # letter -> child
@@ -39,22 +49,37 @@ class Positioned:
                 self.norm_names[letter] = name
                 self.add_module(name, getattr(original, name))
                 self._check_norm(letter)
-        self.value_eps = _value_eps(original)
+        self.value_eps, self.queries_alone = _value_eps(original), takes_shared(original)
         self.fused = self.fused_form(self.rotary_width)
 
-    def rows_of(self, given: dict) -> list[Tensor] | None:
-        """What goes with the tokens of a call: cos and sin, then the factors of the queries."""
+    def rows_of(self, given: dict, first: int, length: int) -> list[Tensor] | None:
+        """What goes with the tokens of a call, `length` from position `first` on: cos and sin, then the factors of the
+        queries.
+        """
         angles, table = given.get("position_embeddings"), self._buffers[ANGLES]
         if table is not None:
             sin, cos = table[given["position_ids"]].to(given["hidden_states"].dtype).chunk(2, -1)
             angles = cos, sin
+        if given.get(SINUSOIDS) is not None:
+            sin, cos = given[SINUSOIDS].squeeze(1).chunk(2, -1)
+            angles = cos, sin
+        if isinstance(angles, Tensor):  # complex numbers
+            angles = angles.real, angles.imag
         unrotated = self.rotary is None or angles is None  # a model may leave them out by its config
         rows = [] if unrotated else [x.unsqueeze(1) for x in angles]
         if self.temperature is not None:
             parameters = self.config.rope_parameters
             names = "llama_4_scaling_beta", "original_max_position_embeddings"
             rows.append(self.temperature(given["position_ids"], *(parameters.get(name) for name in names)))
+        if self.tuning is not None:
+            scale, floor = self.tuning
+            positions = torch.arange(first + 1.0, first + length + 1.0, device=given["hidden_states"].device)
+            rows.append((torch.log1p(torch.floor(positions / floor)) * scale + 1.0).view(1, 1, length, 1))
         return rows or None
+
+    @property
+    def scales_queries(self) -> bool:
+        return self.temperature is not None or self.tuning is not None
 
     def norms(self) -> list[nn.Module]:
         """Those of queries and of keys that the model has."""
@@ -98,11 +123,12 @@ class Positioned:
         if self.rotary is not None and len(aside.q_rows) >= 2:
             q, k = q[..., : self.rotary_width], k[..., : self.rotary_width]
             q = self.rotary(q, q[:, :0], *(x.squeeze(1) for x in aside.q_rows[:2]))[0]
-            k = self.rotary(k[:, :0], k, *(x.squeeze(1) for x in aside.k_rows[:2]))[1]
+            if not self.queries_alone:
+                k = self.rotary(k[:, :0], k, *(x.squeeze(1) for x in aside.k_rows[:2]))[1]
             if self.rotary_width < self.head_dim:
                 rest = slice(self.rotary_width, None)
                 q, k = torch.cat([q, q_BHLd[..., rest]], -1), torch.cat([k, k_BKSd[..., rest]], -1)
-        if self.temperature is not None:
+        if self.scales_queries:
             q = q * aside.q_rows[-1].to(q.dtype)
         return q, k
 
@@ -168,7 +194,7 @@ class Positioned:
         """
         norms = self.norms()
         single = all(len(list(norm.parameters())) == 1 and _weight_shape(norm) == (self.head_dim,) for norm in norms)
-        if len(norms) == 1 or not single or self.rotary is None or self.temperature is not None:
+        if len(norms) == 1 or not single or self.rotary is None or self.scales_queries:
             return None
         draw = torch.Generator(device="cpu").manual_seed(0)
 
@@ -214,7 +240,18 @@ def _value_eps(original: nn.Module) -> float | None:
 def _rotary(original: nn.Module):
     """The rotary function of the model's own module: of q, k (B, heads, L, r), cos and sin it gives both."""
     module = sys.modules[type(original).__module__]
+    if SINUSOIDS in parameters_of(original):  # of both, and sines and cosines (B, 1, L, 2 pairs)
+        found = type(original).apply_rotary_position_embeddings
+        return lambda q, k, cos, sin: found(torch.cat([sin, cos], -1).unsqueeze(1), q, k)
     found = getattr(module, "apply_rotary_pos_emb", None)
+    if found is None and takes_complex(original):  # of both (B, L, heads, r), neither of them empty
+        found = module.apply_rotary_emb
+
+        def of_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            x_BLHr = x.transpose(1, 2)
+            return found(x_BLHr, x_BLHr[:, :, :1], torch.complex(cos, sin))[0].transpose(1, 2) if x.numel() else x
+
+        return lambda q, k, cos, sin: [of_one(x, cos, sin) for x in (q, k)]
     if found is None:
         raise GridError(f"{module.__name__} has no apply_rotary_pos_emb, which its attention would be rotated by")
     if list(inspect.signature(found).parameters)[1:3] == ["cos", "sin"]:  # of one of both
@@ -222,6 +259,12 @@ def _rotary(original: nn.Module):
     if hasattr(original, ANGLES):  # GPT-J's, of one (B, L, heads, r), sin and cos
         return lambda q, k, cos, sin: [found(x.transpose(1, 2), sin, cos).transpose(1, 2) for x in (q, k)]
     return found
+
+
+def takes_complex(original: nn.Module) -> bool:
+    """Whether its position_embeddings are complex numbers, cos + i sin."""
+    found = getattr(sys.modules[type(original).__module__], "apply_rotary_emb", None)
+    return found is not None and "freqs_cis" in inspect.signature(found).parameters
 
 
 def rotary_width(original: nn.Module, head_dim: int) -> int:

@@ -1,16 +1,20 @@
 """transformers' attention without a KV cache, as its modules are called: BERT, ViT, CLIP, ModernBERT and their kin."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.activations import gather_part, used_apart
+from two_level_mha.cache_layer import NO_CACHE
 from two_level_mha.class_like import class_like
 from two_level_mha.errors import UsageRuntimeError
 from two_level_mha.integrations import forms
-from two_level_mha.integrations.positions import Positioned, random_angles
+from two_level_mha.integrations.positions import Positioned, random_angles, takes_complex
 from two_level_mha.layer import Aside, GridAttention
 from two_level_mha.low_rank import features_of
+from two_level_mha.probe import settings
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # whose masks are understood
 
@@ -51,9 +55,10 @@ class ProjectedAttention(Positioned, GridAttention):
         self.config = getattr(original, "config", None)  # Bloom's and MPNet's attention has none: masks are additive
         self.scaling = forms.scale_of(original, d) if scaled else 1.0
         self.biased, self.hides = biased, forms.hides(original)
+        self.gives_bias, self.gives_list = forms.gives_bias(original), forms.gives_list(original)
         self.masks_itself, self.window = forms.masks_itself(original), forms.window_of(original)
         self.is_causal = getattr(original, "is_causal", False)
-        self.argument_names = tuple(forms.parameters_of(original))
+        self.argument_names, self.mask_name = tuple(forms.parameters_of(original)), forms.mask_name(original)
         self.dropout_name, dropout = forms.weights_dropout(original)
         self.add_module(self.dropout_name, dropout)
         self.hidden_dropout = getattr(original, "hidden_dropout", 0.0)  # of an output that a residual is added to
@@ -69,6 +74,13 @@ class ProjectedAttention(Positioned, GridAttention):
         self.gate_name = None if gated else forms.gate_of(original)  # of one number for each head
         if self.gate_name is not None:
             self.add_module(self.gate_name, getattr(original, self.gate_name))
+        self.makes_bias = getattr(original, forms.BIAS_TABLE, None) is not None
+        known = {*self.argument_names, *(("position_bias",) if self.makes_bias else ())}
+        self.biases = [name for name in forms.BIASES if name in known]
+        if self.makes_bias:
+            self.add_module(forms.BIAS_TABLE, getattr(original, forms.BIAS_TABLE))
+            for name, value in settings(original):  # of which its compute_bias, which is this class's too, makes it
+                vars(self).setdefault(name, value)
         self.use_positions(original, rotates, norms_last)
 
     @property
@@ -77,10 +89,10 @@ class ProjectedAttention(Positioned, GridAttention):
         return getattr(self, self.dropout_name).p if self.training else 0.0
 
     def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        given = dict(zip(self.argument_names, args, strict=False)) | kwargs
+        given = self.given(args, kwargs)
         hidden_states, dropout_p = given["hidden_states"], self.dropout_p
         whole = self.wholes([hidden_states])[0]
-        mask = self.mask_of(given, whole.shape[1])
+        mask = self.mask_of(given, whole.shape[1], whole.shape[1])
 
         def check() -> dict[str, object]:
             self.check_arguments(given)
@@ -89,19 +101,34 @@ class ProjectedAttention(Positioned, GridAttention):
             return {"need_weights": self.needs_weights(given), "dropout_p": dropout_p}
 
         self.check_call(check, {"hidden_states": hidden_states, "attention_mask": mask})
-        causal = self.masks_itself or (mask is None and self.causal_without_mask(given, whole.shape[1]))
-        return self.attended(given, whole, mask, 0 if causal else None)
+        causal = self.masks_itself or self.causal_without_mask(given, whole.shape[1])
+        return self.attended(given, hidden_states, [whole, whole], mask, 0 if causal else None)
+
+    def given(self, args: tuple, kwargs: dict) -> dict:
+        """The arguments of a call by name, the hidden states and the mask by one name."""
+        given = dict(zip(self.argument_names, args, strict=False)) | kwargs
+        return given | {forms.INPUTS[0]: given[self.argument_names[0]], forms.MASKS[0]: given.get(self.mask_name)}
 
     def attended(
-        self, given: dict, whole: Tensor, mask: Tensor | None, causal: int | None, **options
+        self,
+        given: dict,
+        states: Tensor,
+        wholes: list[Tensor],
+        mask: Tensor | None,
+        causal: int | None,
+        then: Callable | None = None,
+        **options,
     ) -> tuple[Tensor, Tensor | None]:
-        """What a call returns: of `attend`, which takes the options, and of what the original does behind it."""
+        """What a call returns: of `attend`, which takes the options, and of what the original does behind it.
+
+        states: of which keys and values are; then: what acts last on q, k and v before they attend.
+        """
         x_BLD = given["hidden_states"]
         y_BLD, weights = self.attend(
             x_BLD,
-            x_BLD,
-            x_BLD,
-            wholes=[whole, whole],
+            states,
+            states,
+            wholes=wholes,
             attn_mask=mask,
             scale=self.scaling,
             causal=causal,
@@ -109,11 +136,14 @@ class ProjectedAttention(Positioned, GridAttention):
             dropout_p=self.dropout_p,
             need_weights=self.needs_weights(given),
             average_attn_weights=False,
-            gate=self.gate_of_heads(x_BLD, whole),
-            **self.between_of(given),
+            gate=self.gate_of_heads(x_BLD, wholes[0]),
+            **self.between_of(given, options.get("call", NO_CACHE).position, wholes[0].shape[1], then),
             **options,
         )
-        return self.finished(y_BLD, given), weights
+        y_BLD = self.finished(y_BLD, given)
+        if self.gives_list:
+            return [y_BLD] if weights is None else [y_BLD, weights]
+        return (y_BLD, given.get("position_bias"), weights) if self.gives_bias else (y_BLD, weights)
 
     def check_arguments(self, given: dict) -> None:
         """Raises where the config was changed to an implementation whose masks, or whose lack of one, mean others, and
@@ -129,16 +159,21 @@ class ProjectedAttention(Positioned, GridAttention):
             if given.get(name) is not None:
                 raise UsageRuntimeError(f"{name} is not supported by this attention: it is self-attention")
         for name in forms.BIASES:
-            if given.get(name) is not None and name not in self.argument_names:
+            if given.get(name) is not None and name not in self.biases:
                 raise UsageRuntimeError(f"{name} is not supported by this attention: it adds attention_mask only")
 
-    def mask_of(self, given: dict, keys: int) -> Tensor | None:
-        """The mask, with what the original adds to the scores; keys: how many there are."""
-        mask = given.get("attention_mask")
+    def mask_of(self, given: dict, length: int, keys: int, kept: int = 0) -> Tensor | None:
+        """The mask, with what the original adds to the scores. length, keys: how many queries and keys there are; kept:
+        those of a cache. A bias that is made here is given from then on.
+        """
+        mask = given["attention_mask"]
         if mask is not None and self.hides:
             mask = ~mask
-        for name in forms.BIASES:
-            bias = given.get(name) if name in self.argument_names else None
+        if self.makes_bias and given.get("position_bias") is None:
+            device = given["hidden_states"].device
+            given["position_bias"] = self.compute_bias(length, keys, device=device, past_seen_tokens=kept)
+        for name in self.biases:
+            bias = given.get(name)
             if bias is None or (self.biased == "in the mask" and not self.needs_weights(given)):
                 continue
             if bias.dim() == 3:  # (B * h, 1, S), or (h, 1, any number)
@@ -162,14 +197,15 @@ class ProjectedAttention(Positioned, GridAttention):
         part = torch.func.functional_call(linear, weights, (x_BLD,))
         return gather_part(part, whole.shape[int(self.activations == "sequence")], self.activations, self.place, True)
 
-    def between_of(self, given: dict) -> dict[str, object]:
-        """What acts on queries and keys, as arguments of `attend`."""
+    def between_of(self, given: dict, first: int, length: int, then: Callable | None) -> dict[str, object]:
+        """What acts on queries and keys, as arguments of `attend`; first, length: positions of the queries."""
 
         def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
-            return *self.positioned(q_BHLd, k_BKSd, aside), self.normed_values(v)
+            found = *self.positioned(q_BHLd, k_BKSd, aside), self.normed_values(v)
+            return found if then is None else then(*found)
 
         return {
-            "rows": self.rows_of(given),
+            "rows": self.rows_of(given, first, length),
             "shared": self.norm_parameters(),
             "between": between,
             "sinks": self._parameters.get(forms.SINKS),
@@ -185,9 +221,9 @@ class ProjectedAttention(Positioned, GridAttention):
         return y_BLD
 
     def causal_without_mask(self, given: dict, length: int) -> bool:
-        """Whether a call of `length` queries without a mask is causal: with "eager" the mask would say so."""
+        """Whether a call of `length` queries has no mask and is causal: with "eager" the mask would say so."""
         is_causal = given.get("is_causal")
-        wanted = self.is_causal if is_causal is None else is_causal
+        wanted = given["attention_mask"] is None and (self.is_causal if is_causal is None else is_causal)
         return wanted and getattr(self.config, "_attn_implementation", "eager") == "sdpa" and length > 1
 
     def needs_weights(self, given: dict) -> bool:
@@ -221,17 +257,25 @@ def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict
     h, d = (forms.first_of(original, names) for names in (forms.HEADS, forms.HEAD_DIMS))
     if "position_embeddings" in named:
         given["position_embeddings"] = random_angles(original, d, rows, dtype)
+        if takes_complex(original):
+            given["position_embeddings"] = torch.complex(*given["position_embeddings"])
+    if forms.SINUSOIDS in named:
+        given[forms.SINUSOIDS] = torch.randn(1, 1, rows, d, dtype=dtype)
     if "alibi" in named:  # where it is a choice of the config, angles are given all the same
         alibi = "position_embeddings" not in named or getattr(original.config, "alibi", False)
         given["alibi"] = torch.randn(2 * h, 1, rows, dtype=dtype) if alibi else None
     if "position_bias" in named:
         shape = (h, 1, 2 * rows) if forms.hides(original) else (1, h, rows, rows)
-        given["position_bias"] = torch.randn(shape, dtype=dtype)
+        made = getattr(original, forms.BIAS_TABLE, None) is not None
+        given["position_bias"] = None if made else torch.randn(shape, dtype=dtype)
     if "position_ids" in named:  # big ones: who makes anything of them will show it
         first = 0 if hasattr(original, forms.ANGLES) else 1 << 20
         given["position_ids"] = first + torch.arange(rows).expand(2, rows)
     if forms.SHARED_STATES in named:
         given[forms.SHARED_STATES] = {}
+        if forms.takes_shared(original):
+            shape = (2, features_of(projection)[1] // d // original.num_key_value_groups, rows, d)
+            given[forms.SHARED_STATES] = {original.layer_type: tuple(torch.randn(2, *shape, dtype=dtype))}
     if "residual" in named:
         given["residual"] = torch.randn_like(x_BLD)
     return given
@@ -243,5 +287,5 @@ def probe_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, d
     hidden = (given.pop("hidden_states"),)
     keep_B11S = torch.ones(2, 1, 1, 5, dtype=torch.bool)
     keep_B11S[1, ..., 3:] = False
-    mask = mask_for(original, keep_B11S, dtype)
-    return [(hidden, given | {"attention_mask": mask}), (hidden, given | {"attention_mask": None})]
+    mask, name = mask_for(original, keep_B11S, dtype), forms.mask_name(original)
+    return [(hidden, given | {name: mask}), (hidden, given | {name: None})]
