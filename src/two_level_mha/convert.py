@@ -19,7 +19,7 @@ from two_level_mha.integrations.lora import adapters_aside, check_adapters, is_p
 from two_level_mha.integrations.private import pretrained_models, private_method
 from two_level_mha.layer import GridAttention, check_options, check_overlap, stores_whole_heads
 from two_level_mha.low_rank import Projection
-from two_level_mha.mesh import Grid, control_on, mesh_for, place_on
+from two_level_mha.mesh import Grid, control_on, mesh_of, place_on
 from two_level_mha.names import Activations, CacheLayout, Combine, Model, Scheme
 from two_level_mha.probe import HOOKS, drops
 from two_level_mha.profile import Profile, resolve_profile
@@ -133,7 +133,7 @@ def _parallelize(
         if activations != "replicated" and grid.size > 1:
             stacks, whole = find_stacks(model, found, others)
             others.left_out |= whole
-            stacks = [stack for stack in stacks if not _holds(stack.layers, attentions, others)]
+            stacks = [stack for stack in stacks if not _holds(stack.layers, attentions, others, grid)]
     except Exception as error:  # whatever it is, the others would wait for this rank
         refusal = error
     arguments = {"refusal": refusal, "scheme": scheme, "combine": combine, "rest": rest, "cache": cache}
@@ -200,19 +200,27 @@ def _skips(model: nn.Module, skip: Collection[str], only: Collection[str]) -> Ca
     return lambda name: matches(name, skip) or not matches(name, only)
 
 
-def _holds(layers: list[nn.Module], attentions: Attentions, others: Rest) -> bool:
+def _holds(layers: list[nn.Module], attentions: Attentions, others: Rest, grid: Grid) -> bool:
     """Whether there is attention in these layers which takes whole hidden states; then the report will say so."""
     inside = {module for layer in layers for module in layer.modules()}
     names = [name for name, (module, _) in attentions.gathered.items() if module in inside]
-    others.left_out |= {name: "hidden states are whole around it, since its weights are gathered" for name in names}
-    return bool(names)
+    left_out = {name: "hidden states are whole around it, since its weights are gathered" for name in names}
+    for one in attentions.found:
+        own = one.own_grid(grid)
+        if one.module in inside and not own.deals_parts_as(grid):
+            left_out[f"the hidden states of {one.name}"] = (
+                f"attention takes the ranks as a grid ({own.head_groups}, {own.slices}), whose ranks have other parts "
+                "of them: give the model a mesh of that grid"
+            )
+    others.left_out |= left_out
+    return bool(left_out)
 
 
 def _check_grid(found: list[Found], grid: Grid, scheme: str) -> None:
     for one in found:
         try:
             h, k, d = one.sizes()
-            own = grid.for_kv_heads(k)
+            own = one.own_grid(grid)
             own.check(h, k, d)
             stores_whole_heads(scheme, h, k, own)
         except GridError as error:
@@ -220,7 +228,7 @@ def _check_grid(found: list[Found], grid: Grid, scheme: str) -> None:
 
 
 def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
-    own = mesh_for(mesh, one.sizes()[1])
+    own = mesh_of(mesh, one.own_grid)
     ours = one.adapter.new(one.module, one.projections, one.paths, own, options | one.variant)
     ours.train(one.module.training)
     for part in ours.modules() if mesh is not None else ():

@@ -9,6 +9,7 @@ from torch import nn
 from two_level_mha.adapters import Adapter
 from two_level_mha.integrations import forms, titan
 from two_level_mha.integrations.projected import probe_inputs, projected_like
+from two_level_mha.mesh import Grid
 from two_level_mha.multihead import TwoLevelMultiheadAttention
 
 
@@ -42,6 +43,11 @@ _PARTS = (
     *(f"{name}.norms.*.weight" for name in sum(forms.NORMS.values(), ())),
 )
 
+_LATENT_PARTS = (
+    *(f"{name}.*" for part in forms.LATENT_NORMS.items() for name in part),
+    *(f"{name}.weight" for name in forms.GATES),
+)
+
 FAMILIES = (
     Adapter(
         "nn.MultiheadAttention",
@@ -51,6 +57,19 @@ FAMILIES = (
         _torch_inputs,
         ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v"),
         sizes=lambda mha, projections: (mha.num_heads, mha.num_heads, mha.head_dim),
+    ),
+    Adapter(
+        "latent",
+        forms.is_latent,
+        forms.latent_paths,
+        later("latent", "latent_like"),
+        later("latent", "latent_inputs"),
+        _LATENT_PARTS,
+        cached=True,
+        variants=forms.latent_variants,
+        sizes=forms.latent_sizes,
+        problem=later("decoder", "problem"),
+        grid=Grid.for_whole_heads,
     ),
     Adapter(
         "decoder",

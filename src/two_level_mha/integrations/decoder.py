@@ -11,7 +11,7 @@ from two_level_mha.class_like import class_like
 from two_level_mha.decoder import check_dropout
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations import forms
-from two_level_mha.integrations.cache import WINDOWED, put_layer, split_layer
+from two_level_mha.integrations.cache import WINDOWED, ModelCacheLayer, put_layer, split_layer
 from two_level_mha.integrations.projected import ProjectedAttention, additive, mask_for, random_arguments
 
 
@@ -55,7 +55,7 @@ class DecoderAttention(ProjectedAttention):
             settings = {"need_weights": need_weights, "dropout_p": dropout_p}
             if past is None:
                 return settings
-            layer = split_layer(past, self.layer_idx, self.place, layout)
+            layer = self.cache_layer(past, layout)
             check_dropout(layer, dropout_p)
             call = layer.next_call(B, L)
             if need_weights and layer.layout == "position":
@@ -68,7 +68,7 @@ class DecoderAttention(ProjectedAttention):
         self.check_call(check, {"hidden_states": hidden_states, "attention_mask": mask})
         layer, call = None, NO_CACHE
         if past is not None:
-            layer = split_layer(past, self.layer_idx, self.place, layout)
+            layer = self.cache_layer(past, layout)
             put_layer(past, self.layer_idx, layer)
             call = layer.begin(B, L)
         causal = self.masks_itself or (mask is None and self.causal_without_mask(given, L))
@@ -76,6 +76,10 @@ class DecoderAttention(ProjectedAttention):
             mask = additive(mask, hidden_states.dtype)  # a padded row must not become NaN
         first_row = call.position if causal else None
         return self.attended(given, whole, mask, first_row, softcap=self.softcap, cache=layer, call=call)
+
+    def cache_layer(self, past: Cache, layout: str) -> ModelCacheLayer:
+        """Its layer of a cache, which transformers made or we; then layout is how it is kept. Changes nothing."""
+        return split_layer(past, self.layer_idx, self.place, layout)
 
 
 def _own_cache(past: object) -> object:
@@ -109,15 +113,20 @@ def problem(original: nn.Module) -> str | None:
     return forms.unknown_argument(original)
 
 
-def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
-    """Two sequences of 6, one padded on the left: all at once, then with a cache in two steps, then without a mask."""
+def decoder_inputs(
+    original: nn.Module, dtype: torch.dtype, whole: dict[str, object] | None = None
+) -> list[tuple[tuple, dict]]:
+    """Two sequences of 6, one padded on the left: all at once, then with a cache in two steps, then without a mask.
+
+    whole: their arguments, as those of random_arguments.
+    """
     keep = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6).clone()
     keep[1, ..., :2] = False
     keep[1, :, :2, 0] = True  # no row without a key: what it gives is not defined
-    cache, whole = DynamicCache(), random_arguments(original, 6, dtype)
+    cache, whole = DynamicCache(), whole or random_arguments(original, 6, dtype)
 
     def of_rows(name: str, x: object, first: int, end: int) -> object:
-        if name == "position_embeddings":
+        if isinstance(x, tuple):
             return tuple(angles[:, first:end] for angles in x)
         if name == forms.SHARED_STATES:
             return dict(x)

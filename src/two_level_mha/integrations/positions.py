@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from two_level_mha.errors import GridError
-from two_level_mha.integrations.forms import ANGLES, NORMS, VALUE_NORM, temperature_of
+from two_level_mha.integrations.forms import ANGLES, LATENT_DIMS, NORMS, VALUE_NORM, temperature_of
 from two_level_mha.layer import Aside
 from two_level_mha.low_rank import Cut
 
@@ -226,6 +226,8 @@ def _rotary(original: nn.Module):
 
 def rotary_width(original: nn.Module, head_dim: int) -> int:
     """How many dims of a head are rotated."""
+    if isinstance(own := getattr(original, LATENT_DIMS[1], None), int):
+        return own
     if hasattr(original, ANGLES):
         return getattr(original, ANGLES).shape[-1]
     config = getattr(original, "config", None)

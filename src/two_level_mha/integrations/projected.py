@@ -45,8 +45,7 @@ class ProjectedAttention(Positioned, GridAttention):
         gate_function: str = "sigmoid",
         **options,
     ) -> None:
-        h, k, d = forms.heads_of(original, projections)
-        gated = forms.is_gated(projections)
+        h, k, d, gated = self.sizes_of(original, projections)
         super().__init__(num_heads=h, num_kv_heads=k, head_dim=d, mesh=mesh, gated=gated, **options)
         self.config = getattr(original, "config", None)  # Bloom's and MPNet's attention has none: masks are additive
         self.scaling = forms.scale_of(original, d) if scaled else 1.0
@@ -61,7 +60,7 @@ class ProjectedAttention(Positioned, GridAttention):
         self.after += [forms.OUTPUT_NORM] if hasattr(original, forms.OUTPUT_NORM) else []
         for name in self.after:
             self.add_module(name, getattr(original, name))
-        forms.store_projections(self, projections, paths, (h, k, d), packing)
+        self.store_projections(projections, paths, packing)
         sinks = getattr(original, forms.SINKS, None)
         if sinks is not None:
             self.register_parameter(forms.SINKS, sinks)
@@ -70,6 +69,15 @@ class ProjectedAttention(Positioned, GridAttention):
         if self.gate_name is not None:
             self.add_module(self.gate_name, getattr(original, self.gate_name))
         self.use_positions(original, rotates, norms_last)
+
+    def sizes_of(self, original: nn.Module, projections: dict[str, nn.Module]) -> tuple[int, int, int, bool]:
+        """Heads, key/value heads, head_dim, and whether every query head has a gate."""
+        return *forms.heads_of(original, projections), forms.is_gated(projections)
+
+    def store_projections(self, projections: dict[str, nn.Module], paths: dict[str, str], packing: str) -> None:
+        """Takes over the parameters of the original's linears."""
+        names = forms.names_of(projections, paths, (self.num_heads, self.num_kv_heads, self.head_dim), packing)
+        forms.store_projections(self, projections, paths, names)
 
     @property
     def dropout_p(self) -> float:
@@ -97,10 +105,20 @@ class ProjectedAttention(Positioned, GridAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """What a call returns: of `attend`, which takes the options, and of what the original does behind it."""
         x_BLD = given["hidden_states"]
+        return self.attended_inputs((x_BLD, x_BLD, x_BLD), given, whole, mask, causal, **options)
+
+    def attended_inputs(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        given: dict,
+        whole: Tensor,
+        mask: Tensor | None,
+        causal: int | None,
+        **options,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same, of what stands for query, key and value."""
         y_BLD, weights = self.attend(
-            x_BLD,
-            x_BLD,
-            x_BLD,
+            *inputs,
             wholes=[whole, whole],
             attn_mask=mask,
             scale=self.scaling,
@@ -109,9 +127,8 @@ class ProjectedAttention(Positioned, GridAttention):
             dropout_p=self.dropout_p,
             need_weights=self.needs_weights(given),
             average_attn_weights=False,
-            gate=self.gate_of_heads(x_BLD, whole),
-            **self.between_of(given),
-            **options,
+            gate=self.gate_of_heads(given["hidden_states"], whole),
+            **self.between_of(given) | options,
         )
         return self.finished(y_BLD, given), weights
 
@@ -154,12 +171,21 @@ class ProjectedAttention(Positioned, GridAttention):
         """The gates (B, L, h) of a layer with one number for each head, of all rows; whole: stands for the whole x."""
         if self.gate_name is None:
             return None
-        linear = getattr(self, self.gate_name)
+        return self.whole_rows(self.of_rows(self.gate_name, x_BLD), whole)
+
+    def of_rows(self, name: str, x_BLD: Tensor) -> Tensor:
+        """What a child that every rank holds gives for the rows that this rank has of all."""
+        child = getattr(self, name)
         if not self.splits:
-            return linear(x_BLD)
-        names, weights = zip(*linear.named_parameters(), strict=True)
+            return child(x_BLD)
+        names, weights = zip(*child.named_parameters(), strict=True)
         weights = dict(zip(names, used_apart(list(weights), self.place, self.reduce_dtype), strict=True))
-        part = torch.func.functional_call(linear, weights, (x_BLD,))
+        return torch.func.functional_call(child, weights, (x_BLD,))
+
+    def whole_rows(self, part: Tensor, whole: Tensor) -> Tensor:
+        """All rows of what this rank has of them; whole: stands for the whole x."""
+        if not self.splits:
+            return part
         return gather_part(part, whole.shape[int(self.activations == "sequence")], self.activations, self.place, True)
 
     def between_of(self, given: dict) -> dict[str, object]:
@@ -215,7 +241,8 @@ def mask_for(original: nn.Module, keep: Tensor, dtype: torch.dtype) -> Tensor:
 
 def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict[str, object]:
     """hidden_states of two sequences of `rows` rows, and what else the original takes with them."""
-    projection = forms.first_of(original, forms.PROJECTIONS["q"] + forms.PROJECTIONS["qkv"])
+    names = (forms.LATENT, *forms.PROJECTIONS["q"], *forms.PROJECTIONS["qkv"])
+    projection = forms.first_of(original, names)
     x_BLD = torch.randn(2, rows, features_of(projection)[0], dtype=dtype)
     named, given = forms.parameters_of(original), {"hidden_states": x_BLD}
     h, d = (forms.first_of(original, names) for names in (forms.HEADS, forms.HEAD_DIMS))
