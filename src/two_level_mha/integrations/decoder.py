@@ -11,8 +11,9 @@ from two_level_mha.class_like import class_like
 from two_level_mha.decoder import check_dropout
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations import forms
-from two_level_mha.integrations.cache import WINDOWED, ModelCacheLayer, put_layer, split_layer
+from two_level_mha.integrations.cache import WINDOWED, put_layer, split_layer
 from two_level_mha.integrations.projected import ProjectedAttention, additive, mask_for, random_arguments
+from two_level_mha.mesh import Place
 
 
 class DecoderAttention(ProjectedAttention):
@@ -55,7 +56,7 @@ class DecoderAttention(ProjectedAttention):
             settings = {"need_weights": need_weights, "dropout_p": dropout_p}
             if past is None:
                 return settings
-            layer = self.cache_layer(past, layout)
+            layer = split_layer(past, self.layer_idx, self.cache_place, layout)
             check_dropout(layer, dropout_p)
             call = layer.next_call(B, L)
             if need_weights and layer.layout == "position":
@@ -68,7 +69,7 @@ class DecoderAttention(ProjectedAttention):
         self.check_call(check, {"hidden_states": hidden_states, "attention_mask": mask})
         layer, call = None, NO_CACHE
         if past is not None:
-            layer = self.cache_layer(past, layout)
+            layer = split_layer(past, self.layer_idx, self.cache_place, layout)
             put_layer(past, self.layer_idx, layer)
             call = layer.begin(B, L)
         causal = self.masks_itself or (mask is None and self.causal_without_mask(given, L))
@@ -77,9 +78,9 @@ class DecoderAttention(ProjectedAttention):
         first_row = call.position if causal else None
         return self.attended(given, whole, mask, first_row, softcap=self.softcap, cache=layer, call=call)
 
-    def cache_layer(self, past: Cache, layout: str) -> ModelCacheLayer:
-        """Its layer of a cache, which transformers made or we; then layout is how it is kept. Changes nothing."""
-        return split_layer(past, self.layer_idx, self.place, layout)
+    def cache_place(self, layout: str) -> Place:
+        """Where a cache of this layout keeps this rank's part."""
+        return self.place
 
 
 def _own_cache(past: object) -> object:

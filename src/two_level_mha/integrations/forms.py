@@ -188,6 +188,8 @@ def latent_sizes(original: nn.Module, projections: dict[str, nn.Module]) -> tupl
     h = features_of(projections["o"])[0] // v
     widths = {letter: features_of(linear) for letter, linear in projections.items()}
     fits = widths["q"][1] == h * (nope + rope) and widths["latent"] == (rank, h * (nope + v)) and h > 0
+    if getattr(projections["latent"], "bias", None) is not None:  # not taken into queries
+        raise GridError("the projection from the latent of keys and values has a bias")
     if not (fits and widths["o"][0] == h * v and features_of(getattr(original, LATENT))[1] == rank + rope):
         raise GridError(f"widths of the projections, {widths}, do not fit {h} heads of {nope} + {rope} and {v}")
     return h, h, max(nope + rope, v)

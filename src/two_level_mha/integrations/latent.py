@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from two_level_mha.activations import used_apart
+from two_level_mha.activations import keep_part, used_apart
 from two_level_mha.blocks import SHARDED_DIMS, dealt
+from two_level_mha.cache_layer import NO_CACHE, CachedCall, CacheLayer
 from two_level_mha.class_like import class_like
 from two_level_mha.integrations import forms
 from two_level_mha.integrations.decoder import DecoderAttention, decoder_inputs
+from two_level_mha.integrations.latent_cache import attended_latents, own_latents
 from two_level_mha.integrations.positions import Positioned
 from two_level_mha.integrations.projected import random_arguments
 from two_level_mha.layer import Aside
+from two_level_mha.mesh import Grid, Place, mesh_of, place_on
 from two_level_mha.stock import StockTensor, linear_names
 
 
@@ -29,6 +32,7 @@ class LatentAttention(DecoderAttention):
     (D, h, V). The pass takes heads of one width: this rank's slices of each are filled up with zeros for a call. One
     rotary key (B, L, T) is of all heads, and goes with the tokens.
     rotary: the function beside the original's class that rotates, or None.
+    A cache by position keeps latents and rotary keys, over all ranks in a row; one by batch heads' keys and values.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class LatentAttention(DecoderAttention):
         **options,
     ) -> None:
         self.slices = 1 if mesh is None else mesh.shape[1]
+        self.row = place_on(mesh_of(mesh, lambda grid: Grid(1, grid.size)))
         self.nope, self.rope, self.v_dim, self.rank = (getattr(original, name) for name in forms.LATENT_DIMS)
         super().__init__(original, projections, paths, mesh, **options)
         self.rotary = None if rotary is None else getattr(sys.modules[type(original).__module__], rotary)
@@ -83,12 +88,46 @@ class LatentAttention(DecoderAttention):
                 blocks[name] = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
         return list(blocks.values())
 
+    def cache_place(self, layout: str) -> Place:
+        return self.row if layout == "position" else self.place
+
     def attended(
-        self, given: dict, whole: Tensor, mask: Tensor | None, causal: int | None, **options
+        self,
+        given: dict,
+        whole: Tensor,
+        mask: Tensor | None,
+        causal: int | None,
+        *,
+        cache: CacheLayer | None,
+        call: CachedCall,
+        softcap: float,
     ) -> tuple[Tensor, Tensor | None]:
-        query, latent, k_B1ST = self.latents(given, whole)
-        rows = [*(self.rows_of(given) or ()), k_B1ST]
-        return self.attended_inputs((query, latent, latent), given, whole, mask, causal, rows=rows, **options)
+        query, latent, k_B1LT = self.latents(given, whole)
+        rows = [*(self.rows_of(given) or ()), k_B1LT]
+        new = None
+        if cache is not None and cache.layout == "position":
+            (all_BLR,) = used_apart([self.whole_rows(latent, whole)], self.place, self.reduce_dtype)
+            new = *own_latents(all_BLR.unsqueeze(1), k_B1LT, cache, call.position), whole.shape[1]
+            if call.position:
+                y_BLD = attended_latents(
+                    self,
+                    self.whole_rows(query, whole),
+                    cache,
+                    call,
+                    rows[:-1],
+                    new=new,
+                    mask=mask,
+                    causal=causal,
+                    softcap=softcap,
+                    gate=self.gate_of_heads(given["hidden_states"], whole),
+                )
+                if self.splits:
+                    y_BLD = keep_part(y_BLD, self.activations, self.place, True)
+                return self.finished(y_BLD, given), None
+            cache.append(*new, for_gradients=query.requires_grad)
+            cache, call = None, NO_CACHE
+        options = {"rows": rows, "softcap": softcap, "cache": cache, "call": call}
+        return self.attended_inputs((query, latent, latent), given, whole, mask, causal, **options)
 
     def latents(self, given: dict, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What queries, and what keys and values, are projected from, of this rank's rows; the rotated key (B, 1, L, T)
