@@ -108,6 +108,72 @@ def test_greedy(pool, cache):
         assert found == [[]] * 4
 
 
+def kept(name, grid, layout):
+    """Greedy tokens with a KVCache made for the model's mesh: whether they are stock's, and what a rank holds of it."""
+    stock, ours = pair(name, grid, tuple(EXACT.items()))
+    ids = prompt()[0][:, 4:]
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cache = tlm.KVCache(ours.config, mesh(grid), layout=layout, max_length=12)
+    same = torch.equal(stock.generate(ids, **options), ours.generate(ids, past_key_values=cache, **options))
+    return same, cache.nbytes
+
+
+@pytest.mark.parametrize("name", ["deepseek v3", "6 heads"])
+@pytest.mark.parametrize("grid", [(2, 2), (4, 1)])
+def test_latents_are_kept_once(pool, name, grid):
+    """E. Localises: a cache by position that has more of a token than one latent and one rotary key on one rank."""
+    config = LATENT[name][1]
+    width, layers = config["kv_lora_rank"] + config["qk_rope_head_dim"], config["num_hidden_layers"]
+    for same, held in pool.run(kept, 4, name, grid, "position", timeout=TIMEOUT):
+        assert same and held == layers * 2 * 12 // 4 * width * 8
+    assert all(same for same, _ in pool.run(kept, 4, name, grid, "batch", timeout=TIMEOUT))
+
+
+def later_call_off(names, grid, options):
+    """Differences of logits and gradients, of two calls with one cache, to a loss of both."""
+    found = {}
+    ids, keep = prompt(length=13)
+    for name in names:
+        models = pair(name, grid, tuple(EXACT.items()), **options)
+        logits = []
+        for model in models:
+            model.zero_grad()
+            cache, parts = None, []
+            for first, end in ((0, 6), (6, 7), (7, 13)):
+                output = model(ids[:, first:end], attention_mask=keep[:, :end], past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                parts.append(output.logits)
+            logits.append(torch.cat(parts, 1))
+            (logits[-1].log_softmax(-1)[..., 3] * keep).sum().backward()
+        stock, ours = models
+        grads = full_gradients(ours)
+        found[name] = [
+            difference(*logits, keep),
+            *(
+                (grads[key] - p.grad).abs().max().item() / max(1.0, p.grad.abs().max().item())
+                for key, p in stock.named_parameters()
+                if p.grad is not None
+            ),
+        ]
+    return found
+
+
+@pytest.mark.parametrize(
+    "names, grid, options",
+    [
+        (["deepseek v3", "mistral4", "kimi linear", "bailing hybrid"], (2, 2), {}),
+        (["6 heads"], (2, 2), {"combine": "concat"}),
+        (["6 heads"], (4, 1), {}),
+        (["youtu"], (1, 4), {"combine": "concat"}),
+    ],
+)
+def test_later_calls(pool, names, grid, options):
+    """T. Localises: queries on latents, the merge of ranks' positions, and gradients through the cache of latents."""
+    for found in pool.run(later_call_off, 4, names, grid, options, timeout=TIMEOUT):
+        for name, errors in found.items():
+            check([{name: errors}], LIMITS[name])
+
+
 def stored(name, grid, folder):
     """full_state_dict, load_state_dict, save_pretrained and load_pretrained of a split model; the share of a rank."""
     stock = make(name)
