@@ -23,6 +23,7 @@ from harness.decoders import (
     prompt,
 )
 from torch import nn
+from transformers import DynamicCache
 
 import two_level_mha as tlm
 from two_level_mha.integrations.latent import LatentAttention
@@ -172,6 +173,30 @@ def test_later_calls(pool, names, grid, options):
     for found in pool.run(later_call_off, 4, names, grid, options, timeout=TIMEOUT):
         for name, errors in found.items():
             check([{name: errors}], LIMITS[name])
+
+
+def without_mask(grid):
+    """How a later call of a layer without a mask differs from one whose mask says the same."""
+    _, ours = pair("youtu", grid, tuple(EXACT.items()))
+    layer, outputs = ours.model.layers[0].self_attn, []
+    torch.manual_seed(2)
+    x, positions = torch.randn(2, 9, 32, dtype=torch.float64), torch.arange(9).expand(2, 9)
+    angles = ours.model.rotary_emb(x, positions)
+    seen = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9)
+    for masked in (True, False):
+        cache, parts = DynamicCache(), []
+        for first, end in ((0, 3), (3, 9)):
+            mask = seen[:, :, first:end, :end] if masked else None
+            own = tuple(each[:, first:end] for each in angles)
+            parts.append(layer(x[:, first:end], own, mask, past_key_values=cache)[0])
+        outputs.append(torch.cat(parts, 1))
+    return (outputs[0] - outputs[1]).abs().max().item()
+
+
+def test_without_mask(pool):
+    """T. Localises: which of a rank's positions a row of a later call sees, where no mask says it."""
+    for grid in ((2, 2), (1, 4)):
+        assert max(pool.run(without_mask, 4, grid, timeout=TIMEOUT)) <= 1e-10
 
 
 def stored(name, grid, folder):
