@@ -278,3 +278,32 @@ def test_parts_of_another_grid(pool):
     """E. Localises: hidden states whose parts lie on other ranks than attention's own grid has them."""
     for whys in pool.run(left_whole, 4, (2, 2), timeout=120):
         assert whys and all("attention takes the ranks as a grid (4, 1)" in why for why in whys)
+
+
+def dropped(name, grid):
+    """Logits in training with half of the attention weights dropped, in one process and on a grid."""
+    stock, found = make(name, exact=True, attention_dropout=0.5), []
+    ids, keep = prompt()
+    for mesh_ in (None, mesh(grid)):
+        ours = tlm.parallelize(copy.deepcopy(stock), mesh_, rest=False).train()
+        for use_cache in (False, True):
+            torch.manual_seed(3)
+            found.append(ours(ids, attention_mask=keep, use_cache=use_cache).logits)
+    return max(difference(x, found[0], keep) for x in found[1:])
+
+
+@pytest.mark.parametrize("name, grid", [("youtu", (2, 2)), ("6 heads", (1, 4))])
+def test_dropout(pool, name, grid):
+    """T. Localises: dropout that depends on the grid, or on a cache, which is kept by batch then."""
+    assert max(pool.run(dropped, 4, name, grid, timeout=TIMEOUT)) <= 1e-10
+
+
+@pytest.mark.parametrize("projection", ["q_b_proj", "kv_b_proj", "o_proj", "q_a_proj"])
+def test_adapters(projection):
+    """E. Localises: an adapter around what is split, or before a latent, that is left out without a word."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make("youtu"), peft.LoraConfig(r=2, target_modules=[projection]))
+    with pytest.raises(
+        tlm.GridError, match=f"{projection} has a LoRA adapter, which a split attention of kind 'latent'"
+    ):
+        tlm.parallelize(model, None)

@@ -121,10 +121,10 @@ class ModelCache(LayersCache, Cache):
 
 def _cache_grid(config, grid: Grid, layout: str | None) -> Grid:
     """As which attention takes the ranks for a cache: latents by position in one row, of one head."""
-    heads = _kv_heads(config)
-    if getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is None:
-        return grid.for_kv_heads(heads)
-    return grid.for_whole_heads(heads) if layout == "batch" else Grid(1, grid.size)
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "kv_lora_rank", None) is None:
+        return grid.for_kv_heads(_kv_heads(config))
+    return grid.for_whole_heads(text.num_attention_heads) if layout == "batch" else Grid(1, grid.size)
 
 
 def _kv_heads(config) -> int:
