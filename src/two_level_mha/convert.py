@@ -49,16 +49,17 @@ def parallelize(
     """Replaces every supported attention of `model` by its split form, in place; returns the model.
 
     Supported: nn.MultiheadAttention, and transformers' self-attention, of decoders and encoders, whose parts are called
-    as in integrations/forms.py (Llama, Qwen, Gemma, GPT-2, OPT, Phi, GPT-NeoX, Falcon, Bloom, OLMo, gpt-oss, BERT, ViT,
-    CLIP and many others), model.generate() included. A replacement must give the original's numbers on a small random
-    input, once per class and configuration.
+    as in integrations/forms.py (Llama, Qwen, Gemma, GPT-2, OPT, Phi, GPT-NeoX, Falcon, Bloom, OLMo, gpt-oss, DeepSeek,
+    BERT, ViT, CLIP and many others), model.generate() included. A replacement must give the original's numbers on a
+    small random input, once per class and configuration.
     rest: also split over the flattened grid what is not attention: a transformers model by its own tensor-parallel plan
     and transformers' code (MLPs, experts, embeddings unless tied, head); where there is no plan, the MLPs of
     nn.TransformerEncoderLayer / DecoderLayer, BERT and ViT by torch's ColwiseParallel and RowwiseParallel, where P
     divides the width and a copy, run in parts, gives its numbers.
     Attention of a transformers model that no replacement reproduces keeps its own code: its weights are stored split
     over all ranks and gathered for each call, in which every rank runs its sequences of the batch, and caches theirs.
-    Attention with one key/value head, which head groups cannot share, is split over the grid's ranks as one of (1, P).
+    Attention with one key/value head, which head groups cannot share, is split over the grid's ranks as one of (1, P);
+    multi-head latent attention as one of the most head groups that its heads allow.
     skip, only: patterns of names of modules, as of fnmatch ("model.vision_tower*"): what a skip pattern matches, or no
     only pattern, stays whole, with all that is in it, and is named in the report.
     cache: how such decoders keep a KV cache that transformers made: "position" or "batch" (two_level_mha.cache).
