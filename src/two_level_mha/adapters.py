@@ -30,6 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.forms import heads_of
+from two_level_mha.mesh import Grid
 
 GROUP = "two_level_mha.adapters"
 
@@ -54,6 +55,7 @@ class Adapter:
     variants: Callable[[nn.Module, Mapping[str, str]], Sequence[dict[str, object]]] = lambda module, paths: ({},)
     sizes: Callable[[nn.Module, dict], tuple[int, int, int]] = heads_of  # (module, projections) -> h, k, d
     problem: Callable[[nn.Module], str | None] = lambda module: None  # a feature that is not supported
+    grid: Callable[[Grid, int], Grid] = Grid.for_kv_heads  # (the model's, k) -> as which it takes the ranks
 
     def paths_in(self, module: nn.Module, parent: nn.Module | None) -> dict[str, str]:
         return dict(self.paths(module, parent) if callable(self.paths) else self.paths)

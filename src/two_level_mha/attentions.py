@@ -21,6 +21,7 @@ from two_level_mha.integrations.forms import (
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
 from two_level_mha.layer import GridAttention
+from two_level_mha.mesh import Grid
 from two_level_mha.probe import changed_linear, has_hooks, is_inside, layer_settings, named_layers, settings
 from two_level_mha.stock import resolve
 from two_level_mha.trial import Unlike, agreeing
@@ -83,6 +84,10 @@ class Found:
     def sizes(self) -> tuple[int, int, int]:
         """Heads, key/value heads, head_dim."""
         return self.adapter.sizes(self.module, self.projections)
+
+    def own_grid(self, grid: Grid) -> Grid:
+        """As which it takes the ranks of a model's grid."""
+        return self.adapter.grid(grid, self.sizes()[1])
 
 
 def _looks_like_attention(module: nn.Module) -> bool:

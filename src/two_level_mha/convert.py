@@ -19,7 +19,7 @@ from two_level_mha.integrations.lora import adapters_aside, check_adapters, is_p
 from two_level_mha.integrations.private import pretrained_models, private_method
 from two_level_mha.layer import GridAttention, check_options, check_overlap, stores_whole_heads
 from two_level_mha.low_rank import Projection
-from two_level_mha.mesh import Grid, control_on, mesh_for, place_on
+from two_level_mha.mesh import Grid, control_on, mesh_of, place_on
 from two_level_mha.names import Activations, CacheLayout, Combine, Model, Scheme
 from two_level_mha.probe import HOOKS, drops
 from two_level_mha.profile import Profile, resolve_profile
@@ -49,16 +49,17 @@ def parallelize(
     """Replaces every supported attention of `model` by its split form, in place; returns the model.
 
     Supported: nn.MultiheadAttention, and transformers' self-attention, of decoders and encoders, whose parts are called
-    as in integrations/forms.py (Llama, Qwen, Gemma, GPT-2, OPT, Phi, GPT-NeoX, Falcon, Bloom, OLMo, gpt-oss, BERT, ViT,
-    CLIP and many others), model.generate() included. A replacement must give the original's numbers on a small random
-    input, once per class and configuration.
+    as in integrations/forms.py (Llama, Qwen, Gemma, GPT-2, OPT, Phi, GPT-NeoX, Falcon, Bloom, OLMo, gpt-oss, DeepSeek,
+    BERT, ViT, CLIP and many others), model.generate() included. A replacement must give the original's numbers on a
+    small random input, once per class and configuration.
     rest: also split over the flattened grid what is not attention: a transformers model by its own tensor-parallel plan
     and transformers' code (MLPs, experts, embeddings unless tied, head); where there is no plan, the MLPs of
     nn.TransformerEncoderLayer / DecoderLayer, BERT and ViT by torch's ColwiseParallel and RowwiseParallel, where P
     divides the width and a copy, run in parts, gives its numbers.
     Attention of a transformers model that no replacement reproduces keeps its own code: its weights are stored split
     over all ranks and gathered for each call, in which every rank runs its sequences of the batch, and caches theirs.
-    Attention with one key/value head, which head groups cannot share, is split over the grid's ranks as one of (1, P).
+    Attention with one key/value head, which head groups cannot share, is split over the grid's ranks as one of (1, P);
+    multi-head latent attention as one of the most head groups that its heads allow.
     skip, only: patterns of names of modules, as of fnmatch ("model.vision_tower*"): what a skip pattern matches, or no
     only pattern, stays whole, with all that is in it, and is named in the report.
     cache: how such decoders keep a KV cache that transformers made: "position" or "batch" (two_level_mha.cache).
@@ -133,7 +134,7 @@ def _parallelize(
         if activations != "replicated" and grid.size > 1:
             stacks, whole = find_stacks(model, found, others)
             others.left_out |= whole
-            stacks = [stack for stack in stacks if not _holds(stack.layers, attentions, others)]
+            stacks = [stack for stack in stacks if not _holds(stack.layers, attentions, others, grid)]
     except Exception as error:  # whatever it is, the others would wait for this rank
         refusal = error
     arguments = {"refusal": refusal, "scheme": scheme, "combine": combine, "rest": rest, "cache": cache}
@@ -200,19 +201,27 @@ def _skips(model: nn.Module, skip: Collection[str], only: Collection[str]) -> Ca
     return lambda name: matches(name, skip) or not matches(name, only)
 
 
-def _holds(layers: list[nn.Module], attentions: Attentions, others: Rest) -> bool:
+def _holds(layers: list[nn.Module], attentions: Attentions, others: Rest, grid: Grid) -> bool:
     """Whether there is attention in these layers which takes whole hidden states; then the report will say so."""
     inside = {module for layer in layers for module in layer.modules()}
     names = [name for name, (module, _) in attentions.gathered.items() if module in inside]
-    others.left_out |= {name: "hidden states are whole around it, since its weights are gathered" for name in names}
-    return bool(names)
+    left_out = {name: "hidden states are whole around it, since its weights are gathered" for name in names}
+    for one in attentions.found:
+        own = one.own_grid(grid)
+        if one.module in inside and not own.deals_parts_as(grid):
+            left_out[f"the hidden states of {one.name}"] = (
+                f"attention takes the ranks as a grid ({own.head_groups}, {own.slices}), whose ranks have other parts "
+                "of them: give the model a mesh of that grid"
+            )
+    others.left_out |= left_out
+    return bool(left_out)
 
 
 def _check_grid(found: list[Found], grid: Grid, scheme: str) -> None:
     for one in found:
         try:
             h, k, d = one.sizes()
-            own = grid.for_kv_heads(k)
+            own = one.own_grid(grid)
             own.check(h, k, d)
             stores_whole_heads(scheme, h, k, own)
         except GridError as error:
@@ -220,7 +229,7 @@ def _check_grid(found: list[Found], grid: Grid, scheme: str) -> None:
 
 
 def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
-    own = mesh_for(mesh, one.sizes()[1])
+    own = mesh_of(mesh, one.own_grid)
     ours = one.adapter.new(one.module, one.projections, one.paths, own, options | one.variant)
     ours.train(one.module.training)
     for part in ours.modules() if mesh is not None else ():

@@ -9,6 +9,7 @@ from torch import nn
 from two_level_mha.adapters import Adapter
 from two_level_mha.integrations import forms, titan
 from two_level_mha.integrations.projected import probe_inputs, projected_like
+from two_level_mha.mesh import Grid
 from two_level_mha.multihead import TwoLevelMultiheadAttention
 
 
@@ -40,6 +41,11 @@ _PARTS = (
     *(f"{name}.{part}" for name in (*sum(forms.NORMS.values(), ()), forms.OUTPUT_NORM) for part in ("weight", "bias")),
     *(f"{name}.weight" for name in (*forms.GATES, forms.BIAS_TABLE)),
     *(f"{name}.norms.*.weight" for name in sum(forms.NORMS.values(), ())),
+)
+
+_LATENT_PARTS = (
+    *(f"{name}.*" for part in forms.LATENT_NORMS.items() for name in part),
+    *(f"{name}.weight" for name in forms.GATES),
 )
 
 FAMILIES = (
@@ -85,6 +91,19 @@ FAMILIES = (
         _PARTS,
         variants=forms.variants_of,
         problem=forms.unknown_argument,
+    ),
+    Adapter(
+        "latent",
+        forms.is_latent,
+        forms.latent_paths,
+        later("latent", "latent_like"),
+        later("latent", "latent_inputs"),
+        _LATENT_PARTS,
+        cached=True,
+        variants=forms.latent_variants,
+        sizes=forms.latent_sizes,
+        problem=later("decoder", "problem"),
+        grid=Grid.for_whole_heads,
     ),
     Adapter(
         "torchtitan's",

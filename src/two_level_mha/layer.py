@@ -244,11 +244,8 @@ class GridAttention(nn.Module):
         gate_function of it.
         cache: takes the new keys and values, and all of its own are attended to; call: what its begin() said.
         """
-        # nn.Module finds parameters by a slow path; pruned and parametrized ones are attributes
+        *weights, out_weight, out_bias = self.own_blocks()
         p = self._parameters
-        *weights, out_weight, out_bias = local_blocks(
-            [p[name] if name in p else getattr(self, name) for name in SHARDED_DIMS]
-        )
         if "gate_weight" in p:
             gates = local_blocks([p.get(name) for name in GATE_DIMS])
             weights[0], weights[3] = joined(weights[0], gates[0]), joined(weights[3], gates[1])
@@ -329,6 +326,12 @@ class GridAttention(nn.Module):
         finally:
             if number is not None and not torch.compiler.is_compiling():
                 self.calls.end()
+
+    def own_blocks(self) -> list[Tensor | None]:
+        """This rank's blocks of the parameters, in the order of SHARDED_DIMS, as the pass takes them."""
+        # nn.Module finds parameters by a slow path; pruned and parametrized ones are attributes
+        p = self._parameters
+        return local_blocks([p[name] if name in p else getattr(self, name) for name in SHARDED_DIMS])
 
     def _with_after(
         self, gate: Tensor | None, sinks: Tensor | None, rows: list[Tensor] | None, shared: list[Tensor] | None,

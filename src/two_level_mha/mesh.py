@@ -2,9 +2,11 @@
 
 import datetime
 import enum
+import math
 import os
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral
 
@@ -50,6 +52,15 @@ class Grid:
     def for_kv_heads(self, num_kv_heads: int) -> "Grid":
         """That of mesh_for."""
         return self if num_kv_heads > 1 else Grid(1, self.size)
+
+    def for_whole_heads(self, num_heads: int) -> "Grid":
+        """Of as many ranks, with as many head groups as there can be where every head has keys of its own."""
+        n = math.gcd(num_heads, self.size)
+        return Grid(n, self.size // n)
+
+    def deals_parts_as(self, other: "Grid") -> bool:
+        """Whether split activations lie on the same ranks: part j * n + i on rank (i, j)."""
+        return self == other or all(1 in (grid.head_groups, grid.slices) for grid in (self, other))
 
     def check(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         """Raises GridError, with the grids that would do, unless this grid fits such a layer."""
@@ -395,9 +406,16 @@ def mesh_for(mesh: DeviceMesh | None, num_kv_heads: int) -> DeviceMesh | None:
 
     The first call for a mesh and one head is a collective, of whom place_on says.
     """
-    if mesh is None or num_kv_heads > 1 or mesh.shape[0] == 1:
+    return mesh_of(mesh, lambda grid: grid.for_kv_heads(num_kv_heads))
+
+
+def mesh_of(mesh: DeviceMesh | None, choose: Callable[[Grid], Grid]) -> DeviceMesh | None:
+    """The ranks of a mesh as the grid that is chosen for its own; the first call for another is a collective, of whom
+    place_on says.
+    """
+    if mesh is None or (grid := choose(own := Grid(*mesh.shape))) == own:
         return mesh
-    return _known_grid(control_on(mesh), grid_mesh(mesh), Grid(1, mesh.size()))
+    return _known_grid(control_on(mesh), grid_mesh(mesh), grid)
 
 
 def grid_of_axis(axis: DeviceMesh, grid: Grid) -> DeviceMesh:

@@ -124,6 +124,34 @@ FORMS = {
 }  # fmt: skip
 
 
+_MLA = {
+    "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+    "v_head_dim": 7, "head_dim": 4,
+}  # fmt: skip
+_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1,
+        "num_hidden_layers": 2}  # fmt: skip
+_HYBRID = {"layer_types": ["full_attention"] * 2, "num_local_experts": 4}
+# Multi-head latent attention: with and without a latent of queries, rotary functions of every kind and none, gates.
+LATENT = {
+    "deepseek v2": ("DeepseekV2Config", _MLA | _MOE),
+    "deepseek v3": ("DeepseekV3Config", _MLA | _MOE | {"first_k_dense_replace": 1, "attention_bias": True}),
+    "deepseek v3 without q's": ("DeepseekV3Config", _MLA | _MOE | {"first_k_dense_replace": 2, "q_lora_rank": None,
+                                                                   "rope_interleave": False}),
+    "glm4 moe lite": ("Glm4MoeLiteConfig", _MLA | _MOE),
+    "minicpm3": ("MiniCPM3Config", _MLA | {"v_head_dim": 12}),
+    "youtu": ("YoutuConfig", _MLA),
+    "axk1": ("AXK1Config", _MLA | _MOE),
+    "kimi linear": ("KimiLinearConfig", _MLA | _MOE | _HYBRID | {"q_lora_rank": None}),
+    "longcat flash": ("LongcatFlashConfig", _MLA | _MOE | {"num_layers": 1, "num_hidden_layers": None, "moe_topk": 2,
+                                                           "zero_expert_num": 1, "expert_ffn_hidden_size": 16,
+                                                           "ffn_hidden_size": 48}),
+    "mistral4": ("Mistral4Config", _MLA | _MOE | {"head_dim": None}),
+    "bailing hybrid": ("BailingHybridConfig", _MLA | _MOE | _HYBRID | {"q_lora_rank": None}),
+    "6 heads": ("DeepseekV3Config", _MLA | _MOE | {"first_k_dense_replace": 2, "num_attention_heads": 6,
+                                                   "num_key_value_heads": 6}),
+}  # fmt: skip
+
+
 EXACT = {"exact": True}
 EAGER_ONLY = ("bloom", "gpt oss", "granite swa", "gptj", "codegen", "gpt neo", "xglm", "mpt", "roformer")
 
@@ -142,7 +170,7 @@ class Norm(nn.Module):
 
 
 def make_config(name: str, **changes) -> transformers.PretrainedConfig:
-    kind, options = MODELS.get(name) or FORMS[name]
+    kind, options = (MODELS | FORMS | LATENT)[name]
     options = {field: value for field, value in (BASE | options | changes).items() if value is not None}
     return getattr(transformers, kind)(**options)
 
@@ -163,7 +191,11 @@ def make(
     config._experts_implementation = "eager"  # the default takes no float64
     implementation = "eager" if name in EAGER_ONLY else implementation
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(dtype).eval()
+    kind = AutoModelForCausalLM
+    if type(config) not in kind._model_mapping:  # such as Mistral 4's
+        kind = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForCausalLM")
+    make_model = kind.from_config if kind is AutoModelForCausalLM else kind._from_config
+    model = make_model(config, attn_implementation=implementation).to(dtype).eval()
     for p in model.parameters():
         p.data.normal_(1.0 if p.ndim == 1 else 0.0, 0.15)
     for module in list(model.modules()) if exact else []:

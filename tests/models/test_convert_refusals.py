@@ -12,8 +12,8 @@ from torch import nn
 from transformers import (
     DebertaV2Config,
     DebertaV2Model,
-    DeepseekV3Config,
-    DeepseekV3Model,
+    DeepseekV32Config,
+    DeepseekV32Model,
     MvpConfig,
     MvpModel,
 )
@@ -216,8 +216,9 @@ UNKNOWN = {
         "it takes an argument that is not known: attn_prompt",
     ),
     "DeepSeek": (
-        lambda: nn.ModuleList([nn.MultiheadAttention(16, 4), DeepseekV3Model(DeepseekV3Config(**SMALL, **LATENT))]),
+        lambda: nn.ModuleList([nn.MultiheadAttention(16, 4), DeepseekV32Model(DeepseekV32Config(**SMALL, **LATENT))]),
         "1.layers.0.self_attn",
+        "it has a parameter that latent attention has not: indexer.",
     ),
 }
 

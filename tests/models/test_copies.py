@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 import two_level_mha as tlm
 from two_level_mha.integrations.tp_plan import SharedForward
 
-DECODERS = ("llama", "gemma", "mixtral", "qwen3 moe")  # an own head, a tied one, fused experts
-GATHERED = ("deepseek_v3", "diffllama")  # what of them is split keeps its own code
+DECODERS = ("llama", "gemma", "mixtral", "qwen3 moe", "youtu")  # an own head, a tied one, fused experts, latents
+GATHERED = ("deepseek_v32", "diffllama")  # what of them is split keeps its own code
 
 
 def outputs(model: nn.Module) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Our KV cache where a transformers model wants one of its own."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -11,7 +13,7 @@ from transformers.cache_utils import (
 
 from two_level_mha.cache_layer import CacheLayer, LayersCache
 from two_level_mha.errors import GridError, UsageRuntimeError
-from two_level_mha.mesh import Place, mesh_for
+from two_level_mha.mesh import Grid, Place, mesh_of
 
 # type of layer -> whether it keeps a window of tokens
 WINDOWED = {"full_attention": False, "sliding_attention": True, "chunked_attention": True}
@@ -97,7 +99,8 @@ class ModelCache(LayersCache, Cache):
     layer_class = ModelCacheLayer
 
     def __init__(self, config, mesh, **options) -> None:
-        LayersCache.__init__(self, config, mesh_for(mesh, _kv_heads(config)), **options)
+        own = mesh_of(mesh, lambda grid: _cache_grid(config, grid, options.get("layout")))
+        LayersCache.__init__(self, config, own, **options)
         Cache.__init__(self, layers=self.layers)
 
     def windows_of(self, config, place: Place) -> list[int | None]:
@@ -116,6 +119,14 @@ class ModelCache(LayersCache, Cache):
     reset = Cache.reset
 
 
+def _cache_grid(config, grid: Grid, layout: str | None) -> Grid:
+    """As which attention takes the ranks for a cache: latents by position in one row, of one head."""
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "kv_lora_rank", None) is None:
+        return grid.for_kv_heads(_kv_heads(config))
+    return grid.for_whole_heads(text.num_attention_heads) if layout == "batch" else Grid(1, grid.size)
+
+
 def _kv_heads(config) -> int:
     config = config.get_text_config(decoder=True)
     return getattr(config, "num_key_value_heads", config.num_attention_heads)
@@ -125,9 +136,9 @@ def _head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def split_layer(cache: Cache, index: int, place: Place, layout: str) -> ModelCacheLayer:
+def split_layer(cache: Cache, index: int, place_of: Callable[[str], Place], layout: str) -> ModelCacheLayer:
     """Layer `index` for the cache that attention was called with: ours, or a new one for transformers' own empty one,
-    which put_layer puts there. Changes nothing.
+    which put_layer puts there. place_of: where attention keeps a layout. Changes nothing.
 
     Raises GridError for a cache of another kind, one that was filled elsewhere, or one of another grid.
     """
@@ -136,8 +147,9 @@ def split_layer(cache: Cache, index: int, place: Place, layout: str) -> ModelCac
     if layer is None and known and _grows(cache):
         layer = DynamicLayer()
     if isinstance(layer, ModelCacheLayer):
+        place = place_of(layer.layout)
         if layer.place != place:
-            raise GridError(f"the KV cache was made for {layer.place.grid}, the attention is on {place.grid}")
+            raise GridError(f"the KV cache was made for {layer.place.grid}, the attention keeps it on {place.grid}")
         return layer
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or cache.offloading:
         kind = type(cache).__name__ if layer is None else f"{type(cache).__name__} with {type(layer).__name__}"
@@ -147,7 +159,7 @@ def split_layer(cache: Cache, index: int, place: Place, layout: str) -> ModelCac
         )
     if layer.get_seq_length():
         raise GridError("past_key_values was filled by a model that is not split: fill it again by this one")
-    ours = ModelCacheLayer(place, layout, window=layer.sliding_window if layer.is_sliding else None)
+    ours = ModelCacheLayer(place_of(layout), layout, window=layer.sliding_window if layer.is_sliding else None)
     ours.recording = getattr(layer, "record_past", False)
     return ours
 

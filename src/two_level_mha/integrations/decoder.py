@@ -15,6 +15,7 @@ from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations import forms
 from two_level_mha.integrations.cache import WINDOWED, put_layer, split_layer
 from two_level_mha.integrations.projected import ProjectedAttention, additive, mask_for, random_arguments
+from two_level_mha.mesh import Place
 
 
 class SharedKeys(NamedTuple):
@@ -72,7 +73,7 @@ class DecoderAttention(ProjectedAttention):
             settings = {"need_weights": need_weights, "dropout_p": dropout_p}
             if past is None:
                 return settings
-            layer = split_layer(past, self.layer_idx, self.place, layout)
+            layer = split_layer(past, self.layer_idx, self.cache_place, layout)
             check_dropout(layer, dropout_p)
             call = layer.next_call(B, new_keys)
             if need_weights and layer.layout == "position":
@@ -86,7 +87,7 @@ class DecoderAttention(ProjectedAttention):
         self.check_call(check, tensors if states is hidden_states else tensors | {"other states": states})
         layer, call = None, NO_CACHE
         if past is not None:
-            layer = split_layer(past, self.layer_idx, self.place, layout)
+            layer = split_layer(past, self.layer_idx, self.cache_place, layout)
             put_layer(past, self.layer_idx, layer)
             call = layer.begin(B, new_keys)
         causal = self.masks_itself or self.causal_without_mask(given, L)
@@ -114,6 +115,10 @@ class DecoderAttention(ProjectedAttention):
         """The cache of a call; of an encoder-decoder's the part of self-attention."""
         past = given.get(self.cache_name)
         return past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
+
+    def cache_place(self, layout: str) -> Place:
+        """Where a cache of this layout keeps this rank's part."""
+        return self.place
 
 
 class TakingAttention(DecoderAttention):
@@ -175,15 +180,20 @@ def problem(original: nn.Module) -> str | None:
     return forms.unknown_argument(original)
 
 
-def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
-    """Two sequences of 6, one padded on the left: all at once, then with a cache in two steps, then without a mask."""
+def decoder_inputs(
+    original: nn.Module, dtype: torch.dtype, whole: dict[str, object] | None = None
+) -> list[tuple[tuple, dict]]:
+    """Two sequences of 6, one padded on the left: all at once, then with a cache in two steps, then without a mask.
+
+    whole: their arguments, as those of random_arguments.
+    """
     keep = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6).clone()
     keep[1, ..., :2] = False
     keep[1, :, :2, 0] = True  # no row without a key: what it gives is not defined
-    cache, whole = DynamicCache(), random_arguments(original, 6, dtype)
+    cache, whole = DynamicCache(), whole or random_arguments(original, 6, dtype)
 
     def of_rows(name: str, x: object, first: int, end: int) -> object:
-        if name == "position_embeddings" and isinstance(x, tuple):
+        if isinstance(x, tuple):
             return tuple(angles[:, first:end] for angles in x)
         if name == forms.SINUSOIDS:
             return x[:, :, first:end]

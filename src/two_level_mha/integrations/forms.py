@@ -31,6 +31,16 @@ GATE_FUNCTIONS = {"sigmoid": torch.sigmoid, "softplus": nn.functional.softplus}
 PACKINGS = {"query_key_value": ("groups", "blocks")}
 ANY_PACKING = ("blocks", "groups", "quarters")
 
+# Of multi-head latent attention: x -> latent and rotary key; latent -> each head's key, not rotated, and value; x, or
+# the latent of LATENT_QUERY -> q; the norms of latents, and what these are multiplied with.
+LATENT, LATENT_QUERY = "kv_a_proj_with_mqa", "q_a_proj"
+LATENT_PATHS = {"q": ("q_b_proj", "q_proj"), "latent": ("kv_b_proj",), "o": ("o_proj",)}
+LATENT_NORMS = {LATENT: "kv_a_layernorm", LATENT_QUERY: "q_a_layernorm"}
+LATENT_SCALES = {LATENT: "mla_scale_kv_lora", LATENT_QUERY: "mla_scale_q_lora"}
+LATENT_DIMS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+# Rotary functions beside such modules; the last one takes complex numbers.
+ROTARIES = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave", "apply_rotary_emb")
+
 NORMS = {
     "q": ("q_norm", "query_norm", "q_layernorm", "query_layernorm", "qk_norm"),
     "k": ("k_norm", "key_norm", "k_layernorm", "key_layernorm", "qk_norm"),
@@ -179,6 +189,50 @@ def _looks_like(module: nn.Module, parent: nn.Module | None) -> bool:
     return known and paths_of(module, parent) is not None
 
 
+def latent_paths(module: nn.Module, parent: nn.Module | None) -> dict[str, str] | None:
+    """Where the projections of multi-head latent attention are; None for a module that has not all of its parts."""
+    paths = {
+        letter: next((name for name in names if is_linear(getattr(module, name, None))), None)
+        for letter, names in LATENT_PATHS.items()
+    }
+    sized = all(isinstance(getattr(module, name, None), int) for name in LATENT_DIMS)
+    latents = is_linear(getattr(module, LATENT, None)) and isinstance(
+        getattr(module, LATENT_NORMS[LATENT], None), nn.Module
+    )
+    return paths if sized and latents and None not in paths.values() else None
+
+
+def is_latent(module: nn.Module, parent: nn.Module | None) -> bool:
+    """Whether a module is multi-head latent attention."""
+    cached = layer_of(module) is not None and cache_name(module) is not None
+    return cached and latent_paths(module, parent) is not None
+
+
+def latent_sizes(original: nn.Module, projections: dict[str, nn.Module]) -> tuple[int, int, int]:
+    """Heads, key/value heads, the wider of q's and v's head. Raises GridError where the widths do not fit."""
+    nope, rope, v, rank = (getattr(original, name) for name in LATENT_DIMS)
+    h = features_of(projections["o"])[0] // v
+    widths = {letter: features_of(linear) for letter, linear in projections.items()}
+    fits = widths["q"][1] == h * (nope + rope) and widths["latent"] == (rank, h * (nope + v)) and h > 0
+    if getattr(projections["latent"], "bias", None) is not None:  # not taken into queries
+        raise GridError("the projection from the latent of keys and values has a bias")
+    if not (fits and widths["o"][0] == h * v and features_of(getattr(original, LATENT))[1] == rank + rope):
+        raise GridError(f"widths of the projections, {widths}, do not fit {h} heads of {nope} + {rope} and {v}")
+    return h, h, max(nope + rope, v)
+
+
+def rotaries_of(original: nn.Module) -> list[str]:
+    """The rotary functions beside a module of multi-head latent attention."""
+    return [name for name in ROTARIES if hasattr(sys.modules[type(original).__module__], name)]
+
+
+def latent_variants(module: nn.Module, paths: Mapping[str, str]) -> list[dict[str, object]]:
+    """What the names leave open, as options of LatentAttention."""
+    rotaries = rotaries_of(module) if "position_embeddings" in parameters_of(module) else []
+    gates = list(GATE_FUNCTIONS) if gate_of(module) is not None else [next(iter(GATE_FUNCTIONS))]
+    return [{"rotary": name, "gate_function": gate} for name in (*rotaries, None) for gate in gates]
+
+
 def cache_name(module: nn.Module) -> str | None:
     """What it calls its KV cache; None: it has no such argument."""
     return next((name for name in CACHES if name in parameters_of(module)), None)
@@ -291,11 +345,10 @@ def names_of(
 
 
 def store_projections(
-    ours: nn.Module, projections: dict[str, nn.Module], paths: dict[str, str], sizes: tuple[int, int, int],
-    packing: str = "blocks",
-) -> None:  # fmt: skip
+    ours: nn.Module, projections: dict[str, nn.Module], paths: dict[str, str], names: dict[str, StockTensor]
+) -> None:
     """Gives a GridAttention the parameters of the original's linears, trained where those are, under their names."""
-    ours.stock_names, held = names_of(projections, paths, sizes, packing), {}
+    ours.stock_names, held = names, {}
     for letter, linear in projections.items():
         held |= {f"{paths[letter]}.{part}": p for part, p in linear.named_parameters()}
     trained = {name: held[stock.key].requires_grad for name, stock in ours.stock_names.items()}

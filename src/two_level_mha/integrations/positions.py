@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.forms import (
     ANGLES,
+    LATENT_DIMS,
     NORMS,
     SINUSOIDS,
     VALUE_NORM,
@@ -269,6 +270,8 @@ def takes_complex(original: nn.Module) -> bool:
 
 def rotary_width(original: nn.Module, head_dim: int) -> int:
     """How many dims of a head are rotated."""
+    if isinstance(own := getattr(original, LATENT_DIMS[1], None), int):
+        return own
     if hasattr(original, ANGLES):
         return getattr(original, ANGLES).shape[-1]
     config = getattr(original, "config", None)

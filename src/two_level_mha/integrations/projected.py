@@ -49,8 +49,7 @@ class ProjectedAttention(Positioned, GridAttention):
         gate_function: str = "sigmoid",
         **options,
     ) -> None:
-        h, k, d = forms.heads_of(original, projections)
-        gated = forms.is_gated(projections)
+        h, k, d, gated = self.sizes_of(original, projections)
         super().__init__(num_heads=h, num_kv_heads=k, head_dim=d, mesh=mesh, gated=gated, **options)
         self.config = getattr(original, "config", None)  # Bloom's and MPNet's attention has none: masks are additive
         self.scaling = forms.scale_of(original, d) if scaled else 1.0
@@ -66,7 +65,7 @@ class ProjectedAttention(Positioned, GridAttention):
         self.after += [forms.OUTPUT_NORM] if hasattr(original, forms.OUTPUT_NORM) else []
         for name in self.after:
             self.add_module(name, getattr(original, name))
-        forms.store_projections(self, projections, paths, (h, k, d), packing)
+        self.store_projections(projections, paths, packing)
         sinks = getattr(original, forms.SINKS, None)
         if sinks is not None:
             self.register_parameter(forms.SINKS, sinks)
@@ -82,6 +81,15 @@ class ProjectedAttention(Positioned, GridAttention):
             for name, value in settings(original):  # of which its compute_bias, which is this class's too, makes it
                 vars(self).setdefault(name, value)
         self.use_positions(original, rotates, norms_last)
+
+    def sizes_of(self, original: nn.Module, projections: dict[str, nn.Module]) -> tuple[int, int, int, bool]:
+        """Heads, key/value heads, head_dim, and whether every query head has a gate."""
+        return *forms.heads_of(original, projections), forms.is_gated(projections)
+
+    def store_projections(self, projections: dict[str, nn.Module], paths: dict[str, str], packing: str) -> None:
+        """Takes over the parameters of the original's linears."""
+        names = forms.names_of(projections, paths, (self.num_heads, self.num_kv_heads, self.head_dim), packing)
+        forms.store_projections(self, projections, paths, names)
 
     @property
     def dropout_p(self) -> float:
@@ -124,10 +132,21 @@ class ProjectedAttention(Positioned, GridAttention):
         states: of which keys and values are; then: what acts last on q, k and v before they attend.
         """
         x_BLD = given["hidden_states"]
+        return self.attended_inputs((x_BLD, states, states), given, wholes, mask, causal, then, **options)
+
+    def attended_inputs(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        given: dict,
+        wholes: list[Tensor],
+        mask: Tensor | None,
+        causal: int | None,
+        then: Callable | None = None,
+        **options,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same, of what stands for query, key and value."""
         y_BLD, weights = self.attend(
-            x_BLD,
-            states,
-            states,
+            *inputs,
             wholes=wholes,
             attn_mask=mask,
             scale=self.scaling,
@@ -136,9 +155,8 @@ class ProjectedAttention(Positioned, GridAttention):
             dropout_p=self.dropout_p,
             need_weights=self.needs_weights(given),
             average_attn_weights=False,
-            gate=self.gate_of_heads(x_BLD, wholes[0]),
-            **self.between_of(given, options.get("call", NO_CACHE).position, wholes[0].shape[1], then),
-            **options,
+            gate=self.gate_of_heads(given["hidden_states"], wholes[0]),
+            **self.between_of(given, options.get("call", NO_CACHE).position, wholes[0].shape[1], then) | options,
         )
         y_BLD = self.finished(y_BLD, given)
         if self.gives_list:
@@ -189,12 +207,21 @@ class ProjectedAttention(Positioned, GridAttention):
         """The gates (B, L, h) of a layer with one number for each head, of all rows; whole: stands for the whole x."""
         if self.gate_name is None:
             return None
-        linear = getattr(self, self.gate_name)
+        return self.whole_rows(self.of_rows(self.gate_name, x_BLD), whole)
+
+    def of_rows(self, name: str, x_BLD: Tensor) -> Tensor:
+        """What a child that every rank holds gives for the rows that this rank has of all."""
+        child = getattr(self, name)
         if not self.splits:
-            return linear(x_BLD)
-        names, weights = zip(*linear.named_parameters(), strict=True)
+            return child(x_BLD)
+        names, weights = zip(*child.named_parameters(), strict=True)
         weights = dict(zip(names, used_apart(list(weights), self.place, self.reduce_dtype), strict=True))
-        part = torch.func.functional_call(linear, weights, (x_BLD,))
+        return torch.func.functional_call(child, weights, (x_BLD,))
+
+    def whole_rows(self, part: Tensor, whole: Tensor) -> Tensor:
+        """All rows of what this rank has of them; whole: stands for the whole x."""
+        if not self.splits:
+            return part
         return gather_part(part, whole.shape[int(self.activations == "sequence")], self.activations, self.place, True)
 
     def between_of(self, given: dict, first: int, length: int, then: Callable | None) -> dict[str, object]:
@@ -251,7 +278,8 @@ def mask_for(original: nn.Module, keep: Tensor, dtype: torch.dtype) -> Tensor:
 
 def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict[str, object]:
     """hidden_states of two sequences of `rows` rows, and what else the original takes with them."""
-    projection = forms.first_of(original, forms.PROJECTIONS["q"] + forms.PROJECTIONS["qkv"])
+    names = (forms.LATENT, *forms.PROJECTIONS["q"], *forms.PROJECTIONS["qkv"])
+    projection = forms.first_of(original, names)
     x_BLD = torch.randn(2, rows, features_of(projection)[0], dtype=dtype)
     named, given = forms.parameters_of(original), {"hidden_states": x_BLD}
     h, d = (forms.first_of(original, names) for names in (forms.HEADS, forms.HEAD_DIMS))

@@ -1,0 +1,200 @@
+"""transformers' multi-head latent attention: DeepSeek-V2 and V3, GLM-4-MoE-lite, MiniCPM3, Youtu, Kimi Linear and kin.
+
+Letters: as in layer.py, and R the width of the latent of keys and values, N and T the widths of what is not rotated of
+a head of q and k, and of what is, V that of a head of v.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from two_level_mha.activations import keep_part, used_apart
+from two_level_mha.blocks import SHARDED_DIMS, dealt
+from two_level_mha.cache_layer import NO_CACHE, CachedCall, CacheLayer
+from two_level_mha.class_like import class_like
+from two_level_mha.integrations import forms
+from two_level_mha.integrations.decoder import DecoderAttention, decoder_inputs
+from two_level_mha.integrations.latent_cache import attended_latents, own_latents
+from two_level_mha.integrations.projected import random_arguments
+from two_level_mha.layer import Aside
+from two_level_mha.mesh import Grid, Place, mesh_of, place_on
+from two_level_mha.stock import StockTensor, linear_names
+
+
+class LatentAttention(DecoderAttention):
+    """A DecoderAttention whose keys and values are projected from a latent (B, L, R), and perhaps its queries from
+    another; linears and norms before them are children that every rank has whole.
+
+    Parameters, logical shapes: q_weight (h, N + T, D or q's latent), k_weight (h, N, R), v_weight (h, V, R), out_weight
+    (D, h, V). The pass takes heads of one width: this rank's slices of each are filled up with zeros for a call. One
+    rotary key (B, L, T) is of all heads, and goes with the tokens.
+    rotary: the function beside the original's class that rotates, or None.
+    A cache by position keeps latents and rotary keys, over all ranks in a row; one by batch heads' keys and values.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        projections: dict[str, nn.Module],
+        paths: dict[str, str],
+        mesh: DeviceMesh | None,
+        *,
+        rotary: str | None,
+        **options,
+    ) -> None:
+        self.slices = 1 if mesh is None else mesh.shape[1]
+        self.row = place_on(mesh_of(mesh, lambda grid: Grid(1, grid.size)))
+        self.nope, self.rope, self.v_dim, self.rank = (getattr(original, name) for name in forms.LATENT_DIMS)
+        super().__init__(original, projections, paths, mesh, **options)
+        self.rotary = None if rotary is None else getattr(sys.modules[type(original).__module__], rotary)
+        self.complex_angles = rotary == forms.ROTARIES[-1]
+        self.query_latent = forms.LATENT_QUERY if paths["q"] == forms.LATENT_PATHS["q"][0] else None
+        self.latent_scales = {}
+        for name in (forms.LATENT, self.query_latent) if self.query_latent else (forms.LATENT,):
+            self.latent_scales[name] = getattr(original, forms.LATENT_SCALES[name], None)
+            for child in (name, forms.LATENT_NORMS[name]):
+                self.add_module(child, getattr(original, child))
+
+    def sizes_of(self, original: nn.Module, projections: dict[str, nn.Module]) -> tuple[int, int, int, bool]:
+        h, k, widest = forms.latent_sizes(original, projections)
+        return h, k, self.slices * -(-widest // self.slices), False
+
+    def store_projections(self, projections: dict[str, nn.Module], paths: dict[str, str], packing: str) -> None:
+        names = linear_names("q", paths["q"], projections["q"], self.nope + self.rope)
+        names |= linear_names("out", paths["o"], projections["o"], self.v_dim)
+        h = self.num_heads
+        for part, p in projections["latent"].named_parameters():
+            for letter, width, start in (("k", self.nope, 0), ("v", self.v_dim, self.nope)):
+                own = (h, width, *p.shape[1:])
+                key = f"{paths['latent']}.{part}"
+                names[f"{letter}_{part}"] = StockTensor(key, tuple(p.shape), own, start=start, groups=h)
+        forms.store_projections(self, projections, paths, names)
+
+    def use_positions(self, original: nn.Module, rotates: bool, norms_last: bool) -> None:
+        self.temperature, self.tuning = forms.temperature_of(original), None
+        self.register_buffer(forms.ANGLES, None, persistent=False)
+
+    def own_blocks(self) -> list[Tensor | None]:
+        width = self.head_dim // self.slices
+        blocks = dict(zip(SHARDED_DIMS, super().own_blocks(), strict=True))
+        for name, (_, dim) in SHARDED_DIMS.items():
+            if dim is not None and (x := blocks[name]) is not None:
+                whole = name == "out_weight" and self.combine == "concat"
+                own = [dealt(self.v_dim, self.slices, j) for j in range(self.slices if whole else 0)]
+                parts = [_filled(part, dim, width) for part in [x.narrow(dim, *each) for each in own] or [x]]
+                blocks[name] = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        return list(blocks.values())
+
+    def cache_place(self, layout: str) -> Place:
+        return self.row if layout == "position" else self.place
+
+    def attended(
+        self,
+        given: dict,
+        states: Tensor,
+        wholes: list[Tensor],
+        mask: Tensor | None,
+        causal: int | None,
+        *,
+        cache: CacheLayer | None,
+        call: CachedCall,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        whole, first = wholes[0], call.position
+        query, latent, k_B1LT = self.latents(given, whole, first)
+        rows = [*(self.rows_of(given, first, whole.shape[1]) or ()), k_B1LT]
+        new = None
+        if cache is not None and cache.layout == "position":
+            (all_BLR,) = used_apart([self.whole_rows(latent, whole)], self.place, self.reduce_dtype)
+            new = *own_latents(all_BLR.unsqueeze(1), k_B1LT, cache, call.position), whole.shape[1]
+            if call.position:
+                y_BLD = attended_latents(
+                    self,
+                    self.whole_rows(query, whole),
+                    cache,
+                    call,
+                    rows[:-1],
+                    new=new,
+                    mask=mask,
+                    causal=causal,
+                    softcap=softcap,
+                    gate=self.gate_of_heads(given["hidden_states"], whole),
+                )
+                if self.splits:
+                    y_BLD = keep_part(y_BLD, self.activations, self.place, True)
+                return self.finished(y_BLD, given), None
+            cache.append(*new, for_gradients=query.requires_grad)
+            cache, call = None, NO_CACHE
+        options = {"rows": rows, "softcap": softcap, "cache": cache, "call": call}
+        return self.attended_inputs((query, latent, latent), given, wholes, mask, causal, **options)
+
+    def latents(self, given: dict, whole: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What queries, and what keys and values, are projected from, of this rank's rows; the rotated key (B, 1, L, T)
+        of all rows, with the sum over the ranks as its gradient.
+        """
+        x_BLD = given["hidden_states"]
+        query = x_BLD
+        if self.query_latent is not None:
+            query = self._normed_latent(self.query_latent, self.of_rows(self.query_latent, x_BLD))
+        latent, key = self.of_rows(forms.LATENT, x_BLD).split([self.rank, self.rope], -1)
+        (key,) = used_apart([self.whole_rows(key, whole)], self.place, self.reduce_dtype)
+        k_B1LT = self.turned(key.unsqueeze(1), self.rows_of(given, first, whole.shape[1]) or [])
+        return query, self._normed_latent(forms.LATENT, latent), k_B1LT
+
+    def _normed_latent(self, name: str, x_BLR: Tensor) -> Tensor:
+        normed, scale = self.of_rows(forms.LATENT_NORMS[name], x_BLR), self.latent_scales[name]
+        return normed if scale is None else normed * scale
+
+    def turned(self, x_BHLT: Tensor, rows: list[Tensor]) -> Tensor:
+        """What is rotated of heads, by the angles that `rows_of` begins with."""
+        if self.rotary is None:
+            return x_BHLT
+        angles = [x.squeeze(1) for x in rows[:2]]
+        if self.complex_angles:
+            angles = [torch.complex(*angles)]
+        return self.rotary(x_BHLT, x_BHLT[:, :1], *angles)[0]  # of q and k
+
+    def between_of(self, given: dict, first: int, length: int, then: Callable | None) -> dict[str, object]:
+        def between(q: Tensor, k: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
+            *_, key_B1ST = aside.k_rows
+            nope, rope = self.gathered(q, self.nope + self.rope).split([self.nope, self.rope], -1)
+            q = torch.cat([nope, self.turned(rope, aside.q_rows)], -1)
+            if self.temperature is not None:
+                q = q * aside.q_rows[-2].to(q.dtype)
+            k = torch.cat([self.gathered(k, self.nope), key_B1ST.to(k.dtype).expand(*k.shape[:3], -1)], -1)
+            return *(_filled(x, 3, self.head_dim) for x in (q, k)), v
+
+        return {"between": between}
+
+    def gathered(self, x: Tensor, width: int) -> Tensor:
+        """Heads of `width` of what was moved: slices that were filled up."""
+        parts = x.unflatten(3, (self.slices, -1)).unbind(3)
+        own = [part[..., : dealt(width, self.slices, j)[1]] for j, part in enumerate(parts)]
+        return own[0] if len(own) == 1 else torch.cat(own, -1)
+
+    def _blocks(self) -> list[Tensor | None]:
+        even = all(width % self.slices == 0 for width in (self.nope + self.rope, self.nope, self.v_dim))
+        return super()._blocks() if even else []
+
+
+def _filled(x: Tensor, dim: int, width: int) -> Tensor:
+    """x with zeros behind it along a dim."""
+    if x.shape[dim] == width:
+        return x
+    return nn.functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, width - x.shape[dim]))
+
+
+def latent_like(original: nn.Module, *args, **options) -> LatentAttention:
+    """A LatentAttention of the original's class too."""
+    return class_like(LatentAttention, type(original))(original, *args, **options)
+
+
+def latent_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
+    """As those of other decoders."""
+    whole = random_arguments(original, 6, dtype)
+    if forms.rotaries_of(original) == [forms.ROTARIES[-1]]:
+        whole["position_embeddings"] = torch.complex(*whole["position_embeddings"])
+    return decoder_inputs(original, dtype, whole)

@@ -1,0 +1,118 @@
+"""Multi-head latent attention with a cache that keeps latents, and not each head's keys and values, by position.
+
+What takes latents to keys is taken into the queries, what takes them to values behind attention. So all heads attend to
+one: its keys are latents and rotary keys, its values the latents, stored once over all ranks in a row.
+
+Letters: as in latent.py, and C = R + T.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from two_level_mha.activations import used_apart
+from two_level_mha.blocks import SHARDED_DIMS, dealt
+from two_level_mha.cache_layer import CachedCall, CacheLayer
+from two_level_mha.layer import GridAttention
+
+_ops = torch.ops.two_level_mha
+
+
+def own_latents(latent_B1LR: Tensor, key_B1LT: Tensor, cache: CacheLayer, position: int) -> tuple[Tensor, Tensor]:
+    """What this rank keeps of the tokens from `position` on, as the cache takes it: keys (B, 1, L of its own, C), whose
+    first R columns are the values too, so values of no width.
+    """
+    stride, first = cache.place.grid.slices, cache.place.slice
+    own = torch.cat([latent_B1LR, key_B1LT.to(latent_B1LR.dtype)], 3)[:, :, (first - position) % stride :: stride]
+    return own, own[..., :0]
+
+
+def attended_latents(
+    layer: GridAttention,
+    query: Tensor,
+    cache: CacheLayer,
+    call: CachedCall,
+    rows: list[Tensor],
+    *,
+    new: tuple[Tensor, Tensor, int],
+    mask: Tensor | None,
+    causal: int | None,
+    softcap: float,
+    gate: Tensor | None,
+) -> Tensor:
+    """Y (B, L, D), whole on every rank, of what queries are projected from (B, L, ..), whole too.
+
+    rows: what `turned` takes, then the factors of the queries if there are any. new: what own_latents gave, of how many
+    tokens. gate: as `attend` takes it.
+    """
+    place, rank = layer.place, layer.rank
+    n, ranks = place.grid.head_groups, place.grid.size
+    own = dict(zip(SHARDED_DIMS, GridAttention.own_blocks(layer), strict=True))
+    q_BHLC = _queries(layer, own, query, rows)
+    q_BhLC = _ops.all_gather(q_BHLC, 1, n, place.groups[1])
+    k_B1SC, _ = cache.append(*new, for_gradients=q_BhLC.requires_grad)
+    first = (cache.place.slice - call.first_key) % ranks
+    if mask is not None:
+        (mask,) = used_apart([mask], place, layer.reduce_dtype)
+        mask = mask[..., first::ranks] if mask.shape[-1] != 1 else mask
+    seen = None if causal is None else causal - call.first_key - first
+    out, logsumexp = _ops.partial_attention(
+        q_BhLC, k_B1SC, k_B1SC[..., :rank], mask,
+        scale=layer.scaling, causal=seen, softcap=softcap, key_stride=ranks,
+    )  # fmt: skip
+    v_BHLE = _merged(layer, out, logsumexp).to(own["v_weight"].dtype) @ own["v_weight"].transpose(1, 2)
+    H = v_BHLE.shape[1]
+    if gate is not None:
+        (gate,) = used_apart([layer.gate_function(gate)], place, layer.reduce_dtype)
+        v_BHLE = v_BHLE * gate.narrow(2, place.head_group * H, H).transpose(1, 2).unsqueeze(3).to(v_BHLE.dtype)
+    return _summed(layer, v_BHLE, own["out_weight"], own["out_bias"])
+
+
+def _queries(layer: GridAttention, own: dict[str, Tensor | None], query: Tensor, rows: list[Tensor]) -> Tensor:
+    """Queries (B, H, L, C) of this rank's head group on latents and rotary keys, used by each rank for its own keys."""
+    place, m, j = layer.place, layer.place.grid.slices, layer.place.slice
+    slices, width = place.groups[0], layer.nope + layer.rope
+    (x,) = used_apart([query], place, layer.reduce_dtype)
+    weight, bias = own["q_weight"], own["q_bias"]
+    q = linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+    q_BHLE = q.unflatten(2, weight.shape[:2]).transpose(1, 2)
+    if m > 1:
+        q_BHLE = pad(q_BHLE, (0, -(-width // m) - q_BHLE.shape[3]))
+    q_BHLd = layer.gathered(_ops.all_gather(q_BHLE, 3, m, slices), width)
+    nope, rope = q_BHLd.split([layer.nope, layer.rope], 3)
+    on_latents = nope.narrow(3, *dealt(layer.nope, m, j)) @ own["k_weight"].to(nope.dtype)
+    if m > 1:  # each rank uses the sum for its own keys: its gradient is summed too
+        (on_latents,) = _ops.replicated([_ops.all_reduce(on_latents, m, slices)], m, slices)
+    q_BHLC = torch.cat([on_latents, layer.turned(rope, rows)], 3)
+    return q_BHLC if layer.temperature is None else q_BHLC * rows[-1].to(q_BHLC.dtype)
+
+
+def _merged(layer: GridAttention, o_BhLR: Tensor, lse_BhL: Tensor) -> Tensor:
+    """Over the keys of all ranks, of this rank's head group: (B, H, L, R). One exchange along each axis, in the
+    logsumexp's dtype, of both together.
+    """
+    (n, m), (slices, heads, _) = (layer.place.grid.head_groups, layer.place.grid.slices), layer.place.groups
+    both = torch.cat([o_BhLR.to(lse_BhL.dtype), lse_BhL.unsqueeze(3)], 3)
+    both = _over_parts(_ops.all_to_all(both, 1, 0, n, heads), n)
+    return _over_parts(_ops.all_gather(both, 0, m, slices), m)[..., :-1]
+
+
+def _over_parts(both: Tensor, parts: int) -> Tensor:
+    """(parts * B, H, L, R + 1) -> (B, H, L, R + 1): outputs and their logsumexp."""
+    if parts == 1:
+        return both
+    outs, lses = both[..., :-1], both[..., -1]
+    out, lse = _ops.merge_partials(*(x.unflatten(0, (parts, -1)).contiguous() for x in (outs, lses)))
+    return torch.cat([out, lse.unsqueeze(3)], 3)
+
+
+def _summed(layer: GridAttention, v_BHLE: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The output projection of every rank's part, summed over the grid."""
+    place, H = layer.place, v_BHLE.shape[1]
+    if layer.combine == "concat":  # where every rank has all of it
+        (weight,) = used_apart([weight], place, layer.reduce_dtype)
+        first, count = dealt(layer.v_dim, place.grid.slices, place.slice)
+        weight = weight.narrow(1, place.head_group * H, H).narrow(2, first, count)
+    y = linear(v_BHLE.transpose(1, 2).flatten(2), weight.flatten(1).to(v_BHLE.dtype))
+    y = _ops.all_reduce(y.to(layer.reduce_dtype or y.dtype), place.grid.size, place.groups[2]).to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
