@@ -97,7 +97,7 @@ FAMILIES = (
         forms.is_latent,
         forms.latent_paths,
         later("latent", "latent_like"),
-        later("latent", "latent_inputs"),
+        later("decoder", "decoder_inputs"),
         _LATENT_PARTS,
         cached=True,
         variants=forms.latent_variants,

@@ -180,17 +180,12 @@ def problem(original: nn.Module) -> str | None:
     return forms.unknown_argument(original)
 
 
-def decoder_inputs(
-    original: nn.Module, dtype: torch.dtype, whole: dict[str, object] | None = None
-) -> list[tuple[tuple, dict]]:
-    """Two sequences of 6, one padded on the left: all at once, then with a cache in two steps, then without a mask.
-
-    whole: their arguments, as those of random_arguments.
-    """
+def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
+    """Two sequences of 6, one padded on the left: all at once, then with a cache in two steps, then without a mask."""
     keep = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6).clone()
     keep[1, ..., :2] = False
     keep[1, :, :2, 0] = True  # no row without a key: what it gives is not defined
-    cache, whole = DynamicCache(), whole or random_arguments(original, 6, dtype)
+    cache, whole = DynamicCache(), random_arguments(original, 6, dtype)
 
     def of_rows(name: str, x: object, first: int, end: int) -> object:
         if isinstance(x, tuple):

@@ -16,9 +16,8 @@ from two_level_mha.blocks import SHARDED_DIMS, dealt
 from two_level_mha.cache_layer import NO_CACHE, CachedCall, CacheLayer
 from two_level_mha.class_like import class_like
 from two_level_mha.integrations import forms
-from two_level_mha.integrations.decoder import DecoderAttention, decoder_inputs
+from two_level_mha.integrations.decoder import DecoderAttention
 from two_level_mha.integrations.latent_cache import attended_latents, own_latents
-from two_level_mha.integrations.projected import random_arguments
 from two_level_mha.layer import Aside
 from two_level_mha.mesh import Grid, Place, mesh_of, place_on
 from two_level_mha.stock import StockTensor, linear_names
@@ -190,11 +189,3 @@ def _filled(x: Tensor, dim: int, width: int) -> Tensor:
 def latent_like(original: nn.Module, *args, **options) -> LatentAttention:
     """A LatentAttention of the original's class too."""
     return class_like(LatentAttention, type(original))(original, *args, **options)
-
-
-def latent_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
-    """As those of other decoders."""
-    whole = random_arguments(original, 6, dtype)
-    if forms.rotaries_of(original) == [forms.ROTARIES[-1]]:
-        whole["position_embeddings"] = torch.complex(*whole["position_embeddings"])
-    return decoder_inputs(original, dtype, whole)
