@@ -175,7 +175,7 @@ class TwoLevelAttention(Drops, GridAttention):
             scale=self.scale, causal=call.position if is_causal else None,
             window=self.window, softcap=self.softcap, dropout_p=dropout_p,
             rows=None if position_embeddings is None else [x.unsqueeze(1) for x in position_embeddings],
-            shared=local_blocks(norms) or None, between=NormRotary(self.qk_norm or 0.0, interleaved),
+            shared=local_blocks(norms) or None, between=NormRotary(self.qk_norm, interleaved),
             cache=cache, call=call,
         )[0]  # fmt: skip
 

@@ -48,12 +48,17 @@ class NormRotary(NamedTuple):
     each may be absent.
     """
 
-    eps: float = 0.0
+    eps: float | None = None  # of the norms
     interleaved: bool = False
+
+    def arguments(self) -> tuple[float, bool]:
+        # no default of 0.0: torch.compile(dynamic=True) makes a float that it is given symbolic, and compiles twice
+        return 0.0 if self.eps is None else self.eps, self.interleaved
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
         if aside.shared or aside.q_rows:
-            q, k = _ops.norm_rotary(q, k, aside.shared, self.eps, aside.q_rows, aside.k_rows, self.interleaved)
+            eps, interleaved = self.arguments()
+            q, k = _ops.norm_rotary(q, k, aside.shared, eps, aside.q_rows, aside.k_rows, interleaved)
         return q, k, v
 
 
@@ -284,15 +289,15 @@ class GridAttention(nn.Module):
         try:
             if dropout_p > 0.0:
                 seed = torch.randint(2**62, (1,), device=query.device)
-            # softcap no default of 0.0: torch.compile(dynamic=True) makes a float argument symbolic, and compiles twice
+            # softcap: as NormRotary's eps
             how_to_attend = (
                 attn_mask, scale, causal, window, 0.0 if softcap is None else softcap, dropout_p, seed, text,
             )  # fmt: skip
             entered = sizes if not number else [*sizes, number]
             if not in_halves:
                 y = _ops.attention(
-                    query, key, value, *weights, out_weight, out_bias, rows, shared, *between, *how_to_attend, entered,
-                    before,
+                    query, key, value, *weights, out_weight, out_bias, rows, shared, *between.arguments(),
+                    *how_to_attend, entered, before,
                 )  # fmt: skip
                 return y, None
             q, k, v, *aside = _ops.enter(query, key, value, *weights, rows, shared, text, entered, before)
