@@ -38,6 +38,7 @@ def _replace_mha(mha: nn.MultiheadAttention, projections, paths, mesh, **options
 # Parameters of transformers' modules besides those of projections.
 _PARTS = (
     forms.SINKS,
+    forms.OUTPUT_BIAS,
     *(f"{name}.{part}" for name in (*sum(forms.NORMS.values(), ()), forms.OUTPUT_NORM) for part in ("weight", "bias")),
     *(f"{name}.weight" for name in (*forms.GATES, forms.BIAS_TABLE)),
     *(f"{name}.norms.*.weight" for name in sum(forms.NORMS.values(), ())),

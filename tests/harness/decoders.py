@@ -116,6 +116,7 @@ FORMS = {
     "llama4": ("Llama4TextConfig", {"head_dim": 8, "attention_chunk_size": 8, "no_rope_layers": [1, 0, 1],
                                     "intermediate_size_mlp": 48, "moe_layers": [], "floor_scale": 3,
                                     "attn_scale": 0.4}),
+    "gpt neox japanese": ("GPTNeoXJapaneseConfig", _NEOX | {"rotary_pct": 0.5, "intermediate_multiple_size": 2}),
     "gemma4 shared": ("Gemma4TextConfig", _GEMMA4 | _SHARED),
     "gemma3n": ("Gemma3nTextConfig", _SHARED | {"head_dim": 8, "sliding_window": 8, "laurel_rank": 4,
                                                 "altup_num_inputs": 2, "activation_sparsity_pattern": None}),
@@ -153,7 +154,18 @@ LATENT = {
 
 
 EXACT = {"exact": True}
-EAGER_ONLY = ("bloom", "gpt oss", "granite swa", "gptj", "codegen", "gpt neo", "xglm", "mpt", "roformer")
+EAGER_ONLY = (
+    "bloom",
+    "gpt oss",
+    "granite swa",
+    "gptj",
+    "codegen",
+    "gpt neo",
+    "xglm",
+    "mpt",
+    "roformer",
+    "gpt neox japanese",
+)
 
 
 class Norm(nn.Module):

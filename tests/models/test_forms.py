@@ -51,7 +51,7 @@ GROUPED = [name for name in FORMS if name not in ONE_GROUP]
 PACKED = ("phi3", "gpt neox", "falcon 40b", "bloom", "persimmon", "codegen")
 EVERY_KIND = ("opt", "phi with norms", "gpt neox", "falcon 40b", "bloom", "olmo2", "cohere", "gpt oss", "qwen3 next")
 SINCE = ("falcon rw", "stablelm 2", "codegen", "gpt neo", "mpt", "afmoe", "laguna", "lfm3", "gemma4", "gemma4 k = v")
-LATER = ("llama4", "roformer", "gemma4 shared", "gemma3n")
+LATER = ("llama4", "roformer", "gpt neox japanese", "gemma4 shared", "gemma3n")
 TIMEOUT = 400
 
 

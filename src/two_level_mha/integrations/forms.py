@@ -58,6 +58,7 @@ TEMPERATURE = "get_llama_4_attn_scale"
 # row's position p in the sequence and its cache.
 TUNED = ("Llama4TextAttention",)
 ANGLES = "embed_positions"  # a buffer (length, 2 pairs) of each position's sines, then its cosines
+ROTATED = "rotary_ndims"  # how many dims of a head are rotated, where the module says so
 SINUSOIDS = "sinusoidal_pos"  # an argument (1, 1, L, 2 pairs), of each position's sines, then its cosines
 MASK = "bias"  # a buffer (1, 1, length, length), True or 1 = attend: causal, whatever else masks say
 WINDOWS = {"local": "window_size"}  # attention_type -> where the config has how many keys a row sees
@@ -66,6 +67,7 @@ WINDOWS = {"local": "window_size"}  # attention_type -> where the config has how
 WEIGHTS_DROPOUT = ("dropout", "attention_dropout", "attn_dropout", "attn_dropout_p")
 OUTPUT_DROPOUT = ("resid_dropout", "out_drop", "output_dropout")
 OUTPUT_NORM = "LayerNorm"  # of the output and the module's input, added
+OUTPUT_BIAS = "dense_bias"  # (D,), or None: given behind the weights, for the layer to add
 
 CACHES = ("past_key_values", "layer_past")
 BIASES = ("alibi", "position_bias")  # of the scores
@@ -147,7 +149,8 @@ def unknown_argument(module: nn.Module) -> str | None:
         if name not in (*ARGUMENTS, *OTHERS, *CROSS):
             return f"it takes an argument that is not known: {name}"
     required = "position_ids" in named and named["position_ids"].default is not None
-    return "it is always called with position_ids" if required and temperature_of(module) is None else None
+    taken = temperature_of(module) is not None or "position_embeddings" in named
+    return "it is always called with position_ids" if required and not taken else None
 
 
 def hides(module: nn.Module) -> bool:

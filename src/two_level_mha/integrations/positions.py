@@ -14,6 +14,7 @@ from two_level_mha.integrations.forms import (
     ANGLES,
     LATENT_DIMS,
     NORMS,
+    ROTATED,
     SINUSOIDS,
     VALUE_NORM,
     parameters_of,
@@ -274,6 +275,8 @@ def rotary_width(original: nn.Module, head_dim: int) -> int:
         return own
     if hasattr(original, ANGLES):
         return getattr(original, ANGLES).shape[-1]
+    if isinstance(known := getattr(original, ROTATED, None), int):
+        return known
     config = getattr(original, "config", None)
     parameters = getattr(config, "rope_parameters", None) or {}
     share = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0

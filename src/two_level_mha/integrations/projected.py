@@ -69,6 +69,8 @@ class ProjectedAttention(Positioned, GridAttention):
         sinks = getattr(original, forms.SINKS, None)
         if sinks is not None:
             self.register_parameter(forms.SINKS, sinks)
+        if hasattr(original, forms.OUTPUT_BIAS):
+            self.register_parameter(forms.OUTPUT_BIAS, getattr(original, forms.OUTPUT_BIAS))
         self.gate_function = forms.GATE_FUNCTIONS[gate_function]
         self.gate_name = None if gated else forms.gate_of(original)  # of one number for each head
         if self.gate_name is not None:
@@ -161,7 +163,10 @@ class ProjectedAttention(Positioned, GridAttention):
         y_BLD = self.finished(y_BLD, given)
         if self.gives_list:
             return [y_BLD] if weights is None else [y_BLD, weights]
-        return (y_BLD, given.get("position_bias"), weights) if self.gives_bias else (y_BLD, weights)
+        if self.gives_bias:
+            return y_BLD, given.get("position_bias"), weights
+        bias = (self._parameters[forms.OUTPUT_BIAS],) if forms.OUTPUT_BIAS in self._parameters else ()
+        return y_BLD, weights, *bias
 
     def check_arguments(self, given: dict) -> None:
         """Raises where the config was changed to an implementation whose masks, or whose lack of one, mean others, and
