@@ -197,8 +197,10 @@ def latent_like(original: nn.Module, *args, **options) -> LatentAttention:
 
 
 def latent_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
-    """As those of other decoders."""
-    whole = random_arguments(original, 6, dtype)
-    if forms.rotaries_of(original) == [forms.ROTARIES[-1]]:
-        whole["position_embeddings"] = torch.complex(*whole["position_embeddings"])
+    """As those of other decoders, with angles of what is rotated."""
+    whole, rows = random_arguments(original, 6, dtype), (2, 2, 6)
+    if "position_embeddings" in whole:
+        rope, takes_complex = original.qk_rope_head_dim, forms.rotaries_of(original) == [forms.ROTARIES[-1]]
+        angles = torch.randn(*rows, rope // 2 if takes_complex else rope, dtype=dtype)
+        whole["position_embeddings"] = torch.complex(*angles) if takes_complex else tuple(angles)
     return decoder_inputs(original, dtype, whole)
