@@ -126,8 +126,8 @@ FORMS = {
 
 
 _MLA = {
-    "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
-    "v_head_dim": 7, "head_dim": 4,
+    "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8,
+    "v_head_dim": 7, "head_dim": 8,
 }  # fmt: skip
 _MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1,
         "num_hidden_layers": 2}  # fmt: skip
