@@ -286,6 +286,9 @@ def rotary_width(original: nn.Module, head_dim: int) -> int:
 def random_angles(original: nn.Module, head_dim: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin (2, rows, ..) as the model's function takes them: of every dim that is rotated, or of every pair."""
     width = rotary_width(original, head_dim)
+    if isinstance(getattr(original, LATENT_DIMS[1], None), int):  # whose functions go by several names
+        cos, sin = torch.randn(2, 2, rows, width // 2 if takes_complex(original) else width, dtype=dtype)
+        return cos, sin
     x = torch.zeros(2, 1, rows, width, dtype=dtype)
     for angles in (width, width // 2):
         cos, sin = torch.randn(2, 2, rows, angles, dtype=dtype)
