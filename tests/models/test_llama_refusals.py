@@ -14,7 +14,6 @@ transformers = pytest.importorskip("transformers")
 OTHERS = {
     "differences": ("DiffLlamaConfig", {}, "has a parameter that decoder attention has not: lambda"),
     "clipping": ("OlmoConfig", {"clip_qkv": 6.0}, r"it clips queries, keys and values \(clip_qkv=6.0\)"),
-    "chunks": ("Llama4TextConfig", {}, "its layer is of type 'chunked_attention'"),
     "a cache of two kinds": (
         "FalconH1Config",
         {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
@@ -43,9 +42,9 @@ def test_arguments():
         tlm.parallelize(model, None, cache="rows")
     with pytest.raises(tlm.GridError, match=r"self_attn \(LlamaAttention\) .* scheme 'independent' has no KV cache"):
         tlm.parallelize(model, None, scheme="independent")
-    chunked = transformers.Llama4TextConfig(**BASE)
-    with pytest.raises(tlm.GridError, match="layer 0 of Llama4TextConfig is of type 'chunked_attention'"):
-        tlm.KVCache(chunked, None)
+    hybrid = transformers.FalconH1Config(**BASE)
+    with pytest.raises(tlm.GridError, match="layer 0 of FalconH1Config is of type 'hybrid'"):
+        tlm.KVCache(hybrid, None)
 
 
 def test_what_the_original_had_stays_readable():
