@@ -123,9 +123,8 @@ Price<I> price_in_chunks(Scheme scheme, const CallSizes<I>& s, const Rates& prof
   price.chunks = std::max(in.count, out.count);
   if (price.chunks > 1) {
     const bool in_halves = s.in_halves || in.count != out.count;
-    const I hidden = in_halves
-                         ? beside(entering, sent_in, in.count) + beside(leaving, sent_out, out.count)
-                         : beside(price.compute, price.sending, in.count);
+    const I hidden = in_halves ? beside(entering, sent_in, in.count) + beside(leaving, sent_out, out.count)
+                               : beside(price.compute, price.sending, in.count);
     price.hidden = hidden / 100 * profile.hidden;
   }
   return price;
