@@ -69,7 +69,8 @@ def attention(n: int, m: int, scheme: str) -> tuple:
     weights = list(blocks(n, m).values())
     inputs = [random(B, L, D), random(B, S, D), random(B, S, D)]
     mask = torch.rand(B, 1, L, S + 2) < 0.8
-    return (*inputs, *weights, None, [random(d), random(d)], 1e-6, True, mask, None, 1, 4, 2.0, 0.3, torch.tensor([3]),
+    norms = None if scheme == "independent" else [random(d), random(d)]  # whose heads are slices
+    return (*inputs, *weights, None, norms, 1e-6, True, mask, None, 1, 4, 2.0, 0.3, torch.tensor([3]),
             *decided(case(scheme), place(n, m)))  # fmt: skip
 
 
