@@ -102,10 +102,9 @@ class LatentAttention(DecoderAttention):
         call: CachedCall,
         softcap: float,
     ) -> tuple[Tensor, Tensor | None]:
-        whole, first = wholes[0], call.position
-        query, latent, k_B1LT = self.latents(given, whole, first)
-        rows = [*(self.rows_of(given, first, whole.shape[1]) or ()), k_B1LT]
-        new = None
+        whole = wholes[0]
+        rows = self.rows_of(given, call.position, whole.shape[1]) or []
+        query, latent, k_B1LT = self.latents(given, whole, rows)
         if cache is not None and cache.layout == "position":
             (all_BLR,) = used_apart([self.whole_rows(latent, whole)], self.place, self.reduce_dtype)
             new = *own_latents(all_BLR.unsqueeze(1), k_B1LT, cache, call.position), whole.shape[1]
@@ -115,7 +114,7 @@ class LatentAttention(DecoderAttention):
                     self.whole_rows(query, whole),
                     cache,
                     call,
-                    rows[:-1],
+                    rows,
                     new=new,
                     mask=mask,
                     causal=causal,
@@ -127,12 +126,12 @@ class LatentAttention(DecoderAttention):
                 return self.finished(y_BLD, given), None
             cache.append(*new, for_gradients=query.requires_grad)
             cache, call = None, NO_CACHE
-        options = {"rows": rows, "softcap": softcap, "cache": cache, "call": call}
+        options = {"rows": [*rows, k_B1LT], "softcap": softcap, "cache": cache, "call": call}
         return self.attended_inputs((query, latent, latent), given, wholes, mask, causal, **options)
 
-    def latents(self, given: dict, whole: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    def latents(self, given: dict, whole: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """What queries, and what keys and values, are projected from, of this rank's rows; the rotated key (B, 1, L, T)
-        of all rows, with the sum over the ranks as its gradient.
+        of all rows, with the sum over the ranks as its gradient. rows: of `rows_of`.
         """
         x_BLD = given["hidden_states"]
         query = x_BLD
@@ -140,7 +139,7 @@ class LatentAttention(DecoderAttention):
             query = self._normed_latent(self.query_latent, self.of_rows(self.query_latent, x_BLD))
         latent, key = self.of_rows(forms.LATENT, x_BLD).split([self.rank, self.rope], -1)
         (key,) = used_apart([self.whole_rows(key, whole)], self.place, self.reduce_dtype)
-        k_B1LT = self.turned(key.unsqueeze(1), self.rows_of(given, first, whole.shape[1]) or [])
+        k_B1LT = self.turned(key.unsqueeze(1), rows)
         return query, self._normed_latent(forms.LATENT, latent), k_B1LT
 
     def _normed_latent(self, name: str, x_BLR: Tensor) -> Tensor:
