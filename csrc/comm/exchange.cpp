@@ -68,8 +68,9 @@ bool in_graph() {
   return c10::impl::TorchDispatchModeTLS::get_mode(c10::impl::TorchDispatchModeKey::PROXY).has_value();
 }
 
-// (1, N) -> (g, N). Between nodes a ring sends less over their link than pairs do, but of two ranks. On the CPU not by the functional operator alone: in torch 2.15 two of them that Gloo runs at once
-// write to freed memory, which its variant with `out` does not. A graph has no such variant: there it is waited for.
+// (1, N) -> (g, N). Between nodes a ring sends less over their link than pairs do, but of two ranks. On the CPU not by
+// the functional operator alone: in torch 2.15 two of them that Gloo runs at once write to freed memory, which its
+// variant with `out` does not. A graph has no such variant: there it is waited for.
 Tensor issue_all_gather(const Tensor& x, const Group& group) {
   if (group.size == 2 && has_pairs(x, group))
     return call("two_level_mha::_all_gather_pairs", {x, group.size, group.name, in_graph()});

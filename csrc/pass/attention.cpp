@@ -7,16 +7,22 @@ namespace two_level_mha {
 
 namespace {
 
-std::tuple<Tensor, Tensor> positioned(const Tensor& q, const Tensor& k, const Entered& beside,
+using Tensors = std::vector<Tensor>;
+
+std::tuple<Tensor, Tensor> positioned(const Tensor& q, const Tensor& k, const Tensors& weights,
+                                      const Tensors& q_rows, const Tensors& k_rows,
                                       const NormRotary& between) {
-  if (beside.shared.empty() && beside.q_rows.empty()) return {q, k};
-  return norm_rotary(q, k, beside.shared, between.eps, beside.q_rows, beside.k_rows, between.interleaved);
+  if (weights.empty() && q_rows.empty()) return {q, k};
+  return norm_rotary(q, k, weights, between.eps, q_rows, k_rows, between.interleaved);
 }
 
-// Rows of chunk c, of those that every sequence has of its own.
-std::vector<Tensor> rows_of(const std::vector<Tensor>& rows, const Chunking& chunks, int64_t c) {
-  std::vector<Tensor> found;
-  for (const Tensor& x : rows) found.push_back(x.sym_size(0) == 1 ? x : in_chunks(x, 0, chunks)[c]);
+// The rows of every chunk, of which those of one sequence are for all.
+std::vector<Tensors> rows_in_chunks(const Tensors& rows, const Chunking& chunks) {
+  std::vector<Tensors> found(chunks.count);
+  for (const Tensor& x : rows) {
+    const auto parts = x.sym_size(0) == 1 ? Tensors(chunks.count, x) : in_chunks(x, 0, chunks);
+    for (int64_t c = 0; c < chunks.count; ++c) found[c].push_back(parts[c]);
+  }
   return found;
 }
 
@@ -33,7 +39,8 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
   if (chunks.count == 1) {
     const Entered entered = enter(query, key, value, weights, extra, between.angles, between.weights, call);
     seal(entered);
-    const auto [q, k] = positioned(entered.q, entered.k, entered, between);
+    const auto [q, k] =
+        positioned(entered.q, entered.k, entered.shared, entered.q_rows, entered.k_rows, between);
     return leave(q, k, entered.v, attend, out, {}, context);
   }
   const Inputs inputs(query, key, value);
@@ -42,15 +49,13 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
   Leaving leaving(attend, out, std::nullopt, context);  // first: it checks the mask before anything is sent
   const GridProjection projection(inputs, weights, context, chunks);
   const Chunking here{chunks.count, 1};  // a chunk has as many sequences of each rank
-  Later<std::vector<Tensor>> moving = begin_enter(projection, 0, extra, context);
+  const auto q_rows = rows_in_chunks(whole.q_rows, here), k_rows = rows_in_chunks(whole.k_rows, here);
+  Later<Tensors> moving = begin_enter(projection, 0, extra, context);
   for (int64_t c = 0; c < chunks.count; ++c) {
-    Later<std::vector<Tensor>> next;
+    Later<Tensors> next;
     if (c + 1 < chunks.count) next = begin_enter(projection, c + 1, extra, context);
-    const std::vector<Tensor> qkv = arrived(moving);
-    Entered chunk;
-    chunk.q_rows = rows_of(whole.q_rows, here, c), chunk.k_rows = rows_of(whole.k_rows, here, c);
-    chunk.shared = whole.shared;
-    const auto [q, k] = positioned(qkv[0], qkv[1], chunk, between);
+    const Tensors qkv = arrived(moving);
+    const auto [q, k] = positioned(qkv[0], qkv[1], whole.shared, q_rows[c], k_rows[c], between);
     leaving(q, k, qkv[2]);
     moving = std::move(next);
   }
