@@ -74,7 +74,7 @@ def cross_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, d
     keep[1, ..., 3:] = False
     whole = random_arguments(original, 6, dtype)
     x_BLD = whole.pop("hidden_states")
-    key = getattr(original, next(name for name in forms.PROJECTIONS["k"] if hasattr(original, name)))
+    key = forms.first_of(original, forms.PROJECTIONS["k"])
     whole[forms.states_name(original)] = torch.randn(2, 5, features_of(key)[0], dtype=dtype)
 
     def call(first: int, end: int, mask: Tensor | None, **cached) -> tuple[tuple, dict]:

@@ -17,7 +17,7 @@ from two_level_mha.cache_layer import NO_CACHE, CachedCall, CacheLayer
 from two_level_mha.class_like import class_like
 from two_level_mha.integrations import forms
 from two_level_mha.integrations.decoder import DecoderAttention
-from two_level_mha.integrations.latent_cache import attended_latents, own_latents
+from two_level_mha.integrations.latent_cache import attended_latents, filled, own_latents
 from two_level_mha.layer import Aside
 from two_level_mha.mesh import Grid, Place, mesh_of, place_on
 from two_level_mha.stock import StockTensor, linear_names
@@ -83,7 +83,7 @@ class LatentAttention(DecoderAttention):
             if dim is not None and (x := blocks[name]) is not None:
                 whole = name == "out_weight" and self.combine == "concat"
                 own = [dealt(self.v_dim, self.slices, j) for j in range(self.slices if whole else 0)]
-                parts = [_filled(part, dim, width) for part in [x.narrow(dim, *each) for each in own] or [x]]
+                parts = [filled(part, dim, width) for part in [x.narrow(dim, *each) for each in own] or [x]]
                 blocks[name] = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
         return list(blocks.values())
 
@@ -163,7 +163,7 @@ class LatentAttention(DecoderAttention):
             if self.temperature is not None:
                 q = q * aside.q_rows[-2].to(q.dtype)
             k = torch.cat([self.gathered(k, self.nope), key_B1ST.to(k.dtype).expand(*k.shape[:3], -1)], -1)
-            return *(_filled(x, 3, self.head_dim) for x in (q, k)), v
+            return *(filled(x, 3, self.head_dim) for x in (q, k)), v
 
         return {"between": between}
 
@@ -176,13 +176,6 @@ class LatentAttention(DecoderAttention):
     def _blocks(self) -> list[Tensor | None]:
         even = all(width % self.slices == 0 for width in (self.nope + self.rope, self.nope, self.v_dim))
         return super()._blocks() if even else []
-
-
-def _filled(x: Tensor, dim: int, width: int) -> Tensor:
-    """x with zeros behind it along a dim."""
-    if x.shape[dim] == width:
-        return x
-    return nn.functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, width - x.shape[dim]))
 
 
 def latent_like(original: nn.Module, *args, **options) -> LatentAttention:

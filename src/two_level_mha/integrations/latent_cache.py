@@ -18,6 +18,13 @@ from two_level_mha.layer import GridAttention
 _ops = torch.ops.two_level_mha
 
 
+def filled(x: Tensor, dim: int, width: int) -> Tensor:
+    """x with zeros behind it along a dim."""
+    if x.shape[dim] == width:
+        return x
+    return pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, width - x.shape[dim]))
+
+
 def own_latents(latent_B1LR: Tensor, key_B1LT: Tensor, cache: CacheLayer, position: int) -> tuple[Tensor, Tensor]:
     """What this rank keeps of the tokens from `position` on, as the cache takes it: keys (B, 1, L of its own, C), whose
     first R columns are the values too, so values of no width.
@@ -76,9 +83,7 @@ def _queries(layer: GridAttention, own: dict[str, Tensor | None], query: Tensor,
     weight, bias = own["q_weight"], own["q_bias"]
     q = linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
     q_BHLE = q.unflatten(2, weight.shape[:2]).transpose(1, 2)
-    if m > 1:
-        q_BHLE = pad(q_BHLE, (0, -(-width // m) - q_BHLE.shape[3]))
-    q_BHLd = layer.gathered(_ops.all_gather(q_BHLE, 3, m, slices), width)
+    q_BHLd = layer.gathered(_ops.all_gather(filled(q_BHLE, 3, -(-width // m)), 3, m, slices), width)
     nope, rope = q_BHLd.split([layer.nope, layer.rope], 3)
     on_latents = nope.narrow(3, *dealt(layer.nope, m, j)) @ own["k_weight"].to(nope.dtype)
     if m > 1:  # each rank uses the sum for its own keys: its gradient is summed too
