@@ -50,7 +50,7 @@ class Grid:
         return self.head_groups * self.slices
 
     def for_kv_heads(self, num_kv_heads: int) -> "Grid":
-        """That of mesh_for."""
+        """Of as many ranks: with one key/value head, which no head groups share, in one row."""
         return self if num_kv_heads > 1 else Grid(1, self.size)
 
     def for_whole_heads(self, num_heads: int) -> "Grid":
@@ -399,14 +399,6 @@ def grid_mesh(mesh: DeviceMesh) -> DeviceMesh:
             'mesh._flatten("grid"), use it on its own ranks alone'
         )
     return flat
-
-
-def mesh_for(mesh: DeviceMesh | None, num_kv_heads: int) -> DeviceMesh | None:
-    """The mesh for attention of a model: with one key/value head, which no head groups share, the ranks in one row.
-
-    The first call for a mesh and one head is a collective, of whom place_on says.
-    """
-    return mesh_of(mesh, lambda grid: grid.for_kv_heads(num_kv_heads))
 
 
 def mesh_of(mesh: DeviceMesh | None, choose: Callable[[Grid], Grid]) -> DeviceMesh | None:
