@@ -28,6 +28,7 @@ CACHED = "position"  # the scheme of a KV cache by position: not for a call with
 SCHEMES = ("auto", *(name for name, _, _ in _C.schemes() if name != CACHED))
 SPLIT_INPUTS = ("query", "key", "value", "x", "hidden_states")  # of which each rank may have its own part
 REDUCE_DTYPES = (None, torch.float32)
+HOW_IN_WORDS = {"element_size": "bytes of an element", "zero_key": "add_zero_attn", "in_halves": "two operators"}
 
 _ops = torch.ops.two_level_mha
 
@@ -380,7 +381,8 @@ class GridAttention(nn.Module):
         if torch.compiler.is_compiling():  # a graph has no number that counts: it compares the rest
             return 1
         batch, length, keys, *_ = sizes
-        what = how | {"batch": batch, "length": length, "keys": keys, "dtype": query.dtype}
+        what = {HOW_IN_WORDS.get(name, name): value for name, value in how.items()}
+        what |= {"batch": batch, "length": length, "keys": keys, "dtype": query.dtype}
         what |= {"attention weights": (need_weights, need_weights and average)}
         captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
         what |= {"grad mode": torch.is_grad_enabled(), "in the capture of a CUDA graph": captured}
