@@ -15,7 +15,7 @@ import two_level_mha as tlm
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [line for line in (ROOT / "docs" / "troubleshooting.md").read_text().splitlines() if line.startswith("| `")]
-TORCH = ("aten.", "Attempted to call", "Can't pickle", "Missing key(s)", "size mismatch")
+TORCH = ("aten.", "Attempted to call", "Can't pickle", "Missing key(s)", "size mismatch", "ParallelismConfig")
 
 
 def messages(row: str) -> list[str]:

@@ -3,6 +3,7 @@
 import functools
 import os
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -12,6 +13,7 @@ from two_level_mha.checkpoint import full_state_dict
 from two_level_mha.control import Control, same_in
 from two_level_mha.errors import UsageRuntimeError
 from two_level_mha.integrations.generate import FirstRanksTokens
+from two_level_mha.integrations.private import private
 from two_level_mha.mesh import control_on
 
 
@@ -19,6 +21,17 @@ class OnGrid:
     """Of a model whose ranks act together. What else it is, is its original's class."""
 
     grid_control: Control | None  # None: one rank, or unpickled in another job
+    ranks_of_job: int  # 0 where the grid is not the whole job, in which Trainer would not know its other ranks
+
+    @property
+    def _tp_size(self) -> int | None:
+        """What Trainer and accelerate read: this many ranks are given the same batches."""
+        return self.ranks_of_job or None
+
+    @property
+    def is_distributed_loading_by_transformers(self) -> bool:
+        """What Trainer reads: nothing wraps the model, every rank calls save_pretrained, optimizers are not saved."""
+        return self.ranks_of_job > 0
 
     def _get_stopping_criteria(self, generation_config, *args, **kwargs) -> StoppingCriteriaList:
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
@@ -71,5 +84,9 @@ def _blank(original: type) -> nn.Module:
 def put_on_grid(model: nn.Module, mesh: DeviceMesh | None) -> None:
     """Lets the methods of a transformers model know that it is split."""
     if not isinstance(model, OnGrid):
-        model.grid_control = None if mesh is None or mesh.size() == 1 else control_on(mesh)
+        alone = mesh is None or mesh.size() == 1
+        model.grid_control = None if alone else control_on(mesh)
+        model.ranks_of_job = 0 if alone or mesh.size() < dist.get_world_size() else mesh.size()
+        if model.ranks_of_job:  # Trainer asks it for the size of data parallelism
+            model.config.distributed_config = private("DistributedConfig")(tp_size=1, fsdp_size=1)
         model.__class__ = _on_grid(type(model))
