@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from two_level_mha.experiment.calibration import COEFFICIENTS, OTHER, Calibratio
 from two_level_mha.experiment.hardware import hardware
 from two_level_mha.experiment.model import Layout, Sizes, build, mesh_of
 from two_level_mha.experiment.runs import Call, record_layout
+from two_level_mha.names import Args
 
 ROWS, INNER, COLUMNS = [128, 512, 2048], [64, 256, 1024], [64, 256, 1024]
 KEYS, WIDTHS = [64, 128, 256, 512], [32, 64, 128]
@@ -195,7 +197,7 @@ def whole_run(case: Case) -> Callable[[], object]:
     return lambda: built.forward(part)
 
 
-def on_ranks(ranks: int, function: Callable, *args) -> object:
+def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> object:
     """What function(*args) returns on rank 0 of Gloo ranks of this machine, rank r on processor r % processors."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, f"{folder}/store", f"{folder}/found", function, args)
@@ -203,7 +205,7 @@ def on_ranks(ranks: int, function: Callable, *args) -> object:
         return torch.load(f"{folder}/found", weights_only=False)
 
 
-def _on_rank(rank: int, ranks: int, store: str, found: str, function: Callable, args: tuple) -> None:
+def _on_rank(rank: int, ranks: int, store: str, found: str, function: Callable[..., Any], args: Args) -> None:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
@@ -215,7 +217,7 @@ def _on_rank(rank: int, ranks: int, store: str, found: str, function: Callable, 
     dist.destroy_process_group()
 
 
-def _measure(repeats: int) -> tuple[list[dict], list[float]]:
+def _measure(repeats: int) -> tuple[list[dict[str, Any]], list[float]]:
     """The tables of each pass, and the seconds of the cases, whose runs are spread over the passes."""
     timer = Timer()
     groups = _groups()
@@ -240,11 +242,11 @@ def _measure(repeats: int) -> tuple[list[dict], list[float]]:
     return tables, [statistics.median(of_one) for of_one in times]
 
 
-def together(passes: list[dict[str, Table]]) -> tuple[dict, float]:
+def together(passes: list[dict[str, Table]]) -> tuple[dict[str, Any], float]:
     """The fields of a Calibration from tables of several passes, by their median; and how far the passes are apart: the
     median over all entries of the slowest over the fastest.
     """
-    found: dict = {"memory": {}, "collectives": {}}
+    found: dict[str, Any] = {"memory": {}, "collectives": {}}
     apart: list[float] = []
     for name in passes[0]:
         values = np.array([one[name].values for one in passes])
@@ -258,7 +260,7 @@ def together(passes: list[dict[str, Table]]) -> tuple[dict, float]:
     return found, statistics.median(apart)
 
 
-def fitted(tables: dict, seconds: list[float], ranks: int, source: str, spread: float = 1.0) -> Calibration:
+def fitted(tables: dict[str, Any], seconds: list[float], ranks: int, source: str, spread: float = 1.0) -> Calibration:
     """A calibration from what was measured of cases(ranks)."""
     one = dict.fromkeys(COEFFICIENTS, 1.0)
     plain = Calibration(

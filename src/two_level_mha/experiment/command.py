@@ -134,7 +134,9 @@ def _ceiling(sizes: Sizes, machine: Hardware, mode: str, causal: bool) -> float 
     return sizes.tokens * machine.ceiling / model_flops(sizes, causal=causal, training=mode == "training")
 
 
-def _as_dict(sizes: Sizes, machine: Hardware, mode: str, dtype: torch.dtype, found: dict) -> dict:
+def _as_dict(
+    sizes: Sizes, machine: Hardware, mode: str, dtype: torch.dtype, found: dict[bool, list[Prediction]]
+) -> dict[str, object]:
     return {
         "command": " ".join(["python -m two_level_mha", *sys.argv[1:]]),
         "sizes": {field.name: getattr(sizes, field.name) for field in fields(Sizes)},
@@ -159,7 +161,9 @@ def _as_dict(sizes: Sizes, machine: Hardware, mode: str, dtype: torch.dtype, fou
     }
 
 
-def _text(sizes: Sizes, machine: Hardware, args, dtype: torch.dtype, found: dict[bool, list[Prediction]]) -> str:
+def _text(
+    sizes: Sizes, machine: Hardware, args: argparse.Namespace, dtype: torch.dtype, found: dict[bool, list[Prediction]]
+) -> str:
     decode = args.mode == "decode"
     name = str(dtype).removeprefix("torch.")
     what = (

@@ -4,6 +4,7 @@ A rate that nobody measured has a range, as factors of the profile's; the slow a
 interval of a prediction.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from two_level_mha.errors import GridError
@@ -69,7 +70,7 @@ def hardware(name: str, profile: Profile | None = None) -> Hardware:
     return replace(found, name=name, profile=profile, ranges={}, sources=sources)
 
 
-def _gpu(ranks: int, *, holds: int, sheet: str, **changes) -> Hardware:
+def _gpu(ranks: int, *, holds: int, sheet: str, **changes: int) -> Hardware:
     known = Profile.named("h100")
     return Hardware(
         name="",
@@ -87,7 +88,7 @@ def _gpu(ranks: int, *, holds: int, sheet: str, **changes) -> Hardware:
     )
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[[int], Hardware]] = {
     "h100": lambda ranks: _gpu(ranks, holds=80 * GB, sheet="H100 SXM data sheet: 80 GB, 989 TFLOP/s dense in fp16"),
     "h100-nvl": lambda ranks: _gpu(
         ranks,

@@ -12,6 +12,7 @@ Nothing here times, prints, or starts a process group. Letters: B batch, L lengt
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import two_level_mha as tlm
+from two_level_mha.cache_layer import CacheLayer
 from two_level_mha.experiment.layouts import ONE_RANK, Layout, baselines, check, layouts, ours
 from two_level_mha.experiment.transformer import SEED, SMALL, HeadsCache, Sizes, Transformer
 from two_level_mha.mesh import grid_mesh
@@ -118,7 +120,7 @@ def _load(model: nn.Module, state: dict[str, Tensor] | None) -> None:
 
 
 def _build_ours(
-    sizes: Sizes, layout: Layout, mesh: DeviceMesh, state: dict[str, Tensor] | None, options: dict
+    sizes: Sizes, layout: Layout, mesh: DeviceMesh, state: dict[str, Tensor] | None, options: dict[str, Any]
 ) -> Built:
     causal, factory = options["causal"], {"dtype": options["dtype"], "device": options["device"]}
     make = partial(
@@ -157,7 +159,7 @@ class _Ours(tlm.TwoLevelAttention):
 
     causal = True
 
-    def forward(self, x_BLD: Tensor, cache=None) -> Tensor:
+    def forward(self, x_BLD: Tensor, cache: CacheLayer | None = None) -> Tensor:
         return super().forward(x_BLD, is_causal=self.causal or cache is not None, cache=cache)
 
 
@@ -216,7 +218,7 @@ def _build_parallel(
     layout: Layout,
     mesh: DeviceMesh | None,
     state: dict[str, Tensor] | None,
-    options: dict,
+    options: dict[str, Any],
     training: bool,
 ) -> Built:
     """TP, DP, FSDP2, and both."""
@@ -255,7 +257,12 @@ def _gathered(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
 
 
 def _build_pipeline(
-    sizes: Sizes, layout: Layout, mesh: DeviceMesh, state: dict[str, Tensor] | None, options: dict, training: bool
+    sizes: Sizes,
+    layout: Layout,
+    mesh: DeviceMesh,
+    state: dict[str, Tensor] | None,
+    options: dict[str, Any],
+    training: bool,
 ) -> Built:
     """Stages of equal numbers of layers, each split by tensors."""
     at, each = mesh.get_local_rank("pp"), sizes.layers // layout.pp

@@ -12,6 +12,7 @@ Ranks that share a processor are priced as if all of them computed; while some w
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from two_level_mha.experiment.pricing import Cost, Prices
 from two_level_mha.experiment.recorder import Event, Start, Wait, Work
@@ -26,13 +27,13 @@ class Lane:
     now: float = 0.0
     waiting: float = 0.0
     exposed: float = 0.0  # sending that nothing hid
-    busy: Counter = field(default_factory=Counter)  # of operators, by what bounds them
-    sending: Counter = field(default_factory=Counter)  # of collectives, hidden or not, by what bounds them
+    busy: Counter[str] = field(default_factory=Counter)  # of operators, by what bounds them
+    sending: Counter[str] = field(default_factory=Counter)  # of collectives, hidden or not, by what bounds them
 
     def extended(self, longer: "Lane", times: float) -> "Lane":
         """This lane, and `times` what a longer one has more."""
 
-        def line(a, b):
+        def line(a: Any, b: Any) -> Any:  # of a number, or of each in a Counter
             if isinstance(a, Counter):
                 return Counter({key: line(a[key], b[key]) for key in {**a, **b}})
             return a + times * (b - a)
@@ -129,7 +130,7 @@ def _mail(state: _Rank, rank: int, mail: Mail) -> bool:
     return state.waits is not None and bool(mail[state.waits[1].peer, rank])
 
 
-def _advance(rank: int, state: _Rank, now: float, hides: bool, mail: Mail, known: dict) -> None:
+def _advance(rank: int, state: _Rank, now: float, hides: bool, mail: Mail, known: dict[int, Sequence[Event]]) -> None:
     """Runs a rank's events until it computes, sleeps, waits for a message, or is done."""
     lane = state.lane
     while not state.done and state.work == 0 and state.until <= now:

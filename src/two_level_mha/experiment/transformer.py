@@ -9,6 +9,7 @@ Letters: B batch, L length, D embed_dim, d head_dim, H and K query and KV heads 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = (nn.LayerNorm(sizes.embed_dim, dtype=dtype, device=device) for _ in range(2))
         self.attention, self.mlp = attention(), Perceptron(sizes, dtype, device)
 
-    def forward(self, x_BLD: Tensor, **cache) -> Tensor:
+    def forward(self, x_BLD: Tensor, **cache: Any) -> Tensor:
         x_BLD = x_BLD + self.attention(self.norm1(x_BLD), **cache)
         return x_BLD + self.mlp(self.norm2(x_BLD))
 
@@ -123,7 +124,7 @@ class Transformer(nn.Module):
         if only.stop == sizes.layers:
             self.norm = nn.LayerNorm(sizes.embed_dim, dtype=dtype, device=device)
 
-    def forward(self, x_BLD: Tensor, caches: list | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, caches: list[Any] | None = None) -> Tensor:
         for i, layer in enumerate(self.layers.values()):
             x_BLD = layer(x_BLD) if caches is None else layer(x_BLD, cache=caches[i])
         return self.norm(x_BLD)
