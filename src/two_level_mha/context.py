@@ -10,9 +10,9 @@ from torch import Tensor
 
 from two_level_mha import _C
 from two_level_mha.mesh import Place
-from two_level_mha.names import MaybeTensor
+from two_level_mha.names import Activations, MaybeTensor
 
-ACTIVATIONS = ("replicated", "sequence", "batch")  # by number
+ACTIVATIONS: tuple[Activations, ...] = ("replicated", "sequence", "batch")  # by number
 SCHEME_NUMBERS: dict[str, int] = _C.scheme_numbers()
 
 

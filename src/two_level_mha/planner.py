@@ -19,7 +19,7 @@ from two_level_mha.blocks import COMBINES, dealt
 from two_level_mha.context import ACTIVATIONS
 from two_level_mha.errors import GridError
 from two_level_mha.layer import check_overlap
-from two_level_mha.names import Activations, Combine
+from two_level_mha.names import Activations, CacheLayout, Combine, Scheme
 from two_level_mha.profile import Profile, resolve_profile
 
 
@@ -39,7 +39,7 @@ class Option:
     """One grid with one scheme. Sizes are of one rank, FLOPs and seconds of its forward pass."""
 
     grid: tuple[int, int]
-    scheme: str
+    scheme: Scheme | CacheLayout
     whole_heads: bool  # how the query side is stored
     exact: bool
     auto: bool  # scheme="auto" takes it on this grid; with a cache: the default layout

@@ -66,7 +66,10 @@ _C10D = {
     "recv_": ("recv", "tensors", "src"),
 }
 # What this package sends by messages of Gloo's.
-_PAIRS: dict[str, tuple[str, ...]] = {"_all_to_all_pairs": ("all_to_all", "input"), "_all_gather_pairs": ("all_gather", "input")}
+_PAIRS: dict[str, tuple[str, ...]] = {
+    "_all_to_all_pairs": ("all_to_all", "input"),
+    "_all_gather_pairs": ("all_gather", "input"),
+}
 _TABLES: dict[str, dict[str, tuple[str, ...]]] = {
     "_c10d_functional": _FUNCTIONAL,
     "c10d": _C10D,

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from two_level_mha.experiment.hardware import hardware
 from two_level_mha.experiment.model import Layout, Sizes, build, mesh_of
 from two_level_mha.experiment.runs import Call, record_layout
 from two_level_mha.names import Args
+from two_level_mha.operators import ops as own_ops
+
+Found = TypeVar("Found")
 
 ROWS, INNER, COLUMNS = [128, 512, 2048], [64, 256, 1024], [64, 256, 1024]
 KEYS, WIDTHS = [64, 128, 256, 512], [32, 64, 128]
@@ -116,7 +119,7 @@ def _attention(timer: Timer, causal: bool) -> Table:
     def rate(keys: int, width: int) -> float:
         q = torch.randn(2, 2, keys, width)
         pairs = keys * (keys + 1) // 2 if causal else keys**2
-        op = torch.ops.two_level_mha.partial_attention
+        op = own_ops.partial_attention
         return 4 * pairs * 4 * width / timer.piece(lambda: op(q, q, q, causal=0 if causal else None))
 
     return Table([KEYS, WIDTHS], [[rate(keys, width) for width in WIDTHS] for keys in KEYS])
@@ -152,11 +155,12 @@ def _memory(timer: Timer) -> dict[str, Table]:
 def _groups() -> dict[int, str]:
     """Of neighbours, by size: the name of this rank's."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    found = {}
+    found: dict[int, str] = {}
     for size in [size for size in range(2, ranks + 1) if ranks % size == 0]:
         for first in range(0, ranks, size):
             group = dist.new_group(list(range(first, first + size)))
             if first <= rank < first + size:
+                assert isinstance(group, dist.ProcessGroup)
                 found[size] = group.group_name
     return found
 
@@ -171,7 +175,7 @@ def _collectives(timer: Timer, groups: dict[int, str]) -> dict[str, Table]:
                 "all_reduce": lambda: wait(ops.all_reduce(x, "sum", name)),
                 "all_gather": lambda: wait(ops.all_gather_into_tensor(x, size, name)),
                 "reduce_scatter": lambda: wait(ops.reduce_scatter_tensor(x, "sum", size, name)),
-                "all_to_all": lambda: torch.ops.two_level_mha.all_to_all(x, 0, 0, size, name),  # as layers send it
+                "all_to_all": lambda: own_ops.all_to_all(x, 0, 0, size, name),  # as layers send it
             }
 
         for kind in calls(torch.zeros(size)):
@@ -197,12 +201,13 @@ def whole_run(case: Case) -> Callable[[], object]:
     return lambda: built.forward(part)
 
 
-def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> object:
+def on_ranks(ranks: int, function: Callable[..., Found], *args: Any) -> Found:
     """What function(*args) returns on rank 0 of Gloo ranks of this machine, rank r on processor r % processors."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, f"{folder}/store", f"{folder}/found", function, args)
         torch.multiprocessing.spawn(_on_rank, arguments, nprocs=ranks)
-        return torch.load(f"{folder}/found", weights_only=False)
+        found: Found = torch.load(f"{folder}/found", weights_only=False)
+    return found
 
 
 def _on_rank(rank: int, ranks: int, store: str, found: str, function: Callable[..., Any], args: Args) -> None:

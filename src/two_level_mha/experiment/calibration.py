@@ -11,6 +11,7 @@ hold what no piece shows, as ranks that wait for the slower one, and the time be
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from math import log
@@ -32,7 +33,7 @@ OTHER = "aten.clone"  # stands for operators that only move memory and were not 
 class Table:
     """Values on a grid: interpolated linearly in logarithms, and beyond the ends like the ends."""
 
-    axes: list[list[float]]
+    axes: Sequence[Sequence[float]]
     values: list[Any]  # nested, one level for each axis
 
     def at(self, *point: float) -> float:

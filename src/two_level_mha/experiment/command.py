@@ -215,10 +215,12 @@ def _table(rows: Sequence[Prediction], decode: bool) -> list[str]:
         if row.refused:
             lines.append(f"{name:{width}}{row.refused}")
             continue
-        figure = (lambda s: s * 1e3) if decode else (lambda s, row=row: row.tokens / s / 1e3)
-        ends = sorted((figure(row.low), figure(row.high)))
+        figure, alone, *ends = [
+            seconds * 1e3 if decode else row.tokens / seconds / 1e3
+            for seconds in (row.seconds, row.alone, row.low, row.high)
+        ]
         lines.append(
-            f"{name:{width}}{figure(row.seconds):11.1f}{f'[{ends[0]:.1f}, {ends[1]:.1f}]':>18}{figure(row.alone):9.1f}"
+            f"{name:{width}}{figure:11.1f}{f'[{min(ends):.1f}, {max(ends):.1f}]':>18}{alone:9.1f}"
             f"{row.peak / 1e9:7.1f}{_sent(row):>19}{row.pieces:8}  {row.bound}"
         )
     return lines

@@ -32,7 +32,7 @@ class FakeTensors(FakeTensorMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if tensors and all(type(x) is Tensor for x in tensors):
             return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
 
 
 def on_fake_rank(rank: int, ranks: int, function: Callable[[], Found]) -> Found:
@@ -56,7 +56,8 @@ def on_fake_rank(rank: int, ranks: int, function: Callable[[], Found]) -> Found:
     process.join()
     if isinstance(found, BaseException):
         raise found
-    return found
+    result: Found = found
+    return result
 
 
 def _as_rank(rank: int, ranks: int, function: Callable[[], object], sender: Connection) -> None:

@@ -6,6 +6,7 @@ interval of a prediction.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from two_level_mha.errors import GridError
 from two_level_mha.profile import RANGES, Profile
@@ -42,7 +43,7 @@ class Hardware:
 
     def end(self, which: int) -> "Hardware":
         """The slow (0) or the fast (1) end of every range."""
-        numbers = dict(zip(RANGES, self.profile.numbers, strict=True))
+        numbers: dict[str, Any] = dict(zip(RANGES, self.profile.numbers, strict=True))
         for name, factors in self.ranges.items():
             least, most = RANGES[name]
             numbers[name] = min(max(int(numbers[name] * factors[which]), least), most)
@@ -70,7 +71,7 @@ def hardware(name: str, profile: Profile | None = None) -> Hardware:
     return replace(found, name=name, profile=profile, ranges={}, sources=sources)
 
 
-def _gpu(ranks: int, *, holds: int, sheet: str, **changes: int) -> Hardware:
+def _gpu(ranks: int, *, holds: int, sheet: str, **changes: Any) -> Hardware:
     known = Profile.named("h100")
     return Hardware(
         name="",

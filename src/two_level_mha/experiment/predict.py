@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -90,7 +91,12 @@ def priced(
     sizes: Sizes, run: Run, machine: Hardware, call: Call, *, prices: Prices | None = None, error: float = 0.0
 ) -> Prediction:
     """The prediction for a recorded run."""
-    head = {"layout": run.layout.name, "exact": run.layout.exact, "mode": call.mode, "causal": call.causal}
+    head: dict[str, Any] = {
+        "layout": run.layout.name,
+        "exact": run.layout.exact,
+        "mode": call.mode,
+        "causal": call.causal,
+    }
     if run.refused:
         return Prediction(**head, refused=run.refused, peak=run.peak, weights=run.weights)
     pieces = sizes.batch // run.batch

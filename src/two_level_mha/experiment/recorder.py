@@ -89,7 +89,7 @@ class Record(TorchDispatchMode):
     """
 
     def __init__(self, holds: Sequence[Tensor] = ()) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.events: list[Event] = []
         self.held = self.peak = 0
         self._begun: dict[int, int] = {}  # address of a storage -> the event that fills it
@@ -147,7 +147,9 @@ class Record(TorchDispatchMode):
         self.events.append(
             Start(
                 name=first.name,
-                ranks=tuple(sorted((dist.get_rank(), first.peer))) if message else first.ranks,
+                ranks=tuple(sorted((dist.get_rank(), first.peer)))
+                if message and first.peer is not None
+                else first.ranks,
                 peer=first.peer,
                 bytes=sum(one.elements * one.dtype.itemsize for one in collectives),
                 sent=sum(one.sent for one in collectives),
@@ -206,7 +208,8 @@ def _tensors(value: object) -> list[Tensor]:
 
 
 def _address(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
+    address: int = x.untyped_storage()._cdata
+    return address
 
 
 def _bytes(x: Tensor) -> int:
