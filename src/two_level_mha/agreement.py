@@ -53,7 +53,7 @@ def same_on_all_ranks(fields: dict[str, object], mesh: DeviceMesh | None, advice
     same_in(control_on(mesh), fields, advice)
 
 
-def digest(tensors: list[Tensor]) -> str:
+def digest(tensors: Iterable[Tensor]) -> str:
     """A digest of the bytes, shapes and dtypes of tensors."""
     state = hashlib.blake2b(digest_size=8)
     for x in tensors:

@@ -27,9 +27,11 @@ class KVCache(ABC):  # noqa: B024  (names other classes, and makes one of them)
         layout: CacheLayout = "position",
         max_length: int | None = None,
     ) -> LayersCache:
-        kind = LayersCache
+        kind: type[LayersCache] = LayersCache
         if hasattr(config, "get_text_config"):
-            from two_level_mha.integrations.cache import ModelCache as kind  # imports transformers
+            from two_level_mha.integrations.cache import ModelCache  # imports transformers
+
+            kind = ModelCache
         return kind(config, mesh, layout=layout, max_length=max_length)
 
 

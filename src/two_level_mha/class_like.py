@@ -6,10 +6,10 @@ from typing import TypeVar
 
 from torch import nn
 
-Ours = TypeVar("Ours", bound=nn.Module)
+Ours = TypeVar("Ours")
 
 
-def class_like(ours: type[Ours], original: type[nn.Module]) -> type[Ours]:
+def class_like(ours: type[Ours], original: type) -> type[Ours]:
     """A class of ours whose instances are also the original's, by which transformers finds what to record."""
     bases: tuple[type, ...] = (ours, original)
     return _class_of(bases)

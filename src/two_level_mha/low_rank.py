@@ -8,7 +8,7 @@ Letters: as in layer.py, and r the rank of a term.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class Projection(nn.Module):
         return f"{self.in_features}, {self.out_features}, split; adapters: inside two_level_mha.adaptable(model)"
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: object) -> TypeGuard[nn.Module]:
     """Whether it is an nn.Linear, or transformers' Conv1D, which stores (in, out)."""
     return isinstance(module, nn.Linear) or _is_conv(module)
 
@@ -71,7 +71,7 @@ def blank_like(module: nn.Module) -> nn.Module:
         return nn.Linear(inside, outside, module.bias is not None)
 
 
-def _is_conv(module: nn.Module) -> bool:
+def _is_conv(module: object) -> bool:
     return hasattr(module, "nx") and hasattr(module, "nf")
 
 

@@ -88,7 +88,7 @@ def first_output(output: Any) -> Tensor:
     return first
 
 
-def settings(module: nn.Module) -> tuple[object, ...]:
+def settings(module: nn.Module) -> tuple[tuple[str, object], ...]:
     """The plain attributes that make two modules of one class behave differently."""
     plain = (int, float, bool, str)
     found = [

@@ -7,7 +7,7 @@ each row by itself, which a copy shows, without its attention and its MLPs: thes
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from two_level_mha.probe import first_output, random_copy
 from two_level_mha.rest import Rest
 from two_level_mha.stock import take_full_tensors
 from two_level_mha.stream import DropoutOnParts, OnParts, SplitColumns, SplitMLP, SplitRows, Stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _HEADS = ("colwise_gather_output", "colwise_rep")  # styles of a plan
 _LAST = ("norm", "ln_f", "final_layernorm", "final_layer_norm")  # norms behind the layers, in the same module
@@ -70,7 +73,9 @@ class Stack:
     mlps: list[MLP] = field(default_factory=list)
     whole: list[nn.Module] = field(default_factory=list)  # take all rows, by a plan of theirs
     between: set[nn.Module] = field(default_factory=set)  # act on columns, between linears
-    head: tuple[nn.Module, nn.Linear] | None = None  # a model that computes its loss of these hidden states, its head
+    head: "tuple[PreTrainedModel, nn.Linear] | None" = (
+        None  # a model that computes its loss of these hidden states, its head
+    )
     split_head: bool = False  # by columns, as the model's plan says
 
     @property
