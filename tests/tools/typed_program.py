@@ -1,4 +1,4 @@
-"""A user's program as a type checker sees it: `make lint` runs mypy --strict on it; it is not run."""
+"""A user's program as a type checker sees it: `make types` runs mypy --strict on it; it is not run."""
 
 import torch
 from torch import nn
