@@ -97,10 +97,10 @@ class GridAttention(nn.Module):
     """
 
     gate_function: Callable[[Tensor], Tensor] = staticmethod(torch.sigmoid)
-    stock_names: "dict[str, StockTensor]"  # of a subclass
+    stock_names: "dict[str, StockTensor]"  # of a subclass: parameter -> where it is in what it replaces
     q_weight: Tensor
-    k_weight: Tensor
-    v_weight: Tensor
+    k_weight: Tensor | None
+    v_weight: Tensor | None
     out_weight: Tensor
     q_bias: Tensor | None
     out_bias: Tensor | None

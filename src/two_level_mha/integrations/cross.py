@@ -36,6 +36,7 @@ class CrossAttention(DecoderAttention):
     def states_of(self, given: dict[str, Any]) -> Tensor:
         states, x_BLD = given.get(self.states_name), given["hidden_states"]
         if states is None or self.keeps(given):
+            assert self.k_weight is not None
             none: Tensor = x_BLD.new_empty(x_BLD.shape[0], 0, self.k_weight.shape[2])
             return none
         found: Tensor = states
