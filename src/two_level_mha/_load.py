@@ -17,7 +17,8 @@ def build_decisions() -> dict[str, list[str]]:
             f"two_level_mha is not built in {PACKAGE}: run `{REBUILD}` in its source folder, or "
             "`python setup.py build_ext --inplace` to work in it"
         )
-    return json.loads(file.read_text())
+    decisions: dict[str, list[str]] = json.loads(file.read_text())
+    return decisions
 
 
 def ops_library() -> Path:

@@ -3,6 +3,8 @@
 The order is csrc/comm/split.h's: rank (i, j) has part j * n + i; of rows two chunks, which balances causal attention.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -12,8 +14,7 @@ from two_level_mha.context import ACTIVATIONS
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import Place, place_on
 from two_level_mha.names import Activations
-
-_ops = torch.ops.two_level_mha
+from two_level_mha.operators import ops as _ops
 
 
 def check_activations(activations: str) -> None:
@@ -67,10 +68,10 @@ def gather_part(x: Tensor, size: int, activations: str, place: Place, batch_firs
     return whole if batch_first else whole.transpose(0, 1).contiguous()
 
 
-def used_apart(xs: list[Tensor], place: Place, reduce_dtype: torch.dtype | None = None) -> list[Tensor]:
+def used_apart(xs: Sequence[Tensor], place: Place, reduce_dtype: torch.dtype | None = None) -> list[Tensor]:
     """Tensors that are the same on every rank and used differently, with the sum over the ranks as their gradient."""
     if place.grid.size == 1 or not xs:
-        return xs
+        return list(xs)
     return _ops.replicated(xs, place.grid.size, place.groups[2], reduce_dtype)
 
 

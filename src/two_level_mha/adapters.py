@@ -23,6 +23,7 @@ those of packages, then ours.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -31,8 +32,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.forms import heads_of
 from two_level_mha.mesh import Grid
+from two_level_mha.names import Args, Kwargs
 
 GROUP = "two_level_mha.adapters"
+
+Replace = TypeVar("Replace", bound=Callable[..., nn.Module])
 
 _registered: "dict[str, Adapter]" = {}  # filled by register_adapter alone
 
@@ -45,20 +49,23 @@ class Adapter:
     matches: Callable[[nn.Module, nn.Module | None], bool]  # (module, parent)
     # projections that are linears of their own, q, k, v or qkv, o -> path as in StockTensor.key; or what gives them
     # for (module, parent)
-    paths: Mapping[str, str] | Callable[[nn.Module, nn.Module | None], Mapping[str, str]]
+    paths: Mapping[str, str] | Callable[[nn.Module, nn.Module | None], Mapping[str, str] | None]
     replace: Callable[..., nn.Module]  # (module, projections, paths, mesh, **options), gives a module with stock_names
-    inputs: Callable[[nn.Module, torch.dtype], list[tuple[tuple, dict]]]
+    inputs: Callable[[Any, torch.dtype], list[tuple[Args, Kwargs]]]  # Any: a module that matches, here and below
     parameters: tuple[str, ...] = ()  # that it may have besides those of the projections; patterns, as of fnmatch
     cached: bool = False  # replace takes cache=, the layout of its KV cache
     crosses: bool | None = False  # whether it attends to other states than its own; None: it may
     # (module, paths) -> options of replace, of which the probe takes the first that fits
-    variants: Callable[[nn.Module, Mapping[str, str]], Sequence[dict[str, object]]] = lambda module, paths: ({},)
-    sizes: Callable[[nn.Module, dict], tuple[int, int, int]] = heads_of  # (module, projections) -> h, k, d
-    problem: Callable[[nn.Module], str | None] = lambda module: None  # a feature that is not supported
+    variants: Callable[[Any, Mapping[str, str]], Sequence[dict[str, object]]] = lambda module, paths: ({},)
+    # (module, projections) -> h, k, d
+    sizes: Callable[[Any, dict[str, nn.Module]], tuple[int, int, int]] = heads_of
+    problem: Callable[[Any], str | None] = lambda module: None  # a feature that is not supported
     grid: Callable[[Grid, int], Grid] = Grid.for_kv_heads  # (the model's, k) -> as which it takes the ranks
 
     def paths_in(self, module: nn.Module, parent: nn.Module | None) -> dict[str, str]:
-        return dict(self.paths(module, parent) if callable(self.paths) else self.paths)
+        paths = self.paths(module, parent) if callable(self.paths) else self.paths
+        assert paths is not None  # it matches
+        return dict(paths)
 
     def new(
         self,
@@ -66,7 +73,7 @@ class Adapter:
         projections: dict[str, nn.Module],
         paths: dict[str, str],
         mesh: DeviceMesh | None,
-        options: dict[str, object],
+        options: Mapping[str, object],
     ) -> nn.Module:
         """The replacement; it takes of the options of parallelize what it has."""
         options = {name: value for name, value in options.items() if name != "cache" or self.cached}
@@ -77,17 +84,17 @@ def register_adapter(
     name: str,
     *,
     matches: Callable[[nn.Module, nn.Module | None], bool],
-    paths: Mapping[str, str] | Callable[[nn.Module, nn.Module | None], Mapping[str, str]],
-    inputs: Callable[[nn.Module, torch.dtype], list[tuple[tuple, dict]]],
-    **others: object,
-) -> Callable:
+    paths: Mapping[str, str] | Callable[[nn.Module, nn.Module | None], Mapping[str, str] | None],
+    inputs: Callable[[Any, torch.dtype], list[tuple[Args, Kwargs]]],
+    **others: Any,
+) -> Callable[[Replace], Replace]:
     """A decorator: what it decorates makes the replacement, as Adapter.replace; it is returned as it is.
 
     matches, paths, inputs and the others are the fields of an Adapter. From then on parallelize knows that kind, in
     this process: every rank registers it. Raises GridError for a name that was registered before.
     """
 
-    def register(replace: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def register(replace: Replace) -> Replace:
         if name in _registered:
             raise GridError(f"an adapter {name!r} is registered already: give this one another name")
         _registered[name] = Adapter(name, matches, paths, replace, inputs, **others)

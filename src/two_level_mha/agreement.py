@@ -19,7 +19,8 @@ layer exchanges goes through the operators; the other collectives that Python is
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,11 @@ from two_level_mha.control import Control, Inputs, same_in
 from two_level_mha.deferred import COMPILED
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import control_on
+from two_level_mha.names import Args
+from two_level_mha.operators import ops
+
+if TYPE_CHECKING:
+    from two_level_mha.layer import GridAttention
 
 ALIKE = "every rank of a grid must be given the same inputs and arguments"
 
@@ -47,12 +53,12 @@ def same_on_all_ranks(fields: dict[str, object], mesh: DeviceMesh | None, advice
     same_in(control_on(mesh), fields, advice)
 
 
-def digest(tensors: list[Tensor]) -> str:
+def digest(tensors: Iterable[Tensor]) -> str:
     """A digest of the bytes, shapes and dtypes of tensors."""
     state = hashlib.blake2b(digest_size=8)
     for x in tensors:
         state.update(f"{tuple(x.shape)}{x.dtype}".encode())
-        state.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        state.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
@@ -87,10 +93,12 @@ class Calls:
     def _begin(self, sizes: dict[str, object], compared: bool) -> None:
         turn, call = self.control.turn, self.control.call
         # one layer of a model has compared for the others, which must follow it
-        turned = turn is not None and call > 0 and turn[:2] == (call, self._sizes)
-        if turned and sizes == turn[2]:
-            self._sizes = sizes
-        elif turned or sizes != self._sizes:
+        if turn is not None and call > 0 and turn[:2] == (call, self._sizes):
+            if sizes == turn[2]:
+                self._sizes = sizes
+            else:
+                self._compare(sizes, compared)
+        elif sizes != self._sizes:
             self._compare(sizes, compared)
 
     def end(self) -> None:
@@ -120,10 +128,13 @@ class Calls:
             self._written = versions
         return versions - self._written
 
-    def explain(self, blocks: Iterable[Tensor | None], options: dict[str, object], tensors: dict[str, Tensor]) -> None:
+    def explain(
+        self, blocks: Iterable[Tensor | None], options: dict[str, object], tensors: Mapping[str, Tensor | None]
+    ) -> NoReturn:
         """Raises GridError, on every rank, that names what differs. A collective."""
-        fields = {"layer": self.name, "number of the call": self.count, "grad mode": torch.is_grad_enabled()}
-        fields |= self.control.inputs.described | options | _described(tensors)
+        fields: dict[str, object] = {"layer": self.name, "number of the call": self.count}
+        fields |= {"grad mode": torch.is_grad_enabled(), **self.control.inputs.described}
+        fields |= options | _described(tensors)
         fields["number of writes to the weights since the first call"] = self.written(blocks)
         same_in(self.control, fields, "every rank of a grid must make the same calls with the same inputs")
         raise GridError(f"the ranks of the grid differ in a call of {self.name}: every rank must be given the same")
@@ -138,7 +149,7 @@ class ModelInputs:
     def __init__(self, control: Control) -> None:
         self.control = control
 
-    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+    def __call__(self, model: nn.Module, args: Args, kwargs: dict[str, object]) -> None:
         if torch.compiler.is_compiling():
             return
         named = {str(i): x for i, x in enumerate(args)} | kwargs
@@ -148,7 +159,7 @@ class ModelInputs:
             for name, x in tensors.items()
         }
         elsewhere = [x for x in tensors.values() if x.is_cuda]
-        seal = torch.ops.two_level_mha.seal(elsewhere, [], "") if elsewhere else None
+        seal = ops.seal(elsewhere, [], "") if elsewhere else None
         self.control.call, self.control.inputs = self.control.call + 1, Inputs(described, seal)
 
 
@@ -161,7 +172,7 @@ class NoteOfFailure:
     def __init__(self, control: Control) -> None:
         self.control = control
 
-    def __call__(self, model: nn.Module, args: tuple, output: object) -> None:
+    def __call__(self, model: nn.Module, args: Args, output: object) -> None:
         error = sys.exc_info()[1]
         if error is not None and not torch.compiler.is_compiling():
             self.control.tell_of(error)
@@ -196,11 +207,11 @@ def seals(debug: bool | None) -> bool:
 
 
 def check_call(
-    module: nn.Module,
+    module: "GridAttention",
     mesh: DeviceMesh,
     options: dict[str, object],
     check: Callable[[], dict[str, object]],
-    tensors: dict[str, Tensor | None],
+    tensors: Mapping[str, Tensor | None],
 ) -> dict[str, object]:
     """Returns check(), which raises for this rank's arguments, or returns what else must be alike on every rank.
 
@@ -224,12 +235,12 @@ def check_call(
     }
     if settings.get("dropout_p"):
         fields["the state of the random generator"] = digest([_random_state(device)])
-    fields |= options | settings | _described(tensors | _held_alike(module))
+    fields |= options | settings | _described({**tensors, **_held_alike(module)})
     same_on_all_ranks(fields, mesh, ALIKE)
     return settings
 
 
-def _described(tensors: dict[str, Tensor | None]) -> dict[str, object]:
+def _described(tensors: Mapping[str, Tensor | None]) -> dict[str, object]:
     """What two ranks compare of their tensors."""
     fields: dict[str, object] = {}
     for name, x in tensors.items():
@@ -258,7 +269,8 @@ def _random_state(device: torch.device) -> Tensor:
     """State of the generator that dropout on this device is drawn from."""
     if device.type in ("cpu", "meta"):
         return torch.get_rng_state()
-    return torch.get_device_module(device).get_rng_state(device)
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
 
 
 def _autocast_dtype(device_type: str) -> str | None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -115,7 +116,7 @@ class Attentions:
         return {*self.gathered, *(name for one in self.found for name in one.names())}
 
 
-def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dict) -> Attentions:
+def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dict[str, Any]) -> Attentions:
     """Every attention of the model whose name `skips` does not say; each kind is tried against its replacement.
 
     Inside a transformers model, those that no adapter reproduces are gathered, and with them all of the same class,
@@ -126,7 +127,7 @@ def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dic
         gathers = {module for part in parts for module in part.modules() if module is not part}
     generates = {module for part in parts if part.can_generate() for module in part.modules()}
     attentions = _find(model, gathers, generates, skips)
-    variants: dict[tuple, dict[str, object] | Unlike] = {}
+    variants: dict[tuple[object, ...], dict[str, object] | Unlike] = {}
     for one in list(attentions.found):
         kind = _features(one)
         if kind not in variants:
@@ -167,7 +168,10 @@ def add_whole(
                     _add_whole_module(f"{name}.{child}", module, size, attentions, split, skips, owners)
 
 
-def _add_whole_module(name: str, module: nn.Module, size: int, attentions, split, skips, owners) -> None:
+def _add_whole_module(
+    name: str, module: nn.Module, size: int, attentions: Attentions, split: Callable[[str], bool],
+    skips: Callable[[str], bool], owners: dict[int, list[str]],
+) -> None:  # fmt: skip
     held = dict(module.named_parameters(prefix=name))
     if skips(name) or any(is_inside(other, (name,)) for other in attentions.names()):
         return
@@ -200,7 +204,8 @@ def _find(
     supported = "supported: " + ", ".join(adapter.name for adapter in adapters)
     for module in model.modules():
         for child_name, child in module._modules.items():
-            uses.setdefault(child, []).append((module, child_name))
+            if child is not None:
+                uses.setdefault(child, []).append((module, child_name))
     attentions = Attentions()
     for name, module in model.named_modules():
         parent = uses[module][0][0] if name else None
@@ -236,12 +241,13 @@ def _find(
                 f"{where} looks like attention of a structure that is not supported; {supported}; a part of the model "
                 "without it can be split by itself: parallelize(model.part, mesh)"
             )
+        assert parent is not None
         one = _found(module, parent, adapter, uses[module], name)
         unlike = _unlike(one, module in generates)
         gathered = unlike is not None and module in gathers
         if problem := _not_gathered(module, owners) if gathered else _problem(one, owners) or unlike:
             raise GridError(f"{where} is not supported: {problem}")
-        if gathered:
+        if gathered and unlike is not None:
             attentions.gathered[name] = module, unlike
         else:
             attentions.found.append(one)
@@ -331,9 +337,10 @@ def _not_its_own(modules: list[nn.Module], owners: dict[int, list[str]]) -> str 
     return None
 
 
-def _features(one: Found) -> tuple:
+def _features(one: Found) -> tuple[object, ...]:
     """What makes two modules of one class behave differently."""
-    shapes = tuple((letter, tuple(p.weight.shape), p.bias is None) for letter, p in one.projections.items())
+    known = one.projections.items()
+    shapes = tuple((letter, tuple(p.get_parameter("weight").shape), p.bias is None) for letter, p in known)
     own = tuple((name, tuple(p.shape)) for name, p in one.module.named_parameters())
     config, layer = getattr(one.module, "config", None), layer_of(one.module)
     implementation = getattr(config, "_attn_implementation", None)

@@ -1,10 +1,15 @@
 """Weight blocks: DTensor storage on ("head", "slice"), plain local tensors in compute."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from two_level_mha.names import MaybeTensor
 
 COMBINES = ("reduce", "concat")
 
@@ -29,7 +34,7 @@ GATE_DIMS = {"gate_weight": (0, 1), "gate_bias": (0, 1)}
 QUERY_SIDE = ("q_weight", "q_bias", "out_weight", *GATE_DIMS)
 
 
-def placements(name: str, combine: str, whole_heads: bool = False) -> list:
+def placements(name: str, combine: str, whole_heads: bool = False) -> list[Placement]:
     """Placements of parameter `name` on ("head", "slice").
 
     combine="concat" replicates out_weight; whole_heads shards the query side along heads over both axes. What has no
@@ -85,7 +90,7 @@ class _Local(torch.autograd.Function):
     """All local blocks of a module at once: to_local() parameter by parameter costs several times as much."""
 
     @staticmethod
-    def forward(ctx, *params):
+    def forward(ctx: Any, *params: DTensor) -> tuple[Tensor, ...]:  # ctx: torch keeps on it what forward leaves there
         ctx.specs = [p._spec for p in params]
         blocks = tuple(p._local_tensor.view_as(p._local_tensor) for p in params)
         ctx.mark_non_differentiable(*(x for x, p in zip(blocks, params, strict=True) if not p.requires_grad))
@@ -93,18 +98,18 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[DTensor | None, ...]:
         return tuple(
             None if g is None else DTensor(g, spec, requires_grad=False)
             for g, spec in zip(grads, ctx.specs, strict=True)
         )
 
 
-def local_blocks(params: list[nn.Parameter | None]) -> list[Tensor | None]:
+def local_blocks(params: Sequence[MaybeTensor]) -> list[MaybeTensor]:
     """The local tensors of parameters, in order; plain ones and None stay as they are."""
     split = [p for p in params if isinstance(p, DTensor)]
     if not split:
-        return params
+        return list(params)
     if torch.compiler.is_compiling():
         return [p.to_local() if isinstance(p, DTensor) else p for p in params]
     if torch.is_grad_enabled():

@@ -1,11 +1,10 @@
 """KVCache: what a user makes and passes, for a layer of our own or for a model of transformers."""
 
 from abc import ABC
-from collections.abc import Mapping
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from two_level_mha.cache_layer import LayersCache
+from two_level_mha.cache_layer import Config, LayersCache
 from two_level_mha.names import CacheLayout
 
 
@@ -20,17 +19,19 @@ class KVCache(ABC):  # noqa: B024  (names other classes, and makes one of them)
     Raises GridError for a size that is missing or that the grid does not fit.
     """
 
-    def __new__(
+    def __new__(  # type: ignore[misc]  # names other classes
         cls,
-        config: Mapping[str, object],
+        config: Config,
         mesh: DeviceMesh | None,
         *,
         layout: CacheLayout = "position",
         max_length: int | None = None,
     ) -> LayersCache:
-        kind = LayersCache
+        kind: type[LayersCache] = LayersCache
         if hasattr(config, "get_text_config"):
-            from two_level_mha.integrations.cache import ModelCache as kind  # imports transformers
+            from two_level_mha.integrations.cache import ModelCache  # imports transformers
+
+            kind = ModelCache
         return kind(config, mesh, layout=layout, max_length=max_length)
 
 

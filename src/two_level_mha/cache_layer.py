@@ -10,7 +10,7 @@ Letters: B batch, K KV heads of a group, L new tokens, d head_dim, m slices.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.mesh import Place, place_on
+from two_level_mha.operators import ops as _ops
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 CACHE_LAYOUTS = ("position", "batch")
-
-_ops = torch.ops.two_level_mha
+Config: TypeAlias = "Mapping[str, Any] | PreTrainedConfig"
 
 
 class CachedCall(NamedTuple):
@@ -117,10 +120,10 @@ class CacheLayer:
         graph saves what is returned, even of frozen keys and values, and no later call may write there.
         """
         self.check_new(k_BKSd)
-        *kept, k_BKSd, v_BKSd = _ops.cache_append(
+        memory, numbers, k_BKSd, v_BKSd = _ops.cache_append(
             self.memory, self.numbers(), k_BKSd, v_BKSd, new_tokens, for_gradients
         )  # fmt: skip
-        self.keep(*kept)
+        self.keep(memory, numbers)
         return k_BKSd, v_BKSd
 
     def check_new(self, k_BKSd: Tensor) -> None:
@@ -203,7 +206,7 @@ class LayersCache:
 
     def __init__(
         self,
-        config: Mapping[str, object],
+        config: Config,
         mesh: DeviceMesh | None,
         *,
         layout: str = "position",
@@ -215,7 +218,7 @@ class LayersCache:
             for window in self.windows_of(config, place)
         ]
 
-    def windows_of(self, config: Mapping[str, object], place: Place) -> list[int | None]:
+    def windows_of(self, config: Config, place: Place) -> list[int | None]:
         """The window of every layer, after the sizes were checked against the grid."""
         known = {"num_layers", "num_kv_heads", "head_dim", "window"}
         if not isinstance(config, Mapping) or not known - {"window"} <= config.keys() <= known:

@@ -50,10 +50,11 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if once not in done:
             done.add(once)
             full = full_tensor(value.detach())
-            if keep and stock is None:
-                kept[source] = full.cpu()
-            elif keep:
+            if keep and stock is not None:
                 put(kept, source, stock, full.cpu())
+            elif keep:
+                kept[source] = full.cpu()
         if keep:
-            state[name if stock is None else resolve(owner, stored_key(module, stock.key))] = kept[source]
+            key = name if module is None or stock is None else resolve(owner, stored_key(module, stock.key))
+            state[key] = kept[source]
     return state

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import two_level_mha as tlm
 from two_level_mha import _C, _load
 from two_level_mha.facts import version_of
-from two_level_mha.model_plan import plan_model
+from two_level_mha.model_plan import ModelPlan, plan_model
 from two_level_mha.plan_plot import plot
 from two_level_mha.served import table_of
 
@@ -98,6 +98,7 @@ def plan(args: argparse.Namespace) -> None:
     layer = {name: getattr(args, name) for name in LAYER}
     call = {name: getattr(args, name) for name in CALL} | {"causal": not args.not_causal}
     dtype = args.dtype and getattr(torch, args.dtype)
+    found: tlm.Plan | ModelPlan
     try:
         if args.model is not None:
             if given := [f"--{name.replace('_', '-')}" for name, value in layer.items() if value is not None]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from two_level_mha import _C
 from two_level_mha.mesh import Place
+from two_level_mha.names import Activations, MaybeTensor
 
-ACTIVATIONS = ("replicated", "sequence", "batch")  # by number
+ACTIVATIONS: tuple[Activations, ...] = ("replicated", "sequence", "batch")  # by number
 SCHEME_NUMBERS: dict[str, int] = _C.scheme_numbers()
 
 
@@ -72,12 +73,14 @@ def element_size(x: Tensor) -> int:
     return _computed_in(x).itemsize
 
 
-def cast(tensors: list[Tensor | None]) -> list[Tensor | None]:
+def cast(tensors: list[MaybeTensor]) -> list[MaybeTensor]:
     """As autocast casts what a linear is given, the first of them; what is one tensor stays one."""
-    dtype = _computed_in(tensors[0])
-    if dtype is tensors[0].dtype:
+    given = tensors[0]
+    assert given is not None
+    dtype = _computed_in(given)
+    if dtype is given.dtype:
         return tensors
-    found: list[Tensor | None] = []
+    found: list[MaybeTensor] = []
     for i, x in enumerate(tensors):
         same = next((found[j] for j in range(i) if tensors[j] is x), None)
         found.append(same if x is None or same is not None else x.to(dtype))

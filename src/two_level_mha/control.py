@@ -12,8 +12,9 @@ import pickle
 import threading
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -25,13 +26,19 @@ from two_level_mha.deferred import Deferred
 from two_level_mha.errors import GridError, RankFailure
 from two_level_mha.failures import BEAT, Board, State, are, first_line, is_of_an_exchange
 
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import GroupName
+
+Sizes: TypeAlias = dict[str, object]  # of a call, by name
+
 # They live as long as the process group that their ranks are numbered in.
-_controls: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_controls: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], Control]]" = weakref.WeakKeyDictionary()
 
 
 def controls() -> dict[tuple[int, ...], "Control"]:
     """Those of this job, by their ranks."""
-    return _controls.setdefault(dist.group.WORLD, {}) if dist.is_initialized() else {}
+    world = dist.group.WORLD
+    return {} if world is None else _controls.setdefault(world, {})
 
 
 def control_of(ranks: tuple[int, ...], timeout: datetime.timedelta | None = None) -> "Control":
@@ -50,10 +57,12 @@ def _known(ranks: tuple[int, ...]) -> "Control | None":
 def default_timeout() -> datetime.timedelta | None:
     """What init_process_group was given; None if its backend does not tell."""
     world = dist.group.WORLD
+    assert world is not None
     for device in world._device_types:
         options = getattr(world._get_backend(device), "options", None)
         if options is not None:
-            return options._timeout
+            timeout: datetime.timedelta = options._timeout
+            return timeout
     return None
 
 
@@ -76,7 +85,7 @@ def _tell_each_second(control: "weakref.ref[Control]", ended: threading.Event) -
 class _Freed:
     """A group that was freed: what it takes to make it again, and the meshes that knew it."""
 
-    name: str
+    name: "GroupName"
     ranks: list[int]
     backend: str
     meshes: list["weakref.ref[DeviceMesh]"] = field(default_factory=list)
@@ -98,15 +107,16 @@ class Control:
 
     def __init__(self, ranks: tuple[int, ...], timeout: datetime.timedelta | None, number: int) -> None:
         self.ranks, self.rank, self.timeout, self.number = ranks, dist.get_rank(), timeout, number
-        self.names: dict[str, None] = {}  # of the groups of its meshes, in the order that all ranks have
+        self.names: dict[GroupName, None] = {}  # of the groups of its meshes, in the order that all ranks have
         self._freed: list[_Freed] = []
-        self._job_group = ""  # the name of `job_group`
+        self._job_group: GroupName | None = None  # the name of `job_group`
         self._roots: list[weakref.ref[DeviceMesh]] = []  # of those meshes
-        self.meshes: dict[tuple, DeviceMesh] = {}  # (device type, n, m) -> the one of init_mesh
+        self.meshes: dict[tuple[object, ...], DeviceMesh] = {}  # (device type, n, m) -> the one of init_mesh
         self.layers = 0  # that were made on it
         self.deferred = Deferred(ranks, self.gather)
         self.call, self.inputs = 0, Inputs({})  # of the model whose call is under way
-        self.turn: tuple | None = None  # (call of the model, sizes before, sizes since) that the ranks agreed on
+        # (call of the model, sizes before, sizes since) that the ranks agreed on
+        self.turn: tuple[int, Sizes | None, Sizes] | None = None
         self.failure_text: str | None = None
         self.doing = ""
         self._ended, self._lock = threading.Event(), threading.RLock()
@@ -119,7 +129,8 @@ class Control:
     def holds(self, mesh: DeviceMesh) -> bool:
         return any(known() is mesh._get_root_mesh() for known in self._roots)
 
-    def __reduce__(self):  # copies of a layer share it; a process of another job has none
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[tuple[int, ...]]]:
+        # copies of a layer share it; a process of another job has none
         return _known, (self.ranks,)
 
     def _keys(self) -> dist.Store:
@@ -135,7 +146,9 @@ class Control:
             if missed:
                 raise RuntimeError(f"{are(missed)} not there")
             # not by new_group, which all ranks of the job would have to call
-            self.group = dist.ProcessGroupGloo(self._keys(), self.ranks.index(self.rank), len(self.ranks), limit)
+            self.group: dist.ProcessGroupGloo | None = dist.ProcessGroupGloo(
+                self._keys(), self.ranks.index(self.rank), len(self.ranks), limit
+            )
         except RuntimeError as error:
             why = f"rank {self.rank} waited {limit.total_seconds():g} s to make the mesh: {first_line(str(error))}"
             raise RankFailure(why) from error
@@ -176,6 +189,7 @@ class Control:
             len(freed.ranks), freed.ranks.index(self.rank), freed.ranks, freed.backend, self._keys(), freed.name,
             timeout=self.timeout or default_pg_timeout,
         )  # fmt: skip
+        assert isinstance(group, dist.ProcessGroup)  # this rank is one of them
         dist.distributed_c10d._world.pg_group_ranks[group] = {rank: i for i, rank in enumerate(freed.ranks)}
         for known in freed.meshes:
             if (mesh := known()) is not None:
@@ -186,11 +200,13 @@ class Control:
 
         The first call is a collective of them.
         """
-        if not self._job_group:
+        if self._job_group is None:
             try:
-                self._job_group = dist.new_group(backend="gloo", timeout=self.timeout).group_name
+                group = dist.new_group(backend="gloo", timeout=self.timeout)
             except RuntimeError as error:
                 raise self.failure(str(error)) from error
+            assert isinstance(group, dist.ProcessGroup)  # this rank is one of all
+            self._job_group = group.group_name
             self.names[self._job_group] = None
         return dist.distributed_c10d._resolve_process_group(self._job_group)
 
@@ -200,7 +216,7 @@ class Control:
             self._roots.append(weakref.ref(mesh._get_root_mesh()))
         self.names |= {group.group_name: None for group in groups}
 
-    def gather(self, value: object, what: str) -> list:
+    def gather(self, value: object, what: str) -> list[Any]:
         """Every rank's value, in the order of ranks; a collective. what: for the others, should this one wait long.
 
         Values that are alike, which they nearly always are, are compared by their digests alone.
@@ -224,7 +240,8 @@ class Control:
         if self.alone:
             return x
         with self._meeting(what):
-            self.group.broadcast(x, root=0).wait()
+            assert self.group is not None
+            self.group.broadcast(x, root=0).wait()  # type: ignore[attr-defined]  # torch's stub has no collectives
         return x
 
     @contextlib.contextmanager
@@ -240,7 +257,8 @@ class Control:
 
     def _all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         found = [torch.empty_like(x, device="cpu") for _ in self.ranks]
-        self.group.allgather([found], [x]).wait()
+        assert self.group is not None
+        self.group.allgather([found], [x]).wait()  # type: ignore[attr-defined]
         return found
 
     def enter_call(self) -> None:
@@ -271,6 +289,7 @@ class Control:
     def set_timeout(self, timeout: datetime.timedelta) -> None:
         self.timeout = timeout
         if not self.alone:
+            assert self.group is not None
             self.group._set_default_timeout(timeout)
 
     def failure(self, error: str) -> RankFailure:

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,8 +27,11 @@ from two_level_mha.profile import Profile, resolve_profile
 from two_level_mha.replaced import note_replaced
 from two_level_mha.report import keep_report
 from two_level_mha.rest import Rest, find_rest, plan_trials, split_rest
-from two_level_mha.stacks import find_stacks, split_stack
+from two_level_mha.stacks import Stack, find_stacks, split_stack
 from two_level_mha.stock import resolve, take_stock_keys
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def parallelize(
@@ -40,7 +44,7 @@ def parallelize(
     cache: CacheLayout = "position",
     debug: bool | None = None,
     reduce_dtype: torch.dtype | None = None,
-    profile: Profile | str | os.PathLike | None = None,
+    profile: Profile | str | os.PathLike[str] | None = None,
     activations: Activations = "replicated",
     overlap: int | None = None,
     skip: Collection[str] = (),
@@ -80,10 +84,11 @@ def parallelize(
     PEFT's LoRA layers stay, around what is split then: adapters whole on every rank (two_level_mha.adaptable adds some
     afterwards).
     """
-    options = {"scheme": scheme, "combine": combine, "rest": rest, "cache": cache, "debug": debug, "overlap": overlap}
-    options |= {"reduce_dtype": reduce_dtype, "profile": profile, "activations": activations}
     with adapters_aside(model) as layers:
-        return _parallelize(model, mesh, layers, skip=skip, only=only, **options)
+        return _parallelize(
+            model, mesh, layers, scheme=scheme, combine=combine, rest=rest, cache=cache, debug=debug,
+            reduce_dtype=reduce_dtype, profile=profile, activations=activations, overlap=overlap, skip=skip, only=only,
+        )  # fmt: skip
 
 
 def _parallelize(
@@ -97,17 +102,21 @@ def _parallelize(
     cache: str,
     debug: bool | None,
     reduce_dtype: torch.dtype | None,
-    profile: Profile | str | os.PathLike | None,
+    profile: Profile | str | os.PathLike[str] | None,
     activations: str,
     overlap: int | None,
     skip: Collection[str],
     only: Collection[str],
 ) -> Model:
     """parallelize, of a model whose LoRA layers are aside."""
-    options = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache, "reduce_dtype": reduce_dtype}
-    options["overlap"] = overlap
+    options: dict[str, Any] = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache}
+    options |= {"reduce_dtype": reduce_dtype, "overlap": overlap}
     grid = place_on(mesh).grid
-    attentions, pretrained, others, stacks, refusal, rates = Attentions(), [], Rest(), [], None, None
+    attentions, others = Attentions(), Rest()
+    pretrained: list[PreTrainedModel] = []
+    stacks: list[Stack] = []
+    refusal: Exception | None = None
+    rates: tuple[int, ...] | None = None
     try:
         check_options(scheme, combine)
         check_activations(activations)
@@ -137,8 +146,9 @@ def _parallelize(
             stacks = [stack for stack in stacks if not _holds(stack.layers, attentions, others, grid)]
     except Exception as error:  # whatever it is, the others would wait for this rank
         refusal = error
-    arguments = {"refusal": refusal, "scheme": scheme, "combine": combine, "rest": rest, "cache": cache}
+    arguments: dict[str, object] = {"refusal": refusal, "scheme": scheme, "combine": combine, "rest": rest}
     arguments |= {
+        "cache": cache,
         "skip": list(skip),
         "only": list(only),
         "activations": activations,
@@ -152,7 +162,7 @@ def _parallelize(
         check_adapters(layers.values(), mesh)
     if mesh is not None:
         check_same_weights(model, mesh, drops(model))
-        kinds = {
+        kinds: dict[str, object] = {
             "which MLPs can be split": list(others.mlps),
             "the tensor-parallel plan": [rules for _, rules in others.tp_plans.values()],
             "which hidden states can stay split": [stack.name for stack in stacks],
@@ -167,6 +177,7 @@ def _parallelize(
     for part in pretrained:
         later("on_grid", "put_on_grid")(part, mesh)
     if grid.size > 1:
+        assert mesh is not None
         control = control_on(mesh)
         model.register_forward_pre_hook(ModelInputs(control), with_kwargs=True)
         model.register_forward_hook(NoteOfFailure(control), always_call=True)
@@ -180,7 +191,7 @@ def _parallelize(
             trial.check()
     note_replaced(before, model, "parallelize")
     report = keep_report(model, attentions, others)
-    if mesh is None or not any(mesh.get_coordinate()):
+    if mesh is None or not any(mesh.get_coordinate() or ()):
         logging.getLogger("two_level_mha").info("%s", report)
     return model
 
@@ -228,24 +239,24 @@ def _check_grid(found: list[Found], grid: Grid, scheme: str) -> None:
             raise GridError(f"{one.name} ({type(one.module).__name__}): {error}") from None
 
 
-def _replace(one: Found, mesh: DeviceMesh | None, options: dict) -> None:
+def _replace(one: Found, mesh: DeviceMesh | None, options: dict[str, Any]) -> None:
     own = mesh_of(mesh, one.own_grid)
     ours = one.adapter.new(one.module, one.projections, one.paths, own, options | one.variant)
     ours.train(one.module.training)
-    for part in ours.modules() if mesh is not None else ():
-        if isinstance(part, GridAttention) and part.calls is not None:
-            part.calls.name = one.names()[0]
+    for inside in ours.modules() if mesh is not None else ():
+        if isinstance(inside, GridAttention) and inside.calls is not None:
+            inside.calls.name = one.names()[0]
     for name, value in vars(one.module).items():  # what others may read or hook stays
         if name in (*HOOKS, "_is_full_backward_hook") or (not name.startswith("_") and name not in vars(ours)):
             vars(ours)[name] = value
-    for letters, projection in one.projections.items() if isinstance(ours, GridAttention) else ():
-        if is_projection(one.paths, letters):
+    for letters, projection in one.projections.items():
+        if isinstance(ours, GridAttention) and is_projection(one.paths, letters):
             ours.add_module(one.paths[letters], Projection(ours, letters, projection))
             ours.projection_names[letters] = one.paths[letters]
     for name in one.module._modules:  # in the original's order, in which adapters are put to them and drawn
-        child = ours._modules.pop(name, None)
-        if child is not None:
-            ours.add_module(name, child)
+        part = ours._modules.pop(name, None)
+        if part is not None:
+            ours.add_module(name, part)
     for parent, child in one.uses:
         setattr(parent, child, ours)
     if one.out_in_parent:

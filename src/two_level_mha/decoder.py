@@ -17,14 +17,12 @@ from two_level_mha.cache_layer import NO_CACHE, CacheLayer
 from two_level_mha.errors import MASK_DTYPE_NAMES, MASK_DTYPES, GridError, no_tensor, wrong_device, wrong_dtype
 from two_level_mha.layer import Drops, GridAttention, NormRotary
 from two_level_mha.mesh import NoMesh, check_no_mesh, given_mesh
-from two_level_mha.names import Activations, Combine, Scheme
+from two_level_mha.names import Activations, Combine, Factory, Scheme
 from two_level_mha.profile import Profile
 from two_level_mha.stock import StockTensor, from_stock, linear_names, take_stock_keys
 
 BIASES = (False, True, "qkv", "out")
 NORM_WEIGHTS = ("q_norm_weight", "k_norm_weight")
-
-_ops = torch.ops.two_level_mha
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,9 @@ class Rotary:
         """How many dims of a head of `head_dim` turn."""
         return head_dim if self.dim is None else self.dim
 
-    def embeddings(self, first: int, length: int, head_dim: int, device=None) -> tuple[Tensor, Tensor]:
+    def embeddings(
+        self, first: int, length: int, head_dim: int, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor]:
         """cos and sin (1, L, r), float32, of the positions from `first` on."""
         r = self.width(head_dim)
         frequency = 1.0 / self.theta ** (torch.arange(0, r, 2, dtype=torch.float32, device=device) / r)
@@ -93,11 +93,11 @@ class TwoLevelAttention(Drops, GridAttention):
         mesh: DeviceMesh | None | NoMesh = NoMesh.NOT_GIVEN,
         scheme: Scheme = "auto",
         combine: Combine = "reduce",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
-        profile: Profile | str | os.PathLike | None = None,
+        profile: Profile | str | os.PathLike[str] | None = None,
         activations: Activations = "replicated",
         overlap: int | None = None,
     ) -> None:
@@ -114,7 +114,7 @@ class TwoLevelAttention(Drops, GridAttention):
         )  # fmt: skip
         self.embed_dim, self.rope, self.window, self.scale, self.dropout = embed_dim, rope, window, scale, dropout
         self.softcap, self.qk_norm = softcap, qk_norm
-        factory = {"device": device, "dtype": dtype}
+        factory: Factory = {"device": device, "dtype": dtype}
         state: dict[str, Tensor] = {}
         self.stock_names: dict[str, StockTensor] = {}
         for name, heads in (("q", num_heads), ("k", k), ("v", k), ("out", num_heads)):
@@ -153,7 +153,11 @@ class TwoLevelAttention(Drops, GridAttention):
         Raises GridError, on every rank alike, before anything is sent.
         """
         cos_sin = dict(zip(("cos", "sin"), position_embeddings or (), strict=False))
-        norms = [self._parameters[name] for name in NORM_WEIGHTS] if self.qk_norm is not None else []
+        norms: list[Tensor] = []
+        for name in NORM_WEIGHTS if self.qk_norm is not None else ():
+            weight = self._parameters[name]
+            assert weight is not None
+            norms.append(weight)
         dropout_p = self.dropout if self.training and self._drops else 0.0
 
         whole_BLD = self.wholes([x_BLD])[0]
@@ -179,7 +183,10 @@ class TwoLevelAttention(Drops, GridAttention):
             cache=cache, call=call,
         )[0]  # fmt: skip
 
-    def _check(self, x, position_embeddings, attn_mask, is_causal: bool, cache, dropout_p: float) -> None:
+    def _check(
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, attn_mask: Tensor | None, is_causal: bool,
+        cache: CacheLayer | None, dropout_p: float,
+    ) -> None:  # fmt: skip
         _check_tensor("x", x, self.q_weight)
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise GridError(f"x must have shape (B, L, {self.embed_dim}), got {tuple(x.shape)}")
@@ -210,7 +217,7 @@ class TwoLevelAttention(Drops, GridAttention):
                 "the cache with the module's"
             )
 
-    def _check_embeddings(self, position_embeddings, B: int, L: int) -> None:
+    def _check_embeddings(self, position_embeddings: tuple[Tensor, Tensor], B: int, L: int) -> None:
         if self.scheme == "independent":
             raise GridError("scheme 'independent' takes no position_embeddings: they need the whole head_dim")
         shapes = [tuple(x.shape) for x in position_embeddings]
@@ -245,7 +252,10 @@ def _head_dim(embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int |
     return embed_dim // num_heads if head_dim is None else head_dim
 
 
-def _check_options(bias, qk_norm, rope, window, softcap, dropout, scheme, head_dim) -> None:
+def _check_options(
+    bias: bool | str, qk_norm: float | None, rope: Rotary | None, window: int | None, softcap: float | None,
+    dropout: float, scheme: str, head_dim: int,
+) -> None:  # fmt: skip
     if bias not in BIASES:
         raise GridError(f"bias must be one of {BIASES}, got {bias!r}")
     if qk_norm is not None and (isinstance(qk_norm, bool) or qk_norm < 0.0):

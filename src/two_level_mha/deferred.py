@@ -31,7 +31,7 @@ class Verdict:
 class Deferred:
     """The verdicts that no rank has looked at, of all layers on a mesh, in the order of the calls."""
 
-    def __init__(self, ranks: tuple[int, ...], gather: Callable[[object, str], list]) -> None:
+    def __init__(self, ranks: tuple[int, ...], gather: Callable[[int, str], list[int]]) -> None:
         self.devices = ("cuda",)
         self.call = COMPILED  # the one that is under way
         self._ranks, self._gather = ranks, gather

@@ -79,4 +79,5 @@ def version_of(package: str) -> str:
 
 @functools.cache
 def _digest(library: Path) -> str:
-    return file_hashes(library)["sha256"][:16]
+    digest: str = file_hashes(library)["sha256"]
+    return digest[:16]

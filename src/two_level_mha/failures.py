@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -22,6 +23,8 @@ LINGER, PATIENCE = 3.8, 4.6
 
 _OF_AN_EXCHANGE = re.compile("gloo|nccl|Timed out|timed out|closed by peer|reset by peer", re.IGNORECASE)
 _OUTLASTED = re.compile("timed out|timeout", re.IGNORECASE)
+
+Answer = TypeVar("Answer")
 
 
 @dataclass
@@ -99,6 +102,8 @@ class Board:
             still = [rank for rank in self._ranks if rank != self._rank and now[rank].beat == before[rank].beat]
             closed = not self._store.check(["outlasted"])
             self._propose(_judged(closed, self._rank, here, now, still, limit), still)
+        text: str
+        absent: list[int]
         text, absent = json.loads(self._store.get("verdict"))
         self._store.set(f"read {self._rank}", "")
         readers = [f"read {rank}" for rank in self._ranks if rank not in absent]
@@ -114,9 +119,9 @@ class Board:
         return {rank: State(**json.loads(self._store.get(str(rank)))) for rank in self._ranks}
 
 
-def _answered(question: Callable[[], object]) -> object:
+def _answered(question: Callable[[], Answer]) -> Answer:
     """The answer to a question to the store. One whose keeper stands still answers never, whatever its time-out is."""
-    answers: list[object] = []
+    answers: list[Answer | RuntimeError] = []
 
     def ask() -> None:
         try:
@@ -129,9 +134,10 @@ def _answered(question: Callable[[], object]) -> object:
     thread.join(PATIENCE)
     if not answers:
         raise RuntimeError(f"nothing for {PATIENCE:g} s")
-    if isinstance(answers[0], RuntimeError):
-        raise answers[0]
-    return answers[0]
+    answer = answers[0]
+    if isinstance(answer, RuntimeError):
+        raise answer
+    return answer
 
 
 def _judged(
@@ -151,7 +157,7 @@ def _judged(
     return f"{others}, while rank {rank} is {here.text()}"
 
 
-def _place(state: State) -> tuple:
+def _place(state: State) -> tuple[str, str, bool, int, str]:
     return state.layer, state.exchange, state.backward, state.call, state.doing
 
 

@@ -2,27 +2,33 @@
 
 import importlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.adapters import Adapter
 from two_level_mha.integrations import forms, titan
 from two_level_mha.integrations.projected import probe_inputs, projected_like
 from two_level_mha.mesh import Grid
 from two_level_mha.multihead import TwoLevelMultiheadAttention
+from two_level_mha.names import Args, Kwargs, LayerOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-def later(module: str, name: str) -> Callable:
+def later(module: str, name: str) -> Callable[..., Any]:
     """A function of integrations.`module`, which imports transformers: imported when it is called."""
 
-    def call(*args, **options):
+    def call(*args: Any, **options: Any) -> Any:
         return getattr(importlib.import_module(f"two_level_mha.integrations.{module}"), name)(*args, **options)
 
     return call
 
 
-def _torch_inputs(mha: nn.MultiheadAttention, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
+def _torch_inputs(mha: nn.MultiheadAttention, dtype: torch.dtype) -> list[tuple[Args, Kwargs]]:
     widths = (mha.embed_dim, mha.kdim, mha.vdim)
     query, key, value = (torch.randn(*((2, n) if mha.batch_first else (n, 2)), w, dtype=dtype)
                          for n, w in zip((4, 5, 5), widths, strict=True))  # fmt: skip
@@ -31,7 +37,13 @@ def _torch_inputs(mha: nn.MultiheadAttention, dtype: torch.dtype) -> list[tuple[
     return [((query, key, value), {"key_padding_mask": hidden_BS})]
 
 
-def _replace_mha(mha: nn.MultiheadAttention, projections, paths, mesh, **options) -> TwoLevelMultiheadAttention:
+def _replace_mha(
+    mha: nn.MultiheadAttention,
+    projections: dict[str, nn.Module],
+    paths: dict[str, str],
+    mesh: DeviceMesh | None,
+    **options: "Unpack[LayerOptions]",
+) -> TwoLevelMultiheadAttention:
     return TwoLevelMultiheadAttention.from_checked(mha, mesh, **options)
 
 

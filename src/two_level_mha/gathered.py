@@ -11,6 +11,7 @@ All else every rank takes as it is, and the gradients of such tensors are summed
 
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ class Sequences:
         return self.whole(output)
 
 
-def like(x: list | tuple, entries: list) -> list | tuple:
+def like(x: list[Any] | tuple[object, ...], entries: list[Any]) -> list[Any] | tuple[object, ...]:
     return type(x)(*entries) if hasattr(x, "_fields") else type(x)(entries)
 
 
@@ -113,22 +114,23 @@ def whole_weights(module: nn.Module, place: Place, gradient: Partial | Replicate
     apart = used_apart(added, place) if isinstance(gradient, Partial) else added
     parts = {whole.untyped_storage()._cdata: (p, p._version) for p, whole in split.items()}
 
-    def pack(x: Tensor):
+    def pack(x: Tensor) -> object:
         if x.untyped_storage()._cdata not in parts:
             return x
         return *parts[x.untyped_storage()._cdata], x.shape, x.stride(), x.storage_offset()
 
-    def unpack(kept) -> Tensor:
+    def unpack(kept: Any) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
         p, version, *view = kept
         if p._version != version:
             raise RuntimeError("a weight that a gradient needs was changed in place since the forward pass")
-        return p.detach().full_tensor().as_strided(*view)
+        whole: Tensor = p.detach().full_tensor().as_strided(*view)
+        return whole
 
     wholes = split | dict(zip(added, apart, strict=True))
     for part, name, p in owners:
-        part._parameters[name] = wholes[p]
+        part._parameters[name] = wholes[p]  # type: ignore[assignment]  # a plain tensor, for the call
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield parts.keys()

@@ -1,19 +1,24 @@
 """What a rank holds of a model and of its optimizers, which ranks hold the same, and checksums of it all."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from two_level_mha.errors import GridError
 from two_level_mha.layer import GridAttention
 from two_level_mha.mesh import grid_group
 
-Placed = tuple  # () for a plain tensor; of a DTensor the number of its mesh, and the axes that replicate it
+Placed: TypeAlias = tuple[
+    int, ...
+]  # () for a plain tensor; of a DTensor the number of its mesh, and the axes that replicate it
+
+Brought = TypeVar("Brought")
 
 _WORDS = {1: torch.int8, 2: torch.int16}  # by element size; wider elements are several int32
 _OVER_CHUNKS = 0x9E3779B97F4A7C15 - (1 << 64)  # any odd number with many digits
@@ -32,7 +37,7 @@ class Held(NamedTuple):
     def local(self) -> Tensor:
         return local_of(self.tensor)
 
-    def written(self) -> tuple:
+    def written(self) -> tuple[object, ...]:
         """Changes with every write that torch knows of, to the DTensor or to its local tensor, and with new memory."""
         x = self.local
         versions = [None if y.is_inference() else y._version for y in (self.tensor, x)]
@@ -85,6 +90,7 @@ class Places:
     def of(self, name: str, x: Tensor) -> Placed:
         """Raises GridError if nothing was placed like x when this was made."""
         if isinstance(x, DTensor) and x.device_mesh not in self._meshes or (placed := self._place(x)) not in self.known:
+            assert isinstance(x, DTensor)  # plain tensors are known
             raise GridError(
                 f"{name} is placed by {x.placements} on {x.device_mesh}, as nothing of the model was when verify was "
                 "called: call it after the model has been split, sharded and moved"
@@ -96,16 +102,18 @@ class Places:
         if not placed:
             return tuple(self._inside)
         mesh = self._meshes[placed[0]]
-        at = [slice(None) if axis in placed[1:] else i for axis, i in enumerate(mesh.get_coordinate())]
+        coordinate = mesh.get_coordinate()
+        assert coordinate is not None  # this rank holds what is placed there
+        at = [slice(None) if axis in placed[1:] else i for axis, i in enumerate(coordinate)]
         ranks = set(mesh.mesh[tuple(at)].flatten().tolist())
         across = self._inside.intersection(mesh.mesh.flatten().tolist()) == {self.rank}
         return tuple(ranks | self._inside if across else ranks)
 
-    def gather(self, mine: object) -> dict[int, object]:
+    def gather(self, mine: Brought) -> dict[int, Brought]:
         """What every rank brings, by rank. A collective for each group."""
         found = {self.rank: mine}
         for group in self.groups:
-            parts: list = [None] * dist.get_world_size(group)
+            parts: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(parts, found, group=group)
             found = {rank: what for part in parts for rank, what in part.items()}
         return found
@@ -177,9 +185,9 @@ class Checksums:
         return numbers([self.of(x) for x in tensors])
 
 
-def numbers(scalars: list[Tensor]) -> list:
+def numbers(scalars: list[Tensor]) -> list[Any]:
     """Their values, waiting once for each device."""
-    values: list = [None] * len(scalars)
+    values: list[Any] = [None] * len(scalars)
     for device in dict.fromkeys(x.device for x in scalars):
         at = [i for i, x in enumerate(scalars) if x.device == device]
         for i, value in zip(at, torch.stack([scalars[i] for i in at]).tolist(), strict=True):
@@ -226,10 +234,10 @@ def random_state(device_type: str) -> list[Tensor]:
     return states
 
 
-def forward_hooks(model: nn.Module, hook: Callable) -> list:
+def forward_hooks(model: nn.Module, hook: Callable[[str, object], None]) -> list[RemovableHandle]:
     """hook(name, output) after the forward call of every module inside; the handles."""
 
-    def bound(name: str) -> Callable:
+    def bound(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         return lambda _module, _args, output: hook(name, output)
 
     return [module.register_forward_hook(bound(name)) for name, module in model.named_modules() if name]

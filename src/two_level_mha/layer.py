@@ -5,8 +5,8 @@ E its slice.
 """
 
 import os
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,18 @@ from two_level_mha.context import cast, constants, element_size, layer_numbers, 
 from two_level_mha.errors import GridError
 from two_level_mha.low_rank import Cut, low_rank
 from two_level_mha.mesh import Grid, place_on
+from two_level_mha.operators import ops as _ops
 from two_level_mha.profile import Profile, resolve_profile
 from two_level_mha.stream import Stream
+
+if TYPE_CHECKING:
+    from two_level_mha.stock import StockTensor
 
 CACHED = "position"  # the scheme of a KV cache by position: not for a call without one
 SCHEMES = ("auto", *(name for name, _, _ in _C.schemes() if name != CACHED))
 SPLIT_INPUTS = ("query", "key", "value", "x", "hidden_states")  # of which each rank may have its own part
 REDUCE_DTYPES = (None, torch.float32)
 HOW_IN_WORDS = {"element_size": "bytes of an element", "zero_key": "add_zero_attn", "in_halves": "two operators"}
-
-_ops = torch.ops.two_level_mha
 
 
 class Aside(NamedTuple):
@@ -41,7 +43,8 @@ class Aside(NamedTuple):
     shared: list[Tensor]
 
 
-Between = Callable[[Tensor, Tensor, Tensor, Aside], tuple[Tensor, Tensor, Tensor]]
+# mypy does not see that a NamedTuple can be called
+Between: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Aside], tuple[Tensor, Tensor, Tensor]] | NormRotary"
 
 
 class NormRotary(NamedTuple):
@@ -69,6 +72,9 @@ NOTHING = NormRotary()
 class Drops:
     """A module with `dropout`: the probability with which an attention weight is dropped in training."""
 
+    _dropout: float
+    _drops: bool
+
     @property
     def dropout(self) -> float:
         return self._dropout
@@ -91,6 +97,13 @@ class GridAttention(nn.Module):
     """
 
     gate_function: Callable[[Tensor], Tensor] = staticmethod(torch.sigmoid)
+    stock_names: "dict[str, StockTensor]"  # of a subclass: parameter -> where it is in what it replaces
+    q_weight: Tensor
+    k_weight: Tensor | None
+    v_weight: Tensor | None
+    out_weight: Tensor
+    q_bias: Tensor | None
+    out_bias: Tensor | None
 
     def __init__(
         self,
@@ -103,7 +116,7 @@ class GridAttention(nn.Module):
         combine: str,
         debug: bool | None,
         reduce_dtype: torch.dtype | None = None,
-        profile: Profile | str | os.PathLike | None = None,
+        profile: Profile | str | os.PathLike[str] | None = None,
         activations: str = "replicated",
         overlap: int | None = None,
         gated: bool = False,
@@ -128,7 +141,7 @@ class GridAttention(nn.Module):
         self._compared = self._just_compared = False
         self.calls = Calls(self.place.control, type(self).__name__) if self.place.control is not None else None
 
-    def store(self, full: dict[str, Tensor | None], requires_grad: dict[str, bool] | None = None) -> None:
+    def store(self, full: Mapping[str, Tensor | None], requires_grad: dict[str, bool] | None = None) -> None:
         """Keeps this rank's blocks of full tensors, the same on every rank, as the module's parameters."""
         for name in dict.fromkeys((*SHARDED_DIMS, *full)):
             tensor = full.get(name)
@@ -138,20 +151,21 @@ class GridAttention(nn.Module):
                 kept = self.block(tensor, name)
                 self.register_parameter(name, nn.Parameter(kept, (requires_grad or {}).get(name, True)))
         kinds = dict.fromkeys(("replicated", self.activations))
-        self._numbers, self._texts = {kind: self._layer_numbers(full, kind) for kind in kinds}, {}
+        self._numbers = {kind: self._layer_numbers(full, kind) for kind in kinds}
+        self._texts: dict[tuple[object, ...], str] = {}
 
-    def _layer_numbers(self, full: dict[str, Tensor | None], activations: str) -> list[int]:
-        held = {name for name, tensor in full.items() if tensor is not None}
+    def _layer_numbers(self, full: Mapping[str, Tensor | None], activations: str) -> list[int]:
+        held = {name: tensor for name, tensor in full.items() if tensor is not None}
         return layer_numbers(
             self.place,
             self.profile.numbers,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            embed_dim=full["q_weight"].shape[2],
-            key_dim=full["k_weight" if "k_weight" in held else "q_weight"].shape[2],
-            value_dim=full[next(f"{letter}_weight" for letter in "vkq" if f"{letter}_weight" in held)].shape[2],
-            bias=not held.isdisjoint(("q_bias", "k_bias", "v_bias")),
+            embed_dim=held["q_weight"].shape[2],
+            key_dim=held["k_weight" if "k_weight" in held else "q_weight"].shape[2],
+            value_dim=held[next(f"{letter}_weight" for letter in "vkq" if f"{letter}_weight" in held)].shape[2],
+            bias=not held.keys().isdisjoint(("q_bias", "k_bias", "v_bias")),
             out_bias="out_bias" in held,
             bias_kv="bias_k" in held,
             whole_heads=self.whole_heads,
@@ -167,15 +181,22 @@ class GridAttention(nn.Module):
         return block(full, name, self.mesh, self.combine, self.whole_heads)
 
     def check_call(
-        self, check: Callable[[], dict[str, object]], tensors: dict[str, Tensor | None]
+        self, check: Callable[[], dict[str, object]], tensors: Mapping[str, Tensor | None]
     ) -> dict[str, object]:
         """Returns check(), which raises for this rank's arguments, or returns what else must be alike on every rank.
 
         Where the call compares (agreement.compares), an error of one rank is raised on all, and so is a difference.
         """
-        if not compares(self.place.grid.size, self.debug, self._compared) or self.place.control.alone:
+        if not compares(self.place.grid.size, self.debug, self._compared):
             return check()
-        options = {"reduce_dtype": str(self.reduce_dtype), "scheme": self.scheme, "combine": self.combine}
+        assert self.place.control is not None and self.mesh is not None  # of several ranks
+        if self.place.control.alone:
+            return check()
+        options: dict[str, object] = {
+            "reduce_dtype": str(self.reduce_dtype),
+            "scheme": self.scheme,
+            "combine": self.combine,
+        }
         options |= {"profile": self.profile.numbers, "overlap": self.overlap}
         if self.splits:
             tensors = {name: x for name, x in tensors.items() if name not in SPLIT_INPUTS}
@@ -250,15 +271,17 @@ class GridAttention(nn.Module):
         gate_function of it.
         cache: takes the new keys and values, and all of its own are attended to; call: what its begin() said.
         """
-        *weights, out_weight, out_bias = self.own_blocks()
+        q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, bias_k, bias_v, out_weight, out_bias = self.own_blocks()
         p = self._parameters
         if "gate_weight" in p:
             gates = local_blocks([p.get(name) for name in GATE_DIMS])
-            weights[0], weights[3] = joined(weights[0], gates[0]), joined(weights[3], gates[1])
-        if weights[1] is None:
-            weights[1] = query.new_empty(()).expand(self._key_block)
-        if weights[2] is None:
-            weights[2], weights[5] = weights[1], weights[4]
+            q_weight, q_bias = joined(q_weight, gates[0]), joined(q_bias, gates[1])
+        if k_weight is None:
+            k_weight = query.new_empty(()).expand(self._key_block)
+        if v_weight is None:
+            v_weight, v_bias = k_weight, k_bias
+        assert q_weight is not None and out_weight is not None
+        weights = (q_weight, k_weight, v_weight, q_bias, k_bias, v_bias, bias_k, bias_v)
         after: list[Tensor] = []  # of the output, for `leave`: the gate, the sinks
         if self.gated or gate is not None or sinks is not None:
             rows, shared, between = self._with_after(gate, sinks, rows, shared, between, after)
@@ -270,7 +293,7 @@ class GridAttention(nn.Module):
             query, key, value = cast([query, key, value])
         batch_dim, length_dim = (0, 1) if batch_first else (1, 0)
         in_halves = not isinstance(between, NormRotary) or cache is not None or need_weights
-        how = {
+        how: dict[str, Any] = {
             "scheme": call.scheme or self.scheme, "causal": causal is not None, "element_size": element_size(query),
             "zero_key": add_zero_attn, "batch_first": batch_first, "in_halves": in_halves,
         }  # fmt: skip
@@ -285,7 +308,7 @@ class GridAttention(nn.Module):
         text = self._constants(how)
         number = self._begin(how, sizes, need_weights, average_attn_weights, query)
         seed = seal = before = None
-        if number and not torch.compiler.is_compiling():
+        if number and self.calls is not None and not torch.compiler.is_compiling():
             before = self.calls.control.inputs.seal
         try:
             if dropout_p > 0.0:
@@ -296,8 +319,10 @@ class GridAttention(nn.Module):
             )  # fmt: skip
             entered = sizes if not number else [*sizes, number]
             if not in_halves:
+                assert isinstance(between, NormRotary)
+                eps, interleaved = between.arguments()
                 y = _ops.attention(
-                    query, key, value, *weights, out_weight, out_bias, rows, shared, *between.arguments(),
+                    query, key, value, *weights, out_weight, out_bias, rows, shared, eps, interleaved,
                     *how_to_attend, entered, before,
                 )  # fmt: skip
                 return y, None
@@ -317,20 +342,26 @@ class GridAttention(nn.Module):
                 y = _ops.leave(*arguments, seal, after or None)
             else:
                 cache.check_new(k)
-                y, *kept = _ops.leave_with_cache(*arguments, cache.memory, cache.numbers(), seal, after or None)
-                cache.keep(*kept)
+                y, memory, numbers = _ops.leave_with_cache(
+                    *arguments, cache.memory, cache.numbers(), seal, after or None
+                )
+                cache.keep(memory, numbers)
             return y if adapted is None else adapted.finished(y), attention_weights
         except torch.distributed.DistError as error:
             if not number or type(error) is not torch.distributed.DistError:  # those of a backend
                 raise
-            options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "dropout_p": dropout_p}
-            tensors = {} if self.splits else {"query": query, "key": key, "value": value}
+            assert self.calls is not None
+            options: dict[str, object] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+            options |= {"dropout_p": dropout_p, "position": call.position}
+            tensors: dict[str, Tensor | None] = {}
+            if not self.splits:
+                tensors = {"query": query, "key": key, "value": value}
             tensors |= {"the mask": attn_mask, "the seed of dropout": seed}
             tensors |= {f"parameter {i} of every rank": x for i, x in enumerate([out_bias, *(shared or ())])}
             tensors |= {f"what goes with tokens, {i}": x for i, x in enumerate(rows or ())}
-            self.calls.explain(self._blocks(), options | {"position": call.position}, tensors)
+            self.calls.explain(self._blocks(), options, tensors)
         finally:
-            if number is not None and not torch.compiler.is_compiling():
+            if number is not None and self.calls is not None and not torch.compiler.is_compiling():
                 self.calls.end()
 
     def own_blocks(self) -> list[Tensor | None]:
@@ -374,7 +405,9 @@ class GridAttention(nn.Module):
         width = dealt(self.head_dim, self.place.grid.slices, self.place.slice)[1]
         return self.num_kv_heads // self.place.grid.head_groups, width, self.q_weight.shape[2]
 
-    def _begin(self, how: dict, sizes: list[int], need_weights: bool, average: bool, query: Tensor) -> int | None:
+    def _begin(
+        self, how: dict[str, Any], sizes: list[int], need_weights: bool, average: bool, query: Tensor
+    ) -> int | None:
         """Begins a call that the ranks compare: what its exchanges carry, 0 where they do not. None: no such call."""
         if self.calls is None or self.calls.control.alone or not seals(self.debug):
             return None
@@ -399,7 +432,7 @@ class GridAttention(nn.Module):
             return []
         return [self._parameters.get(name) for name in (*SHARDED_DIMS, *GATE_DIMS) if name != "out_bias"]
 
-    def _constants(self, how: dict) -> str:
+    def _constants(self, how: dict[str, Any]) -> str:
         """The constants of a call; made once for each way in which calls run the layer."""
         activations = self.activations if self.splits else "replicated"
         key = (*how.values(), activations)

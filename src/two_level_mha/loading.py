@@ -9,7 +9,9 @@ import copy
 import ctypes
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,12 @@ from two_level_mha.integrations.private import pretrained_models, private, priva
 from two_level_mha.layer import GridAttention
 from two_level_mha.manifest import some
 from two_level_mha.names import Model
-from two_level_mha.pretrained_files import check_hashes, open_tensors, weight_files
+from two_level_mha.pretrained_files import Stored, check_hashes, open_tensors, weight_files
 from two_level_mha.replaced import note_replaced
 from two_level_mha.stock import StockTensor, resolve
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
 
 _FLOATS = ("F64", "F32", "BF16", "F16")  # which torch converts to each other; not integers, bools or float8
 _TRIMMED = 32 << 20  # bytes read between two times that freed memory is given back
@@ -49,7 +54,7 @@ class Heap:
 class Slice:
     """A tensor of a file, read when indexed: with own into memory of its own, else perhaps a view of the file."""
 
-    def __init__(self, source, own: bool, heap: Heap) -> None:
+    def __init__(self, source: Stored, own: bool, heap: Heap) -> None:
         self.source, self.own, self.heap = source, own, heap
 
     def get_shape(self) -> list[int]:
@@ -58,7 +63,7 @@ class Slice:
     def get_dtype(self) -> str:
         return self.source.get_dtype()
 
-    def __getitem__(self, index) -> Tensor:
+    def __getitem__(self, index: Any) -> Tensor:
         x = self.heap.add(self.source[index])
         return x.clone() if self.own else x
 
@@ -66,14 +71,14 @@ class Slice:
 class StockSlice(Slice):
     """A parameter of a split attention inside a tensor of a file: heads and head_dim apart, read when indexed."""
 
-    def __init__(self, source, own: bool, heap: Heap, stock: StockTensor) -> None:
+    def __init__(self, source: Stored, own: bool, heap: Heap, stock: StockTensor) -> None:
         super().__init__(source, own, heap)
         self.stock = stock
 
     def get_shape(self) -> list[int]:
         return list(self.stock.own)
 
-    def __getitem__(self, index) -> Tensor:
+    def __getitem__(self, index: Any) -> Tensor:
         index = (index,) if not isinstance(index, tuple) else index
         index = (slice(None),) * len(self.stock.own) if index == (Ellipsis,) else index
         asked = [range(*part.indices(n)) for part, n in zip(index, self.stock.own, strict=True)]
@@ -131,7 +136,7 @@ def _flat_ranges(asked: list[range], sizes: list[int]) -> list[tuple[int, int]]:
     return ranges
 
 
-def load_pretrained(model: Model, path: str | Path, *, sha256: dict[str, str] | None = None) -> Model:
+def load_pretrained(model: Model, path: str | os.PathLike[str], *, sha256: dict[str, str] | None = None) -> Model:
     """Fills a parallelized transformers model, in place, from the safetensors files in directory `path`; returns it.
 
     The model may be on meta (then it comes to the mesh's device) or hold weights. Every rank reads only what it keeps.
@@ -146,20 +151,23 @@ def load_pretrained(model: Model, path: str | Path, *, sha256: dict[str, str] | 
     conversions that would touch a split projection, and files that are damaged or outside `path`. An error while
     reading after that is raised on every rank too, with the model partly changed. A collective of the grid.
     """
-    problem, parts = None, pretrained_models(model)
+    problem: Exception | None = None
+    shapes: dict[str, tuple[int, ...]] | None
+    parts = pretrained_models(model)
     if list(parts) != [""]:
         problem = GridError(f"load_pretrained takes a transformers model, got {type(model).__name__}")
     grid = next((module.mesh for module in model.modules() if isinstance(module, GridAttention)), None)
     try:
         if problem:
             raise problem
-        checkpoint = _Checkpoint(model, Path(path), _device(model))
+        checkpoint = _Checkpoint(parts[""], Path(path), _device(model))
         checkpoint.check()
-        shapes, generation_config = checkpoint.shapes, _generation_config(model, Path(path))
+        shapes, generation_config = checkpoint.shapes, _generation_config(parts[""], Path(path))
         check_hashes(Path(path), checkpoint.files, sha256, grid)
     except Exception as error:  # whatever it is, the others would wait for this rank
         problem, shapes, sha256 = error, None, None
-    fields = {"refusal": problem, "the names and shapes in the checkpoint": shapes, "sha256": sha256}
+    fields: dict[str, object] = {"refusal": problem, "the names and shapes in the checkpoint": shapes}
+    fields["sha256"] = sha256
     same_on_all_ranks(fields, grid, "give every rank the same files")
     before = dict(model.named_parameters())
     try:
@@ -173,17 +181,17 @@ def load_pretrained(model: Model, path: str | Path, *, sha256: dict[str, str] | 
     note_replaced(before, model, "load_pretrained")
     model.eval()
     if generation_config is not None:
-        model.generation_config = generation_config
+        parts[""].generation_config = generation_config
     return model
 
 
-def _generation_config(model: nn.Module, directory: Path):
+def _generation_config(model: "PreTrainedModel", directory: Path) -> "GenerationConfig | None":
     """What from_pretrained would give the model; None for one that does not generate, and without any file."""
     names = ("generation_config.json", "config.json")
     name = next((name for name in names if (directory / name).is_file()), None)
     if name is None or not model.can_generate():
         return None
-    other = {"config_file_name": name, "_from_model_config": True} if name == names[1] else {}
+    other: dict[str, Any] = {"config_file_name": name, "_from_model_config": True} if name == names[1] else {}
     return type(model.generation_config).from_pretrained(str(directory), **other)
 
 
@@ -201,7 +209,7 @@ def _device(model: nn.Module) -> torch.device:
 class _Checkpoint:
     """The tensors of a directory, and what they are in a model."""
 
-    def __init__(self, model: nn.Module, path: Path, device: torch.device) -> None:
+    def __init__(self, model: "PreTrainedModel", path: Path, device: torch.device) -> None:
         self.model, self.path, self.device = model, path, device
         self.files = weight_files(path)
         self.sources = open_tensors(self.files)
@@ -228,7 +236,7 @@ class _Checkpoint:
             name, pattern = rename(key, [], [], self.model.base_model_prefix, names)
         return name, pattern
 
-    def _converters(self) -> list:
+    def _converters(self) -> list[Any]:
         return [one for one in self.mapping if isinstance(one, private("WeightConverter"))]
 
     def check(self) -> None:
@@ -237,7 +245,7 @@ class _Checkpoint:
         What a converter makes is known by running it on meta tensors of the files' shapes.
         """
         converters = {pattern: one for one in self._converters() for pattern in one.source_patterns}
-        running: dict[str, object] = {}  # target -> a converter of its own, as the reader makes them
+        running: dict[str, Any] = {}  # target -> a converter of its own, as the reader makes them
         found: dict[str, tuple[int, ...]] = {}
         unexpected: list[str] = []
         for key in sorted(self.targets, key=private("dot_natural_key")):
@@ -270,13 +278,13 @@ class _Checkpoint:
                 found[one] = tuple((x[0] if isinstance(x, list) else x).shape)
         self._complain(found, info)
 
-    def _info(self, unexpected: list[str]):
+    def _info(self, unexpected: list[str]) -> Any:
         return private("LoadStateDictInfo")(
             missing_keys=set(), unexpected_keys=set(unexpected), mismatched_keys=set(), error_msgs=[],
             conversion_errors={}, skipped_pp_keys=set(),
         )  # fmt: skip
 
-    def _complain(self, found: dict[str, tuple[int, ...]], info) -> None:
+    def _complain(self, found: dict[str, tuple[int, ...]], info: Any) -> None:
         shapes = self.expected | {key: entries[0][1].shape for key, entries in self.ours.items()}
         tied = self.model.all_tied_weights_keys
         groups = {name: {source, *(one for one, of in tied.items() if of == source)} for name, source in tied.items()}
@@ -323,7 +331,7 @@ class _Checkpoint:
             # ours are complete; buffers that the files have not are made again
             vars(module).pop("_is_hf_initialized", None)
             if isinstance(module, GridAttention) and not any(True for _ in module.buffers(recurse=False)):
-                module._is_hf_initialized = True
+                vars(module)["_is_hf_initialized"] = True
         dtype = self.model.dtype
         config = private("LoadStateDictConfig")(
             pretrained_model_name_or_path=str(self.path),
@@ -344,7 +352,7 @@ class _Checkpoint:
 
 
 @contextlib.contextmanager
-def _one_after_the_other():
+def _one_after_the_other() -> Iterator[None]:
     """Keeps transformers' reader from reading ahead: what it reads early waits in memory, up to a second share."""
     name = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(name)

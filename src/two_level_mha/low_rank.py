@@ -8,7 +8,7 @@ Letters: as in layer.py, and r the rank of a term.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from two_level_mha.activations import used_apart
 from two_level_mha.blocks import dealt
 from two_level_mha.errors import UsageRuntimeError
 from two_level_mha.mesh import Place
+
+if TYPE_CHECKING:
+    from two_level_mha.layer import Aside, Between, GridAttention
 
 _INPUTS = ("q", "k", "v", "qkv")  # projections of an input, by letters of what they give
 
@@ -37,7 +40,7 @@ class Projection(nn.Module):
     layer, letters: that attention, and which of its projections this is; original: what it was.
     """
 
-    def __init__(self, layer: nn.Module, letters: str, original: nn.Module) -> None:
+    def __init__(self, layer: "GridAttention", letters: str, original: nn.Module) -> None:
         super().__init__()
         self.whose = (layer, letters)  # in a tuple: the attention is no child of its projection
         self.blank = (blank_like(original),)
@@ -47,14 +50,14 @@ class Projection(nn.Module):
         """One like the original, on "meta"."""
         return blank_like(self.blank[0])
 
-    def forward(self, *args, **kwargs) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         raise UsageRuntimeError("the projections of a split attention are not called by themselves: call the attention")
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, split; adapters: inside two_level_mha.adaptable(model)"
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: object) -> TypeGuard[nn.Module]:
     """Whether it is an nn.Linear, or transformers' Conv1D, which stores (in, out)."""
     return isinstance(module, nn.Linear) or _is_conv(module)
 
@@ -68,13 +71,15 @@ def blank_like(module: nn.Module) -> nn.Module:
         return nn.Linear(inside, outside, module.bias is not None)
 
 
-def _is_conv(module: nn.Module) -> bool:
+def _is_conv(module: object) -> bool:
     return hasattr(module, "nx") and hasattr(module, "nf")
 
 
 def features_of(module: nn.Module) -> tuple[int, int]:
     """In and out, of an nn.Linear or a Conv1D."""
-    return (module.nx, module.nf) if _is_conv(module) else (module.in_features, module.out_features)
+    names = ("nx", "nf") if _is_conv(module) else ("in_features", "out_features")
+    inside, outside = (getattr(module, name) for name in names)
+    return inside, outside
 
 
 class Cut(NamedTuple):
@@ -97,7 +102,7 @@ class Cut(NamedTuple):
 class LowRank:
     """The terms of one call of a layer, by projection."""
 
-    def __init__(self, layer: nn.Module, terms: dict[str, list[Term]]) -> None:
+    def __init__(self, layer: "GridAttention", terms: dict[str, list[Term]]) -> None:
         self.layer, self.terms = layer, terms
         self.cut = Cut(layer.place, layer.head_dim)
         self.outs = terms.get("o", [])
@@ -113,8 +118,8 @@ class LowRank:
         batch_first: bool,
         rows: list[Tensor] | None,
         shared: list[Tensor] | None,
-        between: Callable,
-    ) -> tuple[list[Tensor], list[Tensor], Callable]:
+        between: "Between",
+    ) -> tuple[list[Tensor], list[Tensor], "Between"]:
         """`rows`, `shared` and `between` of the call with those of the terms of q, k and v."""
         rows, shared = rows or [], shared or []
         own, weights, targets = [], [], []
@@ -126,7 +131,7 @@ class LowRank:
                 weights += [self.layer.stock_names[f"{letter}_weight"].features(term.b) for letter in letters]
                 targets += [("qkv".index(letter), len(rows) + len(own) - 1) for letter in letters]
 
-        def add(q: Tensor, k: Tensor, v: Tensor, aside) -> tuple[Tensor, Tensor, Tensor]:
+        def add(q: Tensor, k: Tensor, v: Tensor, aside: "Aside") -> tuple[Tensor, Tensor, Tensor]:
             found = [q, k, v]
             for (which, at), b in zip(targets, aside.shared[len(shared) :], strict=True):
                 a_B1Lr = (aside.k_rows if which else aside.q_rows)[at]
@@ -134,7 +139,8 @@ class LowRank:
             kept = aside._replace(
                 q_rows=aside.q_rows[: len(rows)], k_rows=aside.k_rows[: len(rows)], shared=aside.shared[: len(shared)]
             )
-            return between(*found, kept)
+            q, k, v = found
+            return between(q, k, v, kept)
 
         return [*rows, *self._everywhere(own)], [*shared, *weights], add
 
@@ -157,6 +163,7 @@ class LowRank:
         if not self.outs:
             return y
         ranks = [term.a.shape[0] for term in self.outs]
+        found: Tensor
         found, *inner = y.split([y.shape[-1] - sum(ranks), *ranks], -1)
         for term, a in zip(self.outs, inner, strict=True):
             found = found + linear(a.to(term.b.dtype), term.b) * term.scale
@@ -166,25 +173,26 @@ class LowRank:
         """x (B, heads, L, width), this rank's part of q, k or v, with that of b's product; b (heads, d, r)."""
         heads, width = x.shape[1], x.shape[3]
         own = self.cut.of(b, 0, heads, width)
-        y = linear(a_BLr.to(own.dtype), own.flatten(0, 1)).unflatten(-1, (heads, width))
+        y: Tensor = linear(a_BLr.to(own.dtype), own.flatten(0, 1)).unflatten(-1, (heads, width))
         return (x + y.transpose(1, 2)).to(x.dtype)
 
     def _everywhere(self, xs: list[Tensor]) -> list[Tensor]:
         return used_apart(xs, self.layer.place, self.layer.reduce_dtype)
 
 
-def low_rank(layer: nn.Module) -> LowRank | None:
+def low_rank(layer: "GridAttention") -> LowRank | None:
     """The terms of the layer's adapters that are active now; None if there are none."""
-    terms = {}
+    terms: dict[str, list[Term]] = {}
     for letter, name in layer.projection_names.items():
         child = layer._modules[name]
         if type(child) is Projection:
             continue
-        if not hasattr(child, "terms"):
+        terms_of: Callable[[], list[Term]] | None = getattr(child, "terms", None)
+        if terms_of is None:
             raise UsageRuntimeError(
                 f"{name} of a split attention is now a {type(child).__name__}, which it does not call: put adapters "
                 "there inside two_level_mha.adaptable(model), or before parallelize"
             )
-        if found := child.terms():
+        if found := terms_of():
             terms[letter] = found
     return LowRank(layer, terms) if terms else None

@@ -21,8 +21,9 @@ import shutil
 import socket
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from two_level_mha.errors import GridError
 
@@ -36,13 +37,13 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def some(names) -> str:
+def some(names: Iterable[str]) -> str:
     """The first names of many, for an error."""
     names = sorted(names)
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
-def file_hashes(path: Path) -> dict[str, object]:
+def file_hashes(path: Path) -> dict[str, Any]:
     """The size in bytes, and SHA-256 and CRC-32 in hexadecimal digits."""
     sha256, crc, size = hashlib.sha256(), 0, 0
     with path.open("rb") as file:
@@ -72,7 +73,7 @@ def describe_file(path: Path) -> dict[str, object]:
     return file_hashes(path) | {"shards": shards}
 
 
-def _crc32(file, begin: int, end: int) -> str:
+def _crc32(file: BinaryIO, begin: int, end: int) -> str:
     file.seek(begin)
     crc = 0
     while begin < end and (chunk := file.read(min(_CHUNK, end - begin))):
@@ -80,7 +81,7 @@ def _crc32(file, begin: int, end: int) -> str:
     return f"{crc:08x}"
 
 
-def check_file(path: Path, entry: dict) -> None:
+def check_file(path: Path, entry: dict[str, Any]) -> None:
     """Raises GridError unless the file is the one that the manifest describes; names the tensors that are damaged."""
     size = path.stat().st_size
     if size != entry["size"]:
@@ -96,7 +97,7 @@ def check_file(path: Path, entry: dict) -> None:
         )
 
 
-def read_manifest(run: Path, step: int | None) -> tuple[Path, dict, str]:
+def read_manifest(run: Path, step: int | None) -> tuple[Path, dict[str, Any], str]:
     """The folder, the manifest and its SHA-256, of a step or of the newest one. Raises GridError if a byte of it, or of
     what names it, is not as written.
     """
@@ -134,7 +135,7 @@ def read_manifest(run: Path, step: int | None) -> tuple[Path, dict, str]:
     return folder, manifest, digest
 
 
-def _check_names(folder: Path, files: dict) -> None:
+def _check_names(folder: Path, files: dict[str, Any]) -> None:
     """torch's reader takes every safetensors file of a folder, so there must be no other."""
     found = {path.name for path in folder.glob("*.safetensors")}
     if absent := files.keys() - found:
@@ -218,7 +219,7 @@ def _lock(run: Path) -> Iterator[None]:
         yield
 
 
-def publish(folder: Path, run: Path, step: int, manifest: dict) -> Path:
+def publish(folder: Path, run: Path, step: int, manifest: dict[str, Any]) -> Path:
     """Gives what new_folder made, and whose files are on disk, its manifest and its name, and lets `latest` name it."""
     text = json.dumps({"format": FORMAT} | manifest).encode()
     digest = hashlib.sha256(text).hexdigest()

@@ -1,6 +1,7 @@
 """nn.MultiheadAttention's arguments: their checks, with the sentences stock has for them, and its masks as one mask."""
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,10 +17,13 @@ from two_level_mha.errors import (
     wrong_dtype,
 )
 
+if TYPE_CHECKING:
+    from two_level_mha.multihead import TwoLevelMultiheadAttention
+
 
 def check_inputs(
-    mha, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None,
-    is_causal: bool,
+    mha: "TwoLevelMultiheadAttention", query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None, is_causal: bool,
 ) -> None:  # fmt: skip
     """Raises for everything nn.MultiheadAttention refuses, and for what would go wrong later. Sends nothing."""
     distinct = {"query": query}
@@ -68,7 +72,9 @@ def check_inputs(
     _check_shapes(mha, query, key, value, key_padding_mask, attn_mask)
 
 
-def _check_dtypes(mha, inputs: dict[str, Tensor], masks: dict[str, Tensor | None]) -> None:
+def _check_dtypes(
+    mha: "TwoLevelMultiheadAttention", inputs: dict[str, Tensor], masks: dict[str, Tensor | None]
+) -> None:
     weight, given = mha.q_weight, {name: mask for name, mask in masks.items() if mask is not None}
     for name, mask in given.items():
         if mask.dtype not in MASK_DTYPES:
@@ -84,7 +90,10 @@ def _check_dtypes(mha, inputs: dict[str, Tensor], masks: dict[str, Tensor | None
             raise UsageRuntimeError(problem)
 
 
-def _check_shapes(mha, query, key, value, key_padding_mask, attn_mask) -> None:
+def _check_shapes(
+    mha: "TwoLevelMultiheadAttention", query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+) -> None:  # fmt: skip
     if query.shape[-1] != mha.embed_dim:
         raise UsageAssertionError(f"was expecting embedding dimension of {mha.embed_dim}, but got {query.shape[-1]}")
     packed = mha.kdim == mha.embed_dim == mha.vdim

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,7 +83,7 @@ class Grid:
         head_dim: int | None = None,
         *,
         device_type: str = "cuda",
-        profile: Profile | str | os.PathLike | None = None,
+        profile: Profile | str | os.PathLike[str] | None = None,
     ) -> list["Grid"]:
         """The valid grids of `ranks` ranks, the fastest first as far as can be predicted; empty if there is none.
 
@@ -112,7 +113,7 @@ def init_mesh(
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
-    profile: Profile | str | os.PathLike | None = None,
+    profile: Profile | str | os.PathLike[str] | None = None,
     timeout: float | datetime.timedelta | None = None,
 ) -> DeviceMesh:
     """A DeviceMesh over all ranks with axes ("head", "slice"), and the flattened axis "grid".
@@ -129,7 +130,9 @@ def init_mesh(
     """
     if not dist.is_available() or not dist.is_initialized():
         raise GridError("init_mesh needs an initialised process group: call torch.distributed.init_process_group first")
-    limit = refusal = shape = None
+    limit: datetime.timedelta | None = None
+    shape: tuple[int, int] | None = None
+    refusal: GridError | None = None
     try:
         _check_device(device_type)
         limit = _checked_timeout(timeout)
@@ -137,8 +140,9 @@ def init_mesh(
     except GridError as error:
         refusal = error
     control = control_of(tuple(range(dist.get_world_size())), limit)
-    fields = {"refusal": refusal, "device_type": device_type, "grid": shape, "timeout": str(limit)}
+    fields: dict[str, object] = {"refusal": refusal, "device_type": device_type, "grid": shape, "timeout": str(limit)}
     same_in(control, fields | facts_alike(), "start every rank alike")
+    assert shape is not None  # or there was a refusal
     key = (device_type, *shape)
     if key not in control.meshes:
         control.meshes[key] = _new_mesh(*key)
@@ -219,7 +223,10 @@ def _check_device(device_type: str) -> None:
         )
 
 
-def _shape(device_type: str, grid, num_heads, num_kv_heads, head_dim, profile) -> tuple[int, int]:
+def _shape(
+    device_type: str, grid: tuple[int, int] | None, num_heads: int | None, num_kv_heads: int | None,
+    head_dim: int | None, profile: Profile | str | os.PathLike[str] | None,
+) -> tuple[int, int]:  # fmt: skip
     """What init_mesh's arguments come to. Raises GridError."""
     ranks = dist.get_world_size()
     if grid is None:
@@ -243,10 +250,11 @@ def _shape(device_type: str, grid, num_heads, num_kv_heads, head_dim, profile) -
     return int(n), int(m)
 
 
-def _checked_timeout(timeout: object) -> datetime.timedelta | None:
+def _checked_timeout(timeout: float | datetime.timedelta | None) -> datetime.timedelta | None:
     """Seconds or a timedelta, or None, as a timedelta. Raises GridError for what is no time or not positive."""
     if timeout is None:
         return None
+    found: datetime.timedelta | None
     try:
         found = timeout if isinstance(timeout, datetime.timedelta) else datetime.timedelta(seconds=timeout)
     except (TypeError, OverflowError, ValueError):
@@ -259,7 +267,9 @@ def _checked_timeout(timeout: object) -> datetime.timedelta | None:
 def _new_mesh(device_type: str, n: int, m: int) -> DeviceMesh:
     """A mesh whose groups nobody else uses: torch would take the job's own for an axis of all ranks."""
     backend = str(dist.get_backend_config())
-    own = {axis: backend for axis, size in zip(AXES, (n, m), strict=True) if size == n * m and size > 1}
+    own: dict[int | str, Any] = {
+        axis: backend for axis, size in zip(AXES, (n, m), strict=True) if size == n * m and size > 1
+    }
     mesh = init_device_mesh(device_type, (n, m), mesh_dim_names=AXES, backend_override=own)
     if n * m > 1:
         mesh._flatten("grid", backend_override=backend)
@@ -269,13 +279,15 @@ def _new_mesh(device_type: str, n: int, m: int) -> DeviceMesh:
 
 def _limit(mesh: DeviceMesh, timeout: datetime.timedelta | None) -> None:
     """How long its groups' exchanges wait; None: as they do."""
-    for group in _groups(mesh) if timeout is not None else ():
-        set_timeout(group, timeout)
+    if timeout is not None:
+        for group in _groups(mesh):
+            set_timeout(group, timeout)
 
 
 def _rank_rows(mesh: DeviceMesh) -> list[list[int]]:
     with unset_fake_temporarily():  # the ranks are real also where modules are made of fake tensors
-        return mesh.mesh.tolist()
+        rows: list[list[int]] = mesh.mesh.tolist()
+    return rows
 
 
 def _ranks(mesh: DeviceMesh) -> tuple[int, ...]:
@@ -296,7 +308,7 @@ class Place:
     slice: int = 0  # j
     groups: tuple[str, str, str] = ("", "", "")  # names of the slice, head and grid groups
     control: Control | None = field(default=None, compare=False)  # None: one rank
-    args: tuple = field(init=False)
+    args: tuple[list[int], str, str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         numbers = [self.grid.head_groups, self.grid.slices, self.head_group, self.slice]
@@ -331,8 +343,10 @@ def place_on(mesh: DeviceMesh | None) -> Place:
             f"the ranks of mesh must ascend along head and along slice, got {rows}: torch.distributed "
             "orders the ranks of a group; order the mesh, and start the processes in the order of its ranks"
         )
-    names = tuple(group.group_name for group in _groups(mesh))
-    return Place(Grid(*mesh.shape), *mesh.get_coordinate(), names, control_on(mesh))
+    (n, m), coordinate = mesh.shape, mesh.get_coordinate()
+    assert coordinate is not None  # grid_group refuses a rank outside the mesh
+    (i, j), (slices, heads, grid) = coordinate, [group.group_name for group in _groups(mesh)]
+    return Place(Grid(n, m), i, j, (slices, heads, grid), control_on(mesh))
 
 
 class NoMesh(enum.Enum):

@@ -6,6 +6,7 @@ Read from its config.json, of which the model is made without memory; nothing of
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,14 +59,14 @@ class ModelPlan:
 
 
 def plan_model(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     ranks: int,
     batch: int,
     seq: int,
     decode: bool = False,
     dtype: torch.dtype | None = None,
-    **options,
+    **options: Any,
 ) -> ModelPlan:
     """Prices the transformers model of a folder with a config.json on `ranks` ranks: see plan, whose options it takes.
 

@@ -1,7 +1,9 @@
 """TwoLevelMultiheadAttention: nn.MultiheadAttention on n x m ranks."""
 
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +16,13 @@ from two_level_mha.errors import GridError, UsageAssertionError, UsageAttributeE
 from two_level_mha.layer import Drops, GridAttention
 from two_level_mha.masks import check_inputs, one_mask
 from two_level_mha.mesh import NoMesh, check_no_mesh, given_mesh
-from two_level_mha.names import Activations, Combine, Scheme
+from two_level_mha.names import Activations, Args, Combine, Factory, Kwargs, LayerOptions, Scheme
 from two_level_mha.probe import changed_linear
 from two_level_mha.profile import Profile
 from two_level_mha.stock import StockTensor, from_stock, put, take_stock_keys
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class _Elsewhere:
@@ -34,7 +39,9 @@ class _Elsewhere:
         raise UsageAttributeError(_elsewhere(known.get("name", ""), known.get("blocks", "")))
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None) -> object:
+    def __torch_function__(
+        cls, func: object, types: Sequence[type], args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         one = next(x for x in args if isinstance(x, _Elsewhere))
         raise UsageAttributeError(_elsewhere(one.name, one.blocks))
 
@@ -93,15 +100,15 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         kdim: int | None = None,
         vdim: int | None = None,
         batch_first: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         mesh: DeviceMesh | None | NoMesh = NoMesh.NOT_GIVEN,
         scheme: Scheme = "auto",
         combine: Combine = "reduce",
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
-        profile: Profile | str | os.PathLike | None = None,
+        profile: Profile | str | os.PathLike[str] | None = None,
         activations: Activations = "replicated",
         overlap: int | None = None,
     ) -> None:
@@ -148,7 +155,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         """weight and bias of the output projection, as this rank stores them."""
         return SimpleNamespace(weight=self.out_weight, bias=self.out_bias)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "out_proj":  # nn.Module would take it, and forward would not use it
             raise GridError("out_proj cannot be replaced: its weight is split, as out_weight; change the layer first")
         super().__setattr__(name, value)
@@ -175,9 +182,10 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         """
         dropout_p = self.dropout if self.training and self._drops else 0.0
         wholes = self.wholes([query, key, value], batch_first=self.batch_first)
+        whole_query, whole_key, whole_value = wholes
 
         def check() -> dict[str, object]:
-            check_inputs(self, *wholes, key_padding_mask, attn_mask, is_causal)
+            check_inputs(self, whole_query, whole_key, whole_value, key_padding_mask, attn_mask, is_causal)
             settings = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
             settings |= {"add_zero_attn": self.add_zero_attn, "batch_first": self.batch_first}
             return settings | {"is_causal": is_causal, "dropout_p": dropout_p}
@@ -219,7 +227,7 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
         combine: Combine = "reduce",
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
-        profile: Profile | str | os.PathLike | None = None,
+        profile: Profile | str | os.PathLike[str] | None = None,
         activations: Activations = "replicated",
         overlap: int | None = None,
     ) -> "TwoLevelMultiheadAttention":
@@ -234,13 +242,14 @@ class TwoLevelMultiheadAttention(Drops, GridAttention):
             raise GridError(f"mha must be an nn.MultiheadAttention, got {type(mha).__name__}")
         mesh = given_mesh(mesh)
         check_same_weights(mha, mesh, mha.dropout > 0.0)
-        options = {"scheme": scheme, "combine": combine, "debug": debug, "reduce_dtype": reduce_dtype}
-        options |= {"profile": profile, "activations": activations, "overlap": overlap}
-        return cls.from_checked(mha, mesh, **options)
+        return cls.from_checked(
+            mha, mesh, scheme=scheme, combine=combine, debug=debug, reduce_dtype=reduce_dtype, profile=profile,
+            activations=activations, overlap=overlap,
+        )  # fmt: skip
 
     @classmethod
     def from_checked(
-        cls, mha: nn.MultiheadAttention, mesh: DeviceMesh | None, **options
+        cls, mha: nn.MultiheadAttention, mesh: DeviceMesh | None, **options: "Unpack[LayerOptions]"
     ) -> "TwoLevelMultiheadAttention":
         """from_torch of a layer whose weights are known to agree; nothing is sent."""
         source = mha.out_proj.weight
@@ -297,9 +306,12 @@ def stock_names(embed_dim: int, num_heads: int, kdim: int, vdim: int) -> dict[st
     return names
 
 
-def _drawn_as_stock(E: int, kdim: int, vdim: int, bias: bool, bias_kv: bool, device, dtype) -> dict[str, Tensor]:
+def _drawn_as_stock(
+    E: int, kdim: int, vdim: int, bias: bool, bias_kv: bool, device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:  # fmt: skip
     """The tensors nn.MultiheadAttention would draw, in its order."""
-    factory = {"device": device, "dtype": dtype}
+    factory: Factory = {"device": device, "dtype": dtype}
     out_proj = nn.Linear(E, E, bias=bias, **factory)
     state: dict[str, Tensor] = {"out_proj.weight": out_proj.weight.detach()}
     with torch.no_grad():

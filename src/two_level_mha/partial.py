@@ -1,7 +1,8 @@
 """partial_attention: the operator under every layer, for programs of one's own."""
 
-import torch
 from torch import Tensor
+
+from two_level_mha.operators import ops
 
 
 def partial_attention(
@@ -37,7 +38,8 @@ def partial_attention(
         >>> q, k, v = (torch.randn(2, 8, 64, 32) for _ in range(3))
         >>> out, logsumexp = tlm.partial_attention(q, k, v, causal=0)
     """
-    return torch.ops.two_level_mha.partial_attention(
+    return ops.partial_attention(
+
         q, k, v, attn_mask, scale=scale, causal=causal, window=window, softcap=softcap, dropout_p=dropout_p, seed=seed,
         origin=origin, key_stride=key_stride, kernel_name=kernel_name,
     )  # fmt: skip

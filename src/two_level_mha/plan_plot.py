@@ -8,7 +8,7 @@ from two_level_mha.planner import Plan
 ROW, WIDTH = 0.28, 11.0  # inches
 
 
-def plot(plan: Plan, path: str | os.PathLike) -> None:
+def plot(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Writes bars of microseconds and MB of a rank, an option a row, the pick in bold, in the format of the name.
 
     Raises GridError without matplotlib, and where the file cannot be written.

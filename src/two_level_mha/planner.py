@@ -7,7 +7,9 @@ printed.
 import math
 import os
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -17,7 +19,7 @@ from two_level_mha.blocks import COMBINES, dealt
 from two_level_mha.context import ACTIVATIONS
 from two_level_mha.errors import GridError
 from two_level_mha.layer import check_overlap
-from two_level_mha.names import Activations, Combine
+from two_level_mha.names import Activations, CacheLayout, Combine, Scheme
 from two_level_mha.profile import Profile, resolve_profile
 
 
@@ -37,7 +39,7 @@ class Option:
     """One grid with one scheme. Sizes are of one rank, FLOPs and seconds of its forward pass."""
 
     grid: tuple[int, int]
-    scheme: str
+    scheme: Scheme | CacheLayout
     whole_heads: bool  # how the query side is stored
     exact: bool
     auto: bool  # scheme="auto" takes it on this grid; with a cache: the default layout
@@ -121,7 +123,7 @@ def plan(
     activations: Activations = "replicated",
     overlap: int | None = None,
     device_type: str = "cuda",
-    profile: Profile | str | os.PathLike | None = None,
+    profile: Profile | str | os.PathLike[str] | None = None,
 ) -> Plan:
     """Prices one call of an attention layer on every valid grid of `ranks` ranks with every scheme.
 
@@ -141,6 +143,7 @@ def plan(
     if (ranks is None) == (devices is None):
         raise GridError("plan needs the number of ranks, once: ranks=16")
     devices = devices if ranks is None else ranks
+    assert devices is not None
     sizes = {
         "embed_dim": embed_dim,
         "num_heads": num_heads,
@@ -252,7 +255,7 @@ def _slices_text(grid: tuple[int, int], head_dim: int) -> str:
     return text + (f", and {empty} of {m} slices have none." if empty else ".")
 
 
-def _nearby_text(asked: dict, ranks: int, kv_heads: int) -> str:
+def _nearby_text(asked: dict[str, Any], ranks: int, kv_heads: int) -> str:
     """Where there is but one head group, what the nearest numbers of ranks with more would take."""
     if ranks == 1 or kv_heads == 1 or math.gcd(ranks, kv_heads) > 1:
         return ""
@@ -281,7 +284,7 @@ def _duration(seconds: float) -> str:
     return f"{_number(seconds / scale)} {unit}"
 
 
-def _unit(values: list[float], units: dict[str, float]) -> tuple[str, float]:
+def _unit(values: Sequence[float], units: dict[str, float]) -> tuple[str, float]:
     """The largest unit in which the smallest value that is not zero has a digit before the point."""
     smallest = min((value for value in values if value > 0), default=0.0)
     return next(((unit, scale) for unit, scale in units.items() if smallest >= scale), list(units.items())[-1])
@@ -304,7 +307,7 @@ def _text(p: Plan) -> str:
         for line in _wrap(text, " " * 9)
     ]
     lines.append("")
-    columns = [
+    columns: list[tuple[str, Sequence[float], dict[str, float] | None]] = [
         ("work", [option.flops for option in p.options], UNITS["FLOP"]),
         ("sent", [option.sent_bytes() for option in p.options], UNITS["B"]),
         ("calls", [option.collectives() for option in p.options], None),

@@ -2,9 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.agreement import same_on_all_ranks
@@ -12,16 +12,21 @@ from two_level_mha.convert import parallelize
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.private import private_method
 from two_level_mha.loading import load_pretrained
+from two_level_mha.names import ModelOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from typing_extensions import Unpack
 
 
 def from_pretrained(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     mesh: DeviceMesh | None,
     *,
     dtype: torch.dtype | None = None,
     sha256: dict[str, str] | None = None,
-    **options,
-) -> nn.Module:
+    **options: "Unpack[ModelOptions]",
+) -> "PreTrainedModel":
     """The transformers model of a folder of config.json and safetensors files, split over the mesh, in eval mode.
 
     Its class is the one that config.json names. It is made on meta, split by parallelize(model, mesh, **options), and
@@ -30,17 +35,23 @@ def from_pretrained(
     Raises GridError for a folder without a config.json, for a class that transformers has not, for quantised weights,
     and as parallelize and load_pretrained do.
     """
-    model = refusal = None
+    model: PreTrainedModel | None = None
+    refusal: Exception | None = None
     try:
         model = on_meta(Path(folder), dtype)
     except Exception as error:  # whatever it is, the others would wait for this rank
         refusal = error
-    made = {"refusal": refusal, "the model": type(model).__name__, "dtype": str(getattr(model, "dtype", None))}
+    made: dict[str, object] = {
+        "refusal": refusal,
+        "the model": type(model).__name__,
+        "dtype": str(getattr(model, "dtype", None)),
+    }
     same_on_all_ranks(made, mesh, "give every rank the same folder and dtype")
+    assert model is not None  # or there was a refusal
     return load_pretrained(parallelize(model, mesh, **options), folder, sha256=sha256)
 
 
-def on_meta(path: Path, dtype: torch.dtype | None) -> nn.Module:
+def on_meta(path: Path, dtype: torch.dtype | None) -> "PreTrainedModel":
     """The model of a folder, without memory."""
     import transformers
 
@@ -57,4 +68,6 @@ def on_meta(path: Path, dtype: torch.dtype | None) -> nn.Module:
     if not kinds:
         raise GridError(f"{path / 'config.json'} must name a class of transformers in architectures, got {names}")
     with torch.device("meta"):
-        return private_method(kinds[0], "_from_config")(config, dtype=dtype or config.dtype or torch.float32)
+        make = private_method(kinds[0], "_from_config")
+        model: PreTrainedModel = make(config, dtype=dtype or config.dtype or torch.float32)
+    return model

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path, PurePath
+from typing import Any, Protocol
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.errors import GridError
@@ -33,14 +35,22 @@ def _inside(name: str) -> bool:
     return not PurePath(name).is_absolute() and ".." not in PurePath(name).parts
 
 
-def open_tensors(files: list[Path]) -> dict[str, object]:
+class Stored(Protocol):
+    """A tensor of a file, read when indexed."""
+
+    def get_shape(self) -> list[int]: ...
+    def get_dtype(self) -> str: ...
+    def __getitem__(self, index: Any) -> Tensor: ...
+
+
+def open_tensors(files: list[Path]) -> dict[str, Stored]:
     """Every tensor by name, as something that is read when indexed.
 
     Raises GridError for a file that is damaged, and for a tensor that two files have.
     """
     from safetensors import SafetensorError, safe_open
 
-    found: dict[str, object] = {}
+    found: dict[str, Stored] = {}
     owners: dict[str, Path] = {}
     for file in files:
         try:
@@ -68,8 +78,9 @@ def check_hashes(path: Path, files: list[Path], sha256: dict[str, str] | None, m
         raise GridError(f"sha256 has no hash of {some(without)}, which would be read from {path}: give all or none")
     if absent := [name for name in sha256 if not _inside(name) or not (path / name).is_file()]:
         raise GridError(f"sha256 has hashes of {some(absent)}, which {path} has not")
-    alone = mesh is None or mesh.size() == 1
-    rank, ranks = (0, 1) if alone else (dist.get_rank(grid_group(mesh)), mesh.size())
+    rank, ranks = 0, 1
+    if mesh is not None and mesh.size() > 1:
+        rank, ranks = dist.get_rank(grid_group(mesh)), mesh.size()
     for name in sorted(sha256)[rank::ranks]:
         if (found := file_hashes(path / name)["sha256"]) != sha256[name].lower():
             raise GridError(f"{path / name} has the SHA-256 {found}, and sha256 says {sha256[name]}: fetch it again")

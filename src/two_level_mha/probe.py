@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,12 +82,13 @@ def in_eval(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def first_output(output) -> Tensor:
+def first_output(output: Any) -> Tensor:
     """The tensor that a module gave, or the first of them."""
-    return output if isinstance(output, Tensor) else output[0]
+    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    return first
 
 
-def settings(module: nn.Module) -> tuple:
+def settings(module: nn.Module) -> tuple[tuple[str, object], ...]:
     """The plain attributes that make two modules of one class behave differently."""
     plain = (int, float, bool, str)
     found = [
@@ -99,10 +101,11 @@ def settings(module: nn.Module) -> tuple:
     return tuple(sorted(found, key=lambda item: item[0]))
 
 
-def layer_settings(config: object, layer: int | None) -> tuple:
+def layer_settings(config: object, layer: int | None) -> tuple[object, ...]:
     """What a config says of one layer: entry `layer` of its lists, such as layer_types. () without a layer."""
-    known = {} if layer is None or config is None else vars(config)
-    lists = {name: value for name, value in known.items() if isinstance(value, list)}
+    if layer is None or config is None:
+        return ()
+    lists = {name: value for name, value in vars(config).items() if isinstance(value, list)}
     return tuple((name, repr(value[layer])) for name, value in lists.items() if layer < len(value))
 
 

@@ -111,7 +111,7 @@ class Profile:
         return Profile.named(names[device_type])
 
     @staticmethod
-    def from_file(path: str | os.PathLike) -> "Profile":
+    def from_file(path: str | os.PathLike[str]) -> "Profile":
         """A profile from a JSON file of its fields. Raises GridError, naming file and field, where it is none."""
         try:
             found = json.loads(Path(path).read_text())
@@ -130,12 +130,12 @@ class Profile:
         except GridError as error:
             raise GridError(f"profile {os.fspath(path)!r}: {error}") from None
 
-    def to_file(self, path: str | os.PathLike) -> None:
+    def to_file(self, path: str | os.PathLike[str]) -> None:
         """Writes what from_file reads."""
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
-def resolve_profile(profile: "Profile | str | os.PathLike | None", device_type: str) -> Profile:
+def resolve_profile(profile: "Profile | str | os.PathLike[str] | None", device_type: str) -> Profile:
     """The profile that a `profile=` argument means: a Profile, a name, a JSON file; None: that of the device's type."""
     if isinstance(profile, Profile):
         return profile

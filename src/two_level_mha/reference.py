@@ -3,14 +3,37 @@
 Tests compare against it in float64. B batch, L queries, S keys, D embed_dim, h heads, k KV heads, d head_dim.
 """
 
+from typing import TYPE_CHECKING, TypedDict
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 NEG_INF = float("-inf")
 
 
+class Options(TypedDict, total=False):
+    """Those of `attention`."""
+
+    causal: int | None
+    window: int | None
+    softcap: float
+    scale: float | None
+    dropout_p: float
+    keep_BHLS: Tensor | None
+    key_stride: int
+    empty_rows: str
+
+
 def visible(
-    num_queries: int, num_keys: int, causal: int | None, window: int | None, device=None, key_stride: int = 1
+    num_queries: int,
+    num_keys: int,
+    causal: int | None,
+    window: int | None,
+    device: torch.device | str | None = None,
+    key_stride: int = 1,
 ) -> Tensor:
     """(L, S) bool, True = attend: row l sees key s, which stands at p = s * key_stride, if p <= l + causal and,
     windowed, p > l + causal - window.
@@ -109,7 +132,7 @@ def multihead_attention(
     add_zero_attn: bool = False,
     mask: Tensor | None = None,
     slices: int = 1,
-    **options,
+    **options: "Unpack[Options]",
 ) -> tuple[Tensor, Tensor]:
     """A whole layer on unsplit weights; returns y (B, L, D) and the weights after dropout (B, h, L, S').
 
@@ -142,6 +165,7 @@ def multihead_attention(
             mask = mask.repeat_interleave(slices, 1)
     extra = 0
     if bias_k is not None:
+        assert bias_v is not None
         k_BKSE, v_BKSE = (_append(x, b) for x, b in ((k_BKSE, bias_k), (v_BKSE, bias_v)))
         extra += 1
     if add_zero_attn:
@@ -191,7 +215,7 @@ def decoder_attention(
     qk_norm: float | None = None,
     cos_sin: tuple[Tensor, Tensor] | None = None,
     interleaved: bool = False,
-    **options,
+    **options: "Unpack[Options]",
 ) -> Tensor:
     """TwoLevelAttention's layer on unsplit weights, as `multihead_attention` takes them; y (B, L, D).
 
@@ -201,6 +225,7 @@ def decoder_attention(
     k_BKLd = project(x_BLD, k_weight, k_bias)
     v_BKLd = project(x_BLD, v_weight, v_bias)
     if qk_norm is not None:
+        assert q_norm_weight is not None and k_norm_weight is not None
         q_BHLd, k_BKLd = rms_norm(q_BHLd, q_norm_weight, qk_norm), rms_norm(k_BKLd, k_norm_weight, qk_norm)
     if cos_sin is not None:
         q_BHLd, k_BKLd = rotary(q_BHLd, *cos_sin, interleaved), rotary(k_BKLd, *cos_sin, interleaved)
@@ -229,6 +254,7 @@ def stock_parameters(mha: torch.nn.MultiheadAttention) -> dict[str, Tensor]:
             found[name] = bias.view(heads, width)
         found["out_bias"] = mha.out_proj.bias
     if mha.bias_k is not None:
+        assert mha.bias_v is not None
         found["bias_k"], found["bias_v"] = mha.bias_k.view(heads, width), mha.bias_v.view(heads, width)
     return found
 
@@ -237,7 +263,8 @@ def _slice_heads(weight: Tensor, slices: int) -> Tensor:
     """(h, d, ...) to (h * m, d / m, ...): head x's slice j becomes head x * m + j."""
     if weight.shape[1] % slices:
         raise ValueError(f"slices must divide head_dim: {slices} does not divide {weight.shape[1]}")
-    return weight.unflatten(1, (slices, weight.shape[1] // slices)).flatten(0, 1)
+    apart: Tensor = weight.unflatten(1, (slices, weight.shape[1] // slices))
+    return apart.flatten(0, 1)
 
 
 def _append(x_BKSE: Tensor, column_KE: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Replaced:
 
 
 @functools.cache
-def _replaced(original: type) -> type:
+def _replaced(original: type[nn.Parameter]) -> type:
     return type(original.__name__, (Replaced, original), {})
 
 
@@ -40,4 +40,4 @@ def note_replaced(before: dict[str, nn.Parameter], model: nn.Module, replaced_by
     for name, p in before.items():
         if id(p) not in kept and not isinstance(p, Replaced):
             p.__class__ = _replaced(type(p))
-            p.was_called, p.replaced_by = name, replaced_by
+            vars(p).update(was_called=name, replaced_by=replaced_by)

@@ -64,7 +64,7 @@ class Report:
 def report(model: nn.Module) -> Report:
     """What the last parallelize(model, ...) did. Raises GridError for a model that it was not called with."""
     found = vars(model).get(_ATTRIBUTE)
-    if found is None:
+    if not isinstance(found, Report):
         raise GridError(
             f"{type(model).__name__} has no report: it is kept on the very module that parallelize was called with"
         )

@@ -8,6 +8,7 @@ apart.
 import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,12 @@ from two_level_mha.integrations.lora import mark
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.tp_plan import apply_tp_plan, find_tp_plan
 from two_level_mha.mesh import grid_mesh
+from two_level_mha.names import Args
 from two_level_mha.probe import first_output, has_hooks, in_eval, is_inside, named_layers, random_copy, settings
 from two_level_mha.stock import take_full_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Paths of the two linears inside the module that is called with (B, L, D).
 _MLPS = (
@@ -32,14 +37,15 @@ _MLPS = (
 
 PLAN_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; others 0.1
 
-_Mlps = dict[str, tuple[nn.Module, tuple[str, str], tuple[str, ...]]]  # and what is between the linears
+_Mlps: TypeAlias = dict[str, tuple[nn.Module, tuple[str, str], tuple[str, ...]]]  # and what is between the linears
 
 
 @dataclass
 class Rest:
     """What can be split besides attention, by name, and why the rest of what looks like it stays unsplit."""
 
-    tp_plans: dict[str, tuple[nn.Module, dict[str, str]]] = field(default_factory=dict)  # transformers model, its rules
+    # transformers model, its rules
+    tp_plans: "dict[str, tuple[PreTrainedModel, dict[str, str]]]" = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)  # modules with a rule
     mlps: _Mlps = field(default_factory=dict)
     left_out_mlps: dict[str, str] = field(default_factory=dict)
@@ -109,7 +115,7 @@ def plan_trials(rest: Rest) -> list[PlanTrial]:
     """Of every kind of module that stands in a layer and is split by a plan in part, if it can be called with hidden
     states and holds weights; before anything is split.
     """
-    trials: dict[tuple, PlanTrial] = {}
+    trials: dict[tuple[object, ...], PlanTrial] = {}
     for model, (part, rules) in rest.tp_plans.items():
         for name, layer in named_layers(part, model):
             for child, module in layer.named_children():
@@ -124,7 +130,7 @@ def plan_trials(rest: Rest) -> list[PlanTrial]:
     return list(trials.values())
 
 
-def _plan_trial(name: str, module: nn.Module, config) -> PlanTrial | None:
+def _plan_trial(name: str, module: nn.Module, config: "PreTrainedConfig") -> PlanTrial | None:
     held = list(module.parameters())
     width = getattr(config.get_text_config(), "hidden_size", None)
     if width is None or any(p.is_meta or isinstance(p, DTensor) for p in held):
@@ -159,24 +165,35 @@ def split_rest(rest: Rest, mesh: DeviceMesh, taken: Collection[nn.Module] = ()) 
 
 def _find_mlps(model: nn.Module, ranks: int, owners: dict[int, int], planned: set[nn.Module], rest: Rest) -> None:
     """Adds the MLPs outside `planned` to `rest`."""
-    probed: dict[tuple, str | tuple[str, ...]] = {}
+    probed: dict[tuple[object, ...], str | tuple[str, ...]] = {}
     for name, module in model.named_modules():
         for paths in () if module in planned else _MLPS:
             try:
                 linears = [module.get_submodule(path) for path in paths]
             except AttributeError:
                 continue
-            if not (problem := _problem(linears, paths, owners, ranks)):
+            between: tuple[str, ...] = ()
+            problem = _problem(linears, paths, owners, ranks)
+            if not problem:
                 if (kind := _kind(module)) not in probed:
-                    probed[kind] = _probe(module, paths, linears[0].out_features // ranks)
-                problem = probed[kind]
-                if not isinstance(problem, str):
-                    hooked = [path for path in problem if has_hooks(module.get_submodule(path))]
+                    probed[kind] = _probe(module, paths, _linears(module, paths)[0].out_features // ranks)
+                found = probed[kind]
+                if isinstance(found, str):
+                    problem = found
+                else:
+                    between = found
+                    hooked = [path for path in between if has_hooks(module.get_submodule(path))]
                     problem = f"{hooked[0]} has hooks" if hooked else None
             if problem:
                 rest.left_out_mlps[name] = problem
             else:
-                rest.mlps[name] = (module, paths, probed[kind])
+                rest.mlps[name] = (module, paths, between)
+
+
+def _linears(module: nn.Module, paths: tuple[str, str]) -> tuple[nn.Linear, nn.Linear]:
+    first, second = (module.get_submodule(path) for path in paths)
+    assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+    return first, second
 
 
 def _problem(linears: list[nn.Module], paths: tuple[str, str], owners: dict[int, int], ranks: int) -> str | None:
@@ -188,13 +205,15 @@ def _problem(linears: list[nn.Module], paths: tuple[str, str], owners: dict[int,
             return f"{path} has hooks"
         if any(owners[id(p)] > 1 for p in linear.parameters()):
             return f"{path} shares a parameter"
-    width = linears[0].out_features
-    if width != linears[1].in_features:
-        return f"{paths[0]} gives {width} features and {paths[1]} takes {linears[1].in_features}"
+    first, second = linears
+    assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+    width = first.out_features
+    if width != second.in_features:
+        return f"{paths[0]} gives {width} features and {paths[1]} takes {second.in_features}"
     return f"{ranks} does not divide its width {width}" if width % ranks else None
 
 
-def _kind(module: nn.Module) -> tuple:
+def _kind(module: nn.Module) -> tuple[object, ...]:
     parts = tuple((name, type(part), settings(part)) for name, part in module.named_modules())
     return parts, tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
 
@@ -208,12 +227,13 @@ def _probe(module: nn.Module, paths: tuple[str, str], share: int) -> str | tuple
         torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of GPUs too
         try:
             (original,) = random_copy([module])
-            first, second = (original.get_submodule(path) for path in paths)
+            first, second = _linears(original, paths)
             x_BLD = torch.randn(2, 3, first.in_features, dtype=torch.float64)
             args = (x_BLD, x_BLD) if isinstance(module, nn.TransformerDecoderLayer) else (x_BLD,)
             expected = first_output(original(*args))
             parts = [_Part(original, paths, columns) for columns in (slice(0, share), slice(share, None))]
-            total = sum(part.run(args) for part in parts) + (0 if second.bias is None else second.bias)
+            total = parts[0].run(args) + parts[1].run(args)
+            total = total if second.bias is None else total + second.bias
             got = parts[0].run(args, total)
             trained = _parameters_between(original, paths, args)
         except Exception as error:
@@ -226,7 +246,7 @@ def _probe(module: nn.Module, paths: tuple[str, str], share: int) -> str | tuple
     return parts[0].between
 
 
-def _parameters_between(module: nn.Module, paths: tuple[str, str], args: tuple) -> list[str]:
+def _parameters_between(module: nn.Module, paths: tuple[str, str], args: Args) -> list[str]:
     """Names of the parameters that act on what the first linear gives before the second takes it."""
     first, second = (module.get_submodule(path) for path in paths)
     taken = []
@@ -247,22 +267,27 @@ class _Part:
 
     def __init__(self, original: nn.Module, paths: tuple[str, str], columns: slice) -> None:
         self.module = copy.deepcopy(original)
-        first, second = (self.module.get_submodule(path) for path in paths)
+        first, second = _linears(self.module, paths)
         first.weight = nn.Parameter(first.weight.detach()[columns])
         if first.bias is not None:
             first.bias = nn.Parameter(first.bias.detach()[columns])
         second.weight = nn.Parameter(second.weight.detach()[:, columns])
-        second.bias = None
+        second.register_parameter("bias", None)
         self.calls: list[tuple[str, str]] = []  # begin or end, path
         for path, part in self.module.named_modules():
             part.register_forward_pre_hook(lambda *_, path=path: self.calls.append(("begin", path)))
             part.register_forward_hook(lambda *_, path=path: self.calls.append(("end", path)))
         self.paths, self.second = paths, second
 
-    def run(self, args: tuple, total: Tensor | None = None) -> Tensor:
+    def run(self, args: Args, total: Tensor | None = None) -> Tensor:
         """This part's product with the second linear; or the module's output, given the sum of all parts'."""
-        products = []
-        hook = self.second.register_forward_hook(lambda module, args, y: products.append(y) or total)
+        products: list[Tensor] = []
+
+        def exchange(module: nn.Module, args: Args, y: Tensor) -> Tensor | None:
+            products.append(y)
+            return total
+
+        hook = self.second.register_forward_hook(exchange)
         output = first_output(self.module(*args))
         hook.remove()
         (product,) = products

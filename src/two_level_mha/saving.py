@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -37,12 +37,17 @@ class Loaded:
     """What load gives back besides the tensors: the step, what save was given as extra, the checkpoint's folder."""
 
     step: int
-    extra: dict
+    extra: dict[str, Any]
     path: Path
 
 
 def save(
-    directory: str | Path, model: nn.Module, optimizer: Optimizers = None, *, step: int, extra: dict | None = None
+    directory: str | Path,
+    model: nn.Module,
+    optimizer: Optimizers = None,
+    *,
+    step: int,
+    extra: dict[str, Any] | None = None,
 ) -> Path:
     """Writes a checkpoint of training; returns its folder, `directory`/step-00000120, which `directory`/latest names.
 
@@ -88,7 +93,7 @@ def save(
         folder = _together(open_folder)[0]
         _together(lambda: _check_shared(folder))
 
-        def write() -> dict[str, dict]:
+        def write() -> dict[str, dict[str, Any]]:
             writer = HuggingFaceStorageWriter(path=str(folder), save_distributed=True)
             with _quiet():
                 dcp.save(state.tensors, storage_writer=writer, process_group=group, no_dist=group is None)
@@ -121,7 +126,8 @@ def load(directory: str | Path, model: nn.Module, optimizer: Optimizers = None, 
     """
     rank, ranks = _place()
     restored: Restored | None = None
-    path, manifest = Path(), {}
+    path = Path()
+    manifest: dict[str, Any] = {}
 
     def find() -> dict[str, object]:
         nonlocal restored, path, manifest
@@ -130,7 +136,7 @@ def load(directory: str | Path, model: nn.Module, optimizer: Optimizers = None, 
         path, manifest, digest = read_manifest(run, wanted)
         restored = Restored(model, optimizers, manifest, rank, ranks)
         restored.check()
-        alike = {"directory": str(run), "step": wanted, "the manifest": digest}
+        alike: dict[str, object] = {"directory": str(run), "step": wanted, "the manifest": digest}
         return alike | {"optimizers": len(optimizers)} | restored.expected()
 
     everyone = _together(find, alike=("directory", "step", "the manifest"))
@@ -142,6 +148,7 @@ def load(directory: str | Path, model: nn.Module, optimizer: Optimizers = None, 
             check_file(path / name, manifest["files"][name])
 
     def fill() -> None:
+        assert restored is not None
         try:
             reader = HuggingFaceStorageReader(path=str(path))
             with _quiet():
@@ -162,7 +169,7 @@ def _distributed() -> bool:
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """Without torch's warning that there is one process, which is no news."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -186,7 +193,8 @@ def _together(work: Callable[[], Any], alike: tuple[str, ...] = ()) -> list[Any]
     """What `work` returns on each rank; where it raises on one, or its entries called `alike` differ, every rank raises
     the same GridError.
     """
-    result, failure = None, None
+    result: Any = None
+    failure: BaseException | None = None
     try:
         result = work()
     except (Exception, CheckpointException) as error:  # whatever it is, the others would wait for this rank
@@ -230,7 +238,7 @@ def _checked_step(step: int) -> int:
     return int(step)
 
 
-def _json_of(extra: dict | None) -> str:
+def _json_of(extra: dict[str, Any] | None) -> str:
     extra = {} if extra is None else extra
     if not isinstance(extra, dict):
         raise GridError(f"extra must be a dict or None, got {type(extra).__name__}")
@@ -261,7 +269,7 @@ def _check_shared(folder: Path) -> None:
         raise GridError(f"there is no {folder}, which rank 0 has made: directory must be one that all ranks share")
 
 
-def _check_whole(tensors: dict[str, dict], files: dict[str, dict]) -> None:
+def _check_whole(tensors: dict[str, dict[str, Any]], files: dict[str, dict[str, Any]]) -> None:
     held = dict.fromkeys(tensors, 0)
     for file in files.values():
         for name, shard in file["shards"].items():
@@ -278,7 +286,7 @@ def _head(grid: tuple[int, int] | None, step: int) -> dict[str, object]:
     return {"step": step, "grid": grid, "world_size": _place()[1], "versions": versions}
 
 
-def _check_names(path: Path, manifest: dict, everyone: list[dict]) -> None:
+def _check_names(path: Path, manifest: dict[str, Any], everyone: list[dict[str, Any]]) -> None:
     """Compares the names that all ranks hold with those that are stored. Every rank has both, so all raise alike."""
     stored = {
         "model": {name for name in manifest["tensors"] if name.startswith("model/")},

@@ -1,11 +1,13 @@
 """Which attention kernel serves which call on a machine, asked of the table that calls are served by."""
 
+from typing import Any
+
 from two_level_mha import _C
 
 L = 1024
 # Sizes and options of a call beyond those of its column; what is not named is as many heads, rows and keys as in a
 # plain call, which is to say none, B = 1, H = K = 8, L = S = 1024 and d_v = d_qk.
-CALLS = {
+CALLS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": 0},
     "causal, offset": {"causal": L, "S": 2 * L},
@@ -35,7 +37,7 @@ SIZES = ("B", "H", "K", "L", "S", "d_qk", "d_v")
 GRADIENTS = ("grad_logsumexp", "grad_mask")
 
 
-def request_of(dtype: str, **given):
+def request_of(dtype: str, **given: Any) -> _C.Request:
     """A `_C.Request` of any of its sizes and options; sizes default to those that CALLS is about."""
     width = given.get("d_qk", 128)
     sizes = {"B": 1, "H": 8, "K": 8, "L": L, "S": L, "d_qk": width, "d_v": width}
@@ -46,10 +48,10 @@ def request_of(dtype: str, **given):
     return request
 
 
-def served(machine) -> dict[str, dict[str, tuple[str, str]]]:
+def served(machine: _C.Machine) -> dict[str, dict[str, tuple[str, str]]]:
     """Call -> column -> the kernels of its forward and of its backward, by name."""
 
-    def kernels(call: dict, dtype: str, width: int) -> tuple[str, str]:
+    def kernels(call: dict[str, Any], dtype: str, width: int) -> tuple[str, str]:
         forward = {name: value for name, value in call.items() if name not in GRADIENTS}
         requests = (
             request_of(dtype, d_qk=width, **forward),
@@ -61,7 +63,7 @@ def served(machine) -> dict[str, dict[str, tuple[str, str]]]:
     return {name: {title: kernels(call, *column) for title, column in COLUMNS.items()} for name, call in CALLS.items()}
 
 
-def table_of(machine) -> dict[str, str]:
+def table_of(machine: _C.Machine) -> dict[str, str]:
     """`served` as rows of one line each, under a heading: forward / backward, or the one that does both."""
 
     def cell(both: tuple[str, str]) -> str:

@@ -7,7 +7,7 @@ each row by itself, which a copy shows, without its attention and its MLPs: thes
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from two_level_mha.probe import first_output, random_copy
 from two_level_mha.rest import Rest
 from two_level_mha.stock import take_full_tensors
 from two_level_mha.stream import DropoutOnParts, OnParts, SplitColumns, SplitMLP, SplitRows, Stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _HEADS = ("colwise_gather_output", "colwise_rep")  # styles of a plan
 _LAST = ("norm", "ln_f", "final_layernorm", "final_layer_norm")  # norms behind the layers, in the same module
@@ -50,7 +53,12 @@ class MLP:
 
     @property
     def linears(self) -> list[nn.Linear]:
-        return [self.module.get_submodule(path) for path in (*self.columns, self.rows)]
+        found = []
+        for path in (*self.columns, self.rows):
+            linear = self.module.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            found.append(linear)
+        return found
 
 
 @dataclass
@@ -65,7 +73,9 @@ class Stack:
     mlps: list[MLP] = field(default_factory=list)
     whole: list[nn.Module] = field(default_factory=list)  # take all rows, by a plan of theirs
     between: set[nn.Module] = field(default_factory=set)  # act on columns, between linears
-    head: tuple[nn.Module, nn.Linear] | None = None  # a model that computes its loss of these hidden states, its head
+    head: "tuple[PreTrainedModel, nn.Linear] | None" = (
+        None  # a model that computes its loss of these hidden states, its head
+    )
     split_head: bool = False  # by columns, as the model's plan says
 
     @property
@@ -76,8 +86,8 @@ class Stack:
     @property
     def linears(self) -> set[nn.Module]:
         """Those that the stack splits itself."""
-        found = {linear for mlp in self.mlps for linear in mlp.linears}
-        return found | {self.head[1]} if self.split_head else found
+        found: set[nn.Module] = {linear for mlp in self.mlps for linear in mlp.linears}
+        return found | {self.head[1]} if self.head is not None and self.split_head else found
 
     @property
     def last(self) -> nn.Module:
@@ -103,7 +113,8 @@ def find_stacks(model: nn.Module, found: Iterable[Attention], rest: Rest) -> tup
             left_out[one.name] = "it is no part of a layer in an nn.ModuleList"
         else:
             members.setdefault(".".join(parts[:at]), {}).setdefault(parts[at], []).append(one)
-    stacks, tried = [], {}
+    stacks: list[Stack] = []
+    tried: dict[object, tuple[str | None, tuple[str, ...]]] = {}
     for name, by_layer in members.items():
         problem = None
         if missing := [i for i in range(len(lists[name])) if str(i) not in by_layer]:
@@ -137,7 +148,8 @@ def find_stacks(model: nn.Module, found: Iterable[Attention], rest: Rest) -> tup
 
 def _width(one: Attention) -> int:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        return one.adapter.inputs(one.module, torch.float64)[0][0][0].shape[-1]
+        x: Tensor = one.adapter.inputs(one.module, torch.float64)[0][0][0]
+        return x.shape[-1]
 
 
 def _take_mlps(stack: Stack, rest: Rest) -> None:
@@ -216,17 +228,19 @@ class _Stub(nn.Module):
         super().__init__()
         self.pair = pair
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         return (x, None) if self.pair else x
 
 
-def _tried(layer: nn.Module, stack: Stack, width: int, tried: dict) -> tuple[str | None, tuple[str, ...]]:
+def _tried(
+    layer: nn.Module, stack: Stack, width: int, tried: dict[object, tuple[str | None, tuple[str, ...]]]
+) -> tuple[str | None, tuple[str, ...]]:
     """Why a layer does not act on each row by itself, but for its attention and its MLPs, or None; and which of its
     children must be given all rows even so, since where there is no row for them they give their parameters no
     gradient, which ranks would wait for.
     """
-    stubs = {id(module): _Stub(True) for module in stack.attentions}
+    stubs: dict[int, nn.Module] = {id(module): _Stub(True) for module in stack.attentions}
     inner = [mlp.module for mlp in stack.mlps if mlp.module is not layer]
     stubs |= {id(module): _Stub(False) for module in (*stack.whole, *inner)}
     kind = tuple((name, type(module)) for name, module in layer.named_modules())
@@ -258,21 +272,21 @@ def _trial(layer: nn.Module, stubs: dict[int, nn.Module], width: int) -> tuple[s
                 if isinstance(part, nn.Dropout):
                     part.p = 0.0
                 if hasattr(part, "gradient_checkpointing"):
-                    part.gradient_checkpointing = False
+                    vars(part)["gradient_checkpointing"] = False
             x = torch.randn(6, 6, width, dtype=torch.float64)
             rows = (slice(1, 4), slice(2, 4))
             inputs = (x, x) if isinstance(layer, nn.TransformerDecoderLayer) else (x,)
             whole, again = (first_output(trial(*inputs)) for _ in range(2))
-            part = first_output(trial(*(one[rows].contiguous() for one in inputs)))
+            alone = first_output(trial(*(one[rows].contiguous() for one in inputs)))
             trained = _trained(trial, whole)
             without_rows = _trained(trial, first_output(trial(*(one[:0] for one in inputs))))
         except Exception as error:  # of any kind: it is another's code
             return f"cannot be run on a part of its rows: {error!r}", ()
-    if whole.shape != x.shape or part.shape != x[rows].shape:
+    if whole.shape != x.shape or alone.shape != x[rows].shape:
         return "gives another shape than it is given", ()
     if not torch.equal(whole, again):
         return "draws random numbers without an nn.Dropout", ()
-    if not (part - whole[rows]).abs().max() <= 1e-9 * whole.abs().max():
+    if not (alone - whole[rows]).abs().max() <= 1e-9 * whole.abs().max():
         return "does not act on each row by itself", ()
     if own := [name for name in trained - without_rows if "." not in name]:
         return f"gives {own[0]} no gradient where it has no row", ()

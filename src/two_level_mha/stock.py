@@ -7,12 +7,16 @@ from_torch / to_torch all go by it, so an adapter says once where its weights co
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from two_level_mha.errors import GridError
+from two_level_mha.layer import GridAttention
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class StockTensor:
         return self._of_groups(x, 0).reshape(*self.own[:2], *x.shape[1:])
 
     def _of_groups(self, x: Tensor, dim: int) -> Tensor:
-        return x.unflatten(dim, (self.groups, -1)).narrow(dim + 1, self.start, self.size // self.groups)
+        grouped: Tensor = x.unflatten(dim, (self.groups, -1))
+        return grouped.narrow(dim + 1, self.start, self.size // self.groups)
 
 
 def resolve(name: str, key: str) -> str:
@@ -127,7 +132,7 @@ def from_stock(state: dict[str, Tensor], names: dict[str, StockTensor]) -> dict[
     return {name: stock.read(state[stock.key]) for name, stock in names.items() if stock.key in state}
 
 
-def put(state: dict[str, Tensor], key: str, stock: StockTensor, x: Tensor) -> None:
+def put(state: dict[Key, Tensor], key: Key, stock: StockTensor, x: Tensor) -> None:
     """Writes a parameter into the stock tensor at `key`, which is made when it is not there yet."""
     if key not in state:
         state[key] = x.new_empty(stock.shape)
@@ -145,15 +150,19 @@ def take_stock_keys(owner: nn.Module, child: str = "") -> None:
 
 
 def _take(
-    owner: nn.Module, state: dict, prefix: str, metadata: dict, strict: bool, missing: list[str], unexpected: list[str],
-    errors: list[str], *, child: str,
+    owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool, missing: list[str],
+    unexpected: list[str], errors: list[str], *, child: str,
 ) -> None:  # fmt: skip
     """A pre-hook of load_state_dict. What is missing or has another shape is named as the caller knows it."""
-    module, taken, found = owner.get_submodule(child), set(), {}
+    module = owner.get_submodule(child)
+    assert isinstance(module, GridAttention)
+    taken: set[str] = set()
+    found: dict[str, Any] = {}
     names = {name: stock for name, stock in module.stock_names.items() if module._parameters[name] is not None}
     by_ours = any(prefix + resolve(child, name) in state for name, stock in names.items() if name != stock.key)
     for name, stock in names.items():
         own = module._parameters[name]
+        assert own is not None
         key, mine = prefix + resolve(child, stored_key(module, stock.key)), prefix + resolve(child, name)
         if not (key in state or mine in state):
             if not by_ours:
@@ -186,7 +195,7 @@ def take_full_tensors(module: nn.Module) -> None:
     module.register_load_state_dict_pre_hook(_distribute)
 
 
-def _distribute(module: nn.Module, state: dict, prefix: str, *_) -> None:
+def _distribute(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     for name, p in module.named_parameters(recurse=False):
         x = state.get(prefix + name)
         if isinstance(p, DTensor) and x is not None and not isinstance(x, DTensor) and x.shape == p.shape:

@@ -4,7 +4,8 @@ A Stream knows how those of the call under way are split, and is shared by all m
 the layers everything is whole: positions, masks, what comes from the embedding and what goes to the head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,10 @@ from two_level_mha.blocks import local_blocks
 from two_level_mha.context import cast
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.mesh import place_on
+from two_level_mha.names import Args, Kwargs
+from two_level_mha.operators import ops as _ops
 
-_ops = torch.ops.two_level_mha
+Output: TypeAlias = Tensor | tuple[Any, ...]  # of a module: hidden states, or these first
 
 
 class Stream:
@@ -39,7 +42,7 @@ class Stream:
         self._seen: set[tuple[int, ...]] = set()  # those of calls whose layers may be run again in backward
         self._memory: tuple[Tensor, Tensor] | None = None  # whole and part
 
-    def refuse(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def refuse(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Pre-hook of every module around the layers: what it would record of them are parts."""
         if kwargs.get("output_hidden_states") or getattr(
             getattr(module, "config", None), "output_hidden_states", False
@@ -49,12 +52,12 @@ class Stream:
                 'rank has its part of them; parallelize with activations="replicated"'
             )
 
-    def begin(self, owner: nn.Module, args: tuple) -> None:
+    def begin(self, owner: nn.Module, args: Args) -> None:
         """Pre-hook of the module whose forward runs the layers."""
         self._open, self._left, self._sizes = True, False, ()
         self._trains = torch.is_grad_enabled()  # layers may be run without, and again in backward
 
-    def end(self, owner: nn.Module, args: tuple, output: object) -> None:
+    def end(self, owner: nn.Module, args: Args, output: object) -> None:
         """Hook of the same, which is called after an error too."""
         split, self.splits = self.splits, True
         self._open, self._memory = False, None
@@ -66,17 +69,17 @@ class Stream:
         if self._sizes and self._trains and not torch.compiler.is_compiling() and len(self._seen) < 2:
             self._seen.add(self._sizes)
 
-    def begin_model(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def begin_model(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Pre-hook of a model that computes its loss on vocabulary shards."""
         rows = kwargs.get("logits_to_keep", 0)
         asked = kwargs.get("labels") is not None and isinstance(rows, int) and rows == 0
         self.to_loss = asked and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
-    def end_model(self, model: nn.Module, args: tuple, output: object) -> None:
+    def end_model(self, model: nn.Module, args: Args, output: object) -> None:
         """Hook of the same, which is called after an error too."""
         self.to_loss = False
 
-    def enter(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def enter(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Pre-hook of the first layer: whole hidden states, its first argument, become parts."""
         args, kwargs, x = _first(args, kwargs)
         size = x.shape[self.dim]
@@ -85,7 +88,7 @@ class Stream:
             self._sizes = (size,)
         return (self.keep(x), *args), kwargs
 
-    def enter_memory(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def enter_memory(self, layer: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Pre-hook of every layer that is given another sequence as its second argument."""
         x, memory, *others = args
         if self._memory is None or self._memory[0] is not memory:
@@ -94,19 +97,19 @@ class Stream:
             self._sizes = (self._sizes[0], memory.shape[self.dim])
         return (x, self._memory[1], *others), kwargs
 
-    def leave(self, last: nn.Module, args: tuple, output):
+    def leave(self, last: nn.Module, args: Args, output: Output) -> Output:
         """Hook of what is called last with parts: its output, or the first of it, becomes whole."""
         self._left = True
         if self.to_loss and self.passes:
             return output
         return _of_first(output, self.gather)
 
-    def gather_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def gather_input(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Pre-hook of a module that takes all rows: its first argument becomes whole."""
         args, kwargs, x = _first(args, kwargs)
         return (self.gather(x), *args), kwargs
 
-    def keep_output(self, module: nn.Module, args: tuple, output):
+    def keep_output(self, module: nn.Module, args: Args, output: Output) -> Output:
         """Hook of the same: of its output, or the first of it, this rank's part."""
         return _of_first(output, self.keep)
 
@@ -134,19 +137,21 @@ class Stream:
         (size,) = self.whole_sizes([tuple(x.shape)])
         return gather_part(x, size, self.activations, self.place, self.batch_first)
 
-    def project(self, x: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
+    def project(self, x: Tensor, linears: Sequence[nn.Linear]) -> list[Tensor]:
         """All rows, whole, through this rank's columns of each linear; of x (B, L, D), this rank's part."""
         own = local_blocks([p for linear in linears for p in (linear.weight, linear.bias)])
         return self.project_by(x, own[::2], own[1::2])
 
-    def project_by(self, x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    def project_by(self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
         """The same, by this rank's weights (width, D) and biases."""
         (size,) = self.whole_sizes([tuple(x.shape)])
-        x, *own = cast([x, *weights, *biases])
+        given: list[Tensor | None] = [x, *weights, *biases]
+        found = cast(given)
+        behind = 1 + len(weights)
+        whole, *own = [one for one in found[:behind] if one is not None]
         products = _ops.project_activations(
-            self._batch_first(x), own[: len(weights)], own[len(weights) :], size, self.rows, *self._grid,
-            self.reduce_dtype,
-        )  # fmt: skip
+            self._batch_first(whole), own, found[behind:], size, self.rows, *self._grid, self.reduce_dtype
+        )
         return [self._batch_first(y) for y in products]
 
     def sum(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -183,7 +188,7 @@ class Stream:
             )
 
 
-def _first(args: tuple, kwargs: dict) -> tuple[tuple, dict, Tensor]:
+def _first(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs, Tensor]:
     """Arguments without the hidden states, and these."""
     if args:
         return args[1:], kwargs, args[0]
@@ -191,7 +196,7 @@ def _first(args: tuple, kwargs: dict) -> tuple[tuple, dict, Tensor]:
     return (), {key: value for key, value in kwargs.items() if key != name}, kwargs[name]
 
 
-def _of_first(output, change: Callable[[Tensor], Tensor]):
+def _of_first(output: Output, change: Callable[[Tensor], Tensor]) -> Output:
     """An output with its tensor changed, or the first of them."""
     return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
@@ -238,10 +243,12 @@ class SplitMLP(InStream):
 
     columns: tuple[str, ...]
 
-    def forward(self, x: Tensor, *args, **kwargs):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.stream.splits:
             return super().forward(x, *args, **kwargs)
-        linears = [self.get_submodule(path) for path in self.columns]
+        # SplitColumns, or what was put around one, which that refuses
+        linears: list[Any] = [self.get_submodule(path) for path in self.columns]
+
         try:
             for linear, y in zip(linears, self.stream.project(x, linears), strict=True):
                 linear.given = (x, y)
@@ -254,12 +261,13 @@ class SplitMLP(InStream):
 class OnParts(InStream):
     """A module with parameters of its own that acts on parts."""
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         own = {name: p for name, p in self._parameters.items() if p is not None and p.requires_grad}
         if not own or not self.stream.splits or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         try:
-            self._parameters.update(zip(own, self.stream.summed(list(own.values())), strict=True))
+            summed = self.stream.summed(list(own.values()))
+            self._parameters.update(zip(own, summed, strict=True))  # type: ignore[arg-type]  # plain, for the call
             return super().forward(*args, **kwargs)
         finally:
             self._parameters.update(own)

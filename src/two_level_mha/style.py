@@ -13,11 +13,13 @@ from torch.utils._pytree import tree_map_only
 from two_level_mha.attentions import sizes_in
 from two_level_mha.convert import parallelize
 from two_level_mha.errors import GridError
+from two_level_mha.layer import GridAttention
 from two_level_mha.low_rank import Projection
 from two_level_mha.mesh import Grid, grid_group, grid_mesh, grid_of_axis
-from two_level_mha.names import CacheLayout, Combine, Scheme
+from two_level_mha.names import Args, CachedOptions, CacheLayout, Combine, Kwargs, Scheme
 from two_level_mha.profile import Profile
 from two_level_mha.stock import take_stock_keys
+from two_level_mha.stream import Output
 
 
 class TwoLevelParallel(ParallelStyle):
@@ -51,13 +53,15 @@ class TwoLevelParallel(ParallelStyle):
         cache: CacheLayout = "position",
         debug: bool | None = None,
         reduce_dtype: torch.dtype | None = None,
-        profile: Profile | str | os.PathLike | None = None,
+        profile: Profile | str | os.PathLike[str] | None = None,
         overlap: int | None = None,
     ) -> None:
         super().__init__()
         self.grid, self.output_layouts, self.use_local_output = grid, output_layouts or Replicate(), use_local_output
-        self.options = {"scheme": scheme, "combine": combine, "cache": cache, "debug": debug, "overlap": overlap}
-        self.options |= {"reduce_dtype": reduce_dtype, "profile": profile}
+        self.options: CachedOptions = {
+            "scheme": scheme, "combine": combine, "cache": cache, "debug": debug, "overlap": overlap,
+            "reduce_dtype": reduce_dtype, "profile": profile,
+        }  # fmt: skip
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         holder = nn.ModuleDict({"attention": module})
@@ -83,8 +87,8 @@ class TwoLevelParallel(ParallelStyle):
         if self.grid is not None:
             grid = Grid(*self.grid)
         else:
-            options = {"device_type": device_mesh.device_type, "profile": self.options["profile"]}
-            fits = [Grid.candidates(device_mesh.size(), h, k, d, **options) for h, k, d in sizes_in(holder)]
+            ranks, kind, profile = device_mesh.size(), device_mesh.device_type, self.options["profile"]
+            fits = [Grid.candidates(ranks, h, k, d, device_type=kind, profile=profile) for h, k, d in sizes_in(holder)]
             grid = next(one for one in fits[0] if all(one in others for others in fits))  # (1, P) is for every layer
         return grid_of_axis(device_mesh, grid)
 
@@ -98,18 +102,17 @@ class _Laid:
     def __init__(self, mesh: DeviceMesh, layout: Placement, local: bool) -> None:
         self.mesh, self.layout, self.local = mesh, layout, local
 
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> object:
+    def __call__(self, module: nn.Module, args: Args, output: Output) -> object:
         first, *others = output if isinstance(output, tuple) else (output,)
         if self.local and self.layout.is_replicate():
             return output
-        laid = DTensor.from_local(first, self.mesh, [Replicate()], run_check=False).redistribute(
-            placements=[self.layout]
-        )
-        laid = laid.to_local() if self.local else laid
-        return (laid, *others) if isinstance(output, tuple) else laid
+        whole = DTensor.from_local(first, self.mesh, [Replicate()], run_check=False)
+        laid = whole.redistribute(placements=[self.layout])
+        given = laid.to_local() if self.local else laid
+        return (given, *others) if isinstance(output, tuple) else given
 
 
-def _with_plain(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _with_plain(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """A forward pre-hook: DTensors gathered. The gradient of what is given is the same on every rank."""
     return tree_map_only(DTensor, _plain, args), tree_map_only(DTensor, _plain, kwargs)
 
@@ -127,4 +130,5 @@ def _take_place(module: nn.Module, ours: nn.Module) -> None:
     take_stock_keys(module)
     for part in module.children():
         if isinstance(part, Projection):
+            assert isinstance(module, GridAttention)  # since its class is that of `ours`
             part.whose = (module, part.whose[1])

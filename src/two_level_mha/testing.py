@@ -21,13 +21,18 @@ call the process group instead, as do the ranks of a grid that compare their arg
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._ops import OpOverload
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from two_level_mha.names import Args, Kwargs
 
 # Operator -> what it is, and the arguments that hold its input and, of what has one peer, that peer.
 _FUNCTIONAL = {
@@ -61,8 +66,15 @@ _C10D = {
     "recv_": ("recv", "tensors", "src"),
 }
 # What this package sends by messages of Gloo's.
-_PAIRS = {"_all_to_all_pairs": ("all_to_all", "input"), "_all_gather_pairs": ("all_gather", "input")}
-_TABLES = {"_c10d_functional": _FUNCTIONAL, "c10d": _C10D, "two_level_mha": _PAIRS}
+_PAIRS: dict[str, tuple[str, ...]] = {
+    "_all_to_all_pairs": ("all_to_all", "input"),
+    "_all_gather_pairs": ("all_gather", "input"),
+}
+_TABLES: dict[str, dict[str, tuple[str, ...]]] = {
+    "_c10d_functional": _FUNCTIONAL,
+    "c10d": _C10D,
+    "two_level_mha": _PAIRS,
+}
 
 
 @dataclass(frozen=True)
@@ -91,11 +103,13 @@ class CollectiveRecord(TorchDispatchMode):
     """
 
     def __init__(self, c10d: bool = False) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.calls: list[Collective] = []
         self._c10d = c10d
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: "OpOverload[..., Any]", types: Sequence[type], args: Args = (), kwargs: Kwargs | None = None
+    ) -> Any:
         if self._c10d or func.namespace != "c10d":
             self.calls += collectives_of(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
@@ -126,7 +140,7 @@ def record_collectives(*, c10d: bool = False) -> CollectiveRecord:
     return CollectiveRecord(c10d)
 
 
-def collectives_of(func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, object]) -> list[Collective]:
+def collectives_of(func: "OpOverload[..., Any]", args: Args, kwargs: Kwargs) -> list[Collective]:
     """What an operator's call sends, one for each tensor; empty for an operator that is no collective."""
     namespace, _, name = func._schema.name.partition("::")
     if name not in _TABLES.get(namespace, {}):
@@ -159,10 +173,13 @@ def collectives_of(func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, o
 def _tensors(value: object) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
+    assert isinstance(value, (list, tuple))
     return [tensor for one in value for tensor in _tensors(one)]
 
 
-def _sent_elements(kind: str, count: int, ranks: tuple[int, ...], splits: list[int] | None, peer: int | None):
+def _sent_elements(
+    kind: str, count: int, ranks: tuple[int, ...], splits: list[int] | None, peer: int | None
+) -> Fraction:
     """Of an input of `count` elements, as a fraction."""
     size, rank = len(ranks), dist.get_rank()
     if kind == "all_gather":

@@ -1,6 +1,7 @@
 """Training with a mix of DTensor parameters on several meshes and plain ones, which stock utilities refuse."""
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,14 +12,16 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from two_level_mha.blocks import dealt
 from two_level_mha.errors import GridError
 
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
+
 
 def _kind(p: Tensor) -> object:
     """Parameters of one kind can be handled together: plain ones, or DTensors of one mesh."""
     return p.device_mesh if isinstance(p, DTensor) else None
 
 
-def _kinds(params: Iterable[Tensor]) -> list[list[Tensor]]:
-    kinds: dict[object, list[Tensor]] = {}
+def _kinds(params: Iterable[AnyTensor]) -> list[list[AnyTensor]]:
+    kinds: dict[object, list[AnyTensor]] = {}
     for p in params:
         kinds.setdefault(_kind(p), []).append(p)
     return list(kinds.values())
@@ -46,17 +49,19 @@ def shard_embed_dim(p: nn.Parameter) -> Shard | None:
     None (the default) for what is no weight block. fully_shard wants its mesh to divide embed_dim. Raises GridError, on
     every rank, where a slice has no columns: fully_shard would fail on its rank, and the others would wait.
     """
-    sharded = {placement.dim for placement in p.placements if placement.is_shard()} if isinstance(p, DTensor) else set()
-    if p.dim() != 3 or not sharded:
+    if p.dim() != 3 or not isinstance(p, DTensor):
         return None
-    for axis, placement in enumerate(p.placements):
+    sharded = [(dim, axis) for axis, one in enumerate(p.placements) for dim in range(3) if one.is_shard(dim)]
+    if not sharded:
+        return None
+    for dim, axis in sharded:
         parts = p.device_mesh.size(axis)
-        if placement.is_shard() and dealt(p.shape[placement.dim], parts, parts - 1)[1] == 0:
+        if dealt(p.shape[dim], parts, parts - 1)[1] == 0:
             raise GridError(
-                f"fully_shard takes no empty blocks, and {parts} slices of {p.shape[placement.dim]} columns leave some "
+                f"fully_shard takes no empty blocks, and {parts} slices of {p.shape[dim]} columns leave some "
                 "without any: take a grid of fewer slices"
             )
-    return Shard(2 if 0 in sharded else 0)  # (h, d, D), or out_weight's (D, h, d)
+    return Shard(2 if any(dim == 0 for dim, _ in sharded) else 0)  # (h, d, D), or out_weight's (D, h, d)
 
 
 @torch.no_grad()
@@ -92,7 +97,7 @@ def _total_norm(gradients: list[Tensor], norm_type: float) -> Tensor:
     """get_total_norm of one kind; torch knows no largest of none, and the block of an empty slice has none."""
     if float(norm_type) != float("inf") or not isinstance(gradients[0], DTensor):
         return get_total_norm(gradients, norm_type)
-    local = [gradient.to_local() for gradient in gradients]
+    local = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]  # as all are
     largest = get_total_norm([x if x.numel() else x.new_zeros(1) for x in local], norm_type)
     mesh = gradients[0].device_mesh
     return DTensor.from_local(largest, mesh, [Partial("max")] * mesh.ndim, run_check=False)
@@ -112,9 +117,9 @@ def clip_grad_norm_(
     kinds = _kinds(p for p in params if p.grad is not None)
     if not kinds:
         return torch.tensor(0.0)
-    norms = [_total_norm([p.grad for p in kind], norm_type) for kind in kinds]
+    norms = [_total_norm([p.grad for p in kind if p.grad is not None], norm_type) for kind in kinds]
     full = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    total = torch.linalg.vector_norm(torch.stack([norm.to(full[0].device) for norm in full]), norm_type)
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(full[0].device) for norm in full]), norm_type)
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
             f"the norm of order {norm_type} of the gradients is non-finite ({total.item()}), so they cannot be clipped "

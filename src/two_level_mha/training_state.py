@@ -9,8 +9,9 @@ alone are the same.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class State:
     """This rank's part of a checkpoint; the fields besides `tensors` are JSON."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    groups: list[dict] = field(default_factory=list)  # parameters, options
+    groups: list[dict[str, Any]] = field(default_factory=list)  # parameters, options
     values: dict[str, object] = field(default_factory=dict)  # what a state has besides tensors: <name>/<key>
     optimizers: list[str] = field(default_factory=list)  # their classes
     grid: tuple[int, int] | None = None
@@ -44,7 +45,7 @@ def describe(x: Tensor) -> dict[str, object]:
     return {"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")}
 
 
-def bytes_of(tensors: dict[str, dict]) -> int:
+def bytes_of(tensors: dict[str, dict[str, Any]]) -> int:
     """Bytes of described tensors."""
     return sum(
         torch.Size(one["shape"]).numel()
@@ -53,7 +54,7 @@ def bytes_of(tensors: dict[str, dict]) -> int:
     )
 
 
-def as_list(optimizer) -> list[Optimizer]:
+def as_list(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
     """Optimizers as save and load take them: one, several, or None."""
     if optimizer is None:
         return []
@@ -124,7 +125,7 @@ def _grid(model: nn.Module) -> tuple[int, int] | None:
     return (grids[0].head_groups, grids[0].slices) if grids else None
 
 
-def _like_parameter(key: str, shape, p: Tensor) -> bool:
+def _like_parameter(key: str, shape: Sequence[int], p: Tensor) -> bool:
     """Whether a state is stored as its parameter is; a count of steps never is, not of a parameter without dims."""
     return key != "step" and tuple(shape) == tuple(p.shape)
 
@@ -134,7 +135,7 @@ class _Group:
     """A group of an optimizer: its hyper-parameters, and name, parameter and state of its members."""
 
     options: dict[str, object]
-    members: list[tuple[str, Tensor, dict]]
+    members: list[tuple[str, Tensor, dict[str, Any]]]
 
 
 def _groups(model: nn.Module, optimizers: list[Optimizer]) -> list[_Group]:
@@ -153,7 +154,7 @@ def _groups(model: nn.Module, optimizers: list[Optimizer]) -> list[_Group]:
     return found
 
 
-def _plain(x, what: str):
+def _plain(x: object, what: str) -> object:
     """A value of an optimizer as JSON has it; a tensor of one number is that number."""
     if isinstance(x, Tensor) and x.numel() == 1:
         return x.item()
@@ -166,7 +167,7 @@ def _plain(x, what: str):
     )
 
 
-def _like(x, current):
+def _like(x: Any, current: object) -> Any:
     """A value out of JSON as the optimizer keeps it."""
     if isinstance(current, Tensor):
         return torch.full_like(current, x)
@@ -176,9 +177,9 @@ def _like(x, current):
     return x
 
 
-def merged(states: list[dict]) -> dict[str, object]:
+def merged(states: list[dict[str, Any]]) -> dict[str, Any]:
     """The descriptions of all ranks' states as one. Raises GridError for a contradiction."""
-    whole: dict[str, dict] = {"tensors": {}, "values": {}}
+    whole: dict[str, dict[str, Any]] = {"tensors": {}, "values": {}}
     for rank, state in enumerate(states):
         for kind, found in whole.items():
             for name, one in state[kind].items():
@@ -198,7 +199,9 @@ class Restored:
     Tensors of the model are its own memory, all others are new.
     """
 
-    def __init__(self, model: nn.Module, optimizers: list[Optimizer], manifest: dict, rank: int, ranks: int) -> None:
+    def __init__(
+        self, model: nn.Module, optimizers: list[Optimizer], manifest: dict[str, Any], rank: int, ranks: int
+    ) -> None:
         self.optimizers, self.manifest = optimizers, manifest
         self.model_tensors = model_tensors(model)
         self._keys = _by_parameter(
@@ -298,5 +301,5 @@ def _by_parameter(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def _text(entry: dict) -> str:
+def _text(entry: dict[str, Any]) -> str:
     return f"{entry['dtype']} ({', '.join(map(str, entry['shape']))})"

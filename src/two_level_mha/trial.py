@@ -1,11 +1,17 @@
 """The trial of an attention against its replacement: what names and shapes propose, numbers decide."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.forms import SHARED_STATES, WEIGHTS_DROPOUT, weights_dropout
 from two_level_mha.probe import random_copy
+
+if TYPE_CHECKING:
+    from two_level_mha.attentions import Found
+
 
 # Gain of the random weights, and the difference allowed. Some models take the softmax in float32; what clips shows at
 # the big numbers, where such a softmax is nearly one of its inputs. In float32 are those that cannot run in float64.
@@ -34,7 +40,7 @@ def drop_all_weights(original: nn.Module) -> None:
             getattr(original, name).p = 1.0
 
 
-def agreeing(one, options: dict) -> dict[str, object] | Unlike:
+def agreeing(one: "Found", options: dict[str, Any]) -> dict[str, object] | Unlike:
     """The first of the adapter's variants that gives the original's numbers, or what is wrong with the first."""
     refusals = []
     for variant in one.adapter.variants(one.module, one.paths):
@@ -49,7 +55,7 @@ def agreeing(one, options: dict) -> dict[str, object] | Unlike:
     return refusals[0]
 
 
-def _try(one, options: dict, dtype: torch.dtype) -> None:
+def _try(one: "Found", options: dict[str, Any], dtype: torch.dtype) -> None:
     """Raises Unlike where the replacement with these options gives other numbers than the original."""
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
         torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of GPUs too
@@ -59,7 +65,9 @@ def _try(one, options: dict, dtype: torch.dtype) -> None:
             _probe(one, options, dtype, *TRIALS[dtype][0], dropping=True)
 
 
-def _probe(one, options: dict, dtype: torch.dtype, gain: float, tolerance: float, dropping: bool = False) -> None:
+def _probe(
+    one: "Found", options: dict[str, Any], dtype: torch.dtype, gain: float, tolerance: float, dropping: bool = False
+) -> None:
     """Runs a copy of the original and its replacement on small random inputs; raises Unlike if they differ.
 
     dropping: in training, where all attention weights are dropped and nothing else is.

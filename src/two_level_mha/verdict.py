@@ -4,6 +4,7 @@ Nothing is sent here: every rank has the findings of all, and comes to the same 
 """
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from two_level_mha.held import Placed
@@ -20,7 +21,7 @@ class Findings:
     not_finite: dict[str, str] = field(default_factory=dict)  # parameters and moments with NaN or Inf
     gradients: dict[str, str] = field(default_factory=dict)  # gradients with NaN or Inf
     layers: list[str] = field(default_factory=list)  # outputs in forward order; "" for a finite one
-    inputs: dict[str, tuple] = field(default_factory=dict)  # shape, dtype and checksum, by name
+    inputs: dict[str, tuple[str, int]] = field(default_factory=dict)  # shape, dtype and checksum, by name
     random: int = 0
 
     @property
@@ -87,9 +88,11 @@ def mending(found: dict[int, Findings], same: Same) -> Mending:
 
 def verdict(found: dict[int, Findings], same: Same) -> str:
     """What is wrong, and the way out."""
-    causes, lines, ways = [], [], []
+    causes: list[str] = []
+    lines: list[str] = []
+    ways: list[str] = []
     for ranks in dict.fromkeys(same[()].values()):
-        wrong = []
+        wrong: list[str] = []
         for name in dict.fromkeys(name for rank in ranks for name in found[rank].inputs):
             wrong += _difference(name, {rank: found[rank].inputs.get(name) for rank in ranks})
         if wrong:
@@ -131,7 +134,7 @@ def _origin(found: dict[int, Findings]) -> list[str]:
     return lines
 
 
-def _difference(name: str, values: dict[int, object]) -> list[str]:
+def _difference(name: str, values: Mapping[int, object]) -> list[str]:
     """A sentence for a tensor that ranks should hold alike and do not."""
     by_value: dict[object, list[int]] = {}
     for rank, value in values.items():
@@ -145,13 +148,13 @@ def _difference(name: str, values: dict[int, object]) -> list[str]:
     return [f"{_ranks(odd)}: {name} differs from that of {_ranks(by_value[usual])}"]
 
 
-def _majority(values: list) -> object:
+def _majority(values: list[object]) -> object:
     """The value that most have, or None if two are as frequent."""
     (value, most), *others = Counter(values).most_common(2)
     return None if others and others[0][1] == most else value
 
 
-def _ranks(ranks) -> str:
+def _ranks(ranks: Iterable[int]) -> str:
     ranks = sorted(ranks)
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 

@@ -14,7 +14,7 @@ import weakref
 import zlib
 from collections.abc import Iterable
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from two_level_mha.errors import GridError, IntegrityError
 from two_level_mha.held import (
     Checksums,
     Held,
+    Placed,
     Places,
     forward_hooks,
     held_by,
@@ -38,6 +39,7 @@ from two_level_mha.held import (
     sum_of,
     tensors_in,
 )
+from two_level_mha.names import Args, Kwargs
 from two_level_mha.verdict import Copy, Findings, Same, mending, verdict
 
 
@@ -68,8 +70,10 @@ def verify(
     if not isinstance(model, nn.Module):
         raise GridError(f"model must be an nn.Module, got {type(model).__name__}")
     places = Places(model)
-    one = optimizer is None or isinstance(optimizer, Optimizer) or not isinstance(optimizer, Iterable)
-    optimizers = ([] if optimizer is None else [optimizer]) if one else list(optimizer)
+    if isinstance(optimizer, Iterable) and not isinstance(optimizer, Optimizer):
+        optimizers = list(optimizer)
+    else:
+        optimizers = [] if optimizer is None else [optimizer]
     fields: dict[str, object] = {"refusal": _refusal(optimizers, every), "every": every}
     fields["number of optimizers"] = len(optimizers)
     tensors = (*model.named_parameters(), *model.named_buffers())
@@ -79,7 +83,7 @@ def verify(
     return Verification(model, optimizers, int(every), places)
 
 
-def _refusal(optimizers: list, every: object) -> GridError | None:
+def _refusal(optimizers: list[Any], every: object) -> GridError | None:
     if not isinstance(every, Integral) or isinstance(every, bool) or every < 1:
         return GridError(f"every must be a positive integer, the number of steps from look to look, got {every!r}")
     for one in optimizers:
@@ -91,8 +95,8 @@ def _refusal(optimizers: list, every: object) -> GridError | None:
 class _Kept(NamedTuple):
     """A checksum, and of what it is."""
 
-    tensor: weakref.ref
-    written: tuple
+    tensor: weakref.ref[Tensor]
+    written: tuple[object, ...]
     checksum: int
 
 
@@ -113,7 +117,7 @@ class Verification:
         self._inputs: list[tuple[str, str, Tensor]] = []  # name, shape and dtype, checksum
         self._outputs: list[tuple[str, Tensor]] = []  # layer, sum
         self._changed: dict[str, str] = {}  # buffers that were wrong before forward calls wrote to them
-        self._output_hooks: list = []
+        self._output_hooks: list[Any] = []
         self.accept()
         # functions, not methods: a deep copy of the model takes them as they are, and its calls are not ours
         self._hooks = [
@@ -135,7 +139,7 @@ class Verification:
     def __enter__(self) -> "Verification":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def accept(self) -> None:
@@ -179,7 +183,7 @@ class Verification:
     def _watches(self) -> bool:
         return self.step % self.every == 0 and not torch.compiler.is_compiling()
 
-    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _before_forward(self, model: nn.Module, args: Args, kwargs: Kwargs) -> None:
         if model is not self.model or not self._watches():
             return
         buffers = [one for one in self._held() if one.buffer]
@@ -198,14 +202,14 @@ class Verification:
     def _after_layer(self, name: str, output: object) -> None:
         sums = [sum_of(local_of(x)) for _, x in tensors_in("", output) if x.is_floating_point() or x.is_complex()]
         if sums:
-            self._outputs.append((name, sum(sums)))
+            self._outputs.append((name, sum(sums[1:], sums[0])))
 
     def _unhook_outputs(self) -> None:
         for hook in self._output_hooks:
             hook.remove()
         self._output_hooks = []
 
-    def _after_forward(self, model: nn.Module, _args: tuple, output: object) -> None:
+    def _after_forward(self, model: nn.Module, _args: Args, output: object) -> None:
         if model is not self.model or torch.compiler.is_compiling():
             return
         if self._output_hooks:
@@ -272,8 +276,9 @@ class Verification:
         if optimizer is not None and getattr(optimizer, "found_inf", None) is None:  # set: a GradScaler sees to it
             written = {p for group in optimizer.param_groups for p in group["params"]}
             grads = [(name, p.grad) for name, p in self.model.named_parameters() if p in written]
-            grads = [(name, local_of(g)) for name, g in grads if g is not None and g.layout == torch.strided]
-            found.gradients = not_finite(grads)
+            found.gradients = not_finite(
+                [(name, local_of(g)) for name, g in grads if g is not None and g.layout == torch.strided]
+            )
         if found.gradients or optimizer is None:
             found.layers = _first_outputs(outputs, optimizer is None)
         for (name, kind, _), checksum in zip(inputs, numbers([x for *_, x in inputs]), strict=True):
@@ -284,7 +289,7 @@ class Verification:
             raise IntegrityError(f"{when}: {verdict(everyone, self._same)}")
 
     def _row(self, found: Findings) -> list[int]:
-        by_place = {placed: [] for placed in self._places.known}
+        by_place: dict[Placed, list[int]] = {placed: [] for placed in self._places.known}
         for placed, checksum in found.checksums.values():
             by_place[placed].append(checksum)
         given = zlib.crc32(repr([(name, kind) for name, (kind, _) in found.inputs.items()]).encode())

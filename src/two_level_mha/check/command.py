@@ -16,7 +16,7 @@ from two_level_mha.check.context import WARN, Context, Finding, Sizes
 from two_level_mha.check.run import Outcome, run_checks
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import Grid
-from two_level_mha.profile import DEVICE_TYPES, resolve_profile
+from two_level_mha.profile import DEVICE_TYPES, Profile, resolve_profile
 
 TIMEOUT = 60.0  # seconds
 HOW = "torchrun --nproc-per-node 4 -m two_level_mha check"
@@ -132,7 +132,7 @@ def _said_by_rank_0() -> bool:
     return rank > 0 and store.check(["refused/0"])
 
 
-def grid_and_sizes(args: argparse.Namespace, ranks: int, alone: bool, profile) -> tuple[Grid, Sizes]:
+def grid_and_sizes(args: argparse.Namespace, ranks: int, alone: bool, profile: Profile) -> tuple[Grid, Sizes]:
     """The grid of --grid, or the best one for the layer; the layer given, or a small one that fits the grid."""
     if (args.heads is None) != (args.head_dim is None) or (args.kv_heads is not None and args.heads is None):
         raise GridError("--heads, --head-dim and, if they differ, --kv-heads go together: give them, or none of them")

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,7 +62,7 @@ def ping(peer: int, message: torch.Tensor, first: bool) -> None:
         step(message, peer)
 
 
-def make_layer(mesh: DeviceMesh | None, sizes: Sizes, **options) -> TwoLevelAttention:
+def make_layer(mesh: DeviceMesh | None, sizes: Sizes, **options: Any) -> TwoLevelAttention:
     """The layer that is tried, drawn from torch's generator."""
     layer = (EMBED_DIM, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
     return TwoLevelAttention(*layer, bias=True, mesh=mesh, **options)
@@ -108,7 +109,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"
 
 
-def odd_ranks(values: Sequence) -> tuple[int, ...]:
+def odd_ranks(values: Sequence[Any]) -> tuple[int, ...]:
     """The ranks whose value is not that of more than half of them; all ranks where there is no such value."""
     value, count = Counter(values).most_common(1)[0]
     found = range(len(values))

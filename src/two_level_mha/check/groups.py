@@ -43,6 +43,7 @@ def make_groups(context: Context) -> dict[str, float]:
 def axis_groups(context: Context) -> dict[str, dist.ProcessGroup]:
     """Axis -> this rank's group."""
     mesh = context.mesh
+    assert mesh is not None  # make_groups has made it
     return {"slice": mesh.get_group("slice"), "head": mesh.get_group("head"), "grid": grid_group(mesh)}
 
 

@@ -1,7 +1,10 @@
 """The check of numbers: a layer of every exact scheme, forward and backward, against the unsplit layer of one seed."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from two_level_mha.agreement import digest
@@ -16,7 +19,7 @@ SEED = 2026
 BATCH, LENGTH = 2, 5
 
 
-def layers(context: Context) -> dict[str, dict]:
+def layers(context: Context) -> dict[str, dict[str, Any]]:
     """Scheme -> what this rank found of it; {} for one that this grid cannot run.
 
     "weights": whether its blocks are those of the unsplit layer. "unsplit": a digest of that layer's results here.
@@ -26,7 +29,7 @@ def layers(context: Context) -> dict[str, dict]:
     whole, x, dy = _drawn(context, None, None)
     expected = _run(whole, x, dy)
     unsplit = digest(list(expected.values()))
-    found: dict[str, dict] = {}
+    found: dict[str, dict[str, Any]] = {}
     for scheme in EXACT:
         try:
             stores_whole_heads(scheme, context.sizes.num_heads, context.sizes.num_kv_heads, context.grid)
@@ -49,7 +52,7 @@ def layers(context: Context) -> dict[str, dict]:
     return found
 
 
-def judge_layers(context: Context, answers: list[dict[str, dict]]) -> list[Finding]:
+def judge_layers(context: Context, answers: list[dict[str, dict[str, Any]]]) -> list[Finding]:
     findings = [
         Finding(FAIL, f"scheme {scheme}: {text}", ranks)
         for scheme in EXACT
@@ -63,7 +66,7 @@ def judge_layers(context: Context, answers: list[dict[str, dict]]) -> list[Findi
     return findings or [Finding(OK, text + (f" (this grid has no {', '.join(left_out)})" if left_out else ""))]
 
 
-def _problems(answers: list[dict], tolerance: float) -> list[tuple[str, tuple[int, ...]]]:
+def _problems(answers: list[dict[str, Any]], tolerance: float) -> list[tuple[str, tuple[int, ...]]]:
     """What is wrong with one scheme, and on which ranks: first what only the rank at fault sees."""
     everyone = tuple(range(len(answers)))
     problems = []
@@ -92,7 +95,7 @@ def _problems(answers: list[dict], tolerance: float) -> list[tuple[str, tuple[in
     return problems
 
 
-def _drawn(context: Context, mesh, scheme: str | None) -> tuple[TwoLevelAttention, Tensor, Tensor]:
+def _drawn(context: Context, mesh: DeviceMesh | None, scheme: str | None) -> tuple[TwoLevelAttention, Tensor, Tensor]:
     """A layer, its input and the gradient of its output: the same on every rank, split or not."""
     dtype, _ = DTYPES[context.device.type]
     torch.manual_seed(SEED)

@@ -7,6 +7,7 @@ so that what happens once on a busy host names nobody. Pairs inside a host and p
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ Pair = tuple[int, int]
 Times = list[float]  # seconds for a SMALL and for a LARGE message
 
 
-def links(context: Context) -> dict:
+def links(context: Context) -> dict[str, Any]:
     """This rank's times: "axes", of a collective on each axis; "pairs", [peer, times] where it is the lower rank."""
     axes = {
         axis: [_collective(context, axis, group, size) for size in (SMALL, LARGE)]
@@ -66,7 +67,7 @@ def disjoint(pairs: list[Pair]) -> list[list[Pair]]:
     return phases
 
 
-def judge_links(context: Context, answers: list[dict]) -> list[Finding]:
+def judge_links(context: Context, answers: list[dict[str, Any]]) -> list[Finding]:
     hosts = [answer["host"] for answer in answers]
     pairs = {(rank, peer): times for rank, answer in enumerate(answers) for peer, times in answer["pairs"]}
     findings = slow_pairs(pairs, hosts, context.profile)

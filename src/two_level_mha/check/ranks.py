@@ -3,6 +3,7 @@
 import math
 import statistics
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -107,11 +108,11 @@ def judge_memory(context: Context, answers: list[int | None]) -> list[Finding]:
     return findings or [Finding(OK, f"{min(known) / 1e9:.1f} GB free or more")]
 
 
-def place(context: Context) -> dict:
+def place(context: Context) -> dict[str, Any]:
     return {"host": context.inputs.host(), "local_rank": context.local_rank}
 
 
-def judge_order(context: Context, answers: list[dict]) -> list[Finding]:
+def judge_order(context: Context, answers: list[dict[str, Any]]) -> list[Finding]:
     """Ranks are numbered host by host; slice groups, which are consecutive ranks, stay inside a host if they can."""
     hosts: dict[str, list[int]] = {}
     for rank, answer in enumerate(answers):
@@ -135,7 +136,7 @@ def judge_order(context: Context, answers: list[dict]) -> list[Finding]:
     return findings or _judge_slices(context, answers, hosts)
 
 
-def _judge_slices(context: Context, answers: list[dict], hosts: dict[str, list[int]]) -> list[Finding]:
+def _judge_slices(context: Context, answers: list[dict[str, Any]], hosts: dict[str, list[int]]) -> list[Finding]:
     n, m = context.grid.head_groups, context.grid.slices
     groups = [range(i * m, (i + 1) * m) for i in range(n)]
     across = [group for group in groups if len({answers[rank]["host"] for rank in group}) > 1]

@@ -9,10 +9,10 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ class Check(NamedTuple):
 
     name: str
     probe: Callable[[Context], Any]
-    judge: Callable[[Context, list], list[Finding]]
+    judge: Callable[[Context, list[Any]], list[Finding]]
 
 
 CHECKS = (
@@ -42,7 +42,10 @@ CHECKS = (
     Check("layers", layers.layers, layers.judge_layers),
 )
 
-Report = Callable[[str, list[Finding]], None]
+Report: TypeAlias = Callable[[str, list[Finding]], None]
+
+
+Done = TypeVar("Done")
 
 
 class NoAnswer(Exception):
@@ -79,7 +82,7 @@ def run_checks(context: Context, report: Report, checks: tuple[Check, ...] = CHE
             found = _unanswered(context, answers)
             outcome.broken = bool(found)
             if not found:
-                found = check.judge(context, [answer["value"] for answer in answers])
+                found = check.judge(context, [answer["value"] for answer in answers if answer is not None])
             outcome.findings[check.name] = found
             report(check.name, found)
             if outcome.broken:
@@ -100,9 +103,9 @@ def run_checks(context: Context, report: Report, checks: tuple[Check, ...] = CHE
     return outcome
 
 
-def within(seconds: float, work: Callable[[], Any]) -> Any:
+def within(seconds: float, work: Callable[[], Done]) -> Done:
     """work(), or TimeoutError if it takes longer: its thread then goes on, since nothing can end a blocked call."""
-    result: list = []
+    result: list[Any] = []
 
     def run() -> None:
         try:
@@ -115,13 +118,14 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
     thread.join(seconds)
     if not result:
         raise TimeoutError(f"not done after {seconds:g} s")
-    value, error = result[0]
+    done: Done
+    done, error = result[0]
     if error is not None:
         raise error
-    return value
+    return done
 
 
-def _ask(context: Context, store: dist.Store, check: Check) -> list[dict | None]:
+def _ask(context: Context, store: dist.Store, check: Check) -> list[dict[str, Any] | None]:
     """Every rank's answer to a check, None from one that gave none: {"value"}, or {"error", "after": seconds}."""
     start = time.monotonic()
 
@@ -138,14 +142,15 @@ def _ask(context: Context, store: dist.Store, check: Check) -> list[dict | None]
     return gather(context, store, check.name, answer, left + GRACE, range(context.world_size))
 
 
-def gather(context: Context, store: dist.Store, name: str, answer: Any, seconds: float, of) -> list:
+def gather(context: Context, store: dist.Store, name: str, answer: Any, seconds: float, of: Iterable[int]) -> list[Any]:
     """The answers of ranks `of` that reach rank 0 within so many seconds, by rank, None for the others."""
 
-    def exchange() -> list:
+    def exchange() -> list[Any]:
         store.set(f"{name}/{context.rank}", json.dumps(answer))
         if context.rank > 0:
             store.wait([name], timedelta(seconds=seconds + GRACE))
-            return json.loads(store.get(name))
+            told: list[Any] = json.loads(store.get(name))
+            return told
         keys = [f"{name}/{rank}" for rank in range(context.world_size)]
         try:
             store.wait([keys[rank] for rank in of], timedelta(seconds=seconds))
@@ -161,16 +166,17 @@ def gather(context: Context, store: dist.Store, name: str, answer: Any, seconds:
         raise NoAnswer(first_line(error)) from error
 
 
-def _unanswered(context: Context, answers: list[dict | None]) -> list[Finding]:
+def _unanswered(context: Context, answers: list[dict[str, Any] | None]) -> list[Finding]:
     """Who did not answer; or else who raised, the first one first: the others' errors may come of it."""
     missing = tuple(rank for rank, answer in enumerate(answers) if answer is None)
     if missing:
         text = f"{ranks_text(missing)} did not answer within {context.timeout:g} s: stopped, or ended, or never started"
         return [Finding(FAIL, text, missing)]
     errors: dict[str, list[int]] = {}
-    for rank in sorted(range(len(answers)), key=lambda rank: answers[rank].get("after", 0.0)):
-        if "error" in answers[rank]:
-            errors.setdefault(answers[rank]["error"], []).append(rank)
+    given = [(answer.get("after", 0.0), rank, answer) for rank, answer in enumerate(answers) if answer is not None]
+    for _, rank, answer in sorted(given, key=lambda one: one[0]):
+        if "error" in answer:
+            errors.setdefault(answer["error"], []).append(rank)
     return [Finding(FAIL, f"{ranks_text(found)}: {text}", tuple(found)) for text, found in errors.items()]
 
 

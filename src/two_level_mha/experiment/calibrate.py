@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,10 @@ from two_level_mha.experiment.calibration import COEFFICIENTS, OTHER, Calibratio
 from two_level_mha.experiment.hardware import hardware
 from two_level_mha.experiment.model import Layout, Sizes, build, mesh_of
 from two_level_mha.experiment.runs import Call, record_layout
+from two_level_mha.names import Args
+from two_level_mha.operators import ops as own_ops
+
+Found = TypeVar("Found")
 
 ROWS, INNER, COLUMNS = [128, 512, 2048], [64, 256, 1024], [64, 256, 1024]
 KEYS, WIDTHS = [64, 128, 256, 512], [32, 64, 128]
@@ -114,7 +119,7 @@ def _attention(timer: Timer, causal: bool) -> Table:
     def rate(keys: int, width: int) -> float:
         q = torch.randn(2, 2, keys, width)
         pairs = keys * (keys + 1) // 2 if causal else keys**2
-        op = torch.ops.two_level_mha.partial_attention
+        op = own_ops.partial_attention
         return 4 * pairs * 4 * width / timer.piece(lambda: op(q, q, q, causal=0 if causal else None))
 
     return Table([KEYS, WIDTHS], [[rate(keys, width) for width in WIDTHS] for keys in KEYS])
@@ -150,11 +155,12 @@ def _memory(timer: Timer) -> dict[str, Table]:
 def _groups() -> dict[int, str]:
     """Of neighbours, by size: the name of this rank's."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    found = {}
+    found: dict[int, str] = {}
     for size in [size for size in range(2, ranks + 1) if ranks % size == 0]:
         for first in range(0, ranks, size):
             group = dist.new_group(list(range(first, first + size)))
             if first <= rank < first + size:
+                assert isinstance(group, dist.ProcessGroup)
                 found[size] = group.group_name
     return found
 
@@ -169,7 +175,7 @@ def _collectives(timer: Timer, groups: dict[int, str]) -> dict[str, Table]:
                 "all_reduce": lambda: wait(ops.all_reduce(x, "sum", name)),
                 "all_gather": lambda: wait(ops.all_gather_into_tensor(x, size, name)),
                 "reduce_scatter": lambda: wait(ops.reduce_scatter_tensor(x, "sum", size, name)),
-                "all_to_all": lambda: torch.ops.two_level_mha.all_to_all(x, 0, 0, size, name),  # as layers send it
+                "all_to_all": lambda: own_ops.all_to_all(x, 0, 0, size, name),  # as layers send it
             }
 
         for kind in calls(torch.zeros(size)):
@@ -195,15 +201,16 @@ def whole_run(case: Case) -> Callable[[], object]:
     return lambda: built.forward(part)
 
 
-def on_ranks(ranks: int, function: Callable, *args) -> object:
+def on_ranks(ranks: int, function: Callable[..., Found], *args: Any) -> Found:
     """What function(*args) returns on rank 0 of Gloo ranks of this machine, rank r on processor r % processors."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, f"{folder}/store", f"{folder}/found", function, args)
         torch.multiprocessing.spawn(_on_rank, arguments, nprocs=ranks)
-        return torch.load(f"{folder}/found", weights_only=False)
+        found: Found = torch.load(f"{folder}/found", weights_only=False)
+    return found
 
 
-def _on_rank(rank: int, ranks: int, store: str, found: str, function: Callable, args: tuple) -> None:
+def _on_rank(rank: int, ranks: int, store: str, found: str, function: Callable[..., Any], args: Args) -> None:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
@@ -215,7 +222,7 @@ def _on_rank(rank: int, ranks: int, store: str, found: str, function: Callable, 
     dist.destroy_process_group()
 
 
-def _measure(repeats: int) -> tuple[list[dict], list[float]]:
+def _measure(repeats: int) -> tuple[list[dict[str, Any]], list[float]]:
     """The tables of each pass, and the seconds of the cases, whose runs are spread over the passes."""
     timer = Timer()
     groups = _groups()
@@ -240,11 +247,11 @@ def _measure(repeats: int) -> tuple[list[dict], list[float]]:
     return tables, [statistics.median(of_one) for of_one in times]
 
 
-def together(passes: list[dict[str, Table]]) -> tuple[dict, float]:
+def together(passes: list[dict[str, Table]]) -> tuple[dict[str, Any], float]:
     """The fields of a Calibration from tables of several passes, by their median; and how far the passes are apart: the
     median over all entries of the slowest over the fastest.
     """
-    found: dict = {"memory": {}, "collectives": {}}
+    found: dict[str, Any] = {"memory": {}, "collectives": {}}
     apart: list[float] = []
     for name in passes[0]:
         values = np.array([one[name].values for one in passes])
@@ -258,7 +265,7 @@ def together(passes: list[dict[str, Table]]) -> tuple[dict, float]:
     return found, statistics.median(apart)
 
 
-def fitted(tables: dict, seconds: list[float], ranks: int, source: str, spread: float = 1.0) -> Calibration:
+def fitted(tables: dict[str, Any], seconds: list[float], ranks: int, source: str, spread: float = 1.0) -> Calibration:
     """A calibration from what was measured of cases(ranks)."""
     one = dict.fromkeys(COEFFICIENTS, 1.0)
     plain = Calibration(

@@ -11,10 +11,12 @@ hold what no piece shows, as ranks that wait for the slower one, and the time be
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from math import log
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,8 +33,8 @@ OTHER = "aten.clone"  # stands for operators that only move memory and were not 
 class Table:
     """Values on a grid: interpolated linearly in logarithms, and beyond the ends like the ends."""
 
-    axes: list[list[float]]
-    values: list  # nested, one level for each axis
+    axes: Sequence[Sequence[float]]
+    values: list[Any]  # nested, one level for each axis
 
     def at(self, *point: float) -> float:
         values = np.log(np.array(self.values, dtype=np.float64))
@@ -104,12 +106,12 @@ class Calibration:
             raise GridError(f"the calibration has no times of {event.name}: measure it again by `calibrate`")
         return f"{event.name} {min(known, key=lambda size: abs(size - len(event.ranks)))}"
 
-    def to_file(self, path: str | os.PathLike) -> None:
+    def to_file(self, path: str | os.PathLike[str]) -> None:
         """Writes what from_file reads."""
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @staticmethod
-    def from_file(path: str | os.PathLike) -> "Calibration":
+    def from_file(path: str | os.PathLike[str]) -> "Calibration":
         """Raises GridError, naming the file, where it is none."""
         try:
             found = json.loads(Path(path).read_text())

@@ -134,7 +134,9 @@ def _ceiling(sizes: Sizes, machine: Hardware, mode: str, causal: bool) -> float 
     return sizes.tokens * machine.ceiling / model_flops(sizes, causal=causal, training=mode == "training")
 
 
-def _as_dict(sizes: Sizes, machine: Hardware, mode: str, dtype: torch.dtype, found: dict) -> dict:
+def _as_dict(
+    sizes: Sizes, machine: Hardware, mode: str, dtype: torch.dtype, found: dict[bool, list[Prediction]]
+) -> dict[str, object]:
     return {
         "command": " ".join(["python -m two_level_mha", *sys.argv[1:]]),
         "sizes": {field.name: getattr(sizes, field.name) for field in fields(Sizes)},
@@ -159,7 +161,9 @@ def _as_dict(sizes: Sizes, machine: Hardware, mode: str, dtype: torch.dtype, fou
     }
 
 
-def _text(sizes: Sizes, machine: Hardware, args, dtype: torch.dtype, found: dict[bool, list[Prediction]]) -> str:
+def _text(
+    sizes: Sizes, machine: Hardware, args: argparse.Namespace, dtype: torch.dtype, found: dict[bool, list[Prediction]]
+) -> str:
     decode = args.mode == "decode"
     name = str(dtype).removeprefix("torch.")
     what = (
@@ -211,10 +215,12 @@ def _table(rows: Sequence[Prediction], decode: bool) -> list[str]:
         if row.refused:
             lines.append(f"{name:{width}}{row.refused}")
             continue
-        figure = (lambda s: s * 1e3) if decode else (lambda s, row=row: row.tokens / s / 1e3)
-        ends = sorted((figure(row.low), figure(row.high)))
+        figure, alone, *ends = [
+            seconds * 1e3 if decode else row.tokens / seconds / 1e3
+            for seconds in (row.seconds, row.alone, row.low, row.high)
+        ]
         lines.append(
-            f"{name:{width}}{figure(row.seconds):11.1f}{f'[{ends[0]:.1f}, {ends[1]:.1f}]':>18}{figure(row.alone):9.1f}"
+            f"{name:{width}}{figure:11.1f}{f'[{min(ends):.1f}, {max(ends):.1f}]':>18}{alone:9.1f}"
             f"{row.peak / 1e9:7.1f}{_sent(row):>19}{row.pieces:8}  {row.bound}"
         )
     return lines

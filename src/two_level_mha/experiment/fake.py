@@ -4,13 +4,14 @@ A process of its own since torch keeps what it found out about the groups of a m
 """
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
@@ -21,11 +22,17 @@ Found = TypeVar("Found")
 class FakeTensors(FakeTensorMode):
     """Makes fake tensors; what acts on real tensors alone, as on the ranks of a mesh, is computed."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: "OpOverload[..., Any]",
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if tensors and all(type(x) is Tensor for x in tensors):
             return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
 
 
 def on_fake_rank(rank: int, ranks: int, function: Callable[[], Found]) -> Found:
@@ -49,7 +56,8 @@ def on_fake_rank(rank: int, ranks: int, function: Callable[[], Found]) -> Found:
     process.join()
     if isinstance(found, BaseException):
         raise found
-    return found
+    result: Found = found
+    return result
 
 
 def _as_rank(rank: int, ranks: int, function: Callable[[], object], sender: Connection) -> None:

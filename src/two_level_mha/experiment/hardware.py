@@ -4,7 +4,9 @@ A rate that nobody measured has a range, as factors of the profile's; the slow a
 interval of a prediction.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from two_level_mha.errors import GridError
 from two_level_mha.profile import RANGES, Profile
@@ -41,7 +43,7 @@ class Hardware:
 
     def end(self, which: int) -> "Hardware":
         """The slow (0) or the fast (1) end of every range."""
-        numbers = dict(zip(RANGES, self.profile.numbers, strict=True))
+        numbers: dict[str, Any] = dict(zip(RANGES, self.profile.numbers, strict=True))
         for name, factors in self.ranges.items():
             least, most = RANGES[name]
             numbers[name] = min(max(int(numbers[name] * factors[which]), least), most)
@@ -69,7 +71,7 @@ def hardware(name: str, profile: Profile | None = None) -> Hardware:
     return replace(found, name=name, profile=profile, ranges={}, sources=sources)
 
 
-def _gpu(ranks: int, *, holds: int, sheet: str, **changes) -> Hardware:
+def _gpu(ranks: int, *, holds: int, sheet: str, **changes: Any) -> Hardware:
     known = Profile.named("h100")
     return Hardware(
         name="",
@@ -87,7 +89,7 @@ def _gpu(ranks: int, *, holds: int, sheet: str, **changes) -> Hardware:
     )
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[[int], Hardware]] = {
     "h100": lambda ranks: _gpu(ranks, holds=80 * GB, sheet="H100 SXM data sheet: 80 GB, 989 TFLOP/s dense in fp16"),
     "h100-nvl": lambda ranks: _gpu(
         ranks,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import two_level_mha as tlm
 from two_level_mha.context import ACTIVATIONS
 from two_level_mha.experiment.transformer import Sizes
+from two_level_mha.names import Activations, Scheme
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Layout:
     """
 
     grid: tuple[int, int] | None = None
-    scheme: str = "auto"
-    activations: str = "replicated"
+    scheme: Scheme = "auto"
+    activations: Activations = "replicated"
     overlap: int = 1
     mlp: str = "split"
     tp: int = 1
@@ -78,6 +79,7 @@ def ours(sizes: Sizes, ranks: int, overlap: int) -> Iterator[Layout]:
                 device_type="cpu",
             )  # fmt: skip
             for option in plan.options:
+                assert option.scheme != "position"  # that of a cache
                 # of grouped heads its slices would read other key/value heads than the same heads, narrower, do
                 paper = sizes.kv_heads == sizes.heads and (activations, chunks) == ("replicated", 1)
                 if option.overlap == chunks and (option.exact or paper):

@@ -12,16 +12,18 @@ Nothing here times, prints, or starts a process group. Letters: B batch, L lengt
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
@@ -30,8 +32,9 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import two_level_mha as tlm
+from two_level_mha.cache_layer import CacheLayer
 from two_level_mha.experiment.layouts import ONE_RANK, Layout, baselines, check, layouts, ours
-from two_level_mha.experiment.transformer import SEED, SMALL, HeadsCache, Sizes, Transformer
+from two_level_mha.experiment.transformer import SEED, SMALL, Attention, HeadsCache, Sizes, Transformer
 from two_level_mha.mesh import grid_mesh
 from two_level_mha.profile import Profile
 from two_level_mha.stacks import MLP, Stack, split_stack
@@ -54,7 +57,7 @@ class Built:
     whole: this rank's part of the output -> all of it, a collective.
     """
 
-    model: nn.Module
+    model: Transformer
     part: Callable[..., Tensor]
     forward: Callable[[Tensor], Tensor | None]
     step: Callable[[Tensor, Tensor], None]
@@ -62,7 +65,7 @@ class Built:
 
     def gradients(self) -> dict[str, Tensor]:
         """Whole gradients of the parameters of this rank, by the names of the unsplit model; a collective."""
-        return dict(_whole_gradient(name, p.grad) for name, p in self.model.named_parameters())
+        return dict(_whole_gradient(name, p) for name, p in self.model.named_parameters())
 
 
 def loss(y: Tensor, target: Tensor, whole: int) -> Tensor:
@@ -90,11 +93,14 @@ def build(
     stock: attention by torch's own kernel where the layout is not ours.
     """
     check(sizes, layout)
-    options = {"causal": causal, "dtype": dtype, "device": device}
+    options: dict[str, Any] = {"causal": causal, "dtype": dtype, "device": device}
     if layout.grid is not None:
+        assert mesh is not None
         return _build_ours(sizes, layout, mesh, state, options | {"profile": profile})
-    builder = _build_pipeline if layout.pp > 1 else _build_parallel
-    return builder(sizes, layout, mesh, state, options | {"stock": stock}, training)
+    if layout.pp == 1:
+        return _build_parallel(sizes, layout, mesh, state, options | {"stock": stock}, training)
+    assert mesh is not None
+    return _build_pipeline(sizes, layout, mesh, state, options | {"stock": stock}, training)
 
 
 def mesh_of(layout: Layout, device: str = "cpu") -> DeviceMesh | None:
@@ -108,7 +114,7 @@ def mesh_of(layout: Layout, device: str = "cpu") -> DeviceMesh | None:
     return init_device_mesh(device, (layout.dp, layout.pp, layout.tp), mesh_dim_names=("dp", "pp", "tp"))
 
 
-def _load(model: nn.Module, state: dict[str, Tensor] | None) -> None:
+def _load(model: Transformer, state: dict[str, Tensor] | None) -> None:
     if state is not None:
         stage = set(model.layers)
         mine = {key: x for key, x in state.items() if not key.startswith("layers.") or key.split(".")[1] in stage}
@@ -118,7 +124,7 @@ def _load(model: nn.Module, state: dict[str, Tensor] | None) -> None:
 
 
 def _build_ours(
-    sizes: Sizes, layout: Layout, mesh: DeviceMesh, state: dict[str, Tensor] | None, options: dict
+    sizes: Sizes, layout: Layout, mesh: DeviceMesh, state: dict[str, Tensor] | None, options: dict[str, Any]
 ) -> Built:
     causal, factory = options["causal"], {"dtype": options["dtype"], "device": options["device"]}
     make = partial(
@@ -126,8 +132,9 @@ def _build_ours(
         activations=layout.activations, overlap=layout.overlap, profile=options["profile"], **factory,
     )  # fmt: skip
     model = Transformer(sizes, causal=causal, attention=make, **factory)
-    blocks = list(model.layers.values())
+    blocks = model.blocks
     for block in blocks:
+        assert isinstance(block.attention, _Ours)
         block.attention.causal = causal
     _load(model, state)
     split = layout.activations != "replicated"
@@ -146,7 +153,8 @@ def _build_ours(
         model.zero_grad()
         loss(model(x), target, sizes.tokens * sizes.embed_dim).backward()
 
-    def whole(y: Tensor) -> Tensor:
+    def whole(y: Tensor | None) -> Tensor:
+        assert y is not None
         return tlm.gather_activations(y, layout.activations, mesh) if split else y
 
     return Built(model, part, _without_grad(model), step, whole)
@@ -157,23 +165,26 @@ class _Ours(tlm.TwoLevelAttention):
 
     causal = True
 
-    def forward(self, x_BLD: Tensor, cache=None) -> Tensor:
+    def forward(self, x_BLD: Tensor, cache: CacheLayer | None = None) -> Tensor:  # type: ignore[override]
         return super().forward(x_BLD, is_causal=self.causal or cache is not None, cache=cache)
 
 
 def _split_hidden_states(model: Transformer, layout: Layout, mesh: DeviceMesh) -> None:
     """What parallelize does for activations that stay split, but that the last ones leave the model as parts."""
-    mlps = [block.mlp for block in model.layers.values()]
+    mlps = [block.mlp for block in model.blocks]
     stack = Stack("layers", [model], list(model.layers.values()), batch_first=True)
     if layout.mlp == "split":
         stack.mlps = [MLP(mlp, ("fc1",), "fc2", False) for mlp in mlps]
     else:
         stack.between = {part for mlp in mlps for part in mlp.modules()}
     split_stack(stack, mesh, layout.activations, None)
-    stream = stack.layers[0].attention.stream
+    attention = model.blocks[0].attention
+    assert isinstance(attention, _Ours) and attention.stream is not None
+    stream = attention.stream
     stream.to_loss = stream.passes = True
     for mlp in mlps if layout.mlp == "gathered" and layout.ranks > 1 else ():
         fully_shard(mlp, mesh=grid_mesh(mesh), reshard_after_forward=True)  # each is a root, which would keep them
+        assert isinstance(mlp, FSDPModule)
         mlp.set_gradient_divide_factor(1.0)  # the sum over the ranks, as for all that acts on parts
         mlp.set_force_sum_reduction_for_comms(True)  # Gloo has no reduction that multiplies
 
@@ -181,7 +192,8 @@ def _split_hidden_states(model: Transformer, layout: Layout, mesh: DeviceMesh) -
 def _without_grad(model: nn.Module) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return model(x)
+            y: Tensor = model(x)
+        return y
 
     return forward
 
@@ -190,8 +202,11 @@ def _split_tensors(model: Transformer, sizes: Sizes, layout: Layout, mesh: Devic
     """Tensor parallelism by torch's styles; of fewer KV heads than ranks, each keeps the one that it needs."""
     if layout.tp == 1:
         return
+    assert mesh is not None
     whole_heads = sizes.kv_heads % layout.tp == 0
-    styles = {f"attention.{name}_proj": ColwiseParallel() for name in ("qkv" if whole_heads else "q")}
+    styles: dict[str, ParallelStyle] = {
+        f"attention.{name}_proj": ColwiseParallel() for name in ("qkv" if whole_heads else "q")
+    }
     styles |= {"attention.o_proj": RowwiseParallel(), "mlp.fc1": ColwiseParallel(), "mlp.fc2": RowwiseParallel()}
     if layout.rows:
         styles["attention.o_proj"] = styles["mlp.fc2"] = RowwiseParallel(output_layouts=Shard(1))
@@ -205,8 +220,9 @@ def _split_tensors(model: Transformer, sizes: Sizes, layout: Layout, mesh: Devic
             use_local_output=not whole_heads,
         )  # fmt: skip
     d, head = sizes.head_dim, mesh.get_local_rank("tp") * sizes.kv_heads // layout.tp
-    for block in model.layers.values():
+    for block in model.blocks:
         parallelize_module(block, mesh["tp"], styles, src_data_rank=None)
+        assert isinstance(block.attention, Attention)
         for linear in (block.attention.k_proj, block.attention.v_proj) if not whole_heads else ():
             linear.weight = nn.Parameter(linear.weight.detach()[head * d : (head + 1) * d].clone())
 
@@ -216,7 +232,7 @@ def _build_parallel(
     layout: Layout,
     mesh: DeviceMesh | None,
     state: dict[str, Tensor] | None,
-    options: dict,
+    options: dict[str, Any],
     training: bool,
 ) -> Built:
     """TP, DP, FSDP2, and both."""
@@ -224,14 +240,16 @@ def _build_parallel(
     _load(model, state)
     _split_tensors(model, sizes, layout, mesh)
     called: nn.Module = model
-    if layout.sharded:
-        for block in model.layers.values():
+    if layout.sharded and mesh is not None:
+        for block in model.blocks:
             fully_shard(block, mesh=mesh["dp"])
         fully_shard(model, mesh=mesh["dp"])
-    elif layout.dp > 1 and training:
+    elif layout.dp > 1 and training and mesh is not None:
         called = DistributedDataParallel(model, process_group=mesh.get_group("dp"), gradient_as_bucket_view=True)
 
     def part(x: Tensor, target: bool = False) -> Tensor:
+        if mesh is None:
+            return x
         if layout.dp > 1:
             x = x.chunk(layout.dp)[mesh.get_local_rank("dp")]
         return x.chunk(layout.tp, 1)[mesh.get_local_rank("tp")] if layout.rows else x
@@ -241,7 +259,10 @@ def _build_parallel(
         # times dp: both ways take the mean of the ranks' gradients
         loss(called(x), target, sizes.tokens * sizes.embed_dim // layout.dp).backward()
 
-    def whole(y: Tensor) -> Tensor:
+    def whole(y: Tensor | None) -> Tensor:
+        assert y is not None
+        if mesh is None:
+            return y
         y = _gathered(y, 1, mesh.get_group("tp")) if layout.rows else y
         return _gathered(y, 0, mesh.get_group("dp")) if layout.dp > 1 else y
 
@@ -255,7 +276,12 @@ def _gathered(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
 
 
 def _build_pipeline(
-    sizes: Sizes, layout: Layout, mesh: DeviceMesh, state: dict[str, Tensor] | None, options: dict, training: bool
+    sizes: Sizes,
+    layout: Layout,
+    mesh: DeviceMesh,
+    state: dict[str, Tensor] | None,
+    options: dict[str, Any],
+    training: bool,
 ) -> Built:
     """Stages of equal numbers of layers, each split by tensors."""
     at, each = mesh.get_local_rank("pp"), sizes.layers // layout.pp
@@ -279,11 +305,13 @@ def _build_pipeline(
 
     def forward(x: Tensor) -> Tensor | None:
         with torch.no_grad():
-            return schedule.eval(*([x] if first else []))
+            y: Tensor | None = schedule.eval(*([x] if first else []))
+        return y
 
     def step(x: Tensor, target: Tensor) -> None:
         model.zero_grad()
-        schedule.step(*([x] if first else []), **({"target": target} if last else {}), return_outputs=False)
+        compared: dict[str, Any] = {"target": target} if last else {}
+        schedule.step(*([x] if first else []), **compared, return_outputs=False)
 
     def whole(y: Tensor | None) -> Tensor:
         y = torch.empty(sizes.batch, *shape[1:], dtype=options["dtype"], device=options["device"]) if y is None else y
@@ -294,8 +322,9 @@ def _build_pipeline(
     return Built(model, lambda x, target=False: x, forward, step, whole)
 
 
-def _whole_gradient(name: str, gradient: Tensor) -> tuple[str, Tensor]:
-    gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+def _whole_gradient(name: str, p: nn.Parameter) -> tuple[str, Tensor]:
+    assert p.grad is not None
+    gradient = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
     for letter in ("q", "k", "v", "out"):
         if name.endswith(f"attention.{letter}_weight"):  # ours: (h, d, D), that of the output (D, h, d)
             stock = name.replace(f"{letter}_weight", f"{letter[0]}_proj.weight")

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from two_level_mha.experiment.hardware import Hardware
 from two_level_mha.experiment.model import Layout, Sizes
 from two_level_mha.experiment.pricing import Prices, ProfilePrices, link_bytes
-from two_level_mha.experiment.recorder import Start, Work
+from two_level_mha.experiment.recorder import Event, Start, Work
 from two_level_mha.experiment.runs import Call, Run, record_layout, stages_of
 from two_level_mha.experiment.timeline import Lane, simulate
 
@@ -90,7 +91,12 @@ def priced(
     sizes: Sizes, run: Run, machine: Hardware, call: Call, *, prices: Prices | None = None, error: float = 0.0
 ) -> Prediction:
     """The prediction for a recorded run."""
-    head = {"layout": run.layout.name, "exact": run.layout.exact, "mode": call.mode, "causal": call.causal}
+    head: dict[str, Any] = {
+        "layout": run.layout.name,
+        "exact": run.layout.exact,
+        "mode": call.mode,
+        "causal": call.causal,
+    }
     if run.refused:
         return Prediction(**head, refused=run.refused, peak=run.peak, weights=run.weights)
     pieces = sizes.batch // run.batch
@@ -145,7 +151,7 @@ def _last(run: Run, prices: Prices, repeats: int, hides: bool) -> Lane:
     return lanes[max(stages_of(run.layout), key=lambda rank: lanes[rank].now)]
 
 
-def _sent(events: list, node: int, pieces: int) -> tuple[float, float]:
+def _sent(events: list[Event], node: int, pieces: int) -> tuple[float, float]:
     """Bytes over fast and over slow links."""
     each = [link_bytes(event, node) for event in events if isinstance(event, Start) and event.sent]
     return pieces * sum(fast for fast, _ in each), pieces * sum(slow for _, slow in each)

@@ -31,8 +31,8 @@ class Cost:
 class Prices(Protocol):
     """What prices events. cores: processors that ranks share, rank r on r % cores; None: one each."""
 
-    cores: int | None
-
+    @property
+    def cores(self) -> int | None: ...
     def work(self, work: Work) -> Cost: ...
     def start(self, start: Start) -> Cost: ...
 
@@ -44,10 +44,11 @@ class ProfilePrices:
         self.profile = profile
         self.rates = dict(zip(RANGES, profile.numbers, strict=True))
         self.hidden = self.rates["hidden_percent"] / 100
-        self.cores = None
+        self.cores: int | None = None
 
     def work(self, work: Work) -> Cost:
-        flops, rate = work.flops, self._rate(work)
+        flops: float = work.flops
+        rate = self._rate(work)
         if work.kind == ATTENTION and work.element_size <= 2:
             *_, width, v_width = work.shape
             if max(width, v_width) <= self.rates["padded_head_dim"]:

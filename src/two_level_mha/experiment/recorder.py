@@ -17,18 +17,21 @@ counted where a row sees a key, so that a causal square is half of a full one an
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from two_level_mha.names import Args, Kwargs
 from two_level_mha.testing import Collective, collectives_of
 
 PRODUCT, ATTENTION, MEMORY = "product", "attention", "memory"
@@ -74,7 +77,8 @@ class Wait:
     start: int
 
 
-Event = Work | Start | Wait
+Event: TypeAlias = Work | Start | Wait
+Flops: TypeAlias = tuple[int, str, tuple[int, ...]]  # how many, the kind and the shape of the work
 
 
 class Record(TorchDispatchMode):
@@ -84,16 +88,18 @@ class Record(TorchDispatchMode):
     peak: the most that was held at a time.
     """
 
-    def __init__(self, holds: list[Tensor] = ()) -> None:
-        super().__init__()
+    def __init__(self, holds: Sequence[Tensor] = ()) -> None:
+        TorchDispatchMode.__init__(self)
         self.events: list[Event] = []
         self.held = self.peak = 0
         self._begun: dict[int, int] = {}  # address of a storage -> the event that fills it
-        self._known: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+        self._known: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
         for tensor in holds:
             self._hold(tensor)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: "OpOverload[..., Any]", types: Sequence[type], args: Args = (), kwargs: Kwargs | None = None
+    ) -> Any:
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # its own dispatch comes back here with local tensors
         kwargs = kwargs or {}
@@ -131,7 +137,7 @@ class Record(TorchDispatchMode):
         """Bytes that leave this rank."""
         return sum(event.sent for event in self.starts)
 
-    def _start(self, func, collectives: list[Collective], out: object) -> None:
+    def _start(self, func: "OpOverload[..., Any]", collectives: list[Collective], out: object) -> None:
         functional = func.namespace == "_c10d_functional"
         first = collectives[0]
         message = first.name in ("send", "recv")
@@ -141,7 +147,9 @@ class Record(TorchDispatchMode):
         self.events.append(
             Start(
                 name=first.name,
-                ranks=tuple(sorted((dist.get_rank(), first.peer))) if message else first.ranks,
+                ranks=tuple(sorted((dist.get_rank(), first.peer)))
+                if message and first.peer is not None
+                else first.ranks,
                 peer=first.peer,
                 bytes=sum(one.elements * one.dtype.itemsize for one in collectives),
                 sent=sum(one.sent for one in collectives),
@@ -150,7 +158,7 @@ class Record(TorchDispatchMode):
             )
         )
 
-    def _work(self, func, args: tuple, kwargs: dict, out: object) -> None:
+    def _work(self, func: "OpOverload[..., Any]", args: Args, kwargs: Kwargs, out: object) -> None:
         inputs, outputs = _tensors((args, kwargs)), _tensors(out)
         flops, kind, shape = _flops(func, args, kwargs, out)
         given = {_address(x) for x in inputs}
@@ -187,7 +195,7 @@ class Record(TorchDispatchMode):
         self.held -= size
 
 
-def record(holds: list[Tensor] = ()) -> Record:
+def record(holds: Sequence[Tensor] = ()) -> Record:
     """A context manager that records this rank: `with record(model.parameters()) as record`.
 
     holds: tensors that are in memory already, and count.
@@ -200,7 +208,8 @@ def _tensors(value: object) -> list[Tensor]:
 
 
 def _address(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
+    address: int = x.untyped_storage()._cdata
+    return address
 
 
 def _bytes(x: Tensor) -> int:
@@ -212,7 +221,7 @@ def _writes(argument: torch._C.Argument) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
 
-def _only_allocates(inputs: list[Tensor], func) -> bool:
+def _only_allocates(inputs: list[Tensor], func: "OpOverload[..., Any]") -> bool:
     return func._schema.name.removeprefix("aten::").startswith(("empty", "new_empty", "detach", "record_stream"))
 
 
@@ -229,7 +238,7 @@ def causal_pairs(L: int, S: int, causal: int | None, window: int | None = None, 
     return sum(until(row + causal) - (0 if window is None else until(row + causal - window)) for row in range(L))
 
 
-def _flops(func, args: tuple, kwargs: dict, out: object) -> tuple[int, str, tuple[int, ...]]:
+def _flops(func: "OpOverload[..., Any]", args: Args, kwargs: Kwargs, out: object) -> Flops:
     packet = func.overloadpacket
     if packet in _attention():
         return _attention()[packet](_named(func, args, kwargs))
@@ -244,12 +253,12 @@ def _product_shape(inputs: list[Tensor], out: object) -> tuple[int, ...]:
     return prod(y.shape[:-1]), left.shape[-1], y.shape[-1]
 
 
-def _named(func, args: tuple, kwargs: dict) -> dict[str, object]:
+def _named(func: "OpOverload[..., Any]", args: Args, kwargs: Kwargs) -> dict[str, Any]:
     found = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
     return found | dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
 
 
-def _of_attention(q: Tensor, k: Tensor, v: Tensor, pairs: int, backward: bool) -> tuple[int, str, tuple[int, ...]]:
+def _of_attention(q: Tensor, k: Tensor, v: Tensor, pairs: int, backward: bool) -> Flops:
     """q k^T and p v; backward q k^T again, and dv = p^T do, dp = do v^T, dq = ds k, dk = ds^T q."""
     B, H, L, width = q.shape
     S, v_width = v.shape[-2:]
@@ -257,8 +266,8 @@ def _of_attention(q: Tensor, k: Tensor, v: Tensor, pairs: int, backward: bool) -
     return 2 * B * H * pairs * per_pair, ATTENTION, (B * H, L, S, width, v_width)
 
 
-def _ours(backward: bool) -> Callable[[dict], tuple[int, str, tuple[int, ...]]]:
-    def count(a: dict) -> tuple[int, str, tuple[int, ...]]:
+def _ours(backward: bool) -> Callable[[dict[str, Any]], Flops]:
+    def count(a: dict[str, Any]) -> Flops:
         q, k, v = a["q"], a["k"], a["v"]
         pairs = causal_pairs(q.shape[2], k.shape[2], a["causal"], a["window"], a["key_stride"])
         return _of_attention(q, k, v, pairs, backward)
@@ -266,8 +275,8 @@ def _ours(backward: bool) -> Callable[[dict], tuple[int, str, tuple[int, ...]]]:
     return count
 
 
-def _stock(backward: bool) -> Callable[[dict], tuple[int, str, tuple[int, ...]]]:
-    def count(a: dict) -> tuple[int, str, tuple[int, ...]]:
+def _stock(backward: bool) -> Callable[[dict[str, Any]], Flops]:
+    def count(a: dict[str, Any]) -> Flops:
         q, k, v = a["query"], a["key"], a["value"]
         pairs = causal_pairs(q.shape[2], k.shape[2], 0 if a["is_causal"] else None)
         return _of_attention(q, k, v, pairs, backward)
@@ -275,7 +284,7 @@ def _stock(backward: bool) -> Callable[[dict], tuple[int, str, tuple[int, ...]]]
     return count
 
 
-def _attention() -> dict:
+def _attention() -> dict[object, Callable[[dict[str, Any]], Flops]]:
     """Operator -> the FLOPs of a call of it: torch's own counter takes a causal one for a full one."""
     ours, aten = torch.ops.two_level_mha, torch.ops.aten
     return {

@@ -5,6 +5,9 @@ A batch that does not fit in memory is run in pieces, one after the other; the l
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -12,10 +15,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import two_level_mha as tlm
+from two_level_mha.cache_layer import CacheLayer
 from two_level_mha.experiment.fake import FakeTensors, on_fake_rank
 from two_level_mha.experiment.hardware import Hardware
 from two_level_mha.experiment.model import Built, HeadsCache, Layout, Sizes, build, check, mesh_of
 from two_level_mha.experiment.recorder import Event, Start, Wait, Work, record
+from two_level_mha.names import CacheLayout
 
 RESERVED = 0.06  # of a rank's memory: contexts, buffers of collectives, fragments
 MODES = ("prefill", "training", "decode")
@@ -30,7 +35,7 @@ class Call:
     mode: str
     causal: bool
     dtype: torch.dtype
-    cache: str = "position"
+    cache: CacheLayout = "position"
 
 
 @dataclass
@@ -84,9 +89,7 @@ def record_layout(sizes: Sizes, layout: Layout, machine: Hardware, call: Call) -
     while waiting:
         rank = waiting.pop(0)
         allowed = [batch for batch in batches if batch <= run.batch]
-        found = on_fake_rank(
-            rank, machine.ranks, lambda allowed=allowed: _record_rank(sizes, layout, allowed, machine, call)
-        )
+        found = on_fake_rank(rank, machine.ranks, partial(_record_rank, sizes, layout, allowed, machine, call))
         if found.refused:
             return found
         if found.batch < run.batch:
@@ -136,13 +139,16 @@ def _record(
     events = _of_nccl(found.events) if machine.device == "cuda" else found.events
     weights = sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in parameters)
     if copies and training:
+        assert mesh is not None
         events.append(_sum_of_gradients(mesh, weights))
     if call.mode == "decode" and layout.pp > 1:
         events = _as_stage(sizes, layout, events, call)
     return events, found.peak, weights
 
 
-Prepared = tuple[Callable[[], object], Callable[[], list[Tensor]]]  # the call, and what is in memory before it
+Prepared: TypeAlias = tuple[
+    Callable[[], object], Callable[[], list[Tensor]]
+]  # the call, and what is in memory before it
 
 
 def _whole_call(sizes: Sizes, layout: Layout, mesh: DeviceMesh | None, built: Built, call: Call) -> Prepared:
@@ -159,9 +165,10 @@ def _whole_call(sizes: Sizes, layout: Layout, mesh: DeviceMesh | None, built: Bu
 def _decode(sizes: Sizes, layout: Layout, mesh: DeviceMesh | None, built: Built, call: Call) -> Prepared:
     """A step with all tokens but the last in the cache, and one that DTensor asks in before."""
     layers, batch = len(built.model.layers), sizes.batch // layout.dp // layout.micro_batches
+    caches: list[HeadsCache] | list[CacheLayer]
     if layout.grid is None:
         shape = (batch, sizes.kv_heads // layout.tp, sizes.length + 1, sizes.head_dim)
-        caches = [HeadsCache(*(torch.empty(shape) for _ in "kv"), sizes.length - 1) for _ in range(layers)]
+        caches = [HeadsCache(torch.empty(shape), torch.empty(shape), sizes.length - 1) for _ in range(layers)]
     else:
         of = {"num_layers": layers, "num_kv_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
         caches = tlm.KVCache(of, mesh, layout=call.cache, max_length=sizes.length + 1).layers
@@ -169,7 +176,8 @@ def _decode(sizes: Sizes, layout: Layout, mesh: DeviceMesh | None, built: Built,
 
     def step() -> Tensor:
         with torch.no_grad():
-            return built.model(token, caches=caches)
+            y: Tensor = built.model(token, caches=caches)
+        return y
 
     if layout.grid is not None:
         with torch.no_grad():
@@ -187,7 +195,8 @@ def _as_stage(sizes: Sizes, layout: Layout, events: list[Event], call: Call) -> 
     rank, batch = dist.get_rank(), sizes.batch // layout.micro_batches
     size = batch * sizes.embed_dim * call.dtype.itemsize
     stages = stages_of(layout)
-    at, found = stages.index(rank), []
+    at = stages.index(rank)
+    found: list[Event] = []
     for _ in range(layout.micro_batches):
         if at > 0:
             found.append(Start("recv", (stages[at - 1], rank), stages[at - 1], size, 0, False, False))
@@ -200,16 +209,17 @@ def _as_stage(sizes: Sizes, layout: Layout, events: list[Event], call: Call) -> 
 
 def _of_nccl(events: list[Event]) -> list[Event]:
     """As the operators run on CUDA: on the CPU they make a reduce-scatter of an all-to-all and a sum of what came."""
-    summed = {
-        event.start: i + 1
-        for i, event in enumerate(events[:-1])
-        if isinstance(event, Wait)
-        and events[event.start].name == "all_to_all"
-        and isinstance(events[i + 1], Work)
-        and events[i + 1].name == "aten.sum"
-    }
+    summed: dict[int, int] = {}
+    for i, (event, after) in enumerate(pairwise(events)):
+        begun = events[event.start] if isinstance(event, Wait) else None
+        exchanged = isinstance(begun, Start) and begun.name == "all_to_all"
+        if isinstance(event, Wait) and exchanged and isinstance(after, Work) and after.name == "aten.sum":
+            summed[event.start] = i + 1
     nothing = Work("reduce_scatter", "memory", 0, 0, 1, (), False)  # in the sum's place, so that events keep theirs
-    found = [replace(event, name="reduce_scatter") if i in summed else event for i, event in enumerate(events)]
+    found: list[Event] = [
+        replace(event, name="reduce_scatter") if isinstance(event, Start) and i in summed else event
+        for i, event in enumerate(events)
+    ]
     for i in summed.values():
         found[i] = nothing
     return found

@@ -10,8 +10,9 @@ Ranks that share a processor are priced as if all of them computed; while some w
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any, TypeAlias
 
 from two_level_mha.experiment.pricing import Cost, Prices
 from two_level_mha.experiment.recorder import Event, Start, Wait, Work
@@ -26,15 +27,15 @@ class Lane:
     now: float = 0.0
     waiting: float = 0.0
     exposed: float = 0.0  # sending that nothing hid
-    busy: Counter = field(default_factory=Counter)  # of operators, by what bounds them
-    sending: Counter = field(default_factory=Counter)  # of collectives, hidden or not, by what bounds them
+    busy: dict[str, float] = field(default_factory=dict)  # of operators, by what bounds them
+    sending: dict[str, float] = field(default_factory=dict)  # of collectives, hidden or not, by what bounds them
 
     def extended(self, longer: "Lane", times: float) -> "Lane":
         """This lane, and `times` what a longer one has more."""
 
-        def line(a, b):
-            if isinstance(a, Counter):
-                return Counter({key: line(a[key], b[key]) for key in {**a, **b}})
+        def line(a: Any, b: Any) -> Any:  # of a number, or of each in a dict
+            if isinstance(a, dict):
+                return {key: line(a.get(key, 0.0), b.get(key, 0.0)) for key in {**a, **b}}
             return a + times * (b - a)
 
         return Lane(*(line(getattr(self, f.name), getattr(longer, f.name)) for f in fields(Lane)))
@@ -49,12 +50,16 @@ class Lane:
     @property
     def bound(self) -> str:
         """What took the most of this rank's time."""
-        shares = Counter(self.busy)
+        shares = dict(self.busy)
         total = sum(self.sending.values())
         for what, seconds in self.sending.items():
-            shares[what] += seconds * (self.exposed / total if total else 0.0)
+            _add(shares, what, seconds * (self.exposed / total if total else 0.0))
         shares["pipeline bubbles"] = self.waiting
-        return max(shares, key=shares.get)
+        return max(shares, key=lambda what: shares[what])
+
+
+def _add(shares: dict[str, float], what: str, seconds: float) -> None:
+    shares[what] = shares.get(what, 0.0) + seconds
 
 
 @dataclass
@@ -65,7 +70,7 @@ class _Rank:
     turns: Iterator[tuple[int, Event, Cost | None]]
     work: float = 0.0
     until: float = 0.0
-    waits: tuple[int, Event, None] | None = None
+    waits: int | None = None  # for a message of that rank
     done: bool = False
     free: float = 0.0  # when its links are
     needed: float = 0.0  # when the last all-gather of weights was
@@ -73,11 +78,11 @@ class _Rank:
     ends: dict[int, float] = field(default_factory=dict)  # event -> when that collective is through
 
 
-Mail = dict[tuple[int, int], list[float]]  # (from, to) -> when messages come, in order
+Mail: TypeAlias = dict[tuple[int, int], list[float]]  # (from, to) -> when messages come, in order
 
 
 def simulate(
-    ranks: dict[int, Sequence[Event]], prices: Prices, *, repeats: int = 1, hides: bool = True
+    ranks: Mapping[int, Sequence[Event]], prices: Prices, *, repeats: int = 1, hides: bool = True
 ) -> dict[int, Lane]:
     """The lanes of these ranks, whose events are run `repeats` times, one after the other without a barrier.
 
@@ -100,9 +105,7 @@ def simulate(
         speed = {rank: shared[core[rank]] / active[core[rank]] for rank in computing}
         steps = [state.work / speed[rank] for rank, state in computing.items()]
         steps += [state.until - now for state in states.values() if state.until > now]
-        steps += [
-            mail[state.waits[1].peer, rank][0] - now for rank, state in states.items() if _mail(state, rank, mail)
-        ]
+        steps += [come - now for rank, state in states.items() if (come := _due(state, rank, mail)) is not None]
         if not steps:
             stuck = [rank for rank, state in states.items() if not state.done]
             raise ValueError(f"ranks {stuck} wait for messages that are never sent: record every stage of the pipeline")
@@ -125,18 +128,20 @@ def _cost(event: Event, prices: Prices) -> Cost | None:
     return prices.start(event) if isinstance(event, Start) else None
 
 
-def _mail(state: _Rank, rank: int, mail: Mail) -> bool:
-    return state.waits is not None and bool(mail[state.waits[1].peer, rank])
+def _due(state: _Rank, rank: int, mail: Mail) -> float | None:
+    """When the message comes that the rank waits for, if it was sent."""
+    return None if state.waits is None else next(iter(mail[state.waits, rank]), None)
 
 
-def _advance(rank: int, state: _Rank, now: float, hides: bool, mail: Mail, known: dict) -> None:
+def _advance(rank: int, state: _Rank, now: float, hides: bool, mail: Mail, known: Mapping[int, object]) -> None:
     """Runs a rank's events until it computes, sleeps, waits for a message, or is done."""
     lane = state.lane
     while not state.done and state.work == 0 and state.until <= now:
         if state.waits is not None:
-            if not _mail(state, rank, mail) or mail[state.waits[1].peer, rank][0] > now:
+            come = _due(state, rank, mail)
+            if come is None or come > now:
                 return
-            mail[state.waits[1].peer, rank].pop(0)
+            mail[state.waits, rank].pop(0)
             state.waits = None
             lane.waiting += now - lane.now
         lane.now = max(lane.now, now)
@@ -147,13 +152,15 @@ def _advance(rank: int, state: _Rank, now: float, hides: bool, mail: Mail, known
             state.done = True
             return
         at, event, cost = turn
+        if isinstance(event, Wait):
+            _sleep(state, state.ends.pop(event.start))
+            continue
+        assert cost is not None
         if isinstance(event, Work):
             state.work = cost.seconds
-            lane.busy[cost.bound] += cost.seconds
-        elif isinstance(event, Wait):
-            _sleep(state, state.ends.pop(event.start))
+            _add(lane.busy, cost.bound, cost.seconds)
         elif event.name == RECEIVE:
-            state.waits = turn if event.peer in known else None
+            state.waits = event.peer if event.peer in known else None
         else:
             _begin(rank, state, at, event, cost, hides, mail)
 
@@ -165,11 +172,12 @@ def _sleep(state: _Rank, until: float) -> None:
 
 def _begin(rank: int, state: _Rank, at: int, event: Start, cost: Cost, hides: bool, mail: Mail) -> None:
     now = state.lane.now
-    state.lane.sending[cost.bound] += cost.seconds
+    _add(state.lane.sending, cost.bound, cost.seconds)
     gathers = event.name == "all_gather" and not event.waited
     begin = max(state.needed if gathers else now, state.free)
     end = state.free = begin + cost.seconds
     if event.name == SEND:
+        assert event.peer is not None
         mail[rank, event.peer].append(end)
         return
     held = max(now, begin) + (cost.held if hides else cost.seconds)

@@ -9,9 +9,13 @@ Letters: B batch, L length, D embed_dim, d head_dim, H and K query and KV heads 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from two_level_mha.names import Factory
+from two_level_mha.operators import ops
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,12 @@ class Attention(nn.Module):
     def __init__(self, sizes: Sizes, causal: bool, stock: bool, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.head_dim, self.causal, self.stock = sizes.head_dim, causal, stock
-        D, d, factory = sizes.embed_dim, sizes.head_dim, {"bias": False, "dtype": dtype, "device": device}
-        self.q_proj = nn.Linear(D, sizes.heads * d, **factory)
-        self.k_proj = nn.Linear(D, sizes.kv_heads * d, **factory)
-        self.v_proj = nn.Linear(D, sizes.kv_heads * d, **factory)
-        self.o_proj = nn.Linear(sizes.heads * d, D, **factory)
+        D, d = sizes.embed_dim, sizes.head_dim
+        factory: Factory = {"dtype": dtype, "device": device}
+        self.q_proj = nn.Linear(D, sizes.heads * d, bias=False, **factory)
+        self.k_proj = nn.Linear(D, sizes.kv_heads * d, bias=False, **factory)
+        self.v_proj = nn.Linear(D, sizes.kv_heads * d, bias=False, **factory)
+        self.o_proj = nn.Linear(sizes.heads * d, D, bias=False, **factory)
 
     def forward(self, x_BLD: Tensor, cache: "HeadsCache | None" = None) -> Tensor:
         heads = (linear(x_BLD).unflatten(-1, (-1, self.head_dim)) for linear in (self.q_proj, self.k_proj, self.v_proj))
@@ -61,8 +66,9 @@ class Attention(nn.Module):
             )
         else:
             first_row = k_BKLd.shape[2] - q_BHLd.shape[2] if causal else None
-            y_BHLd = torch.ops.two_level_mha.partial_attention(q_BHLd, k_BKLd, v_BKLd, causal=first_row)[0]
-        return self.o_proj(y_BHLd.transpose(1, 2).flatten(2))
+            y_BHLd = ops.partial_attention(q_BHLd, k_BKLd, v_BKLd, causal=first_row)[0]
+        y_BLD: Tensor = self.o_proj(y_BHLd.transpose(1, 2).flatten(2))
+        return y_BLD
 
 
 class HeadsCache:
@@ -87,7 +93,8 @@ class Perceptron(nn.Module):
         self.fc2 = nn.Linear(sizes.mlp_hidden, sizes.embed_dim, bias=False, dtype=dtype, device=device)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x_BLD)))
+        y_BLD: Tensor = self.fc2(nn.functional.gelu(self.fc1(x_BLD)))
+        return y_BLD
 
 
 class Block(nn.Module):
@@ -96,9 +103,10 @@ class Block(nn.Module):
         self.norm1, self.norm2 = (nn.LayerNorm(sizes.embed_dim, dtype=dtype, device=device) for _ in range(2))
         self.attention, self.mlp = attention(), Perceptron(sizes, dtype, device)
 
-    def forward(self, x_BLD: Tensor, **cache) -> Tensor:
+    def forward(self, x_BLD: Tensor, **cache: Any) -> Tensor:
         x_BLD = x_BLD + self.attention(self.norm1(x_BLD), **cache)
-        return x_BLD + self.mlp(self.norm2(x_BLD))
+        y_BLD: Tensor = x_BLD + self.mlp(self.norm2(x_BLD))
+        return y_BLD
 
 
 class Transformer(nn.Module):
@@ -119,11 +127,16 @@ class Transformer(nn.Module):
         only = range(sizes.layers) if only is None else only
         attention = attention or partial(Attention, sizes, causal, stock, dtype, device)
         self.layers = nn.ModuleDict({str(i): Block(sizes, attention, dtype, device) for i in only})
-        self.norm = nn.Identity()
+        self.norm: nn.Module = nn.Identity()
         if only.stop == sizes.layers:
             self.norm = nn.LayerNorm(sizes.embed_dim, dtype=dtype, device=device)
 
-    def forward(self, x_BLD: Tensor, caches: list | None = None) -> Tensor:
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for block in self.layers.values() if isinstance(block, Block)]  # as all are
+
+    def forward(self, x_BLD: Tensor, caches: list[Any] | None = None) -> Tensor:
         for i, layer in enumerate(self.layers.values()):
             x_BLD = layer(x_BLD) if caches is None else layer(x_BLD, cache=caches[i])
-        return self.norm(x_BLD)
+        y_BLD: Tensor = self.norm(x_BLD)
+        return y_BLD

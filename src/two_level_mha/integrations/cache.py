@@ -1,8 +1,11 @@
 """Our KV cache where a transformers model wants one of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -11,7 +14,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from two_level_mha.cache_layer import CacheLayer, LayersCache
+from two_level_mha.cache_layer import CacheLayer, Config, LayersCache
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.mesh import Grid, Place, mesh_of
 
@@ -53,7 +56,7 @@ class ModelCacheLayer(CacheLayer, CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Memory is made by the first append."""
 
-    def update(self, *args, **kwargs):
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise UsageRuntimeError(
             "this KV cache is split over a grid, and the attention that was given it is not: call parallelize(model, "
             "mesh) first"
@@ -93,17 +96,19 @@ class ModelCacheLayer(CacheLayer, CacheLayerMixin):
         raise UsageRuntimeError("a KV cache that is split over a grid cannot be offloaded")
 
 
-class ModelCache(LayersCache, Cache):
+class ModelCache(LayersCache, Cache):  # type: ignore[misc]  # whose layers are those of both
     """A LayersCache that transformers takes as past_key_values; made by KVCache(config, mesh)."""
 
     layer_class = ModelCacheLayer
 
-    def __init__(self, config, mesh, **options) -> None:
+    def __init__(self, config: PreTrainedConfig, mesh: DeviceMesh | None, **options: Any) -> None:
         own = mesh_of(mesh, lambda grid: _cache_grid(config, grid, options.get("layout")))
         LayersCache.__init__(self, config, own, **options)
-        Cache.__init__(self, layers=self.layers)
+        layers: Any = self.layers
+        Cache.__init__(self, layers=layers)
 
-    def windows_of(self, config, place: Place) -> list[int | None]:
+    def windows_of(self, config: Config, place: Place) -> list[int | None]:
+        assert not isinstance(config, Mapping)
         config = config.get_text_config(decoder=True)
         kinds, options = get_layer_types_and_kwargs(config)
         for layer, kind in enumerate(kinds):
@@ -119,21 +124,23 @@ class ModelCache(LayersCache, Cache):
     reset = Cache.reset
 
 
-def _cache_grid(config, grid: Grid, layout: str | None) -> Grid:
+def _cache_grid(config: PreTrainedConfig, grid: Grid, layout: str | None) -> Grid:
     """As which attention takes the ranks for a cache: latents by position in one row, of one head."""
-    text = config.get_text_config(decoder=True)
+    text: Any = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None) is None:
         return grid.for_kv_heads(_kv_heads(config))
     return grid.for_whole_heads(text.num_attention_heads) if layout == "batch" else Grid(1, grid.size)
 
 
-def _kv_heads(config) -> int:
-    config = config.get_text_config(decoder=True)
-    return getattr(config, "num_key_value_heads", config.num_attention_heads)
+def _kv_heads(config: PreTrainedConfig) -> int:
+    text: Any = config.get_text_config(decoder=True)
+    heads: int = getattr(text, "num_key_value_heads", text.num_attention_heads)
+    return heads
 
 
-def _head_dim(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _head_dim(config: Any) -> int:
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width
 
 
 def split_layer(cache: Cache, index: int, place_of: Callable[[str], Place], layout: str) -> ModelCacheLayer:
@@ -143,7 +150,7 @@ def split_layer(cache: Cache, index: int, place_of: Callable[[str], Place], layo
     Raises GridError for a cache of another kind, one that was filled elsewhere, or one of another grid.
     """
     known = isinstance(cache, Cache)
-    layer = cache.layers[index] if known and index < len(cache.layers) else None
+    layer: Any = cache.layers[index] if known and index < len(cache.layers) else None
     if layer is None and known and _grows(cache):
         layer = DynamicLayer()
     if isinstance(layer, ModelCacheLayer):

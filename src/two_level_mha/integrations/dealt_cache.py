@@ -1,9 +1,16 @@
 """transformers' own KV caches, of which each rank holds its sequences: for modules whose weights are gathered."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
 from two_level_mha.class_like import class_like
 from two_level_mha.errors import GridError
@@ -11,8 +18,13 @@ from two_level_mha.gathered import Sequences
 from two_level_mha.integrations.cache import ModelCache, ModelCacheLayer
 from two_level_mha.mesh import Place
 
+if TYPE_CHECKING:
+    _Original = DynamicLayer  # for instance
+else:
+    _Original = object
 
-class DealtLayer:
+
+class DealtLayer(_Original):
     """Of a layer of a cache of another class too: what picks sequences of the batch picks among those of all ranks."""
 
     sequences: Sequences
@@ -26,7 +38,7 @@ class DealtLayer:
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._together(super().batch_repeat_interleave, repeats)
 
-    def _together(self, pick: Callable, argument: object) -> None:
+    def _together(self, pick: Callable[[Any], None], argument: object) -> None:
         def each(change: Callable[[Tensor], Tensor]) -> None:
             for name, state in list(vars(self).items()):
                 if isinstance(state, Tensor) and state.dim() > 1:
@@ -37,7 +49,12 @@ class DealtLayer:
         each(self.sequences.whole)
         pick(argument)
         sizes: list[int] = []
-        each(lambda x: sizes.append(x.shape[0]) or x)
+
+        def note(x: Tensor) -> Tensor:
+            sizes.append(x.shape[0])
+            return x
+
+        each(note)
         if sizes:
             self.sequences = Sequences(sizes[0], self.sequences.place)
             each(self.sequences.part)
@@ -71,7 +88,7 @@ def deal_cache(cache: Cache, index: int, batch: int, place: Place) -> None:
     vars(cache.layers[index]).update(vars(layer), sequences=Sequences(batch, place))
 
 
-def own_layer(cache: Cache, index: int) -> object:
+def own_layer(cache: Cache, index: int) -> Any:
     """Layer `index` as transformers has it; GridError for one that was filled elsewhere."""
     layer = cache.layers[index]
     if isinstance(layer, ModelCacheLayer) and not layer.length:

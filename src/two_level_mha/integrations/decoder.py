@@ -1,6 +1,6 @@
 """transformers' attention of decoders, with a KV cache: Llama, Qwen, Gemma, GPT-2, OPT, Falcon and their kin."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from two_level_mha.decoder import check_dropout
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations import forms
 from two_level_mha.integrations.cache import WINDOWED, put_layer, split_layer
-from two_level_mha.integrations.projected import ProjectedAttention, additive, mask_for, random_arguments
+from two_level_mha.integrations.projected import Attended, ProjectedAttention, additive, mask_for, random_arguments
 from two_level_mha.mesh import Place
+from two_level_mha.names import Args, Kwargs
 
 
 class SharedKeys(NamedTuple):
@@ -45,12 +46,13 @@ class DecoderAttention(ProjectedAttention):
         mesh: DeviceMesh | None,
         *,
         cache: str,
-        **options,
+        **options: Any,
     ) -> None:
         _check_options(original, options["scheme"])
         super().__init__(original, projections, paths, mesh, **options)
-        self.layer_idx, self.cache_layout = forms.layer_of(original), cache
-        self.cache_name = forms.cache_name(original)
+        self.layer_idx: Any = forms.layer_of(original)  # a number where there is a cache
+        self.cache_layout = cache
+        self.cache_name = forms.cache_name(original) or ""
         self.softcap = getattr(original, forms.SOFTCAP, None) or 0.0
         self.leaves_shared = getattr(original, forms.LEAVES, False)
         if self.leaves_shared or forms.takes_shared(original):
@@ -58,7 +60,7 @@ class DecoderAttention(ProjectedAttention):
             if self.scheme == "auto":  # layers that share keys must have them in one layout
                 self.scheme = "heads" if self.whole_heads else "sequence"
 
-    def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    def forward(self, *args: Any, **kwargs: Any) -> Attended:
         given = self.given(args, kwargs)
         hidden_states, states, past = given["hidden_states"], self.states_of(given), self.cache_of(given)
         wholes = self.wholes([hidden_states, states])
@@ -70,7 +72,7 @@ class DecoderAttention(ProjectedAttention):
 
         def check() -> dict[str, object]:
             self.check_arguments(given)
-            settings = {"need_weights": need_weights, "dropout_p": dropout_p}
+            settings: dict[str, object] = {"need_weights": need_weights, "dropout_p": dropout_p}
             if past is None:
                 return settings
             layer = split_layer(past, self.layer_idx, self.cache_place, layout)
@@ -94,7 +96,7 @@ class DecoderAttention(ProjectedAttention):
         if need_weights and mask is not None and mask.dtype == torch.bool:
             mask = additive(mask, hidden_states.dtype)  # a padded row must not become NaN
         first_row = call.position if causal else None
-        options = {"softcap": self.softcap, "call": call}
+        options: dict[str, Any] = {"softcap": self.softcap, "call": call}
         if not self.leaves_shared:
             return self.attended(given, states, wholes, mask, first_row, cache=layer, **options)
 
@@ -107,11 +109,12 @@ class DecoderAttention(ProjectedAttention):
 
         return self.attended(given, states, wholes, mask, first_row, then=leave, **options)
 
-    def states_of(self, given: dict) -> Tensor:
+    def states_of(self, given: dict[str, Any]) -> Tensor:
         """Those of which a call makes keys and values."""
-        return given["hidden_states"]
+        states: Tensor = given["hidden_states"]
+        return states
 
-    def cache_of(self, given: dict) -> object:
+    def cache_of(self, given: dict[str, Any]) -> Any:
         """The cache of a call; of an encoder-decoder's the part of self-attention."""
         past = given.get(self.cache_name)
         return past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
@@ -124,12 +127,13 @@ class DecoderAttention(ProjectedAttention):
 class TakingAttention(DecoderAttention):
     """A DecoderAttention without keys and values of its own: it attends to those that another layer has left."""
 
-    def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    def forward(self, *args: Any, **kwargs: Any) -> Attended:
         given = self.given(args, kwargs)
         x_BLD, left = given["hidden_states"], given[forms.SHARED_STATES].get(self.layer_type)
         B, L, D = x_BLD.shape
         if isinstance(left, tuple) and not isinstance(left, SharedKeys) and self.place.grid.size == 1:
-            left = SharedKeys(*left, NO_CACHE._replace(position=left[0].shape[2] - L), L)  # all of them
+            k, v = left
+            left = SharedKeys(k, v, NO_CACHE._replace(position=k.shape[2] - L), L)  # all of them
         mask = self.mask_of(given, L, L)
 
         def check() -> dict[str, object]:
@@ -139,7 +143,8 @@ class TakingAttention(DecoderAttention):
                     f"{forms.SHARED_STATES} has no keys and values of a split attention for {self.layer_type!r}: split "
                     "the layer that leaves them too"
                 )
-            return {"need_weights": self.needs_weights(given), "dropout_p": self.dropout_p} | left.call._asdict()
+            settings: dict[str, object] = {"need_weights": self.needs_weights(given), "dropout_p": self.dropout_p}
+            return settings | left.call._asdict()
 
         self.check_call(check, {"hidden_states": x_BLD, "attention_mask": mask})
         if self.needs_weights(given) and mask is not None and mask.dtype == torch.bool:
@@ -161,12 +166,13 @@ def _check_options(original: nn.Module, scheme: str) -> None:
     clip = getattr(config, "clip_qkv", None)
     if clip is not None:  # a trial's numbers may be too small for it
         raise GridError(f"it clips queries, keys and values (clip_qkv={clip})")
-    kind = dict(enumerate(getattr(config, "layer_types", None) or ())).get(forms.layer_of(original))
+    kinds: dict[int | None, str] = dict(enumerate(getattr(config, "layer_types", None) or ()))
+    kind = kinds.get(forms.layer_of(original))
     if kind is not None and kind not in WINDOWED:
         raise GridError(f"its layer is of type {kind!r}, whose cache is not split; supported: {', '.join(WINDOWED)}")
 
 
-def decoder_like(original: nn.Module, *args, **options) -> DecoderAttention:
+def decoder_like(original: nn.Module, *args: Any, **options: Any) -> DecoderAttention:
     """A DecoderAttention of the original's class too."""
     kind = TakingAttention if forms.takes_shared(original) else DecoderAttention
     return class_like(kind, type(original))(original, *args, **options)
@@ -174,20 +180,20 @@ def decoder_like(original: nn.Module, *args, **options) -> DecoderAttention:
 
 def problem(original: nn.Module) -> str | None:
     """A feature of a decoder's attention that is not supported, or None."""
-    config = getattr(original, "config", None)
+    config: Any = getattr(original, "config", None)
     if getattr(original, "reorder_and_upcast_attn", False) and config._attn_implementation == "eager":
         return 'reorder_and_upcast_attn acts with "eager": call model.set_attn_implementation("sdpa") first'
     return forms.unknown_argument(original)
 
 
-def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
+def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[Args, Kwargs]]:
     """Two sequences of 6, one padded on the left: all at once, then with a cache in two steps, then without a mask."""
     keep = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6).clone()
     keep[1, ..., :2] = False
     keep[1, :, :2, 0] = True  # no row without a key: what it gives is not defined
     cache, whole = DynamicCache(), random_arguments(original, 6, dtype)
 
-    def of_rows(name: str, x: object, first: int, end: int) -> object:
+    def of_rows(name: str, x: Any, first: int, end: int) -> Any:
         if isinstance(x, tuple):
             return tuple(angles[:, first:end] for angles in x)
         if name == forms.SINUSOIDS:
@@ -200,13 +206,16 @@ def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple,
             return x[..., :end] if x.shape[-2] == 1 else x[..., first:end, :end]
         return x[:, first:end].contiguous()
 
-    def call(first: int, end: int, mask: Tensor | None, past) -> tuple[tuple, dict]:
+    cache_name = forms.cache_name(original)
+    assert cache_name is not None
+
+    def call(first: int, end: int, mask: Tensor | None, past: DynamicCache | None) -> tuple[Args, Kwargs]:
         if mask is not None:
             mask = mask_for(original, mask[:, :, first:end, :end], dtype)
         given = {name: of_rows(name, x, first, end) for name, x in whole.items()}
         return (given.pop("hidden_states"),), given | {
             forms.mask_name(original): mask,
-            forms.cache_name(original): past,
+            cache_name: past,
         }
 
     return [call(0, 6, keep, None), call(0, 4, keep, cache), call(4, 6, keep, cache), call(0, 6, None, None)]

@@ -7,13 +7,17 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from two_level_mha.errors import GridError
 from two_level_mha.low_rank import features_of, is_linear
 from two_level_mha.stock import StockTensor, from_stock, fused_names, linear_names, take_stock_keys
+
+if TYPE_CHECKING:
+    from two_level_mha.layer import GridAttention
 
 # Letter of a projection -> its names, the first that a module has; with "../" its parent's.
 PROJECTIONS = {
@@ -26,7 +30,7 @@ PROJECTIONS = {
 # Of gates of attention's output: a projection as wide as q's, or a linear of one number for each head; and what the
 # output may be multiplied with of them, the likelier first.
 GATES = ("gate_proj", "g_proj")
-GATE_FUNCTIONS = {"sigmoid": torch.sigmoid, "softplus": nn.functional.softplus}
+GATE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softplus": nn.functional.softplus}
 # How q, k, v lie in one projection (stock.PACKINGS), the likelier first.
 PACKINGS = {"query_key_value": ("groups", "blocks")}
 ANY_PACKING = ("blocks", "groups", "quarters")
@@ -114,7 +118,7 @@ def paths_of(module: nn.Module, parent: nn.Module | None) -> dict[str, str] | No
             paths = {letter: found[letter] for letter in letters}
             gate = gate_of(module)
             wide = gate is not None and features_of(getattr(module, gate))[1] == _width_of_heads(module, parent, paths)
-            return paths | ({"g": gate} if wide else {})
+            return paths | ({"g": gate} if gate is not None and wide else {})
     return None
 
 
@@ -160,7 +164,8 @@ def hides(module: nn.Module) -> bool:
 
 def layer_of(module: nn.Module) -> int | None:
     """Its layer of a KV cache."""
-    return first_of(module, LAYERS)
+    layer: int | None = first_of(module, LAYERS)
+    return layer
 
 
 def masks_itself(module: nn.Module) -> bool:
@@ -171,16 +176,18 @@ def masks_itself(module: nn.Module) -> bool:
 
 def window_of(module: nn.Module) -> int | None:
     """How many keys a row sees of a module that masks itself; None: all up to its own."""
-    name = WINDOWS.get(getattr(module, "attention_type", None))
+    kind: Any = getattr(module, "attention_type", None)
+    name = WINDOWS.get(kind)
     return getattr(module.config, name) if name is not None and masks_itself(module) else None
 
 
-def temperature_of(module: nn.Module) -> Callable | None:
+def temperature_of(module: nn.Module) -> Callable[..., Tensor] | None:
     """What gives the factors of its queries, if it has any."""
-    return getattr(sys.modules[type(module).__module__], TEMPERATURE, None)
+    found: Callable[..., Tensor] | None = getattr(sys.modules[type(module).__module__], TEMPERATURE, None)
+    return found
 
 
-def tuning_of(module: nn.Module) -> tuple[float, float] | None:
+def tuning_of(module: Any) -> tuple[float, float] | None:
     """attn_scale and floor_scale, if it has such factors."""
     tuned = type(module).__name__ in TUNED and module.attn_temperature_tuning and not module.use_rope
     return (module.attn_scale, module.floor_scale) if tuned else None
@@ -202,7 +209,8 @@ def latent_paths(module: nn.Module, parent: nn.Module | None) -> dict[str, str] 
     latents = is_linear(getattr(module, LATENT, None)) and isinstance(
         getattr(module, LATENT_NORMS[LATENT], None), nn.Module
     )
-    return paths if sized and latents and None not in paths.values() else None
+    found = {letter: path for letter, path in paths.items() if path is not None}
+    return found if sized and latents and len(found) == len(paths) else None
 
 
 def is_latent(module: nn.Module, parent: nn.Module | None) -> bool:
@@ -299,7 +307,7 @@ def is_cross(module: nn.Module, name: str) -> bool:
     return by_name or by_class or bool(getattr(module, "is_cross_attention", False))
 
 
-def first_of(module: nn.Module, names: tuple[str, ...]) -> object:
+def first_of(module: nn.Module, names: tuple[str, ...]) -> Any:
     """The first of these attributes that the module has and that is not None; else None."""
     return next((value for name in names if (value := getattr(module, name, None)) is not None), None)
 
@@ -316,7 +324,8 @@ def heads_of(original: nn.Module, projections: dict[str, nn.Module]) -> tuple[in
         d = widths["o"] // h
     h = widths["o"] // d
     if takes_shared(original):
-        widths |= dict.fromkeys("kv", h // original.num_key_value_groups * d)
+        groups: Any = original.num_key_value_groups
+        widths |= dict.fromkeys("kv", h // groups * d)
     rest = widths["qkv"] - h * d if "qkv" in widths else widths["k"] + widths["v"]
     fits = widths["o"] == h * d and rest % (2 * d) == 0 and rest > 0
     if not fits or ("q" in widths and (widths["q"] not in (h * d, 2 * h * d) or widths["k"] != widths["v"])):
@@ -348,10 +357,11 @@ def names_of(
 
 
 def store_projections(
-    ours: nn.Module, projections: dict[str, nn.Module], paths: dict[str, str], names: dict[str, StockTensor]
+    ours: "GridAttention", projections: dict[str, nn.Module], paths: dict[str, str], names: dict[str, StockTensor]
 ) -> None:
     """Gives a GridAttention the parameters of the original's linears, trained where those are, under their names."""
-    ours.stock_names, held = names, {}
+    ours.stock_names = names
+    held: dict[str, nn.Parameter] = {}
     for letter, linear in projections.items():
         held |= {f"{paths[letter]}.{part}": p for part, p in linear.named_parameters()}
     trained = {name: held[stock.key].requires_grad for name, stock in ours.stock_names.items()}
@@ -388,7 +398,7 @@ def variants_of(module: nn.Module, paths: Mapping[str, str]) -> list[dict[str, o
         if any(first_of(module, names) is not None for names in NORMS.values()):
             rotates.append({"rotates": True, "norms_last": True})
     packings = PACKINGS.get(paths["qkv"], ANY_PACKING) if "qkv" in paths else ANY_PACKING[:1]
-    open_ = [
+    open_: list[list[dict[str, object]]] = [
         [{"packing": packing} for packing in packings],
         [{"scaled": True}] if first_of(module, SCALES) is not None else [{"scaled": True}, {"scaled": False}],
         [{"biased": biased} for biased in BIASED[: None if any(name in named for name in BIASES) else 1]],

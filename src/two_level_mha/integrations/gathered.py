@@ -1,6 +1,7 @@
 """Modules of transformers models whose own code runs on this rank's sequences, with weights gathered for each call."""
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from two_level_mha.integrations.dealt_cache import can_be_dealt, deal_cache
 from two_level_mha.integrations.forms import layer_of
 from two_level_mha.integrations.lora import mark
 from two_level_mha.mesh import Place, grid_mesh, place_on
+from two_level_mha.names import Args, Kwargs
 from two_level_mha.probe import drops, in_eval
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the trial in the first call; others 0.1
@@ -32,7 +34,7 @@ class Gathered(nn.Module):
     layer: int | None  # of a KV cache
     dealt: dict[bool, bool]  # whether sequences are dealt to the ranks, by whether a call is of one row without a cache
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = (kwargs.get("hidden_states"), *args, *kwargs.values())
         hidden = next(x for x in given if isinstance(x, Tensor))
         caches = [x for x in given if isinstance(x, Cache)]
@@ -46,26 +48,28 @@ class Gathered(nn.Module):
         mine = [sequences.deal(x, "") for x in args]
         named = {name: sequences.deal(x, name) for name, x in kwargs.items()}
         if kind not in self.dealt and sequences.batch > 1 and not torch.compiler.is_compiling():
-            self.dealt[kind] = self._try(sequences, (args, kwargs), (mine, named))
+            self.dealt[kind] = self._try(sequences, (args, kwargs), (tuple(mine), named))
             if not self.dealt[kind]:
                 return self._whole(args, kwargs)
         for cache in caches:
+            assert self.layer is not None
             deal_cache(cache, self.layer, sequences.batch, self.place)
         with whole_weights(self, self.place, Partial()) as weights:
             output = super().forward(*mine, **named)
             return sequences.gather(output, weights)
 
-    def _whole(self, args: tuple, kwargs: dict):
+    def _whole(self, args: Args, kwargs: Kwargs) -> Any:
         with whole_weights(self, self.place, Replicate()):
             return super().forward(*args, **kwargs)
 
-    def _try(self, sequences: Sequences, whole: tuple, own: tuple) -> bool:
+    def _try(self, sequences: Sequences, whole: tuple[Args, Kwargs], own: tuple[Args, Kwargs]) -> bool:
         """Whether on all ranks their sequences get the same numbers alone and among the others, without a cache."""
         with torch.no_grad(), in_eval(self), whole_weights(self, self.place, Partial()):
             try:
                 why = _difference(self._run(*whole), self._run(*own), sequences)
             except Exception as error:  # of any kind: it is another's code
                 why = repr(error)
+        assert self.place.control is not None
         everyone = self.place.control.gather(why, "trying whether sequences can be dealt to the ranks")
         if any(everyone) and not any(self.place.args[0][2:]):
             logging.getLogger("two_level_mha").warning(
@@ -75,14 +79,15 @@ class Gathered(nn.Module):
             )
         return not any(everyone)
 
-    def _run(self, args: tuple, kwargs: dict):
+    def _run(self, args: Args, kwargs: Kwargs) -> Any:
         return super().forward(*map(_for_trial, args), **{name: _for_trial(x) for name, x in kwargs.items()})
 
 
-def _difference(whole: object, own: object, sequences: Sequences) -> str | None:
+def _difference(whole: Any, own: Any, sequences: Sequences) -> str | None:
     """How the output of a batch and that of this rank's sequences differ, or None."""
     if isinstance(whole, (list, tuple)):
-        return next(filter(None, (_difference(*pair, sequences) for pair in zip(whole, own, strict=True))), None)
+        pairs = zip(whole, own, strict=True)
+        return next(filter(None, (_difference(a, b, sequences) for a, b in pairs)), None)
     if not isinstance(whole, Tensor) or not whole.is_floating_point():
         return None
     the_same = whole.shape == own.shape and (whole.dim() < 2 or whole.shape[0] == 1)  # for all sequences

@@ -1,5 +1,7 @@
 """generate() of a split transformers model: every rank takes the token that the grid's first rank has drawn."""
 
+from typing import Any
+
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
@@ -17,7 +19,7 @@ class FirstRanksTokens(StoppingCriteriaList):
         super().__init__(criteria)
         self.control = control
 
-    def __call__(self, input_ids: Tensor, scores: tuple[Tensor, ...] | None, **kwargs) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: tuple[Tensor, ...] | None, **kwargs: Any) -> Tensor:
         done_B = super().__call__(input_ids, scores, **kwargs)
         told_B = (input_ids[:, -1] * 2 + done_B).cpu()
         told_B = self.control.from_first(told_B, "taking the token that the first rank drew").to(input_ids.device)

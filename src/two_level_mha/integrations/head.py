@@ -6,6 +6,7 @@ loss function sees logits that are a DTensor, sharded by the vocabulary (SplitLo
 
 import inspect
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from two_level_mha.class_like import become
 from two_level_mha.mesh import grid_mesh
 from two_level_mha.stream import InStream, Stream
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class SplitHead(InStream, nn.Linear):
     """A head (D -> vocabulary) whose weight is split by columns, or whole where it is the embedding's too."""
@@ -26,6 +30,7 @@ class SplitHead(InStream, nn.Linear):
     mesh: DeviceMesh  # of the grid as one axis
 
     def forward(self, x: Tensor) -> Tensor:
+        bias: Tensor | None
         if self.stream.to_loss:
             weight, bias = self._own(self.weight), None if self.bias is None else self._own(self.bias)
             x = x if self.stream.passes else self.stream.keep(x)
@@ -34,7 +39,7 @@ class SplitHead(InStream, nn.Linear):
             return super().forward(x)
         if torch.is_grad_enabled():
             (x,) = self.stream.summed([x])
-        bias = None if self.bias is None else self.bias.to_local()
+        bias = None if self.bias is None else self._own(self.bias)
         logits = self._sharded(nn.functional.linear(x, self.weight.to_local(), bias))
         return logits.redistribute(placements=[Replicate()]).to_local()
 
@@ -57,17 +62,18 @@ class SplitLoss:
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
 
-    def __call__(self, logits: Tensor, *args, **kwargs) -> Tensor:
+    def __call__(self, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(logits, DTensor):
             return self.function(logits, *args, **kwargs)
-        return _Loss.apply(logits, lambda logits: self.function(logits, *args, **kwargs))
+        loss: Tensor = _Loss.apply(logits, lambda logits: self.function(logits, *args, **kwargs))
+        return loss
 
 
 class _Loss(torch.autograd.Function):
     """The gradient of the logits is made with the loss: torch's loss_parallel must be on where it is."""
 
     @staticmethod
-    def forward(ctx, logits: DTensor, function: Callable[[DTensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.enable_grad(), loss_parallel(), implicit_replication():
             logits = logits.detach().requires_grad_()
             loss = function(logits)
@@ -77,7 +83,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[DTensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[DTensor, None]:
         gradient = ctx.gradient
         local = gradient.to_local() * grad
         return DTensor.from_local(
@@ -86,12 +92,12 @@ class _Loss(torch.autograd.Function):
         ), None  # fmt: skip
 
 
-def head_of(model: nn.Module) -> nn.Linear | None:
+def head_of(model: "PreTrainedModel") -> nn.Linear | None:
     """The head of a transformers model that computes its loss by loss_function, where it is a plain linear."""
     if "loss_function" not in _names_in(model) or not hasattr(model, "get_output_embeddings"):
         return None
     head = model.get_output_embeddings()
-    return head if type(head) is nn.Linear else None
+    return head if isinstance(head, nn.Linear) and type(head) is nn.Linear else None
 
 
 def _names_in(module: nn.Module) -> tuple[str, ...]:
@@ -100,7 +106,7 @@ def _names_in(module: nn.Module) -> tuple[str, ...]:
     return () if code is None else code.co_names
 
 
-def split_head(model: nn.Module, head: nn.Linear, owner: nn.Module, stream: Stream, mesh: DeviceMesh) -> None:
+def split_head(model: "PreTrainedModel", head: nn.Linear, owner: nn.Module, stream: Stream, mesh: DeviceMesh) -> None:
     """Lets calls of a model with labels compute the loss on vocabulary shards; owner: the module with the layers."""
     stream.passes = {"view", "reshape"}.isdisjoint(_names_in(owner))  # to a shape of the whole
     become(head, SplitHead, stream=stream, mesh=grid_mesh(mesh))

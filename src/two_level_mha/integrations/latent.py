@@ -6,6 +6,7 @@ a head of q and k, and of what is, V that of a head of v.
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from two_level_mha.class_like import class_like
 from two_level_mha.integrations import forms
 from two_level_mha.integrations.decoder import DecoderAttention
 from two_level_mha.integrations.latent_cache import attended_latents, filled, own_latents
+from two_level_mha.integrations.projected import Attended
 from two_level_mha.layer import Aside
 from two_level_mha.mesh import Grid, Place, mesh_of, place_on
 from two_level_mha.stock import StockTensor, linear_names
@@ -42,7 +44,7 @@ class LatentAttention(DecoderAttention):
         mesh: DeviceMesh | None,
         *,
         rotary: str | None,
-        **options,
+        **options: Any,
     ) -> None:
         self.slices = 1 if mesh is None else mesh.shape[1]
         self.row = place_on(mesh_of(mesh, lambda grid: Grid(1, grid.size)))
@@ -90,9 +92,9 @@ class LatentAttention(DecoderAttention):
     def cache_place(self, layout: str) -> Place:
         return self.row if layout == "position" else self.place
 
-    def attended(
+    def attended(  # type: ignore[override]  # with all that DecoderAttention gives
         self,
-        given: dict,
+        given: dict[str, Any],
         states: Tensor,
         wholes: list[Tensor],
         mask: Tensor | None,
@@ -101,7 +103,7 @@ class LatentAttention(DecoderAttention):
         cache: CacheLayer | None,
         call: CachedCall,
         softcap: float,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Attended:
         whole = wholes[0]
         rows = self.rows_of(given, call.position, whole.shape[1]) or []
         query, latent, k_B1LT = self.latents(given, whole, rows)
@@ -126,10 +128,10 @@ class LatentAttention(DecoderAttention):
                 return self.finished(y_BLD, given), None
             cache.append(*new, for_gradients=query.requires_grad)
             cache, call = None, NO_CACHE
-        options = {"rows": [*rows, k_B1LT], "softcap": softcap, "cache": cache, "call": call}
+        options: dict[str, Any] = {"rows": [*rows, k_B1LT], "softcap": softcap, "cache": cache, "call": call}
         return self.attended_inputs((query, latent, latent), given, wholes, mask, causal, **options)
 
-    def latents(self, given: dict, whole: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def latents(self, given: dict[str, Any], whole: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """What queries, and what keys and values, are projected from, of this rank's rows; the rotated key (B, 1, L, T)
         of all rows, with the sum over the ranks as its gradient. rows: of `rows_of`.
         """
@@ -153,9 +155,12 @@ class LatentAttention(DecoderAttention):
         angles = [x.squeeze(1) for x in rows[:2]]
         if self.complex_angles:
             angles = [torch.complex(*angles)]
-        return self.rotary(x_BHLT, x_BHLT[:, :1], *angles)[0]  # of q and k
+        turned: Tensor = self.rotary(x_BHLT, x_BHLT[:, :1], *angles)[0]  # of q and k
+        return turned
 
-    def between_of(self, given: dict, first: int, length: int, then: Callable | None) -> dict[str, object]:
+    def between_of(
+        self, given: dict[str, Any], first: int, length: int, then: Callable[..., Any] | None
+    ) -> dict[str, Any]:
         def between(q: Tensor, k: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
             *_, key_B1ST = aside.k_rows
             nope, rope = self.gathered(q, self.nope + self.rope).split([self.nope, self.rope], -1)
@@ -163,7 +168,7 @@ class LatentAttention(DecoderAttention):
             if self.temperature is not None:
                 q = q * aside.q_rows[-2].to(q.dtype)
             k = torch.cat([self.gathered(k, self.nope), key_B1ST.to(k.dtype).expand(*k.shape[:3], -1)], -1)
-            return *(filled(x, 3, self.head_dim) for x in (q, k)), v
+            return filled(q, 3, self.head_dim), filled(k, 3, self.head_dim), v
 
         return {"between": between}
 
@@ -178,6 +183,6 @@ class LatentAttention(DecoderAttention):
         return super()._blocks() if even else []
 
 
-def latent_like(original: nn.Module, *args, **options) -> LatentAttention:
+def latent_like(original: nn.Module, *args: Any, **options: Any) -> LatentAttention:
     """A LatentAttention of the original's class too."""
     return class_like(LatentAttention, type(original))(original, *args, **options)

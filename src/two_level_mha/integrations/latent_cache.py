@@ -6,6 +6,8 @@ one: its keys are latents and rotary keys, its values the latents, stored once o
 Letters: as in latent.py, and C = R + T.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
@@ -14,8 +16,10 @@ from two_level_mha.activations import used_apart
 from two_level_mha.blocks import SHARDED_DIMS, dealt
 from two_level_mha.cache_layer import CachedCall, CacheLayer
 from two_level_mha.layer import GridAttention
+from two_level_mha.operators import ops as _ops
 
-_ops = torch.ops.two_level_mha
+if TYPE_CHECKING:
+    from two_level_mha.integrations.latent import LatentAttention
 
 
 def filled(x: Tensor, dim: int, width: int) -> Tensor:
@@ -35,7 +39,7 @@ def own_latents(latent_B1LR: Tensor, key_B1LT: Tensor, cache: CacheLayer, positi
 
 
 def attended_latents(
-    layer: GridAttention,
+    layer: "LatentAttention",
     query: Tensor,
     cache: CacheLayer,
     call: CachedCall,
@@ -55,6 +59,8 @@ def attended_latents(
     place, rank = layer.place, layer.rank
     n, ranks = place.grid.head_groups, place.grid.size
     own = dict(zip(SHARDED_DIMS, GridAttention.own_blocks(layer), strict=True))
+    v_weight, out_weight = own["v_weight"], own["out_weight"]
+    assert v_weight is not None and out_weight is not None
     q_BHLC = _queries(layer, own, query, rows)
     q_BhLC = _ops.all_gather(q_BHLC, 1, n, place.groups[1])
     k_B1SC, _ = cache.append(*new, for_gradients=q_BhLC.requires_grad)
@@ -67,32 +73,33 @@ def attended_latents(
         q_BhLC, k_B1SC, k_B1SC[..., :rank], mask,
         scale=layer.scaling, causal=seen, softcap=softcap, key_stride=ranks,
     )  # fmt: skip
-    v_BHLE = _merged(layer, out, logsumexp).to(own["v_weight"].dtype) @ own["v_weight"].transpose(1, 2)
+    v_BHLE = _merged(layer, out, logsumexp).to(v_weight.dtype) @ v_weight.transpose(1, 2)
     H = v_BHLE.shape[1]
     if gate is not None:
         (gate,) = used_apart([layer.gate_function(gate)], place, layer.reduce_dtype)
         v_BHLE = v_BHLE * gate.narrow(2, place.head_group * H, H).transpose(1, 2).unsqueeze(3).to(v_BHLE.dtype)
-    return _summed(layer, v_BHLE, own["out_weight"], own["out_bias"])
+    return _summed(layer, v_BHLE, out_weight, own["out_bias"])
 
 
-def _queries(layer: GridAttention, own: dict[str, Tensor | None], query: Tensor, rows: list[Tensor]) -> Tensor:
+def _queries(layer: "LatentAttention", own: dict[str, Tensor | None], query: Tensor, rows: list[Tensor]) -> Tensor:
     """Queries (B, H, L, C) of this rank's head group on latents and rotary keys, used by each rank for its own keys."""
     place, m, j = layer.place, layer.place.grid.slices, layer.place.slice
     slices, width = place.groups[0], layer.nope + layer.rope
     (x,) = used_apart([query], place, layer.reduce_dtype)
-    weight, bias = own["q_weight"], own["q_bias"]
+    weight, bias, k_weight = own["q_weight"], own["q_bias"], own["k_weight"]
+    assert weight is not None and k_weight is not None
     q = linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
     q_BHLE = q.unflatten(2, weight.shape[:2]).transpose(1, 2)
     q_BHLd = layer.gathered(_ops.all_gather(filled(q_BHLE, 3, -(-width // m)), 3, m, slices), width)
     nope, rope = q_BHLd.split([layer.nope, layer.rope], 3)
-    on_latents = nope.narrow(3, *dealt(layer.nope, m, j)) @ own["k_weight"].to(nope.dtype)
+    on_latents = nope.narrow(3, *dealt(layer.nope, m, j)) @ k_weight.to(nope.dtype)
     if m > 1:  # each rank uses the sum for its own keys: its gradient is summed too
         (on_latents,) = _ops.replicated([_ops.all_reduce(on_latents, m, slices)], m, slices)
     q_BHLC = torch.cat([on_latents, layer.turned(rope, rows)], 3)
     return q_BHLC if layer.temperature is None else q_BHLC * rows[-1].to(q_BHLC.dtype)
 
 
-def _merged(layer: GridAttention, o_BhLR: Tensor, lse_BhL: Tensor) -> Tensor:
+def _merged(layer: "LatentAttention", o_BhLR: Tensor, lse_BhL: Tensor) -> Tensor:
     """Over the keys of all ranks, of this rank's head group: (B, H, L, R). One exchange along each axis, in the
     logsumexp's dtype, of both together.
     """
@@ -111,7 +118,7 @@ def _over_parts(both: Tensor, parts: int) -> Tensor:
     return torch.cat([out, lse.unsqueeze(3)], 3)
 
 
-def _summed(layer: GridAttention, v_BHLE: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _summed(layer: "LatentAttention", v_BHLE: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The output projection of every rank's part, summed over the grid."""
     place, H = layer.place, v_BHLE.shape[1]
     if layer.combine == "concat":  # where every rank has all of it

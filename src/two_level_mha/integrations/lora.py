@@ -6,7 +6,7 @@ Adapters are whole and the same on every rank: PEFT draws, saves and loads them 
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -61,7 +61,7 @@ class _Watch:
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
 
-    def __call__(self, module: nn.Module, args: tuple) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         for name in self.names:
             child = module._modules[name]
             if "split_as" not in vars(child) and (hasattr(child, "base_layer") or hasattr(child, "original_module")):
@@ -130,7 +130,7 @@ def adapters_aside(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
             _fill(*_place(model, name), module)
 
 
-def refusal_of(layers: dict[str, nn.Module], attentions: list, activations: str) -> GridError | None:
+def refusal_of(layers: dict[str, nn.Module], attentions: list[Any], activations: str) -> GridError | None:
     """Why a model with these LoRA layers, taken aside, cannot be split; attentions: what convert found."""
     if layers and activations != "replicated":
         return GridError(_not_split(activations))
@@ -159,11 +159,11 @@ def check_adapters(layers: Iterable[nn.Module], mesh: DeviceMesh | None, refusal
     """Raises GridError on every rank, for the refusal of one or where adapters, meta ones aside, differ; notes on the
     layers which were compared.
     """
-    layers = [part for layer in layers for part in layer.modules() if hasattr(part, "base_layer")]
-    own = [p for layer in layers for name, p in layer.named_parameters() if "lora_" in name and not p.is_meta]
+    adapted: list[Any] = [part for layer in layers for part in layer.modules() if hasattr(part, "base_layer")]
+    own = [p for layer in adapted for name, p in layer.named_parameters() if "lora_" in name and not p.is_meta]
     advice = "seed every rank alike before adapters are made, or load them from one file"
     same_on_all_ranks({"refusal": refusal, "what the adapters hold": digest(own)}, mesh, advice)
-    for layer in layers:
+    for layer in adapted:
         layer.compared = {*layer.lora_A, *layer.lora_embedding_A}
 
 
@@ -187,7 +187,7 @@ def _fill(parent: nn.Module, name: str, module: nn.Module) -> None:
         outer.split_as = split
 
 
-def _adapt(layer: nn.Module, module: nn.Module, split: Split | None) -> None:
+def _adapt(layer: Any, module: Any, split: Split | None) -> None:
     if isinstance(module, Projection):
         become(layer, AdaptedProjection)
     elif split is not None and split.kind in ADAPTED:
@@ -199,9 +199,11 @@ def _adapt(layer: nn.Module, module: nn.Module, split: Split | None) -> None:
 
 def _inside(layer: nn.Module) -> nn.Module:
     """What PEFT's layers are around; a module that is none is that itself."""
-    while hasattr(layer, "base_layer"):
-        layer = layer.base_layer
-    return layer
+    inner: Any = layer
+    while hasattr(inner, "base_layer"):
+        inner = inner.base_layer
+    found: nn.Module = inner
+    return found
 
 
 def _refusal(layer: nn.Module, stand: nn.Module) -> GridError | None:
@@ -222,7 +224,7 @@ def _not_split(activations: str) -> str:
     )
 
 
-def _takes(module: nn.Module) -> bool:
+def _takes(module: Any) -> bool:
     """Whether it is one of PEFT's LoRA layers that can be around what is split, with plain adapters alone."""
     layers = sys.modules.get("peft.tuners.lora.layer")  # where it was not imported, no module is of it
     known = () if layers is None else (layers.Linear, layers.Embedding, layers.ParamWrapper)
@@ -247,7 +249,9 @@ def _split_places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]
         if getattr(parent, "projection_names", None) and activations != "replicated":
             raise GridError(_not_split(activations))
         for name, child in parent._modules.items():
-            split = None if child is None else vars(child).get("split_as")
+            if child is None:
+                continue
+            split = vars(child).get("split_as")
             if isinstance(child, Projection | AdaptedProjection) and not isinstance(parent, Adapted):
                 yield parent, name, child
             elif split is not None and split.kind in ADAPTED and not isinstance(parent, Adapted):
@@ -257,6 +261,8 @@ def _split_places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]
 
 def _stand_in(module: nn.Module) -> nn.Module:
     """A linear of whole features without numbers, on the device and of the dtype of what it stands for."""
+    made: nn.Module
+    like: Any
     if isinstance(module, Projection):
         layer, letters = module.whose
         made, like = module.whole(), layer._parameters["out_weight" if letters == "o" else f"{letters[0]}_weight"]
@@ -269,13 +275,16 @@ def _stand_in(module: nn.Module) -> nn.Module:
     return made
 
 
-def _mesh_of(module: nn.Module) -> DeviceMesh | None:
-    return module.whose[0].mesh if isinstance(module, Projection) else module.split_as.mesh
+def _mesh_of(module: Any) -> DeviceMesh | None:
+    mesh: DeviceMesh | None = module.whose[0].mesh if isinstance(module, Projection) else module.split_as.mesh
+    return mesh
 
 
 def _own(p: DTensor, place: Place) -> tuple[tuple[int, int], tuple[int, int]]:
     """First and count of the rows and of the columns that this rank has, as torch deals them."""
-    rank, found = place.head_group * place.grid.slices + place.slice, []
-    for dim, size in enumerate(p.shape):
-        found.append(dealt(size, place.grid.size, rank) if p.placements[-1] == Shard(dim) else (0, size))
-    return tuple(found)
+    rank = place.head_group * place.grid.slices + place.slice
+    rows, columns = (
+        dealt(size, place.grid.size, rank) if p.placements[-1] == Shard(dim) else (0, size)
+        for dim, size in enumerate(p.shape)
+    )
+    return rows, columns

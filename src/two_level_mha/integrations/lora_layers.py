@@ -5,17 +5,19 @@ rows of B, or the columns of A, that go with its part.
 """
 
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.functional import linear
 
 from two_level_mha.activations import used_apart
 from two_level_mha.errors import UsageRuntimeError
 from two_level_mha.low_rank import Cut, Term
 from two_level_mha.mesh import Place
+from two_level_mha.operators import ops as _ops
 from two_level_mha.probe import has_hooks
 
 PLAIN_ONLY = (
@@ -23,13 +25,25 @@ PLAIN_ONLY = (
     "reads the weights, no modules_to_save): merge it before parallelize, or leave those modules out"
 )
 
-_ops = torch.ops.two_level_mha
-
 
 class Adapted(nn.Module):
     """A LoRA layer of PEFT around what is split: made of one by `become`. Below, what PEFT's own would do otherwise."""
 
     compared: set[str]  # names of adapters of which the ranks hold the same
+    # PEFT's
+    base_layer: Any
+    lora_A: Mapping[str, nn.Linear]
+    lora_B: Mapping[str, nn.Linear]
+    lora_embedding_A: Mapping[str, Tensor]
+    lora_embedding_B: Mapping[str, Tensor]
+    lora_dropout: Mapping[str, nn.Module]
+    lora_bias: Mapping[str, bool]
+    lora_variant: Mapping[str, object]
+    scaling: Mapping[str, float]
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
 
     def terms(self) -> list[Term]:
         """Those of the active adapters; none of merged ones."""
@@ -99,8 +113,9 @@ class AdaptedProjection(Adapted):
             )
         return super().terms()
 
-    def forward(self, *args, **kwargs) -> Tensor:
-        return self.base_layer(*args, **kwargs)  # says what is wrong
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = self.base_layer(*args, **kwargs)  # says what is wrong
+        return y
 
     def add(self, term: Term, scale: float) -> None:
         layer, letters = self.base_layer.whose
@@ -126,10 +141,12 @@ class AdaptedLinear(AdaptedRest):
     """Of a linear that takes and gives whole features, whose weight is split."""
 
     own: tuple[tuple[int, int], tuple[int, int]]  # rows and columns of the weight that this rank has: first, count
+    fan_in_fan_out: bool
 
-    def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         self.alone(adapter_names)
-        result = y = self.base_layer(x, *args, **kwargs)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        result = y
         for term in self.terms():
             result = result + self.product(x, term) * term.scale
         return result.to(y.dtype)
@@ -192,24 +209,36 @@ class AdaptedEmbedding(AdaptedRest):
 class AdaptedExperts(AdaptedRest):
     """Of one parameter of experts (experts, out, in) or (experts, in, out), each of whose experts is split."""
 
-    def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
+    get_base_layer: Callable[[], nn.Module]
+    parameter_name: str
+    num_experts: int
+    _did_swap_in_out_features: bool
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         self.alone(adapter_names)
-        experts, weight = self.get_base_layer(), None
+        experts = self.get_base_layer()
+        weight: Tensor | None = None
         stored = experts._parameters[self.parameter_name]
         for term in self.terms():
+            assert isinstance(stored, DTensor)
             before = stored.to_local() if weight is None else weight
-            parts = self.parts(stored, *used_apart([term.a, term.b], self.place))
+            a, b = used_apart([term.a, term.b], self.place)
+            parts = self.parts(stored, a, b)
             weight = torch.baddbmm(before, *(x.to(before.dtype) for x in parts), alpha=term.scale)
+        y: Tensor
         if weight is None:
-            return self.base_layer(x, *args, **kwargs)
-        experts._parameters[self.parameter_name] = weight
+            y = self.base_layer(x, *args, **kwargs)
+            return y
+        experts._parameters[self.parameter_name] = weight  # type: ignore[assignment]  # plain, for the call
         try:
-            return self.base_layer(x, *args, **kwargs)
+            y = self.base_layer(x, *args, **kwargs)
+            return y
         finally:
             experts._parameters[self.parameter_name] = stored
 
     def add(self, term: Term, scale: float) -> None:
         stored = self.get_base_layer()._parameters[self.parameter_name]
+        assert isinstance(stored, DTensor)
         own = _local(stored)
         own.baddbmm_(*(x.to(own.dtype) for x in self.parts(stored, term.a, term.b)), alpha=scale)
 
@@ -218,19 +247,20 @@ class AdaptedExperts(AdaptedRest):
         a = a.unflatten(0, (self.num_experts, -1))  # (experts, r, in)
         b = b.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)  # (experts, out, r)
         first, second = (b, a) if self._did_swap_in_out_features else (a.transpose(1, 2), b.transpose(1, 2))
-        layout = stored.placements[-1]
+        layout: Any = stored.placements[-1]  # a Shard, or a strided one
         if layout.dim % 3 == 1:
             return first.index_select(1, _entries(stored, layout)), second
         return first, second.index_select(2, _entries(stored, layout))
 
 
-def _entries(stored: DTensor, layout: Placement) -> Tensor:
+def _entries(stored: DTensor, layout: Any) -> Tensor:
     """Which entries of the split dim this rank has."""
     size = stored.shape[layout.dim]
     dealt = Shard(0) if layout.is_shard() else type(layout)(0, split_factor=layout.split_factor)
     mesh = stored.device_mesh
     numbers = torch.arange(size, device=stored.device)
-    return distribute_tensor(numbers, mesh, [dealt], src_data_rank=None).to_local()
+    own: Tensor = distribute_tensor(numbers, mesh, [dealt], src_data_rank=None).to_local()
+    return own
 
 
 def _local(p: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 import functools
 import os
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from transformers import StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from two_level_mha.checkpoint import full_state_dict
 from two_level_mha.control import Control, same_in
@@ -16,8 +17,22 @@ from two_level_mha.integrations.generate import FirstRanksTokens
 from two_level_mha.integrations.private import private
 from two_level_mha.mesh import control_on
 
+if TYPE_CHECKING:
 
-class OnGrid:
+    class _Original(nn.Module):
+        """What a transformers model has."""
+
+        def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList: ...
+        def save_pretrained(self, *args: Any, **kwargs: Any) -> None: ...
+        def get_input_embeddings(self) -> nn.Module: ...
+        def get_output_embeddings(self) -> nn.Module | None: ...
+        def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module: ...
+
+else:
+    _Original = object
+
+
+class OnGrid(_Original):
     """Of a model whose ranks act together. What else it is, is its original's class."""
 
     grid_control: Control | None  # None: one rank, or unpickled in another job
@@ -26,21 +41,27 @@ class OnGrid:
     @property
     def _tp_size(self) -> int | None:
         """What Trainer and accelerate read: this many ranks are given the same batches."""
-        return self.ranks_of_job or None
+        return self.ranks_of_job or None if self.grid_control is not None else None
 
     @property
     def is_distributed_loading_by_transformers(self) -> bool:
         """What Trainer reads: nothing wraps the model, every rank calls save_pretrained, optimizers are not saved."""
-        return self.ranks_of_job > 0
+        return self._tp_size is not None
 
-    def _get_stopping_criteria(self, generation_config, *args, **kwargs) -> StoppingCriteriaList:
+    def _get_stopping_criteria(
+        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> StoppingCriteriaList:
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
         if generation_config.num_beams > 1 or self.grid_control is None:  # beams: the column is a copy
             return criteria
         return FirstRanksTokens(criteria, self.grid_control)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, state_dict: dict | None = None, **options
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         """transformers', of whole tensors: called on every rank, the first of which writes, while the others go on.
 
@@ -55,7 +76,7 @@ class OnGrid:
             super().save_pretrained(save_directory, is_main_process, state_dict, **options)
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
     ) -> nn.Module:
         """transformers', where neither embedding nor head is split. Raises UsageRuntimeError where one is."""
         changes = new_num_tokens is not None or pad_to_multiple_of is not None
@@ -67,26 +88,31 @@ class OnGrid:
                 )
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
-    def __reduce__(self) -> tuple:  # its class has no place in a module
+    def __reduce__(self) -> tuple[object, ...]:  # its class has no place in a module
         return _blank, (type(self).__bases__[1],), vars(self)
 
 
-@functools.cache
-def _on_grid(original: type) -> type:
+def _on_grid(original: type) -> type[OnGrid]:
     """Under the original's name, which save_pretrained writes into a config."""
+    return _class_of(original)
+
+
+@functools.cache
+def _class_of(original: type) -> type:
     return type(original.__name__, (OnGrid, original), {"__module__": original.__module__})
 
 
 def _blank(original: type) -> nn.Module:
-    return _on_grid(original).__new__(_on_grid(original))
+    made = _on_grid(original)
+    return made.__new__(made)
 
 
 def put_on_grid(model: nn.Module, mesh: DeviceMesh | None) -> None:
     """Lets the methods of a transformers model know that it is split."""
     if not isinstance(model, OnGrid):
-        alone = mesh is None or mesh.size() == 1
-        model.grid_control = None if alone else control_on(mesh)
-        model.ranks_of_job = 0 if alone or mesh.size() < dist.get_world_size() else mesh.size()
-        if model.ranks_of_job:  # Trainer asks it for the size of data parallelism
-            model.config.distributed_config = private("DistributedConfig")(tp_size=1, fsdp_size=1)
+        control = None if mesh is None or mesh.size() == 1 else control_on(mesh)
+        ranks = 0 if mesh is None or control is None or mesh.size() < dist.get_world_size() else mesh.size()
+        vars(model).update(grid_control=control, ranks_of_job=ranks)
+        if ranks:  # Trainer asks it for the size of data parallelism
+            vars(model.config)["distributed_config"] = private("DistributedConfig")(tp_size=1, fsdp_size=1)
         model.__class__ = _on_grid(type(model))

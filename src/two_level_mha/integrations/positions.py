@@ -5,6 +5,8 @@ Letters: as in layer.py, and r the dims of a head that are rotated.
 
 import inspect
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +24,24 @@ from two_level_mha.integrations.forms import (
     temperature_of,
     tuning_of,
 )
-from two_level_mha.layer import Aside
+from two_level_mha.layer import Aside, GridAttention
 from two_level_mha.low_rank import Cut
+from two_level_mha.operators import ops as _ops
 
 PER_HEAD = "norms"  # a norm's list of one for each head
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in float64 models' norms are float32's
 
-_ops = torch.ops.two_level_mha
 
-
-class Positioned:
+class Positioned(GridAttention):
     """Of a split attention: `use_positions` takes over the original's norms and its rotary function.
 
     A norm's weights are (d,), of every head, or none; (heads, d), or a list of as many norms, one for each head; or
     (heads * d,), of an RMS norm over all heads, whose sums of squares are summed over the ranks that have the others
     of the same rows.
     """
+
+    config: Any  # of the model
+    rotary: Callable[..., Any] | None
 
     def use_positions(self, original: nn.Module, rotates: bool, norms_last: bool) -> None:
         self.rotary = _rotary(original) if rotates else None
@@ -54,7 +58,7 @@ class Positioned:
         self.value_eps, self.queries_alone = _value_eps(original), takes_shared(original)
         self.fused = self.fused_form(self.rotary_width)
 
-    def rows_of(self, given: dict, first: int, length: int) -> list[Tensor] | None:
+    def rows_of(self, given: dict[str, Any], first: int, length: int) -> list[Tensor] | None:
         """What goes with the tokens of a call, `length` from position `first` on: cos and sin, then the factors of the
         queries.
         """
@@ -67,8 +71,9 @@ class Positioned:
             angles = cos, sin
         if isinstance(angles, Tensor):  # complex numbers
             angles = angles.real, angles.imag
-        unrotated = self.rotary is None or angles is None  # a model may leave them out by its config
-        rows = [] if unrotated else [x.unsqueeze(1) for x in angles]
+        rows: list[Tensor] = []
+        if self.rotary is not None and angles is not None:  # a model may leave them out by its config
+            rows = [x.unsqueeze(1) for x in angles]
         if self.temperature is not None:
             parameters = self.config.rope_parameters
             names = "llama_4_scaling_beta", "original_max_position_embeddings"
@@ -87,7 +92,7 @@ class Positioned:
         """Those of queries and of keys that the model has."""
         return [getattr(self, name) for name in self.norm_names.values()]
 
-    def norm_parameters(self) -> list[nn.Parameter] | None:
+    def norm_parameters(self) -> list[Tensor] | None:
         """Of all of them, as attend's `shared`."""
         return [p for norm in self.norms() for p in norm.parameters()] or None
 
@@ -101,6 +106,7 @@ class Positioned:
         return self.by_model(q_BHLd, k_BKSd, aside)
 
     def by_operator(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
+        assert self.fused is not None
         eps, interleaved = self.fused
         return _ops.norm_rotary(q_BHLd, k_BKSd, aside.shared, eps, aside.q_rows, aside.k_rows, interleaved)
 
@@ -148,16 +154,20 @@ class Positioned:
         if (each := getattr(norm, PER_HEAD, None)) is not None:
             weights_hd = torch.stack(list(parameters.values()))
             ones = {"weight": torch.ones_like(weights_hd[0])}
-            unweighted = torch.func.functional_call(each[0], ones, (x_BHLd,))
+            unweighted: Tensor = torch.func.functional_call(each[0], ones, (x_BHLd,))
             return unweighted * cut.of(weights_hd, 0, x_BHLd.shape[1], d).unsqueeze(1)
         if shape in (None, (d,)):
-            return torch.func.functional_call(norm, parameters, (x_BHLd,))
+            normed: Tensor = torch.func.functional_call(norm, parameters, (x_BHLd,))
+            return normed
         parameters = {own: cut.of(p.view(heads, d), 0, x_BHLd.shape[1], d) for own, p in parameters.items()}
         if shape == (heads, d):
-            return torch.func.functional_call(norm, parameters, (x_BHLd.transpose(1, 2),)).transpose(1, 2)
+            normed = torch.func.functional_call(norm, parameters, (x_BHLd.transpose(1, 2),))
+            return normed.transpose(1, 2)
         x = x_BHLd if x_BHLd.dtype == torch.float64 else x_BHLd.float()
         mean_B1L1 = self._over_heads(x.square().sum((1, 3), keepdim=True), x.shape[1], heads) / (heads * d)
-        x = x * torch.rsqrt(mean_B1L1 + _eps(norm))
+        eps = _eps(norm)
+        assert eps is not None
+        x = x * torch.rsqrt(mean_B1L1 + eps)
         return (parameters["weight"].unsqueeze(1) * x).to(x_BHLd.dtype)
 
     def _over_heads(self, x: Tensor, held: int, heads: int) -> Tensor:
@@ -204,7 +214,7 @@ class Positioned:
             return torch.randn(shape, generator=draw, device="cpu")
 
         eps = [_eps(norm) for norm in norms] or [0.0]
-        if not all(isinstance(each, float) and each == eps[0] for each in eps):
+        if not isinstance(eps[0], float) or not all(isinstance(each, float) and each == eps[0] for each in eps):
             return None
         q, k = random(2, 2, 3, self.head_dim), random(2, 2, 3, self.head_dim)
         angles = [random(2, 1, 3, width) for _ in ("cos", "sin")]
@@ -226,7 +236,8 @@ def _weight_shape(norm: nn.Module) -> tuple[int, ...] | None:
 
 
 def _eps(norm: nn.Module) -> float | None:
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    eps: float | None = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return eps
 
 
 def _value_eps(original: nn.Module) -> float | None:
@@ -239,19 +250,23 @@ def _value_eps(original: nn.Module) -> float | None:
     return _eps(norm)
 
 
-def _rotary(original: nn.Module):
+def _rotary(original: nn.Module) -> Callable[..., Any]:
     """The rotary function of the model's own module: of q, k (B, heads, L, r), cos and sin it gives both."""
     module = sys.modules[type(original).__module__]
     if SINUSOIDS in parameters_of(original):  # of both, and sines and cosines (B, 1, L, 2 pairs)
-        found = type(original).apply_rotary_position_embeddings
-        return lambda q, k, cos, sin: found(torch.cat([sin, cos], -1).unsqueeze(1), q, k)
-    found = getattr(module, "apply_rotary_pos_emb", None)
+        kind: Any = type(original)
+        turn = kind.apply_rotary_position_embeddings
+        return lambda q, k, cos, sin: turn(torch.cat([sin, cos], -1).unsqueeze(1), q, k)
+    found: Callable[..., Any] | None = getattr(module, "apply_rotary_pos_emb", None)
     if found is None and takes_complex(original):  # of both (B, L, heads, r), neither of them empty
-        found = module.apply_rotary_emb
+        rotate: Callable[..., Any] = module.apply_rotary_emb
 
         def of_one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             x_BLHr = x.transpose(1, 2)
-            return found(x_BLHr, x_BLHr[:, :, :1], torch.complex(cos, sin))[0].transpose(1, 2) if x.numel() else x
+            if not x.numel():
+                return x
+            y_BLHr: Tensor = rotate(x_BLHr, x_BLHr[:, :, :1], torch.complex(cos, sin))[0]
+            return y_BLHr.transpose(1, 2)
 
         return lambda q, k, cos, sin: [of_one(x, cos, sin) for x in (q, k)]
     if found is None:
@@ -274,7 +289,8 @@ def rotary_width(original: nn.Module, head_dim: int) -> int:
     if isinstance(own := getattr(original, LATENT_DIMS[1], None), int):
         return own
     if hasattr(original, ANGLES):
-        return getattr(original, ANGLES).shape[-1]
+        angles: Tensor = getattr(original, ANGLES)
+        return angles.shape[-1]
     if isinstance(known := getattr(original, ROTATED, None), int):
         return known
     config = getattr(original, "config", None)

@@ -2,10 +2,15 @@
 
 import importlib
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from two_level_mha.errors import GridError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FLOOR = (5, 23)
 
@@ -28,7 +33,7 @@ _METHODS = (
 )  # fmt: skip
 
 
-def private(name: str):
+def private(name: str) -> Any:
     """A private name of transformers. Raises GridError where the installed one has it no more."""
     try:
         return getattr(importlib.import_module(_MODULES[name]), name)
@@ -36,15 +41,16 @@ def private(name: str):
         raise _absent(f"{_MODULES[name]}.{name}") from error
 
 
-def private_method(model: nn.Module, name: str):
+def private_method(model: "PreTrainedModel | type[PreTrainedModel]", name: str) -> Callable[..., Any]:
     """A private method of a transformers model. Raises GridError where the installed one has it no more."""
     assert name in _METHODS
     if not hasattr(model, name):
         raise _absent(f"PreTrainedModel.{name}")
-    return getattr(model, name)
+    method: Callable[..., Any] = getattr(model, name)
+    return method
 
 
-def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
+def pretrained_models(model: nn.Module) -> "dict[str, PreTrainedModel]":
     """The outermost transformers models in `model`, by name; {"": model} if it is one itself.
 
     Raises GridError if there is one and transformers is too old.
@@ -52,7 +58,7 @@ def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
     modeling = sys.modules.get("transformers.modeling_utils")  # where it was not imported, no model is of it
     if modeling is None:
         return {}
-    found: dict[str, nn.Module] = {}
+    found: dict[str, PreTrainedModel] = {}
     for name, module in model.named_modules():
         inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
         if isinstance(module, modeling.PreTrainedModel) and not inside:

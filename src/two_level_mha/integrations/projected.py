@@ -1,6 +1,7 @@
 """transformers' attention without a KV cache, as its modules are called: BERT, ViT, CLIP, ModernBERT and their kin."""
 
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,13 @@ from two_level_mha.integrations import forms
 from two_level_mha.integrations.positions import Positioned, random_angles, takes_complex
 from two_level_mha.layer import Aside, GridAttention
 from two_level_mha.low_rank import features_of
+from two_level_mha.names import Args, Kwargs
 from two_level_mha.probe import settings
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # whose masks are understood
+
+
+Attended: TypeAlias = tuple[Any, ...] | list[Tensor]  # the output first, as the original gives it
 
 
 class ProjectedAttention(Positioned, GridAttention):
@@ -34,6 +39,8 @@ class ProjectedAttention(Positioned, GridAttention):
     biased: how a bias of the scores is added, one of forms.BIASED; gate_function: one of forms.GATE_FUNCTIONS.
     """
 
+    compute_bias: Callable[..., Tensor]  # of an original with forms.BIAS_TABLE
+
     def __init__(
         self,
         original: nn.Module,
@@ -47,7 +54,7 @@ class ProjectedAttention(Positioned, GridAttention):
         scaled: bool = True,
         biased: str = forms.BIASED[0],
         gate_function: str = "sigmoid",
-        **options,
+        **options: Any,
     ) -> None:
         h, k, d, gated = self.sizes_of(original, projections)
         super().__init__(num_heads=h, num_kv_heads=k, head_dim=d, mesh=mesh, gated=gated, **options)
@@ -98,7 +105,7 @@ class ProjectedAttention(Positioned, GridAttention):
         """Of attention weights, in this call."""
         return getattr(self, self.dropout_name).p if self.training else 0.0
 
-    def forward(self, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    def forward(self, *args: Any, **kwargs: Any) -> Attended:
         given = self.given(args, kwargs)
         hidden_states, dropout_p = given["hidden_states"], self.dropout_p
         whole = self.wholes([hidden_states])[0]
@@ -114,21 +121,21 @@ class ProjectedAttention(Positioned, GridAttention):
         causal = self.masks_itself or self.causal_without_mask(given, whole.shape[1])
         return self.attended(given, hidden_states, [whole, whole], mask, 0 if causal else None)
 
-    def given(self, args: tuple, kwargs: dict) -> dict:
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name, the hidden states and the mask by one name."""
         given = dict(zip(self.argument_names, args, strict=False)) | kwargs
         return given | {forms.INPUTS[0]: given[self.argument_names[0]], forms.MASKS[0]: given.get(self.mask_name)}
 
     def attended(
         self,
-        given: dict,
+        given: dict[str, Any],
         states: Tensor,
         wholes: list[Tensor],
         mask: Tensor | None,
         causal: int | None,
-        then: Callable | None = None,
-        **options,
-    ) -> tuple[Tensor, Tensor | None]:
+        then: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> Attended:
         """What a call returns: of `attend`, which takes the options, and of what the original does behind it.
 
         states: of which keys and values are; then: what acts last on q, k and v before they attend.
@@ -139,13 +146,13 @@ class ProjectedAttention(Positioned, GridAttention):
     def attended_inputs(
         self,
         inputs: tuple[Tensor, Tensor, Tensor],
-        given: dict,
+        given: dict[str, Any],
         wholes: list[Tensor],
         mask: Tensor | None,
         causal: int | None,
-        then: Callable | None = None,
-        **options,
-    ) -> tuple[Tensor, Tensor | None]:
+        then: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> Attended:
         """The same, of what stands for query, key and value."""
         y_BLD, weights = self.attend(
             *inputs,
@@ -168,7 +175,7 @@ class ProjectedAttention(Positioned, GridAttention):
         bias = (self._parameters[forms.OUTPUT_BIAS],) if forms.OUTPUT_BIAS in self._parameters else ()
         return y_BLD, weights, *bias
 
-    def check_arguments(self, given: dict) -> None:
+    def check_arguments(self, given: dict[str, Any]) -> None:
         """Raises where the config was changed to an implementation whose masks, or whose lack of one, mean others, and
         for arguments of cross-attention.
         """
@@ -185,11 +192,11 @@ class ProjectedAttention(Positioned, GridAttention):
             if given.get(name) is not None and name not in self.biases:
                 raise UsageRuntimeError(f"{name} is not supported by this attention: it adds attention_mask only")
 
-    def mask_of(self, given: dict, length: int, keys: int, kept: int = 0) -> Tensor | None:
+    def mask_of(self, given: dict[str, Any], length: int, keys: int, kept: int = 0) -> Tensor | None:
         """The mask, with what the original adds to the scores. length, keys: how many queries and keys there are; kept:
         those of a cache. A bias that is made here is given from then on.
         """
-        mask = given["attention_mask"]
+        mask: Tensor | None = given["attention_mask"]
         if mask is not None and self.hides:
             mask = ~mask
         if self.makes_bias and given.get("position_bias") is None:
@@ -216,12 +223,15 @@ class ProjectedAttention(Positioned, GridAttention):
 
     def of_rows(self, name: str, x_BLD: Tensor) -> Tensor:
         """What a child that every rank holds gives for the rows that this rank has of all."""
-        child = getattr(self, name)
+        child: nn.Module = getattr(self, name)
+        y: Tensor
         if not self.splits:
-            return child(x_BLD)
+            y = child(x_BLD)
+            return y
         names, weights = zip(*child.named_parameters(), strict=True)
-        weights = dict(zip(names, used_apart(list(weights), self.place, self.reduce_dtype), strict=True))
-        return torch.func.functional_call(child, weights, (x_BLD,))
+        apart = dict(zip(names, used_apart(weights, self.place, self.reduce_dtype), strict=True))
+        y = torch.func.functional_call(child, apart, (x_BLD,))
+        return y
 
     def whole_rows(self, part: Tensor, whole: Tensor) -> Tensor:
         """All rows of what this rank has of them; whole: stands for the whole x."""
@@ -229,7 +239,9 @@ class ProjectedAttention(Positioned, GridAttention):
             return part
         return gather_part(part, whole.shape[int(self.activations == "sequence")], self.activations, self.place, True)
 
-    def between_of(self, given: dict, first: int, length: int, then: Callable | None) -> dict[str, object]:
+    def between_of(
+        self, given: dict[str, Any], first: int, length: int, then: Callable[..., Any] | None
+    ) -> dict[str, Any]:
         """What acts on queries and keys, as arguments of `attend`; first, length: positions of the queries."""
 
         def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,27 +255,28 @@ class ProjectedAttention(Positioned, GridAttention):
             "sinks": self._parameters.get(forms.SINKS),
         }
 
-    def finished(self, y_BLD: Tensor, given: dict) -> Tensor:
+    def finished(self, y_BLD: Tensor, given: dict[str, Any]) -> Tensor:
         """What the original does behind its output projection."""
-        if given.get("residual") is not None:
+        residual: Tensor | None = given.get("residual")
+        if residual is not None:
             p = self.hidden_dropout if self.training else 0.0
-            return given["residual"] + nn.functional.dropout(y_BLD, p)
+            return residual + nn.functional.dropout(y_BLD, p)
         for name in self.after:
             y_BLD = getattr(self, name)(given["hidden_states"] + y_BLD if name == forms.OUTPUT_NORM else y_BLD)
         return y_BLD
 
-    def causal_without_mask(self, given: dict, length: int) -> bool:
+    def causal_without_mask(self, given: dict[str, Any], length: int) -> bool:
         """Whether a call of `length` queries has no mask and is causal: with "eager" the mask would say so."""
         is_causal = given.get("is_causal")
         wanted = given["attention_mask"] is None and (self.is_causal if is_causal is None else is_causal)
         return wanted and getattr(self.config, "_attn_implementation", "eager") == "sdpa" and length > 1
 
-    def needs_weights(self, given: dict) -> bool:
+    def needs_weights(self, given: dict[str, Any]) -> bool:
         """Whether a call, or else the config, asks for attention weights."""
         return bool(given.get("output_attentions", getattr(self.config, "output_attentions", False)))
 
 
-def projected_like(original: nn.Module, *args, **options) -> ProjectedAttention:
+def projected_like(original: nn.Module, *args: Any, **options: Any) -> ProjectedAttention:
     """A ProjectedAttention of the original's class too."""
     return class_like(ProjectedAttention, type(original))(original, *args, **options)
 
@@ -281,12 +294,13 @@ def mask_for(original: nn.Module, keep: Tensor, dtype: torch.dtype) -> Tensor:
     return additive(keep, dtype) if eager else keep
 
 
-def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict[str, object]:
+def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict[str, Any]:
     """hidden_states of two sequences of `rows` rows, and what else the original takes with them."""
     names = (forms.LATENT, *forms.PROJECTIONS["q"], *forms.PROJECTIONS["qkv"])
     projection = forms.first_of(original, names)
     x_BLD = torch.randn(2, rows, features_of(projection)[0], dtype=dtype)
-    named, given = forms.parameters_of(original), {"hidden_states": x_BLD}
+    named = forms.parameters_of(original)
+    given: dict[str, Any] = {"hidden_states": x_BLD}
     h, d = (forms.first_of(original, names) for names in (forms.HEADS, forms.HEAD_DIMS))
     if "position_embeddings" in named:
         given["position_embeddings"] = random_angles(original, d, rows, dtype)
@@ -314,7 +328,7 @@ def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict
     return given
 
 
-def probe_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
+def probe_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[Args, Kwargs]]:
     """A small batch of two with a padding mask, as transformers would call the module, and without a mask."""
     given = random_arguments(original, 5, dtype)
     hidden = (given.pop("hidden_states"),)

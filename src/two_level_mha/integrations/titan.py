@@ -6,6 +6,7 @@ Letters: as in layer.py, and r the numbers that the table has for a position.
 import inspect
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class TitanAttention(Positioned, GridAttention):
 
     def __init__(
         self, original: nn.Module, projections: dict[str, nn.Module], paths: dict[str, str], mesh: DeviceMesh | None,
-        **options,
+        **options: Any,
     ) -> None:  # fmt: skip
         h, k, d = forms.heads_of(original, projections)
         super().__init__(num_heads=h, num_kv_heads=k, head_dim=d, mesh=mesh, **options)
@@ -38,7 +39,7 @@ class TitanAttention(Positioned, GridAttention):
         forms.store_projections(self, projections, paths, forms.names_of(projections, paths, (h, k, d), "blocks"))
         self.use_positions(original, rotates=False, norms_last=False)
 
-    def forward(self, *args, **kwargs) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         given = dict(zip(self.argument_names, args, strict=False)) | kwargs
         x_BLD, table = (given.pop(name, None) for name in self.argument_names[:2])
         whole = self.wholes([x_BLD])[0]
@@ -62,7 +63,8 @@ class TitanAttention(Positioned, GridAttention):
             rows = rows_11Lr[0, 0]
             rows = torch.view_as_complex(rows.unflatten(1, (-1, 2)).contiguous()) if own.is_complex() else rows
             x_BLHd = x_BHLd.transpose(1, 2)
-            return self.rotate(x_BLHd, x_BLHd[:, :, :1], rows)[0].transpose(1, 2)
+            turned_BLHd: Tensor = self.rotate(x_BLHd, x_BLHd[:, :, :1], rows)[0]
+            return turned_BLHd.transpose(1, 2)
 
         def between(q_BHLd: Tensor, k_BKSd: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
             q, k = self.positioned(q_BHLd, k_BKSd, aside._replace(q_rows=[], k_rows=[]))
@@ -74,7 +76,7 @@ class TitanAttention(Positioned, GridAttention):
         )[0]  # fmt: skip
 
 
-def titan_like(original: nn.Module, *args, **options) -> TitanAttention:
+def titan_like(original: nn.Module, *args: Any, **options: Any) -> TitanAttention:
     """A TitanAttention of the original's class too."""
     return class_like(TitanAttention, type(original))(original, *args, **options)
 
@@ -94,12 +96,13 @@ def problem(module: nn.Module) -> str | None:
     return None if hasattr(beside, ROTATE) else f"{beside.__name__} has no {ROTATE}, which it would be rotated by"
 
 
-def rotation_of(module: nn.Module) -> Callable:
+def rotation_of(module: nn.Module) -> Callable[..., Any]:
     """The function by which the module rotates."""
-    return getattr(sys.modules[type(module).__module__], ROTATE)
+    rotate: Callable[..., Any] = getattr(sys.modules[type(module).__module__], ROTATE)
+    return rotate
 
 
-def titan_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple, dict]]:
+def titan_inputs(original: Any, dtype: torch.dtype) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Two sequences of 5 rows, and the table that the function beside the class takes: complex, or real."""
     d = forms.first_of(original, forms.HEAD_DIMS)
     x_BLD = torch.randn(2, 5, original.wq.in_features, dtype=dtype)

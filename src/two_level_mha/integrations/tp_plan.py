@@ -6,6 +6,7 @@ others are applied on the flattened grid, so MLPs, experts, embeddings and the h
 
 import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,6 +18,9 @@ from two_level_mha.mesh import grid_mesh
 from two_level_mha.probe import changed_linear, has_hooks, is_inside
 from two_level_mha.stock import take_full_tensors
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Styles whose module takes and gives full activations: leaving one out changes nothing else.
 _ALONE = {
     "embedding_rowwise", "embedding_colwise", "colwise_gather_output", "colwise_rep", "rowwise_split_input",
@@ -26,7 +30,7 @@ _ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")  # in the name of a
 
 
 def find_tp_plan(
-    model: nn.Module, ranks: int, replaced: set[str], owners: dict[int, int]
+    model: "PreTrainedModel", ranks: int, replaced: set[str], owners: dict[int, int]
 ) -> tuple[dict[str, str], dict[str, str]] | None:
     """The rules to apply, name -> style, and what stays unsplit, name -> why. None if the model has no plan.
 
@@ -83,11 +87,12 @@ def apply_tp_plan(model: nn.Module, tp_plan: dict[str, str], mesh: DeviceMesh) -
     private("apply_tensor_parallelism")(model, grid_mesh(mesh), tp_plan)
     for name, forward in forwards.items():
         module, style = modules[name], styles[tp_plan[name]]
-        installed = vars(module).get("forward")
+        own = module.__dict__
+        installed = own.get("forward")
         if getattr(installed, "__qualname__", "").startswith("TensorParallelLayer."):  # what nearly every style has
-            vars(module)["forward"] = StyledForward(module, forward, style, grid_mesh(mesh))
+            own["forward"] = StyledForward(module, forward, style, grid_mesh(mesh))
         elif installed is not None:
-            vars(module)["forward"] = SharedForward(installed, f"{name} ({tp_plan[name]})")
+            own["forward"] = SharedForward(installed, f"{name} ({tp_plan[name]})")
     for owner in {name if name in modules else name.rpartition(".")[0] for name in tp_plan}:
         take_full_tensors(modules[owner])
 
@@ -97,10 +102,10 @@ class StyledForward:
     a copy of the module would share it, and run the original with the original's weights. This goes with the copy.
     """
 
-    def __init__(self, module: nn.Module, forward: Callable, style, mesh: DeviceMesh) -> None:
+    def __init__(self, module: nn.Module, forward: Callable[..., Any], style: Any, mesh: DeviceMesh) -> None:
         self.module, self.forward, self.style, self.mesh = module, forward, style, mesh
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self.style.transform_inputs_pre_forward(self.module, args, kwargs, self.mesh)
         with self.style.context_around_forward(self.module, self.mesh):
             output = self.forward(*args, **kwargs)
@@ -110,13 +115,13 @@ class StyledForward:
 class SharedForward:
     """A closure over a module, of a style that installs it in a way of its own. It refuses to go with a copy."""
 
-    def __init__(self, forward: Callable, what: str) -> None:
+    def __init__(self, forward: Callable[..., Any], what: str) -> None:
         self.forward, self.what = forward, what
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
 
-    def __reduce__(self):
+    def __reduce__(self) -> NoReturn:
         raise GridError(
             f"a model cannot be copied or pickled after parallelize where transformers changes {self.what}: copy it "
             "first, and split both"
