@@ -27,6 +27,7 @@ from two_level_mha.replaced import note_replaced
 from two_level_mha.report import keep_report
 from two_level_mha.rest import Rest, find_rest, plan_trials, split_rest
 from two_level_mha.stacks import find_stacks, split_stack
+from two_level_mha.state_trial import take_states
 from two_level_mha.stock import resolve, take_stock_keys
 
 
@@ -126,6 +127,8 @@ def _parallelize(
         _check_grid(found, grid, scheme)
         if (unadapted := refusal_of(layers, found, activations)) is not None:
             raise unadapted
+        if grid.size > 1:
+            take_states(attentions, grid, layers)
         if rest and grid.size > 1:
             others = find_rest(model, grid.size, attentions.names(), skips)
             if activations == "replicated" and scheme != "independent":
@@ -158,6 +161,7 @@ def _parallelize(
             "which hidden states can stay split": [stack.name for stack in stacks],
             "what attention does": [(one.adapter.name, one.variant) for one in attentions.found],
             "whose weights are gathered": list(attentions.gathered),
+            "which states are split": [(name, one.gate_first) for name, one in attentions.states.items()],
         }
         same_on_all_ranks(kinds, mesh, "build the model alike on every rank")
     before = dict(model.named_parameters())
@@ -172,6 +176,8 @@ def _parallelize(
         model.register_forward_hook(NoteOfFailure(control), always_call=True)
         for module, _ in attentions.gathered.values():
             later("gathered", "gather_weights")(module, mesh)
+        for module, gate_first in attentions.states.values():
+            later("states", "split_states")(module, mesh, gate_first, reduce_dtype)
         trials = plan_trials(others) if not stacks else []
         split_rest(others, mesh, {linear for stack in stacks for linear in stack.linears})
         for stack in stacks:
@@ -206,6 +212,8 @@ def _holds(layers: list[nn.Module], attentions: Attentions, others: Rest, grid: 
     inside = {module for layer in layers for module in layer.modules()}
     names = [name for name, (module, _) in attentions.gathered.items() if module in inside]
     left_out = {name: "hidden states are whole around it, since its weights are gathered" for name in names}
+    states = [name for name, one in attentions.states.items() if one.module in inside]
+    left_out |= dict.fromkeys(states, "hidden states are whole around it")
     for one in attentions.found:
         own = one.own_grid(grid)
         if one.module in inside and not own.deals_parts_as(grid):

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from two_level_mha.errors import GridError
+from two_level_mha.mesh import Place
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,20 @@ class StockTensor:
 
     def _of_groups(self, x: Tensor, dim: int) -> Tensor:
         return x.unflatten(dim, (self.groups, -1)).narrow(dim + 1, self.start, self.size // self.groups)
+
+
+class HoldsStock(nn.Module):
+    """A module on a mesh whose own parameters are what `stock_names` says of the unsplit model's tensors; `block` gives
+    this rank's of a whole one.
+    """
+
+    stock_names: dict[str, StockTensor]
+    mesh: DeviceMesh | None
+    place: Place
+
+    def block(self, full: Tensor, name: str) -> Tensor:
+        """`full`, the same on every rank, as this module stores parameter `name`."""
+        raise NotImplementedError
 
 
 def resolve(name: str, key: str) -> str:

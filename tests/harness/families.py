@@ -116,9 +116,12 @@ def _has(config: transformers.PretrainedConfig, name: str) -> bool:
         return True
 
 
-def build(family: str, kv_heads: int = SIZES[KV_HEADS[0]]) -> torch.nn.Module:
+def build(family: str, kv_heads: int = SIZES[KV_HEADS[0]], **sizes: object) -> torch.nn.Module:
+    """A small model of a family, random; sizes: what its configuration has besides."""
     torch.manual_seed(0)
     config = small(family, kv_heads)
+    for name, value in sizes.items():
+        setattr(config, name, value)
     config._attn_implementation = "sdpa"
     try:
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -180,7 +183,7 @@ def try_family(family: str, grid: tuple[int, int]) -> dict[str, object]:
     report = tlm.report(model)
     mlps = sum(why == NO_PLAN for why in report.gathered.values())
     found = {
-        "attentions": report.attentions,
+        "attentions": report.attentions + report.states,
         "gathered": len(report.gathered) - mlps,
         "gathered_mlps": mlps,
         "held": report.held_parameters / parameters,

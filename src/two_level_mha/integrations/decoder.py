@@ -13,7 +13,7 @@ from two_level_mha.class_like import class_like
 from two_level_mha.decoder import check_dropout
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations import forms
-from two_level_mha.integrations.cache import WINDOWED, put_layer, split_layer
+from two_level_mha.integrations.cache import HYBRID, WINDOWED, put_layer, split_layer
 from two_level_mha.integrations.projected import ProjectedAttention, additive, mask_for, random_arguments
 from two_level_mha.mesh import Place
 
@@ -162,8 +162,9 @@ def _check_options(original: nn.Module, scheme: str) -> None:
     if clip is not None:  # a trial's numbers may be too small for it
         raise GridError(f"it clips queries, keys and values (clip_qkv={clip})")
     kind = dict(enumerate(getattr(config, "layer_types", None) or ())).get(forms.layer_of(original))
-    if kind is not None and kind not in WINDOWED:
-        raise GridError(f"its layer is of type {kind!r}, whose cache is not split; supported: {', '.join(WINDOWED)}")
+    supported = (*WINDOWED, HYBRID)
+    if kind is not None and kind not in supported:
+        raise GridError(f"its layer is of type {kind!r}, whose cache is not split; supported: {', '.join(supported)}")
 
 
 def decoder_like(original: nn.Module, *args, **options) -> DecoderAttention:

@@ -1,0 +1,105 @@
+"""Layers that keep a state for each head, split by heads and by what heads give. T, where models compute in float64."""
+
+import copy
+import sys
+from contextlib import contextmanager
+from types import ModuleType
+
+import pytest
+import torch
+from harness.calls import mesh
+from harness.families import build, inputs, stock_gradients
+
+import two_level_mha as tlm
+
+DELTA = {"_experts_implementation": "eager", "linear_num_value_heads": 4, "linear_value_head_dim": 12}
+# Family, the grid that its layers with states take of (2, 2), and sizes that make it so.
+CASES = [
+    ("qwen3_next", (2, 2), DELTA | {"linear_num_key_heads": 2}),
+    ("qwen3_next", (2, 2), DELTA | {"linear_num_key_heads": 2, "linear_num_value_heads": 2}),
+    ("qwen3_next", (1, 4), DELTA | {"linear_num_key_heads": 1}),
+    ("qwen3_next", (1, 4), DELTA | {"linear_num_key_heads": 1, "linear_num_value_heads": 2}),
+    ("qwen3_next", (4, 1), DELTA | {"linear_num_key_heads": 4}),
+    ("qwen3_5_text", (2, 2), DELTA | {"linear_num_key_heads": 2, "linear_num_value_heads": 2}),
+    ("olmo_hybrid", (1, 4), DELTA | {"linear_num_key_heads": 1, "linear_num_value_heads": 1}),
+]
+
+
+class Wide(ModuleType):
+    """torch for a model's module, whose float32 is float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@contextmanager
+def in_float64(model):
+    """Lets a model compute in float64 what it would in float32."""
+    modules = {sys.modules[kind.__module__] for part in model.modules() for kind in type(part).__mro__}
+    modules = [module for module in modules if module.__name__.startswith("transformers.models.")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        for module in modules:
+            patch.setattr(module, "torch", Wide("torch"))
+        yield
+
+
+def steps(model):
+    """Logits of a padded batch, at once and with a cache in two parts and a step; and that cache."""
+    batch = inputs()
+    ids, keep = batch["input_ids"], batch["attention_mask"]
+    found = {"logits": model(**batch, use_cache=False).logits}
+    with torch.no_grad():
+        cache, last, logits = None, 0, []
+        for end in (9, 10, 11):
+            output = model(ids[:, last:end], attention_mask=keep[:, :end], past_key_values=cache, use_cache=True)
+            cache, last = output.get("past_key_values", output.get("cache_params")), end
+            logits.append(output.logits)
+    found["with a cache"] = torch.cat(logits, 1)
+    kept = keep[:, :, None].bool()
+    return {name: x.masked_fill(~kept, 0.0) for name, x in found.items()}, cache
+
+
+def states(cache):
+    """Numbers of the states of a cache that are kept instead of keys."""
+    dicts = [
+        x for layer in cache.layers for x in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {}))
+    ]
+    return sum(x.numel() for one in dicts for x in one.values() if x is not None)
+
+
+def compared(family, grid, sizes):
+    """Largest differences from the unsplit model, relative, by what they are of; shares of what a rank keeps."""
+    model = build(family, grid[0], **sizes).double()
+    split = tlm.parallelize(copy.deepcopy(model), mesh(grid))
+    report = tlm.report(split)
+    layers = [part for part in split.modules() if hasattr(part, "cut")]
+    found = {"states": report.states, "gathered": report.gathered}
+    found["grids"] = {(part.place.grid.head_groups, part.place.grid.slices) for part in layers}
+    offs, results, sizes_kept = {}, [], []
+    for one in (model, split):
+        with in_float64(one):
+            outputs, cache = steps(one)
+            outputs["logits"].square().mean().backward()
+        results.append(outputs)
+        sizes_kept.append(states(cache))
+    for name, x in results[0].items():
+        offs[name] = ((x - results[1][name]).abs().max() / x.abs().max()).item()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    least = 1e-3 * max(x.abs().max().item() for x in grads.values())
+    ours = stock_gradients(split)
+    for name in grads if ours else ():
+        offs[name] = ((grads[name] - ours[name]).abs().max() / grads[name].abs().max().clamp(min=least)).item()
+    found["share of states"] = sizes_kept[1] / sizes_kept[0]
+    return found | {"off": max(offs.values()), "worst": max(offs, key=offs.get)}
+
+
+@pytest.mark.parametrize("family, own, sizes", CASES)
+def test_split_as_unsplit(pool, family, own, sizes):
+    """Localises: a part of a fused projection, a norm's squares, a gradient that is not summed, states of others."""
+    for found in pool.run(compared, 4, family, (2, 2), sizes, timeout=120):
+        assert not found["gathered"] and found["states"], found
+        assert found["grids"] == {own}, found
+        assert found["off"] < 1e-10, found
