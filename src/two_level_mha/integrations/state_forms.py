@@ -114,6 +114,7 @@ FORMS = {
     "Qwen3NextGatedDeltaNet": _QWEN_NEXT,
     "Qwen3_5GatedDeltaNet": _QWEN,
     "Qwen3_5MoeGatedDeltaNet": _QWEN,
+    "Qwen4ExpTextGatedDeltaNet": _QWEN,
     "OlmoHybridGatedDeltaNet": _OLMO,
     "KimiLinearDeltaAttention": _KIMI,
     "BailingHybridDeltaAttention": _BAILING,
