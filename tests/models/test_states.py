@@ -125,3 +125,63 @@ def test_split_as_unsplit(pool, family, own, sizes):
         assert found["states"] and found["gathered"] == GATHERED.get(family, []), found
         assert found["grids"] == {own}, found
         assert found["off"] < 1e-10, found
+
+
+@pytest.mark.parametrize(
+    "ranks, grid, own, family, sizes",
+    [
+        (8, (2, 4), (2, 4), "qwen3_next", DELTA | {"linear_num_key_heads": 2, "linear_num_value_heads": 2}),
+        (8, (2, 4), (1, 8), "mamba2", {"n_groups": 1}),
+        (16, (2, 8), (4, 4), "qwen3_5_text", DELTA | {"linear_num_key_heads": 4}),
+    ],
+)
+def test_more_ranks(pool, ranks, grid, own, family, sizes):
+    """Localises: places of head groups and slices that a square grid hides; a grid that is not the mesh's."""
+    for found in pool.run(compared, ranks, family, grid, sizes, timeout=120):
+        assert found["states"] and not found["gathered"] and found["grids"] == {own}, found
+        assert found["off"] < 1e-10, found
+
+
+# Of which transformers converts what a checkpoint has, and of which not.
+STORED = [
+    ("qwen3_next", DELTA | {"linear_num_key_heads": 2, "linear_num_value_heads": 2}),
+    ("olmo_hybrid", DELTA | {"linear_num_key_heads": 1}),
+    ("falcon_h1", {"mamba_rms_norm": True}),
+    ("minimax", DELTA),
+]
+
+
+def stored(folder, family, sizes):
+    """What differs of a model that came back from its own state dict, from files, and through save and load."""
+    stock = type(build(family, 2, **sizes)).from_pretrained(folder).eval()
+    wanted = stock.state_dict()
+    other = tlm.parallelize(build(family, 2, **sizes).apply(_blank), mesh((2, 2)), rest=False)
+    other.load_state_dict(wanted)
+    with torch.device("meta"):
+        read = type(stock)._from_config(stock.config)
+    read = tlm.load_pretrained(tlm.parallelize(read, mesh((2, 2))), folder)
+    tlm.save(f"{folder}/run", other, step=1)
+    again = tlm.parallelize(build(family, 2, **sizes).apply(_blank), mesh((2, 2)), rest=False)
+    tlm.load(f"{folder}/run", again)
+    ids, offs, unlike = inputs()["input_ids"], [], []
+    for model in (other, read, again):
+        with torch.no_grad():
+            offs.append((model(ids).logits - stock(ids).logits).abs().max().item())
+        state = tlm.full_state_dict(model)
+        unlike += [
+            name for name in (state and wanted.keys() | state.keys()) if not torch.equal(state[name], wanted[name])
+        ]
+    return offs, unlike, tlm.report(read).states
+
+
+def _blank(module):
+    for p in module.parameters(recurse=False):
+        p.data.zero_()
+
+
+@pytest.mark.parametrize("family, sizes", STORED)
+def test_stored_as_unsplit(pool, tmp_path, family, sizes):
+    """Localises: names and parts of fused tensors in the state dict, in files, in shares; buffers made again."""
+    build(family, 2, **sizes).save_pretrained(tmp_path)
+    for offs, unlike, states in pool.run(stored, 4, str(tmp_path), family, sizes, timeout=120):
+        assert max(offs) < 1e-5 and not unlike and states, (offs, unlike)
