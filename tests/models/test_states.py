@@ -8,11 +8,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from harness.calls import mesh
+from harness.calls import mesh, text_of
 from harness.families import build, inputs, stock_gradients
 
 import two_level_mha as tlm
 from two_level_mha.attentions import NO_PLAN
+from two_level_mha.testing import record_collectives
 
 DELTA = {"_experts_implementation": "eager", "linear_num_value_heads": 4, "linear_value_head_dim": 12}
 # Family, the grid that its layers with states take of (2, 2), and sizes that make it so.
@@ -185,3 +186,86 @@ def test_stored_as_unsplit(pool, tmp_path, family, sizes):
     build(family, 2, **sizes).save_pretrained(tmp_path)
     for offs, unlike, states in pool.run(stored, 4, str(tmp_path), family, sizes, timeout=120):
         assert max(offs) < 1e-5 and not unlike and states, (offs, unlike)
+
+
+def sent():
+    """Group sizes and elements of what one layer's call and its backward pass exchange; (2, 2), and v is cut."""
+    sizes = DELTA | {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    layer = tlm.parallelize(build("qwen3_next", 2, **sizes), mesh((2, 2))).model.layers[0].linear_attn
+    x_BLD = torch.randn(3, 11, 64, requires_grad=True)
+    with record_collectives() as record:
+        layer(x_BLD).sum().backward()
+    return [sorted((c.group_size, c.elements) for c in record.calls if c.backward is after) for after in (False, True)]
+
+
+def test_what_is_sent(pool):
+    """Localises: an exchange more than the norm's squares, the sum of outputs, and gradients of what is shared."""
+    forward, backward = pool.run(sent, 4, timeout=120)[0]
+    squares, x = (2, 33), (4, 33 * 64)  # of 33 rows and one head; of all rows
+    assert forward == [squares, x]
+    weights = 64 * (2 * 16 + 2)  # rows of a head's q, k, b and a, which both slices have
+    vectors = 4 * (2 * 2 * 16 + 2 * 12) + 2 + 2 + 12  # conv1d, A_log, dt_bias, norm
+    assert backward == sorted([squares, (2, weights), (4, vectors), x])
+
+
+def generated(family, sizes):
+    """Whether tokens of a padded batch by beams are the unsplit model's, and the error for a cache of that."""
+    model = build(family, 2, **sizes)
+    split = tlm.parallelize(copy.deepcopy(model), mesh((2, 2)))
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3}
+    tokens = [one.generate(**inputs(), **options) for one in (model, split)]
+    with torch.no_grad():
+        cache = model(**inputs(), use_cache=True).past_key_values
+        foreign = text_of(lambda: split(**inputs(), past_key_values=cache))
+    return torch.equal(*tokens), foreign
+
+
+@pytest.mark.parametrize("family, sizes", [("qwen3_next", DELTA | {"linear_num_key_heads": 1}), ("falcon_h1", {})])
+def test_beams_and_foreign_caches(pool, family, sizes):
+    """Localises: states that do not follow their beams; states of all heads taken for a rank's."""
+    for same, foreign in pool.run(generated, 4, family, sizes, timeout=120):
+        assert same
+        assert foreign == "past_key_values was filled by a model that is not split so: fill it again by this one"
+
+
+def trained():
+    """In training: what a kernel would be called with, that the layer's numbers are those in eval, its copy's too."""
+    split = tlm.parallelize(build("mamba2", n_groups=1), mesh((2, 2)))
+    layer = split.backbone.layers[0].mixer
+    module = sys.modules["transformers.models.mamba2.modeling_mamba2"]
+    x, calls = torch.randn(2, 5, 64), []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(module, "mamba2_split_conv1d_scan_combined", lambda *args, **kwargs: calls.append(args) or x)
+        y = layer.eval()(x)
+        same = [torch.equal(one(x), y) for one in (layer.train(), copy.deepcopy(layer))]
+    whole = {name: getattr(layer, name) for name in ("num_heads", "intermediate_size", "n_groups")}
+    return same, len(calls), layer.training, whole, str(tlm.report(split))
+
+
+def test_training_copies_and_attributes(pool):
+    """Localises: a fused kernel, which sums nothing, in training; a copy that holds another's parts; sizes left cut."""
+    for same, calls, training, whole, report in pool.run(trained, 4, timeout=120):
+        assert all(same) and not calls and training
+        assert whole == {"num_heads": 8, "intermediate_size": 128, "n_groups": 1}
+        assert "2 layers with states" in report
+
+
+def adapted():
+    """What stays gathered under an adapter that was there before, and the error for one that came afterwards."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["in_proj_qkvz"])
+    before = tlm.parallelize(peft.get_peft_model(build("qwen3_next"), config), mesh((2, 2)))
+    model = tlm.parallelize(build("qwen3_next"), mesh((2, 2)))
+
+    def after(**options):
+        with tlm.adaptable(model):
+            peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
+
+    return tlm.report(before).gathered, text_of(lambda: after(target_modules=["in_proj_qkvz"]))
+
+
+def test_adapters(pool):
+    """Localises: an adapter that would see a part of what it is around."""
+    for gathered, error in pool.run(adapted, 4, timeout=120):
+        assert list(gathered.values()) == ["it has a LoRA adapter"]
+        assert error.startswith("in_proj_qkvz is in a TwoLevelQwen3NextGatedDeltaNet, which keeps states and takes no")

@@ -32,6 +32,11 @@ class Form(NamedTuple):
     norm: tuple[str, str] | None = None  # where it is, and over what it takes squares together
     inner: tuple[str, str] | None = None  # a linear inside, of the same kind as out
 
+    @property
+    def columns(self) -> list[tuple[str, str]]:
+        """Those linears that are cut by what they take."""
+        return [self.out] if self.inner is None else [self.inner, self.out]
+
 
 _DELTA = {
     "num_k_heads": "g", "num_v_heads": "gr", "head_k_dim": "k", "head_v_dim": "v", "key_dim": "gk", "value_dim": "grv",

@@ -21,7 +21,7 @@ from two_level_mha.blocks import laid_out, local_blocks, own_part
 from two_level_mha.class_like import become
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.forms import layer_of, parameters_of
-from two_level_mha.integrations.lora import mark
+from two_level_mha.integrations.lora import STATES, mark
 from two_level_mha.integrations.state_forms import ALL, HEADS, SLICES, Cut, attribute, form_of
 from two_level_mha.mesh import Place, mesh_of, place_on
 from two_level_mha.stock import HoldsStock, take_stock_keys
@@ -202,7 +202,7 @@ def split_states(module: nn.Module, mesh: DeviceMesh, gate_first: bool, reduce_d
     cut = Cut(module, form, place.grid, place.head_group, place.slice)
     become_split(module, cut, Exchange(place, reduce_dtype), own_mesh, gate_first)
     take_stock_keys(module)
-    mark(module, dict.fromkeys([*form.rows, form.out[0]], "states"), mesh)
+    mark(module, dict.fromkeys([*form.rows, *(path for path, _ in form.columns)], STATES), mesh)
 
 
 def become_split(module: nn.Module, cut: Cut, exchange: Exchange, mesh: DeviceMesh | None, gate_first: bool) -> None:
@@ -213,13 +213,12 @@ def become_split(module: nn.Module, cut: Cut, exchange: Exchange, mesh: DeviceMe
         module, SplitStates, cut=cut, exchange=exchange, place=exchange.place, mesh=mesh, layer=layer_of(module),
         hidden_name=hidden_name, stored={}, layouts={}, stock_names={},
     )  # fmt: skip
-    columns = [one for one in (form.inner, form.out) if one is not None]
     for path, text in form.rows.items():
         several = len(cut.stock("", (cut.size(text, cut.whole),), text, 0)) > 1
         _store(module, path, text, 0)
         if several:
             become(module.get_submodule(path), PartedRows, groups=cut.groups(text))
-    for path, text in columns:
+    for path, text in form.columns:
         _store(module, path, text, 1)
         become(module.get_submodule(path), SummedColumns, exchange=exchange, apart=path != form.out[0])
     axis = cut.norm_axis()
