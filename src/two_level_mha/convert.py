@@ -135,7 +135,7 @@ def _parallelize(
                 add_whole(model, attentions, others.splits, skips)
         others.left_out |= dict.fromkeys(attentions.skipped, "skip= or only= says so")
         if activations != "replicated" and grid.size > 1:
-            stacks, whole = find_stacks(model, found, others)
+            stacks, whole = find_stacks(model, found, others, attentions.states)
             others.left_out |= whole
             stacks = [stack for stack in stacks if not _holds(stack.layers, attentions, others, grid)]
     except Exception as error:  # whatever it is, the others would wait for this rank
@@ -176,8 +176,8 @@ def _parallelize(
         model.register_forward_hook(NoteOfFailure(control), always_call=True)
         for module, _ in attentions.gathered.values():
             later("gathered", "gather_weights")(module, mesh)
-        for module, gate_first in attentions.states.values():
-            later("states", "split_states")(module, mesh, gate_first, reduce_dtype)
+        for one in attentions.states.values():
+            later("states", "split_states")(one.module, mesh, one.gate_first, reduce_dtype)
         trials = plan_trials(others) if not stacks else []
         split_rest(others, mesh, {linear for stack in stacks for linear in stack.linears})
         for stack in stacks:
@@ -212,8 +212,6 @@ def _holds(layers: list[nn.Module], attentions: Attentions, others: Rest, grid: 
     inside = {module for layer in layers for module in layer.modules()}
     names = [name for name, (module, _) in attentions.gathered.items() if module in inside]
     left_out = {name: "hidden states are whole around it, since its weights are gathered" for name in names}
-    states = [name for name, one in attentions.states.items() if one.module in inside]
-    left_out |= dict.fromkeys(states, "hidden states are whole around it")
     for one in attentions.found:
         own = one.own_grid(grid)
         if one.module in inside and not own.deals_parts_as(grid):

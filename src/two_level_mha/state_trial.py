@@ -1,7 +1,9 @@
 """Which layers that keep a state are split: a table proposes, a trial of all ranks in one process decides."""
 
 import copy
+import inspect
 from collections.abc import Iterable
+from types import FunctionType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,8 +26,19 @@ CACHES = ("cache_params", "past_key_values")
 class States(NamedTuple):
     """A layer that is split by its heads and channels."""
 
+    name: str
     module: nn.Module
     gate_first: bool  # where a norm that is cut has its gate
+
+    @property
+    def width(self) -> int:
+        """Of its hidden states."""
+        return self.module.get_submodule(next(iter(form_of(self.module).rows))).in_features
+
+    @property
+    def gives_pair(self) -> bool:
+        """Whether its output is a tuple, as attention's is."""
+        return form_of(self.module).gives_pair
 
 
 def take_states(attentions: "Attentions", grid: Grid, adapted: Iterable[str]) -> None:
@@ -49,7 +62,7 @@ def take_states(attentions: "Attentions", grid: Grid, adapted: Iterable[str]) ->
             attentions.gathered[name] = module, found
         else:
             del attentions.gathered[name]
-            attentions.states[name] = States(module, found)
+            attentions.states[name] = States(name, module, found)
     for name, (module, _) in _beside_dealt(attentions).items():
         del attentions.states[name]
         attentions.gathered[name] = module, "its cache also has keys of attention whose weights are gathered"
@@ -90,6 +103,7 @@ def _off(module: nn.Module, grid: Grid, gate_first: bool, dtype: torch.dtype) ->
     """The largest relative difference between a copy of a module and its parts on all ranks."""
     torch.default_generator.manual_seed(0)
     (original,) = random_copy([module], dtype=dtype)
+    original.__class__ = _without_kernels(type(original))
     ranks, worst, compared = Rehearsal(original, grid, gate_first), 0.0, 0
     for calls, cached in _calls(original, dtype):
         try:
@@ -104,6 +118,18 @@ def _off(module: nn.Module, grid: Grid, gate_first: bool, dtype: torch.dtype) ->
     if not compared:
         raise GridError("it cannot be called with hidden states and a mask")
     return worst
+
+
+def _without_kernels(kind: type) -> type:
+    """A class whose forward calls torch's code where transformers would call a package's kernels, which want a GPU."""
+    forward = inspect.unwrap(kind.forward)
+    own = [(name, f) for name, f in forward.__globals__.items() if getattr(f, "__module__", None) == kind.__module__]
+    plain = {name: f.__wrapped__ for name, f in own if not isinstance(f, type) and hasattr(f, "__wrapped__")}
+    made = FunctionType(
+        forward.__code__, forward.__globals__ | plain, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return type(kind.__name__, (kind,), {"forward": made, "__module__": kind.__module__})
 
 
 def _calls(module: nn.Module, dtype: torch.dtype) -> list[tuple[list[dict[str, object]], str | None]]:

@@ -3,6 +3,7 @@
 import copy
 import sys
 from contextlib import contextmanager
+from functools import wraps
 from inspect import signature
 from types import ModuleType
 
@@ -93,13 +94,18 @@ def states(cache):
     return sum(x.numel() for one in kept for x in one.values() if isinstance(x, torch.Tensor))
 
 
-def compared(family, grid, sizes):
+def compared_in_parts(family, activations, sizes):
+    return compared(family, (2, 2), sizes, activations=activations)
+
+
+def compared(family, grid, sizes, **options):
     """Largest differences from the unsplit model, relative, by what they are of; shares of what a rank keeps."""
     model = build(family, grid[0], **sizes).double()
-    split = tlm.parallelize(copy.deepcopy(model), mesh(grid))
+    split = tlm.parallelize(copy.deepcopy(model), mesh(grid), **options)
     report = tlm.report(split)
     layers = [part for part in split.modules() if hasattr(part, "cut")]
     found = {"states": report.states, "gathered": [name for name, why in report.gathered.items() if why != NO_PLAN]}
+    found["left out"] = report.left_out
     found["grids"] = {(part.place.grid.head_groups, part.place.grid.slices) for part in layers}
     offs, results, sizes_kept = {}, [], []
     for one in (model, split):
@@ -140,6 +146,25 @@ def test_more_ranks(pool, ranks, grid, own, family, sizes):
     """Localises: places of head groups and slices that a square grid hides; a grid that is not the mesh's."""
     for found in pool.run(compared, ranks, family, grid, sizes, timeout=120):
         assert found["states"] and not found["gathered"] and found["grids"] == {own}, found
+        assert found["off"] < 1e-10, found
+
+
+@pytest.mark.parametrize(
+    "family, activations, sizes",
+    [
+        ("olmo_hybrid", "sequence", DELTA | {"linear_num_key_heads": 1}),
+        ("falcon_h1", "sequence", {"mamba_rms_norm": True}),
+        ("bamba", "batch", {}),
+        ("mamba2", "batch", {}),
+        ("lfm2", "sequence", {"layer_types": ["conv", "full_attention"]}),
+    ],
+)
+def test_hidden_states_in_parts(pool, family, activations, sizes):
+    """Localises: parts that a layer with states takes for whole sequences, or gives as a whole."""
+    for found in pool.run(compared_in_parts, 4, family, activations, sizes, timeout=120):
+        assert found["states"] and not found["gathered"] and not any("hidden" in name for name in found["left out"]), (
+            found
+        )
         assert found["off"] < 1e-10, found
 
 
@@ -269,3 +294,22 @@ def test_adapters(pool):
     for gathered, error in pool.run(adapted, 4, timeout=120):
         assert list(gathered.values()) == ["it has a LoRA adapter"]
         assert error.startswith("in_proj_qkvz is in a TwoLevelQwen3NextGatedDeltaNet, which keeps states and takes no")
+
+
+def with_a_package():
+    """How many layers are split where transformers has found a package whose kernels want a GPU."""
+    model = build("qwen3_next")
+    module = sys.modules["transformers.models.qwen3_next.modeling_qwen3_next"]
+
+    @wraps(module.torch_chunk_gated_delta_rule)
+    def on_a_gpu(*args, **kwargs):
+        raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "torch_chunk_gated_delta_rule", on_a_gpu)
+        return tlm.report(tlm.parallelize(model, mesh((2, 2)))).states
+
+
+def test_tried_without_kernels(pool):
+    """Localises: a trial, which is on the CPU, that asks kernels for a GPU."""
+    assert pool.run(with_a_package, 4, timeout=120) == [1] * 4

@@ -31,6 +31,7 @@ class Form(NamedTuple):
     slices: tuple[str, ...] = ()  # letters of which slices can have parts, the first that fits is taken
     norm: tuple[str, str] | None = None  # where it is, and over what it takes squares together
     inner: tuple[str, str] | None = None  # a linear inside, of the same kind as out
+    gives_pair: bool = False  # a tuple, whose first is its output
 
     @property
     def columns(self) -> list[tuple[str, str]]:
@@ -113,6 +114,7 @@ _LIGHTNING = Form(
         "diagonal_decay": ("g", 1),
     },
     norm=("norm", "gv"),
+    gives_pair=True,
 )  # fmt: skip
 
 FORMS = {
@@ -202,7 +204,7 @@ class Cut:
             for i, letter in enumerate(outer + part):
                 piece = piece.narrow(dim + i, *self.own[letter]) if letter in self.own else piece
             pieces.append(piece.flatten(last, last + len(part) - 1))
-        return torch.cat(pieces, last).flatten(dim, last)
+        return (torch.cat(pieces, last) if len(pieces) > 1 else pieces[0]).flatten(dim, last)
 
     def stock(self, key: str, shape: tuple[int, ...], text: str, dim: int) -> list[tuple[StockTensor, tuple]]:
         """The parts of a tensor as parameters: where each is, and its dims that lie over head and slice axis."""
@@ -230,7 +232,7 @@ def _sizes_of(module: nn.Module, form: Form) -> dict[str, int]:
     """By letter. Raises GridError where the module's attributes are not of the form."""
     sizes: dict[str, int] = {}
     for path, text in form.sizes.items():
-        value, outer, parts = attribute(module, path), *letters_of(text)
+        value, (outer, parts) = getattr(*owner_of(module, path), None), letters_of(text)
         new = [letter for letter in text if letter.isalpha() and letter not in sizes]
         if value is None and not new:
             continue
@@ -242,7 +244,7 @@ def _sizes_of(module: nn.Module, form: Form) -> dict[str, int]:
     return sizes
 
 
-def attribute(module: nn.Module, path: str) -> object:
-    """None where there is none."""
+def owner_of(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Of which module something is, and its name there."""
     owner, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(owner), name, None)
+    return module.get_submodule(owner), name

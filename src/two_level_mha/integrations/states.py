@@ -22,9 +22,10 @@ from two_level_mha.class_like import become
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.forms import layer_of, parameters_of
 from two_level_mha.integrations.lora import STATES, mark
-from two_level_mha.integrations.state_forms import ALL, HEADS, SLICES, Cut, attribute, form_of
+from two_level_mha.integrations.state_forms import ALL, HEADS, SLICES, Cut, form_of, owner_of
 from two_level_mha.mesh import Place, mesh_of, place_on
 from two_level_mha.stock import HoldsStock, take_stock_keys
+from two_level_mha.stream import Stream
 
 _ops = torch.ops.two_level_mha
 
@@ -67,12 +68,17 @@ class PartedRows(nn.Linear):
 
 
 class SummedColumns(nn.Linear):
-    """Columns of a linear: what they come to is summed over the ranks. apart: ranks use the sum differently."""
+    """Columns of a linear: what they come to is summed over the ranks. apart: ranks use the sum differently. stream: of
+    hidden states that are split, into parts of which the sum goes.
+    """
 
     exchange: Exchange
     apart: bool
+    stream: Stream | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.stream is not None and self.stream.splits:
+            return self.stream.sum(linear(x, self.weight), self.bias)
         y = self.exchange.sum(linear(x, self.weight), ALL, self.apart)
         return y if self.bias is None else y + self.bias
 
@@ -107,7 +113,10 @@ class SplitStates(HoldsStock):
     hidden_name: str
     stored: dict[nn.Linear, dict[str, list[str]]]  # of each linear by parameter: names of its parts
     layouts: dict[str, list]  # of the parts, placements on the axes of the mesh
-    kept: list[tuple[nn.Module, str, str]]  # what is whole on every rank: module, parameter, path
+    kept: list[tuple[nn.Module, str, str]]  # parameters that are whole on every rank: module, name, path
+    tables: list[tuple[nn.Module, str, str]]  # buffers of which a rank takes its own
+    counts: list[tuple[nn.Module, str, int]]  # this rank's
+    stream: Stream | None = None  # of a model whose hidden states are split
 
     def block(self, full: Tensor, name: str) -> Tensor:
         if self.mesh is not None:
@@ -119,12 +128,14 @@ class SplitStates(HoldsStock):
     def forward(self, *args, **kwargs):
         for cache in (x for x in (*args, *kwargs.values()) if isinstance(x, Cache)):
             self._check_cache(cache)
-        if args:
-            args = (*self.exchange.apart([args[0]], ALL), *args[1:])
-        else:
-            kwargs[self.hidden_name] = self.exchange.apart([kwargs[self.hidden_name]], ALL)[0]
+        hidden, args = (args[0], args[1:]) if args else (kwargs.pop(self.hidden_name), ())
+        hidden = hidden if self.stream is None else self.stream.gather(hidden)
         with self._own():
-            return super().forward(*args, **kwargs)
+            return super().forward(*self.exchange.apart([hidden], ALL), *args, **kwargs)
+
+    def split_hidden(self, stream: Stream) -> None:
+        """Takes and gives from now on this rank's part of hidden states."""
+        self.stream = self.get_submodule(self.cut.form.out[0]).stream = stream
 
     def _check_cache(self, cache: Cache) -> None:
         """Raises GridError for one that holds the states of more channels than this rank's."""
@@ -137,7 +148,7 @@ class SplitStates(HoldsStock):
     @contextmanager
     def _own(self) -> Iterator[None]:
         """The module as what this rank has of it."""
-        cut, before = self.cut, []
+        before: list[tuple[dict, str, object]] = []
 
         def put(table: dict, name: str, value: object) -> None:
             before.append((table, name, table[name]))
@@ -147,15 +158,12 @@ class SplitStates(HoldsStock):
         wholes = self.exchange.apart([module._parameters[name] for module, name, _ in self.kept], ALL)
         try:
             put(vars(self), "training", False)  # fused kernels of training take all of a layer, and know no slices
-            for path, text in cut.form.sizes.items():
-                owner, _, name = path.rpartition(".")
-                if attribute(self, path) is not None:
-                    put(vars(self.get_submodule(owner)), name, cut.size(text))
+            for module, name, count in self.counts:
+                put(vars(module), name, count)
             for (module, name, path), whole in zip(self.kept, wholes, strict=True):
                 put(module._parameters, name, self._taken(whole, path))
-            for path, x in self.named_buffers():
-                owner, _, name = path.rpartition(".")
-                put(self.get_submodule(owner)._buffers, name, self._taken(x, path))
+            for module, name, path in self.tables:
+                put(module._buffers, name, self._taken(module._buffers[name], path))
             for child, parameters in self.stored.items():
                 if isinstance(child, PartedRows):
                     weights, biases = parameters["weight"], parameters.get("bias")
@@ -227,10 +235,13 @@ def become_split(module: nn.Module, cut: Cut, exchange: Exchange, mesh: DeviceMe
         options = {"exchange": exchange, "axis": axis, "widths": widths, "gate_first": gate_first}
         become(module.get_submodule(form.norm[0]), SlicedNorm, **options)
     module.kept = [
-        (module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path)
+        (*owner_of(module, path), path)
         for path, _ in module.named_parameters()
         if path not in module.layouts and path != f"{form.out[0]}.bias"
     ]
+    module.tables = [(*owner_of(module, path), path) for path, _ in module.named_buffers() if path in form.vectors]
+    counted = [(*owner_of(module, path), cut.size(text)) for path, text in form.sizes.items()]
+    module.counts = [one for one in counted if getattr(*one[:2], None) is not None]
 
 
 def blank_cache(layer: int | None) -> Cache:
