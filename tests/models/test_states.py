@@ -313,3 +313,35 @@ def with_a_package():
 def test_tried_without_kernels(pool):
     """Localises: a trial, which is on the CPU, that asks kernels for a GPU."""
     assert pool.run(with_a_package, 4, timeout=120) == [1] * 4
+
+
+def low_precision(family, sizes):
+    """Errors of logits in bfloat16, of the unsplit model and of the split one, with sums in float32 and without."""
+    exact = build(family, 2, **sizes).double()
+    with torch.no_grad():
+        expected = exact(**inputs()).logits
+        low = [copy.deepcopy(exact).bfloat16() for _ in range(3)]
+        low[1:] = [
+            tlm.parallelize(low[1], mesh((2, 2))),
+            tlm.parallelize(low[2], mesh((2, 2)), reduce_dtype=torch.float32),
+        ]
+        return [(model(**inputs()).logits - expected).square().mean().sqrt().item() for model in low]
+
+
+@pytest.mark.parametrize(
+    "family, sizes", [("qwen3_5_text", DELTA | {"linear_num_key_heads": 1}), ("mamba2", {"n_groups": 1})]
+)
+def test_low_precision(pool, family, sizes):
+    """R. Localises: a norm or a sum that rounds more often than the unsplit layer."""
+    for stock, *ours in pool.run(low_precision, 4, family, sizes, timeout=120):
+        assert max(ours) < 2 * stock, (stock, ours)
+
+
+def gathered(family, sizes):
+    return list(tlm.report(tlm.parallelize(build(family, 2, **sizes), mesh((2, 2)))).gathered.values())
+
+
+def test_what_ranks_do_not_divide(pool):
+    """Localises: heads that no grid of the ranks can share, split all the same; the reason in the report."""
+    reasons = pool.run(gathered, 4, "kimi_linear", DELTA | {"linear_num_heads": 6}, timeout=120)[0]
+    assert reasons == ["its 6 groups of heads cannot be shared by 4 ranks"]
