@@ -200,6 +200,15 @@ def stored(folder, family, sizes):
     return offs, unlike, tlm.report(read).states
 
 
+def reloaded(folder, family, sizes):
+    """What differs of a model that two ranks read of what four have saved."""
+    wanted = build(family, 2, **sizes).state_dict()
+    model = tlm.parallelize(build(family, 2, **sizes).apply(_blank), mesh((1, 2)), rest=False)
+    tlm.load(f"{folder}/run", model)
+    state = tlm.full_state_dict(model)
+    return [name for name in (state and wanted) if not torch.equal(state[name], wanted[name])]
+
+
 def _blank(module):
     for p in module.parameters(recurse=False):
         p.data.zero_()
@@ -211,6 +220,7 @@ def test_stored_as_unsplit(pool, tmp_path, family, sizes):
     build(family, 2, **sizes).save_pretrained(tmp_path)
     for offs, unlike, states in pool.run(stored, 4, str(tmp_path), family, sizes, timeout=120):
         assert max(offs) < 1e-5 and not unlike and states, (offs, unlike)
+    assert not any(pool.run(reloaded, 2, str(tmp_path), family, sizes, timeout=120))
 
 
 def sent():
