@@ -63,9 +63,9 @@ def take_states(attentions: "Attentions", grid: Grid, adapted: Iterable[str]) ->
         else:
             del attentions.gathered[name]
             attentions.states[name] = States(name, module, found)
-    for name, (module, _) in _beside_dealt(attentions).items():
+    for name, one in _beside_dealt(attentions).items():
         del attentions.states[name]
-        attentions.gathered[name] = module, "its cache also has keys of attention whose weights are gathered"
+        attentions.gathered[name] = one.module, "its cache also has keys of attention whose weights are gathered"
 
 
 def _beside_dealt(attentions: "Attentions") -> dict[str, States]:
@@ -87,15 +87,15 @@ def _agreeing(module: nn.Module, grid: Grid) -> bool | str:
         return str(error)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
         for dtype in TRIALS:
-            try:
-                offs = [_off(module, grid, gate_first, dtype) for gate_first in gates]
-            except Exception as error:  # of any kind: it is another's code
-                why = f"it cannot be run in parts: {error!r}"
-                continue
-            best = min(range(len(gates)), key=offs.__getitem__)
-            if offs[best] <= TRIALS[dtype][0][1]:
-                return gates[best]
-            why = f"in parts its numbers differ by {offs[best]:.1e} on a small input"
+            for gate_first in gates:
+                try:
+                    off = _off(module, grid, gate_first, dtype)
+                except Exception as error:  # of any kind: it is another's code
+                    why = f"it cannot be run in parts: {error!r}"
+                    continue
+                if off <= TRIALS[dtype][0][1]:
+                    return gate_first
+                why = f"in parts its numbers differ by {off:.1e} on a small input"
     return why
 
 

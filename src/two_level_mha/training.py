@@ -47,7 +47,8 @@ def shard_embed_dim(p: nn.Parameter) -> Shard | None:
     every rank, where a slice has no columns: fully_shard would fail on its rank, and the others would wait.
     """
     sharded = {placement.dim for placement in p.placements if placement.is_shard()} if isinstance(p, DTensor) else set()
-    if p.dim() != 3 or not sharded:
+    states = p.dim() == 4 and isinstance(p, DTensor) and p.device_mesh.ndim == 2  # heads of keys, of these, head_dim, D
+    if not (p.dim() == 3 or states) or not sharded:
         return None
     for axis, placement in enumerate(p.placements):
         parts = p.device_mesh.size(axis)
@@ -56,7 +57,7 @@ def shard_embed_dim(p: nn.Parameter) -> Shard | None:
                 f"fully_shard takes no empty blocks, and {parts} slices of {p.shape[placement.dim]} columns leave some "
                 "without any: take a grid of fewer slices"
             )
-    return Shard(2 if 0 in sharded else 0)  # (h, d, D), or out_weight's (D, h, d)
+    return Shard(p.dim() - 1 if 0 in sharded else 0)  # (h, d, D), or out_weight's (D, h, d)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from harness.calls import mesh, text_of
 from harness.families import build, inputs, stock_gradients
+from torch.distributed.tensor import DTensor
 
 import two_level_mha as tlm
 from two_level_mha.attentions import NO_PLAN
@@ -355,3 +356,28 @@ def test_what_ranks_do_not_divide(pool):
     """Localises: heads that no grid of the ranks can share, split all the same; the reason in the report."""
     reasons = pool.run(gathered, 4, "kimi_linear", DELTA | {"linear_num_heads": 6}, timeout=120)[0]
     assert reasons == ["its 6 groups of heads cannot be shared by 4 ranks"]
+
+
+def test_beside_gathered_attention(pool):
+    """Localises: states of all sequences in a layer of a cache whose keys are dealt by sequences."""
+    reasons = pool.run(gathered, 4, "falcon_h1", {"clip_qkv": 5.0}, timeout=120)[0]
+    assert reasons.count("its cache also has keys of attention whose weights are gathered") == 2, reasons
+
+
+def compiled(family, sizes):
+    """Largest differences of a compiled layer's output and gradients, one graph, from those without."""
+    model = tlm.parallelize(build(family, 2, **sizes), mesh((2, 2)))
+    layer = next(part for part in model.modules() if hasattr(part, "cut"))
+    x_BLD, results = torch.randn(2, 7, 64), []
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        given = x_BLD.clone().requires_grad_()
+        layer.zero_grad()
+        y = call(given)
+        (y**2).sum().backward()
+        results.append([y, given.grad, *(p.grad.to_local() for p in layer.parameters() if isinstance(p, DTensor))])
+    return max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
+
+
+def test_compiled(pool):
+    """Of a family whose unsplit layer can be. Localises: what of a call torch.compile cannot trace."""
+    assert max(pool.run(compiled, 4, "mamba2", {"n_groups": 1}, timeout=120)) < 1e-5

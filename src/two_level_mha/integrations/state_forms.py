@@ -193,11 +193,11 @@ class Cut:
     def take(self, x: Tensor, text: str, dim: int) -> Tensor:
         """This rank's of a tensor whose dim `dim` is whole."""
         outer, parts = letters_of(text)
-        if self.own.keys().isdisjoint(text):
+        if not any([letter in self.own for letter in text]):
             return x
         last = dim + len(outer)
-        x = x.unflatten(dim, [*(self.whole[letter] for letter in outer), -1])
-        widths = [math.prod(self.whole[letter] for letter in part) for part in parts]
+        x = x.unflatten(dim, [*[self.whole[letter] for letter in outer], -1])
+        widths = [math.prod([self.whole[letter] for letter in part]) for part in parts]
         pieces = []
         for part, piece in zip(parts, x.split(widths, last), strict=True):
             piece = piece.unflatten(last, [self.whole[letter] for letter in part])
