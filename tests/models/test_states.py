@@ -11,6 +11,8 @@ import pytest
 import torch
 from harness.calls import mesh, text_of
 from harness.families import build, inputs, stock_gradients
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import two_level_mha as tlm
@@ -381,3 +383,27 @@ def compiled(family, sizes):
 def test_compiled(pool):
     """Of a family whose unsplit layer can be. Localises: what of a call torch.compile cannot trace."""
     assert max(pool.run(compiled, 4, "mamba2", {"n_groups": 1}, timeout=120)) < 1e-5
+
+
+def sharded():
+    """The largest relative difference of gradients from the unsplit model, on a mesh of dp, head and slice."""
+    axes = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("dp", "head", "slice"))
+    model = build("mamba2", n_groups=1).double()
+    split = tlm.parallelize(copy.deepcopy(model), axes["head", "slice"], rest=False)
+    for layer in (*(part for part in split.modules() if hasattr(part, "cut")), split):
+        fully_shard(layer, mesh=axes["dp"], shard_placement_fn=tlm.shard_embed_dim)
+    for one in (model, split):
+        with in_float64(model):
+            one(inputs()["input_ids"], use_cache=False).logits.square().mean().backward()
+    ours, least = stock_gradients(split), 1e-3 * max(p.grad.abs().max().item() for p in model.parameters())
+    offs = {
+        name: ((p.grad - ours[name]).abs().max() / p.grad.abs().max().clamp(min=least)).item()
+        for name, p in model.named_parameters()
+        if ours
+    }
+    return max(offs.values(), default=0.0)
+
+
+def test_fully_shard(pool):
+    """Localises: a dim of a weight's part that FSDP2 shards, vectors that it does."""
+    assert max(pool.run(sharded, 4, timeout=120)) < 1e-10

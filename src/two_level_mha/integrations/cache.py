@@ -189,10 +189,7 @@ def split_layer(cache: Cache, index: int, place_of: Callable[[str], Place], layo
         if layer.place != place:
             raise GridError(f"the KV cache was made for {layer.place.grid}, the attention keeps it on {place.grid}")
         return layer
-    if (
-        type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer)
-        or cache.offloading
-    ):
+    if type(layer) not in REPLACED or cache.offloading:
         kind = type(cache).__name__ if layer is None else f"{type(cache).__name__} with {type(layer).__name__}"
         raise GridError(
             f"past_key_values must be None, a DynamicCache or a two_level_mha.KVCache, got a {kind}"

@@ -80,7 +80,7 @@ class SummedColumns(nn.Linear):
         if self.stream is not None and self.stream.splits:
             return self.stream.sum(linear(x, self.weight), self.bias)
         y = self.exchange.sum(linear(x, self.weight), ALL, self.apart)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)  # y's is of autocast, if there is one
 
 
 class SlicedNorm(nn.Module):
