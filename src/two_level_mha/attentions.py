@@ -21,10 +21,10 @@ from two_level_mha.integrations.forms import (
 )
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
-from two_level_mha.layer import GridAttention
 from two_level_mha.mesh import Grid
 from two_level_mha.probe import changed_linear, has_hooks, is_inside, layer_settings, named_layers, settings
-from two_level_mha.stock import resolve
+from two_level_mha.state_trial import States
+from two_level_mha.stock import HoldsStock, resolve
 from two_level_mha.trial import Unlike, agreeing
 
 IS_CROSS = "it is cross-attention"
@@ -35,7 +35,7 @@ _PROJECTION = re.compile(r"(^|_)(q|k|v|kv|qkv|Wqkv|Wq|query|key|value)(_|$)|^(c_
 
 # Classes of what stands in the place of attention: MambaMixer, Qwen3NextGatedDeltaNet, Lfm2ShortConv and so on.
 _MIXER = re.compile(
-    r"Mixer$|DeltaNet$|DeltaAttention$|ShortConv$|LightningAttention$|RecurrentBlock$|mLSTMLayer$|^Rwkv\w*Attention$"
+    r"Mixer$|MambaLayer$|DeltaNet$|DeltaAttention$|ShortConv$|LightningAttention$|RecurrentBlock$|mLSTMLayer$|^Rwkv\w*Attention$"
 )
 
 # Of what is gathered beside attention: the least share of its layer, one in so many; classes inside a module that is
@@ -104,16 +104,17 @@ def _mixes_tokens(module: nn.Module) -> bool:
 
 @dataclass
 class Attentions:
-    """Of a model: those that are replaced, those whose weights are gathered for each call, by name, and why, and those
-    that the user leaves whole.
+    """Of a model: those that are replaced, by name those in whose place a state is kept, which are split, and those
+    whose weights are gathered for each call, and why, and those that the user leaves whole.
     """
 
     found: list[Found] = field(default_factory=list)
+    states: dict[str, States] = field(default_factory=dict)
     gathered: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
     def names(self) -> set[str]:
-        return {*self.gathered, *(name for one in self.found for name in one.names())}
+        return {*self.states, *self.gathered, *(name for one in self.found for name in one.names())}
 
 
 def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dict[str, Any]) -> Attentions:
@@ -209,7 +210,7 @@ def _find(
     attentions = Attentions()
     for name, module in model.named_modules():
         parent = uses[module][0][0] if name else None
-        if isinstance(module, GridAttention):  # split already
+        if isinstance(module, HoldsStock):  # split already
             continue
         crosses = is_cross(module, name)
         cached = crosses or is_called_with_cache(module, module in generates)
@@ -252,7 +253,7 @@ def _find(
         else:
             attentions.found.append(one)
     if not (attentions.found or attentions.gathered):
-        done = any(isinstance(module, GridAttention) for module in model.modules())
+        done = any(isinstance(module, HoldsStock) for module in model.modules())
         known = (
             "it is split already" if done else "all are left out by skip= or only=" if attentions.skipped else supported
         )

@@ -62,14 +62,24 @@ def block(full: Tensor, name: str, mesh: DeviceMesh | None, combine: str, whole_
     """
     if mesh is None:
         return full.clone(memory_format=torch.contiguous_format)
-    local, layout = full, placements(name, combine, whole_heads)
-    for axis, placement in enumerate(layout):
-        if isinstance(placement, Shard):
-            size = local.shape[placement.dim]
-            local = local.narrow(placement.dim, *dealt(size, mesh.size(axis), mesh.get_local_rank(axis)))
-    local = local.clone(memory_format=torch.contiguous_format)
+    return laid_out(full, mesh, placements(name, combine, whole_heads))
+
+
+def laid_out(full: Tensor, mesh: DeviceMesh, layout: list) -> DTensor:
+    """This rank's of `full`, the same on every rank, by placements on the axes of the mesh."""
+    ranks = [(mesh.size(axis), mesh.get_local_rank(axis)) for axis in range(mesh.ndim)]
     stride = torch.empty(full.shape, device="meta").stride()
-    return DTensor.from_local(local, mesh, layout, run_check=False, shape=full.shape, stride=stride)
+    return DTensor.from_local(
+        own_part(full, layout, ranks), mesh, layout, run_check=False, shape=full.shape, stride=stride
+    )
+
+
+def own_part(full: Tensor, layout: list, ranks: list[tuple[int, int]]) -> Tensor:
+    """A copy of what placements give one rank; ranks: size and index along each axis."""
+    for placement, (size, rank) in zip(layout, ranks, strict=True):
+        if isinstance(placement, Shard):
+            full = full.narrow(placement.dim, *dealt(full.shape[placement.dim], size, rank))
+    return full.clone(memory_format=torch.contiguous_format)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from two_level_mha.blocks import full_tensor
-from two_level_mha.layer import GridAttention
-from two_level_mha.stock import put, resolve, stored_key
+from two_level_mha.stock import HoldsStock, put, resolve, stored_key
 
 
 def _first_rank(model: nn.Module) -> int:
@@ -31,9 +30,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     keep = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == _first_rank(model)
     ours = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, GridAttention)
+        name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, HoldsStock)
     }
     done: set[object] = set()
     kept: dict[object, Tensor] = {}  # id of a tensor, or of a module and a stock key -> full tensor

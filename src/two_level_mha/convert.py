@@ -28,6 +28,7 @@ from two_level_mha.replaced import note_replaced
 from two_level_mha.report import keep_report
 from two_level_mha.rest import Rest, find_rest, plan_trials, split_rest
 from two_level_mha.stacks import Stack, find_stacks, split_stack
+from two_level_mha.state_trial import take_states
 from two_level_mha.stock import resolve, take_stock_keys
 
 if TYPE_CHECKING:
@@ -135,13 +136,15 @@ def _parallelize(
         _check_grid(found, grid, scheme)
         if (unadapted := refusal_of(layers, found, activations)) is not None:
             raise unadapted
+        if grid.size > 1:
+            take_states(attentions, grid, layers)
         if rest and grid.size > 1:
             others = find_rest(model, grid.size, attentions.names(), skips)
             if activations == "replicated" and scheme != "independent":
                 add_whole(model, attentions, others.splits, skips)
         others.left_out |= dict.fromkeys(attentions.skipped, "skip= or only= says so")
         if activations != "replicated" and grid.size > 1:
-            stacks, whole = find_stacks(model, found, others)
+            stacks, whole = find_stacks(model, found, others, attentions.states)
             others.left_out |= whole
             stacks = [stack for stack in stacks if not _holds(stack.layers, attentions, others, grid)]
     except Exception as error:  # whatever it is, the others would wait for this rank
@@ -168,6 +171,7 @@ def _parallelize(
             "which hidden states can stay split": [stack.name for stack in stacks],
             "what attention does": [(one.adapter.name, one.variant) for one in attentions.found],
             "whose weights are gathered": list(attentions.gathered),
+            "which states are split": [(name, one.gate_first) for name, one in attentions.states.items()],
         }
         same_on_all_ranks(kinds, mesh, "build the model alike on every rank")
     before = dict(model.named_parameters())
@@ -183,6 +187,8 @@ def _parallelize(
         model.register_forward_hook(NoteOfFailure(control), always_call=True)
         for module, _ in attentions.gathered.values():
             later("gathered", "gather_weights")(module, mesh)
+        for one in attentions.states.values():
+            later("states", "split_states")(one.module, mesh, one.gate_first, reduce_dtype)
         trials = plan_trials(others) if not stacks else []
         split_rest(others, mesh, {linear for stack in stacks for linear in stack.linears})
         for stack in stacks:

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from two_level_mha.errors import GridError
-from two_level_mha.layer import GridAttention
 from two_level_mha.mesh import grid_group
+from two_level_mha.stock import HoldsStock
 
 Placed: TypeAlias = tuple[
     int, ...
@@ -58,7 +58,7 @@ class Places:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        grids = [module.mesh for module in model.modules() if isinstance(module, GridAttention)]
+        grids = [module.mesh for module in model.modules() if isinstance(module, HoldsStock)]
         self.grid = next((mesh for mesh in grids if mesh is not None and mesh.size() > 1), None)
         tensors = [*model.parameters(), *model.buffers()]
         self._meshes = list(dict.fromkeys(x.device_mesh for x in tensors if isinstance(x, DTensor)))

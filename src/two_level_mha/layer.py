@@ -23,6 +23,7 @@ from two_level_mha.low_rank import Cut, low_rank
 from two_level_mha.mesh import Grid, place_on
 from two_level_mha.operators import ops as _ops
 from two_level_mha.profile import Profile, resolve_profile
+from two_level_mha.stock import HoldsStock
 from two_level_mha.stream import Stream
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Drops:
         self._drops = p > 0.0  # forward asks this bool: torch.compile(dynamic=True) traces twice if it meets the float
 
 
-class GridAttention(nn.Module):
+class GridAttention(HoldsStock):
     """Owns the weight blocks of rank (i, j) and runs the pass. Its subclasses bring a calling convention.
 
     Parameters, logical shapes: q_weight (h, d, D), k_weight (k, d, Dk), v_weight (k, d, Dv), out_weight (D, h, d),

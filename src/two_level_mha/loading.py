@@ -20,12 +20,11 @@ from torch.distributed.tensor import DTensor
 from two_level_mha.agreement import same_on_all_ranks
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.private import pretrained_models, private, private_method
-from two_level_mha.layer import GridAttention
 from two_level_mha.manifest import some
 from two_level_mha.names import Model
 from two_level_mha.pretrained_files import Stored, check_hashes, open_tensors, weight_files
 from two_level_mha.replaced import note_replaced
-from two_level_mha.stock import StockTensor, resolve
+from two_level_mha.stock import HoldsStock, StockTensor, resolve
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -156,7 +155,7 @@ def load_pretrained(model: Model, path: str | os.PathLike[str], *, sha256: dict[
     parts = pretrained_models(model)
     if list(parts) != [""]:
         problem = GridError(f"load_pretrained takes a transformers model, got {type(model).__name__}")
-    grid = next((module.mesh for module in model.modules() if isinstance(module, GridAttention)), None)
+    grid = next((module.mesh for module in model.modules() if isinstance(module, HoldsStock)), None)
     try:
         if problem:
             raise problem
@@ -219,7 +218,7 @@ class _Checkpoint:
         self.floating = {name for name, x in model.state_dict(keep_vars=True).items() if x.is_floating_point()}
         self.ours: dict[str, list[tuple[str, StockTensor]]] = {}  # stock key -> our parameters that it holds
         for name, module in model.named_modules():
-            for own, stock in module.stock_names.items() if isinstance(module, GridAttention) else ():
+            for own, stock in module.stock_names.items() if isinstance(module, HoldsStock) else ():
                 if module._parameters[own] is not None:
                     del self.expected[f"{name}.{own}"]
                     key = resolve(name, stock.key)
@@ -330,7 +329,7 @@ class _Checkpoint:
         for module in self.model.modules():
             # ours are complete; buffers that the files have not are made again
             vars(module).pop("_is_hf_initialized", None)
-            if isinstance(module, GridAttention) and not any(True for _ in module.buffers(recurse=False)):
+            if isinstance(module, HoldsStock) and not any(True for _ in module.buffers(recurse=False)):
                 vars(module)["_is_hf_initialized"] = True
         dtype = self.model.dtype
         config = private("LoadStateDictConfig")(

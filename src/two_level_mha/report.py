@@ -18,11 +18,11 @@ _ATTRIBUTE = "two_level_mha_report"
 class Report:
     """What parallelize split in a model, and what this rank holds of it; str() gives it as one line.
 
-    attentions, mlps: how many modules. gathered: modules that keep their own code, whose weights are gathered for each
-    call -> why. tp_plans: classes of the transformers models whose tensor-parallel plan was applied. parameters,
-    total_bytes: of the model; held_parameters, split_bytes, unsplit_bytes: of this rank. unsplit: module, a * for its
-    layer's number -> bytes, the largest first. left_out: what looks as if it could be split, or has a rule in a plan ->
-    why it is not.
+    attentions, states, mlps: how many modules; states: those that keep one instead of keys. gathered: modules that
+    keep their own code, whose weights are gathered for each call -> why. tp_plans: classes of the transformers models
+    whose tensor-parallel plan was applied. parameters, total_bytes: of the model; held_parameters, split_bytes,
+    unsplit_bytes: of this rank. unsplit: module, a * for its layer's number -> bytes, the largest first. left_out: what
+    looks as if it could be split, or has a rule in a plan -> why it is not.
     """
 
     attentions: int
@@ -36,14 +36,15 @@ class Report:
     unsplit: dict[str, int]
     left_out: dict[str, str]
     gathered: dict[str, str] = field(default_factory=dict)
+    states: int = 0
 
     def __str__(self) -> str:
-        kinds = [f"{self.attentions} attention modules"]
+        kinds = [f"{self.attentions} attention modules"] + [f"{self.states} layers with states"] * (self.states > 0)
         kinds += [f"what the tensor-parallel plan of {name} names" for name in self.tp_plans]
         if self.mlps or not self.tp_plans:
             kinds.append(f"{self.mlps} MLPs")
         if self.gathered:
-            kinds[0] += f" and {len(self.gathered)} with gathered weights"
+            kinds[-1] += f" and {len(self.gathered)} with gathered weights"
         largest = [f"{name} {size(count)}" for name, count in self.unsplit.items()]
         largest = largest[:_LARGEST] + ["..."] * (len(largest) > _LARGEST)
         reasons: dict[tuple[str, str], list[str]] = {}
@@ -97,6 +98,7 @@ def keep_report(model: nn.Module, attentions: Attentions, rest: Rest) -> Report:
         unsplit=dict(sorted(by_module.items(), key=lambda item: -item[1])),
         left_out=rest.left_out | {f"the MLP {name}": why for name, why in rest.left_out_mlps.items()},
         gathered={name: why for name, (_, why) in attentions.gathered.items()},
+        states=len(attentions.states),
     )
     setattr(model, _ATTRIBUTE, made)
     return made

@@ -5,7 +5,7 @@ each row by itself, which a copy shows, without its attention and its MLPs: thes
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +24,7 @@ from two_level_mha.layer import GridAttention
 from two_level_mha.mesh import grid_mesh
 from two_level_mha.probe import first_output, random_copy
 from two_level_mha.rest import Rest
+from two_level_mha.state_trial import States
 from two_level_mha.stock import take_full_tensors
 from two_level_mha.stream import DropoutOnParts, OnParts, SplitColumns, SplitMLP, SplitRows, Stream
 
@@ -70,6 +71,7 @@ class Stack:
     layers: list[nn.Module]
     batch_first: bool
     attentions: list[nn.Module] = field(default_factory=list)
+    states: list[States] = field(default_factory=list)
     mlps: list[MLP] = field(default_factory=list)
     whole: list[nn.Module] = field(default_factory=list)  # take all rows, by a plan of theirs
     between: set[nn.Module] = field(default_factory=set)  # act on columns, between linears
@@ -98,15 +100,17 @@ class Stack:
         return behind[0] if behind else self.layers[-1]
 
 
-def find_stacks(model: nn.Module, found: Iterable[Attention], rest: Rest) -> tuple[list[Stack], dict[str, str]]:
-    """The stacks of a model whose attentions `found` will be split, and `rest` too; and why others are none.
+def find_stacks(
+    model: nn.Module, found: Iterable[Attention], rest: Rest, states: Mapping[str, States]
+) -> tuple[list[Stack], dict[str, str]]:
+    """The stacks of a model whose attentions `found` will be split, `rest` and `states` too; and why others are none.
 
     Takes from `rest` the MLPs that a stack splits. Sends nothing.
     """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    members: dict[str, dict[str, list[Attention]]] = {}
+    members: dict[str, dict[str, list[Attention | States]]] = {}
     left_out: dict[str, str] = {}
-    for one in found:
+    for one in (*found, *states.values()):
         parts = one.name.split(".")
         at = next((i for i in range(len(parts) - 1, 0, -1) if ".".join(parts[:i]) in lists), None)
         if at is None or at == len(parts) - 1:
@@ -123,15 +127,17 @@ def find_stacks(model: nn.Module, found: Iterable[Attention], rest: Rest) -> tup
                  for ones in by_layer.values() for one in ones}  # fmt: skip
         if len(kinds) > 1:
             problem = "batch_first differs between its attentions"
-        if crossing := [one.name for ones in by_layer.values() for one in ones if one.adapter.crosses]:
+        inside = [one for ones in by_layer.values() for one in ones if not isinstance(one, States)]
+        if crossing := [one.name for one in inside if one.adapter.crosses]:
             problem = f"{crossing[0]} is cross-attention, of states that are whole"
-        if taking := [one.name for ones in by_layer.values() for one in ones if takes_shared(one.module)]:
+        if taking := [one.name for one in inside if takes_shared(one.module)]:
             problem = f"{taking[0]} attends to keys of another layer"
         if not problem:
             path = name.split(".")[:-1]
             around = [model.get_submodule(".".join(path[:i])) for i in range(len(path) + 1)]
             stack = Stack(name, around, list(lists[name]), kinds.pop())
-            stack.attentions = [one.module for ones in by_layer.values() for one in ones]
+            stack.attentions = [one.module for one in inside]
+            stack.states = [one for ones in by_layer.values() for one in ones if isinstance(one, States)]
             _take_mlps(stack, rest)
             width = _width(by_layer["0"][0])
             for i, layer in enumerate(stack.layers):
@@ -146,7 +152,9 @@ def find_stacks(model: nn.Module, found: Iterable[Attention], rest: Rest) -> tup
     return stacks, {f"the hidden states of {name}": why for name, why in left_out.items()}
 
 
-def _width(one: Attention) -> int:
+def _width(one: Attention | States) -> int:
+    if isinstance(one, States):
+        return one.width
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         x: Tensor = one.adapter.inputs(one.module, torch.float64)[0][0][0]
         return x.shape[-1]
@@ -241,6 +249,7 @@ def _tried(
     gradient, which ranks would wait for.
     """
     stubs: dict[int, nn.Module] = {id(module): _Stub(True) for module in stack.attentions}
+    stubs |= {id(one.module): _Stub(one.gives_pair) for one in stack.states}
     inner = [mlp.module for mlp in stack.mlps if mlp.module is not layer]
     stubs |= {id(module): _Stub(False) for module in (*stack.whole, *inner)}
     kind = tuple((name, type(module)) for name, module in layer.named_modules())
@@ -252,7 +261,8 @@ def _tried(
 
 def _drops(layer: nn.Module, stack: Stack) -> str | None:
     """Dropout that is no nn.Dropout module."""
-    own = {part for module in stack.attentions for part in module.modules()} | stack.between
+    taken = [*stack.attentions, *(one.module for one in stack.states)]
+    own = {part for module in taken for part in module.modules()} | stack.between
     for name, module in layer.named_modules():
         if isinstance(module, nn.Dropout) or module in own:
             continue
@@ -315,6 +325,9 @@ def split_stack(stack: Stack, mesh: DeviceMesh, activations: str, reduce_dtype: 
     for attention in [part for layer in stack.layers for part in layer.modules() if isinstance(part, GridAttention)]:
         attention.stream = stream
         taken |= {part for part in attention.modules() if not isinstance(part, nn.Dropout)}
+    for one in stack.states:
+        one.module.split_hidden(stream)
+        taken |= set(one.module.modules())
     for module in [part for layer in (*stack.layers, stack.last) for part in layer.modules()]:
         if module in taken:
             continue

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from two_level_mha.errors import GridError
-from two_level_mha.layer import GridAttention
+from two_level_mha.mesh import Place
 
 Key = TypeVar("Key")
 
@@ -63,6 +64,20 @@ class StockTensor:
     def _of_groups(self, x: Tensor, dim: int) -> Tensor:
         grouped: Tensor = x.unflatten(dim, (self.groups, -1))
         return grouped.narrow(dim + 1, self.start, self.size // self.groups)
+
+
+class HoldsStock(nn.Module):
+    """A module on a mesh whose own parameters are what `stock_names` says of the unsplit model's tensors; `block` gives
+    this rank's of a whole one.
+    """
+
+    stock_names: dict[str, StockTensor]
+    mesh: DeviceMesh | None
+    place: Place
+
+    def block(self, full: Tensor, name: str) -> Tensor:
+        """`full`, the same on every rank, as this module stores parameter `name`."""
+        raise NotImplementedError
 
 
 def resolve(name: str, key: str) -> str:
@@ -155,7 +170,7 @@ def _take(
 ) -> None:  # fmt: skip
     """A pre-hook of load_state_dict. What is missing or has another shape is named as the caller knows it."""
     module = owner.get_submodule(child)
-    assert isinstance(module, GridAttention)
+    assert isinstance(module, HoldsStock)
     taken: set[str] = set()
     found: dict[str, Any] = {}
     names = {name: stock for name, stock in module.stock_names.items() if module._parameters[name] is not None}

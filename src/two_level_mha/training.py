@@ -49,9 +49,12 @@ def shard_embed_dim(p: nn.Parameter) -> Shard | None:
     None (the default) for what is no weight block. fully_shard wants its mesh to divide embed_dim. Raises GridError, on
     every rank, where a slice has no columns: fully_shard would fail on its rank, and the others would wait.
     """
-    if p.dim() != 3 or not isinstance(p, DTensor):
+    if not isinstance(p, DTensor):
         return None
-    sharded = [(dim, axis) for axis, one in enumerate(p.placements) for dim in range(3) if one.is_shard(dim)]
+    states = p.dim() == 4 and p.device_mesh.ndim == 2  # heads of keys, of these, head_dim, D
+    if not (p.dim() == 3 or states):
+        return None
+    sharded = [(dim, axis) for axis, one in enumerate(p.placements) for dim in range(p.dim()) if one.is_shard(dim)]
     if not sharded:
         return None
     for dim, axis in sharded:
@@ -61,7 +64,7 @@ def shard_embed_dim(p: nn.Parameter) -> Shard | None:
                 f"fully_shard takes no empty blocks, and {parts} slices of {p.shape[dim]} columns leave some "
                 "without any: take a grid of fewer slices"
             )
-    return Shard(2 if any(dim == 0 for dim, _ in sharded) else 0)  # (h, d, D), or out_weight's (D, h, d)
+    return Shard(p.dim() - 1 if any(dim == 0 for dim, _ in sharded) else 0)  # (h, d, D), or out_weight's (D, h, d)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from two_level_mha.errors import GridError
-from two_level_mha.layer import GridAttention
+from two_level_mha.stock import HoldsStock
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and checkpoint_wrapper
 _FIXED = ("params", "param_names")  # entries of an optimizer's group that are no hyper-parameters
@@ -121,7 +121,7 @@ def state_to_save(model: nn.Module, optimizers: list[Optimizer], rank: int) -> S
 
 
 def _grid(model: nn.Module) -> tuple[int, int] | None:
-    grids = [module.place.grid for module in model.modules() if isinstance(module, GridAttention)]
+    grids = [module.place.grid for module in model.modules() if isinstance(module, HoldsStock)]
     return (grids[0].head_groups, grids[0].slices) if grids else None
 
 

@@ -116,9 +116,12 @@ def _has(config: transformers.PretrainedConfig, name: str) -> bool:
         return True
 
 
-def build(family: str, kv_heads: int = SIZES[KV_HEADS[0]]) -> torch.nn.Module:
+def build(family: str, kv_heads: int = SIZES[KV_HEADS[0]], **sizes: object) -> torch.nn.Module:
+    """A small model of a family, random; sizes: what its configuration has besides."""
     torch.manual_seed(0)
     config = small(family, kv_heads)
+    for name, value in sizes.items():
+        setattr(config, name, value)
     config._attn_implementation = "sdpa"
     try:
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -180,7 +183,7 @@ def try_family(family: str, grid: tuple[int, int]) -> dict[str, object]:
     report = tlm.report(model)
     mlps = sum(why == NO_PLAN for why in report.gathered.values())
     found = {
-        "attentions": report.attentions,
+        "attentions": report.attentions + report.states,
         "gathered": len(report.gathered) - mlps,
         "gathered_mlps": mlps,
         "held": report.held_parameters / parameters,
@@ -323,8 +326,9 @@ Made by `make models` on {made["date"]}, torch {made["torch"]}, transformers {ma
 Every causal language model of transformers, small and with random weights, with 2 key/value heads where the family
 lets one choose, on {ranks} Gloo ranks in a grid of 2 head groups. Of {len(built)} families {number.get("right", 0)} are
 right: logits of a padded batch, the gradient of every parameter and {TOKENS} greedy tokens with a cache are the unsplit
-model's. Of those, {split} have all of their attention split; in the others some or all keeps its own code, with weights
-that are stored split and gathered for each call, as MLPs do that no tensor-parallel plan of transformers splits.
+model's. Of those, {split} have all of their attention split, or the layers that keep states in its place; in the others
+some or all keeps its own code, with weights that are stored split and gathered for each call, as MLPs do that no
+tensor-parallel plan of transformers splits.
 Under transformers' own tensor parallelism, on as many ranks, {stock} of them give the unsplit logits and tokens.
 
 Kept is the share of all parameters that the first rank holds: 1/{ranks} is {1 / ranks:.2f}. Small models have large

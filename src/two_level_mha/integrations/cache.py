@@ -11,6 +11,8 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
     get_layer_types_and_kwargs,
 )
 
@@ -20,6 +22,8 @@ from two_level_mha.mesh import Grid, Place, mesh_of
 
 # type of layer -> whether it keeps a window of tokens
 WINDOWED = {"full_attention": False, "sliding_attention": True, "chunked_attention": True}
+HYBRID = "hybrid"  # type of a layer that has keys and values beside states
+REPLACED = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer)
 
 
 class ModelCacheLayer(CacheLayer, CacheLayerMixin):
@@ -96,6 +100,40 @@ class ModelCacheLayer(CacheLayer, CacheLayerMixin):
         raise UsageRuntimeError("a KV cache that is split over a grid cannot be offloaded")
 
 
+class ModelHybridLayer(ModelCacheLayer, LinearAttentionLayer):
+    """A ModelCacheLayer that also has the states of the layer that it takes the place of, which are this rank's."""
+
+    is_compileable = False
+
+    def __init__(self, place: Place, layout: str, beside: LinearAttentionAndFullAttentionLayer) -> None:
+        LinearAttentionLayer.__init__(self, beside.number_of_states)
+        ModelCacheLayer.__init__(self, place, layout)
+        self.recording = beside.record_past
+        for name in vars(LinearAttentionLayer(beside.number_of_states)).keys() - {"record_past"}:
+            setattr(self, name, getattr(beside, name))
+
+    @property
+    def is_croppable(self) -> bool:
+        return LinearAttentionLayer.is_croppable.fget(self)
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        """Of the states, whose arguments have names; keys' memory is made by the first append."""
+        if kwargs:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        super().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def select(self, index: Tensor) -> None:
+        super().select(index)
+        LinearAttentionLayer.reorder_cache(self, index)
+
+
 class ModelCache(LayersCache, Cache):  # type: ignore[misc]  # whose layers are those of both
     """A LayersCache that transformers takes as past_key_values; made by KVCache(config, mesh)."""
 
@@ -158,7 +196,7 @@ def split_layer(cache: Cache, index: int, place_of: Callable[[str], Place], layo
         if layer.place != place:
             raise GridError(f"the KV cache was made for {layer.place.grid}, the attention keeps it on {place.grid}")
         return layer
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or cache.offloading:
+    if type(layer) not in REPLACED or cache.offloading:
         kind = type(cache).__name__ if layer is None else f"{type(cache).__name__} with {type(layer).__name__}"
         raise GridError(
             f"past_key_values must be None, a DynamicCache or a two_level_mha.KVCache, got a {kind}"
@@ -166,6 +204,8 @@ def split_layer(cache: Cache, index: int, place_of: Callable[[str], Place], layo
         )
     if layer.get_seq_length():
         raise GridError("past_key_values was filled by a model that is not split: fill it again by this one")
+    if type(layer) is LinearAttentionAndFullAttentionLayer:
+        return ModelHybridLayer(place_of(layout), layout, layer)
     ours = ModelCacheLayer(place_of(layout), layout, window=layer.sliding_window if layer.is_sliding else None)
     ours.recording = getattr(layer, "record_past", False)
     return ours

@@ -13,7 +13,7 @@ from two_level_mha.class_like import class_like
 from two_level_mha.decoder import check_dropout
 from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations import forms
-from two_level_mha.integrations.cache import WINDOWED, put_layer, split_layer
+from two_level_mha.integrations.cache import HYBRID, WINDOWED, put_layer, split_layer
 from two_level_mha.integrations.projected import Attended, ProjectedAttention, additive, mask_for, random_arguments
 from two_level_mha.mesh import Place
 from two_level_mha.names import Args, Kwargs
@@ -67,7 +67,8 @@ class DecoderAttention(ProjectedAttention):
         (B, L, _), new_keys = wholes[0].shape, wholes[1].shape[1]
         need_weights, dropout_p = self.needs_weights(given), self.dropout_p
         layout = "batch" if dropout_p > 0.0 else self.cache_layout  # see check_dropout
-        kept = past.get_seq_length(self.layer_idx) if isinstance(past, Cache) else 0
+        number = given.get(forms.CALLED_AS, self.layer_idx)
+        kept = past.get_seq_length(number) if isinstance(past, Cache) else 0
         mask = self.mask_of(given, L, kept + new_keys, kept)
 
         def check() -> dict[str, object]:
@@ -75,7 +76,7 @@ class DecoderAttention(ProjectedAttention):
             settings: dict[str, object] = {"need_weights": need_weights, "dropout_p": dropout_p}
             if past is None:
                 return settings
-            layer = split_layer(past, self.layer_idx, self.cache_place, layout)
+            layer = split_layer(past, number, self.cache_place, layout)
             check_dropout(layer, dropout_p)
             call = layer.next_call(B, new_keys)
             if need_weights and layer.layout == "position":
@@ -89,8 +90,8 @@ class DecoderAttention(ProjectedAttention):
         self.check_call(check, tensors if states is hidden_states else tensors | {"other states": states})
         layer, call = None, NO_CACHE
         if past is not None:
-            layer = split_layer(past, self.layer_idx, self.cache_place, layout)
-            put_layer(past, self.layer_idx, layer)
+            layer = split_layer(past, number, self.cache_place, layout)
+            put_layer(past, number, layer)
             call = layer.begin(B, new_keys)
         causal = self.masks_itself or self.causal_without_mask(given, L)
         if need_weights and mask is not None and mask.dtype == torch.bool:
@@ -168,8 +169,9 @@ def _check_options(original: nn.Module, scheme: str) -> None:
         raise GridError(f"it clips queries, keys and values (clip_qkv={clip})")
     kinds: dict[int | None, str] = dict(enumerate(getattr(config, "layer_types", None) or ()))
     kind = kinds.get(forms.layer_of(original))
-    if kind is not None and kind not in WINDOWED:
-        raise GridError(f"its layer is of type {kind!r}, whose cache is not split; supported: {', '.join(WINDOWED)}")
+    supported = (*WINDOWED, HYBRID)
+    if kind is not None and kind not in supported:
+        raise GridError(f"its layer is of type {kind!r}, whose cache is not split; supported: {', '.join(supported)}")
 
 
 def decoder_like(original: nn.Module, *args: Any, **options: Any) -> DecoderAttention:
@@ -204,6 +206,8 @@ def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[Args, 
             if x is None or forms.hides(original):
                 return x
             return x[..., :end] if x.shape[-2] == 1 else x[..., first:end, :end]
+        if name == forms.CALLED_AS:
+            return x
         return x[:, first:end].contiguous()
 
     cache_name = forms.cache_name(original)

@@ -53,6 +53,7 @@ VALUE_NORM = "v_norm"  # of each head of v; without weights
 HEAD_DIMS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 LAYERS = ("layer_idx", "layer_id")
+CALLED_AS = "layer_idx"  # an argument of attention that several layers share: which of them calls
 SCALES = ("scaling", "scale", "inv_norm_factor", "softmax_scale")
 SOFTCAP = "attn_logit_softcapping"
 SINKS = "sinks"  # (h,)
@@ -87,7 +88,7 @@ INPUTS = ("hidden_states", "x")
 LISTING = ("modeling_openai.Attention",)  # classes, and their modules, that give a list, of weights only if asked for
 # Arguments that mean something to a call, and those that a call without them goes like; no others are known.
 MASKS = ("attention_mask", "mask")
-ARGUMENTS = {*INPUTS, "position_embeddings", SINUSOIDS, "residual", *MASKS, *CACHES, *BIASES}
+ARGUMENTS = {*INPUTS, "position_embeddings", SINUSOIDS, "residual", *MASKS, *CACHES, *BIASES, CALLED_AS}
 # Where layers leave keys and values, by layer_type, for later ones that have none of their own; what says that a module
 # takes them, or leaves its own.
 SHARED_STATES, TAKES, LEAVES = "shared_kv_states", "is_kv_shared_layer", "store_full_length_kv"

@@ -29,6 +29,7 @@ _STYLES = {
     "rowwise_split_input": "whole", "rowwise_rep": "whole", "moe_tp_experts": "experts",
     "embedding_rowwise": "embedding", "embedding_colwise": "embedding", "gathered": "whole",
 }  # fmt: skip
+STATES = "states"  # of linears in layers that keep states
 _AS_THEY_ARE = ("experts", "embedding")  # PEFT sees their whole sizes
 
 
@@ -87,7 +88,7 @@ def adaptable(model: Model) -> Iterator[Model]:
     stands = []
     for parent, name, child in list(_split_places(model)):
         module = _inside(child)
-        stand = module if vars(module).get("split_as", (None,))[0] in _AS_THEY_ARE else _stand_in(module)
+        stand = module if vars(module).get("split_as", (None,))[0] in _AS_THEY_ARE else _stand_in(module, parent)
         stands.append((parent, name, stand, module))
         _fill(parent, name, stand)
     refusal: GridError | None = None
@@ -96,11 +97,12 @@ def adaptable(model: Model) -> Iterator[Model]:
         yield model
     finally:
         for parent, name, stand, module in stands:
-            for own, p in stand.named_parameters() if not isinstance(module, Projection) else ():
+            bare = isinstance(module, Projection) or _of_states(module)
+            for own, p in stand.named_parameters() if not bare else ():
                 module.get_parameter(own).requires_grad_(p.requires_grad)  # PEFT freezes what it sees
             found = getattr(parent, name)
             if found is not stand:
-                refusal = refusal or _refusal(found, stand)
+                refusal = refusal or (_no_adapter(parent, name) if _of_states(module) else _refusal(found, stand))
             _fill(parent, name, module)
             if isinstance(getattr(parent, name), Adapted):
                 adapted.append(getattr(parent, name))
@@ -217,6 +219,19 @@ def _refusal(layer: nn.Module, stand: nn.Module) -> GridError | None:
     return None
 
 
+def _of_states(module: nn.Module) -> bool:
+    """Whether it is a linear whose weights are with the layer that it is in (integrations/states.py)."""
+    split = vars(module).get("split_as")
+    return split is not None and split.kind == STATES
+
+
+def _no_adapter(parent: nn.Module, name: str) -> GridError:
+    return GridError(
+        f"{name} is in a {type(parent).__name__}, which keeps states and takes no adapter where it is split: put it "
+        "there before parallelize, which leaves that layer its own code then, or leave those modules out"
+    )
+
+
 def _not_split(activations: str) -> str:
     return (
         f"adapters are not supported on a model with activations={activations!r}: parallelize with "
@@ -254,23 +269,26 @@ def _split_places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]
             split = vars(child).get("split_as")
             if isinstance(child, Projection | AdaptedProjection) and not isinstance(parent, Adapted):
                 yield parent, name, child
-            elif split is not None and split.kind in ADAPTED and not isinstance(parent, Adapted):
+            elif split is not None and split.kind in (*ADAPTED, STATES) and not isinstance(parent, Adapted):
                 if split.kind in _AS_THEY_ARE or is_linear(_inside(child)):
                     yield parent, name, child
 
 
-def _stand_in(module: nn.Module) -> nn.Module:
+def _stand_in(module: nn.Module, parent: nn.Module) -> nn.Module:
     """A linear of whole features without numbers, on the device and of the dtype of what it stands for."""
     made: nn.Module
     like: Any
     if isinstance(module, Projection):
         layer, letters = module.whose
         made, like = module.whole(), layer._parameters["out_weight" if letters == "o" else f"{letters[0]}_weight"]
+    elif _of_states(module):
+        made, like = blank_like(module), next(parent.parameters())
     else:
         made, like = blank_like(module), module.weight
     nan = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
     for name, p in list(made.named_parameters()):
-        trained = p.requires_grad if isinstance(module, Projection) else module.get_parameter(name).requires_grad
+        bare = isinstance(module, Projection) or _of_states(module)
+        trained = p.requires_grad if bare else module.get_parameter(name).requires_grad
         made.register_parameter(name, nn.Parameter(nan.expand(p.shape), trained))
     return made
 

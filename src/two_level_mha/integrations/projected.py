@@ -323,6 +323,8 @@ def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict
         if forms.takes_shared(original):
             shape = (2, features_of(projection)[1] // d // original.num_key_value_groups, rows, d)
             given[forms.SHARED_STATES] = {original.layer_type: tuple(torch.randn(2, *shape, dtype=dtype))}
+    if forms.CALLED_AS in named:
+        given[forms.CALLED_AS] = 0
     if "residual" in named:
         given["residual"] = torch.randn_like(x_BLD)
     return given
