@@ -339,6 +339,10 @@ class GridAttention(nn.Module):
         p = self._parameters
         return local_blocks([p[name] if name in p else getattr(self, name) for name in SHARDED_DIMS])
 
+    def spread(self, x: Tensor, dim: int) -> Tensor:
+        """x, whose entries along `dim` are the columns of a head of values, as the pass has heads of values."""
+        return x
+
     def _with_after(
         self, gate: Tensor | None, sinks: Tensor | None, rows: list[Tensor] | None, shared: list[Tensor] | None,
         between: Between, after: list[Tensor],

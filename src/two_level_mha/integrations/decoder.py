@@ -64,8 +64,9 @@ class DecoderAttention(ProjectedAttention):
         wholes = self.wholes([hidden_states, states])
         (B, L, _), new_keys = wholes[0].shape, wholes[1].shape[1]
         need_weights, dropout_p = self.needs_weights(given), self.dropout_p
+        index = self.layer_idx + (given.get(forms.SLOT) or 0)
         layout = "batch" if dropout_p > 0.0 else self.cache_layout  # see check_dropout
-        kept = past.get_seq_length(self.layer_idx) if isinstance(past, Cache) else 0
+        kept = past.get_seq_length(index) if isinstance(past, Cache) else 0
         mask = self.mask_of(given, L, kept + new_keys, kept)
 
         def check() -> dict[str, object]:
@@ -73,7 +74,7 @@ class DecoderAttention(ProjectedAttention):
             settings = {"need_weights": need_weights, "dropout_p": dropout_p}
             if past is None:
                 return settings
-            layer = split_layer(past, self.layer_idx, self.cache_place, layout)
+            layer = split_layer(past, index, self.cache_place, layout)
             check_dropout(layer, dropout_p)
             call = layer.next_call(B, new_keys)
             if need_weights and layer.layout == "position":
@@ -87,8 +88,8 @@ class DecoderAttention(ProjectedAttention):
         self.check_call(check, tensors if states is hidden_states else tensors | {"other states": states})
         layer, call = None, NO_CACHE
         if past is not None:
-            layer = split_layer(past, self.layer_idx, self.cache_place, layout)
-            put_layer(past, self.layer_idx, layer)
+            layer = split_layer(past, index, self.cache_place, layout)
+            put_layer(past, index, layer)
             call = layer.begin(B, new_keys)
         causal = self.masks_itself or self.causal_without_mask(given, L)
         if need_weights and mask is not None and mask.dtype == torch.bool:
@@ -204,7 +205,8 @@ def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[tuple,
         if mask is not None:
             mask = mask_for(original, mask[:, :, first:end, :end], dtype)
         given = {name: of_rows(name, x, first, end) for name, x in whole.items()}
-        return (given.pop("hidden_states"),), given | {
+        x_BLD = given.pop("hidden_states")
+        return (x_BLD,), given | forms.again(original, x_BLD) | {
             forms.mask_name(original): mask,
             forms.cache_name(original): past,
         }
