@@ -151,6 +151,7 @@ class GridAttention(nn.Module):
             embed_dim=full["q_weight"].shape[2],
             key_dim=full["k_weight" if "k_weight" in held else "q_weight"].shape[2],
             value_dim=full[next(f"{letter}_weight" for letter in "vkq" if f"{letter}_weight" in held)].shape[2],
+            out_dim=full["out_weight"].shape[0],
             bias=not held.isdisjoint(("q_bias", "k_bias", "v_bias")),
             out_bias="out_bias" in held,
             bias_kv="bias_k" in held,

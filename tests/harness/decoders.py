@@ -172,6 +172,7 @@ LATENT = {
 
 
 EXACT = {"exact": True}
+MAY_BE_NONE = ("q_lora_rank",)  # of others None says that there is no such field
 EAGER_ONLY = (
     "bloom",
     "gpt oss",
@@ -204,7 +205,8 @@ class Norm(nn.Module):
 
 def make_config(name: str, **changes) -> transformers.PretrainedConfig:
     kind, options = (MODELS | FORMS | LATENT | CALLED)[name]
-    options = {field: value for field, value in (BASE | options | changes).items() if value is not None}
+    given = (BASE | options | changes).items()
+    options = {field: value for field, value in given if value is not None or field in MAY_BE_NONE}
     return getattr(transformers, kind)(**options)
 
 
