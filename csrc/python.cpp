@@ -181,11 +181,20 @@ py::dict option_dict(const Option& option, const Rates& rates) {
 std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                   int64_t embed_dim, int64_t B, int64_t L, int64_t S, int64_t element_size,
                                   bool cached, bool causal, bool concat, bool bias, int64_t activations,
-                                  int64_t overlap, const Rates::Numbers& profile) {
+                                  int64_t overlap, const std::array<int64_t, 5>& latent,
+                                  const Rates::Numbers& profile) {
   const Rates rates = Rates::from_numbers(profile);
   PlanRequest request{ranks, {{heads, kv_heads, head_dim}, embed_dim}, {B, L, S}, cached};
   request.layer.bias = request.layer.out_bias = bias;
   request.layer.concat = concat;
+  const auto [rank, nope, rope, value, query_rank] = latent;
+  request.layer.latent = {rank, nope, rope, value, query_rank};
+  if (rank > 0) {
+    request.layer.bias = false;
+    request.layer.out_dim = embed_dim;
+    request.layer.key_dim = request.layer.value_dim = rank;
+    if (query_rank > 0) request.layer.D = query_rank;
+  }
   if (activations < 0 || activations > int64_t(Activations::batch))
     throw std::invalid_argument("activations must be 0, 1 or 2");
   request.layer.activations = Activations(activations);
@@ -267,7 +276,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan, "Every valid grid with every scheme, and the index of the pick.", py::kw_only(),
         "ranks"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "embed_dim"_a, "B"_a, "L"_a, "S"_a,
         "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "activations"_a, "overlap"_a,
-        "profile"_a);
+        "latent"_a, "profile"_a);
 
   bind_kernels(m);
 
@@ -288,6 +297,16 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("reduce_size", &Call::reduce_size)
       .def_readwrite("key_dim", &Call::key_dim)
       .def_readwrite("value_dim", &Call::value_dim)
+      .def_readwrite("out_dim", &Call::out_dim)
+      .def_property(
+          "latent",
+          [](const Call& call) {
+            const auto& [rank, nope, rope, value, query_rank] = call.latent;
+            return std::array<int64_t, 5>{rank, nope, rope, value, query_rank};
+          },
+          [](Call& call, const std::array<int64_t, 5>& sizes) {
+            call.latent = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+          })
       .def_readwrite("inputs", &Call::inputs)
       .def_readwrite("extra_keys", &Call::extra_keys)
       .def_readwrite("bias", &Call::bias)

@@ -14,6 +14,7 @@ PROGRAM = "two-level-mha" if os.path.basename(sys.argv[0]) == "two-level-mha" el
 ACTIVATIONS = ("replicated", "sequence", "batch")
 COMBINES = ("reduce", "concat")
 DEVICE_TYPES = ("cuda", "cpu")
+LATENT = ("kv-lora-rank", "q-lora-rank", "qk-nope-head-dim", "qk-rope-head-dim", "v-head-dim")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -41,6 +42,8 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         help="key/value heads (default: as many as query heads)",
     )
     parser.add_argument("--head-dim", type=int, help="default: embed dim / heads")
+    for name in LATENT:
+        parser.add_argument(f"--{name}", type=int, help="of latent attention, in place of the two above")
     parser.add_argument("--ranks", "--devices", dest="ranks", type=int, required=True, help="number of ranks")
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--seq", type=int, required=True, help="tokens; with --decode those of the context")

@@ -16,6 +16,7 @@ LayerSizes layer_sizes(const Constants& layer, std::optional<at::ScalarType> red
   LayerSizes sizes{{layer.num_heads, layer.num_kv_heads, layer.head_dim}, layer.embed_dim};
   sizes.key_dim = layer.key_dim;
   sizes.value_dim = layer.value_dim;
+  sizes.out_dim = layer.out_dim;
   sizes.bias = layer.bias != 0;
   sizes.out_bias = layer.out_bias != 0;
   sizes.bias_kv = layer.bias_kv != 0;

@@ -25,6 +25,7 @@ struct Constants {
   int64_t num_heads = 1, num_kv_heads = 1, head_dim = 1;           // h, k, d
   int64_t embed_dim = 1;                                           // D
   int64_t key_dim = 0, value_dim = 0;                              // of the key and value inputs; 0: D
+  int64_t out_dim = 0;                                             // of the output; 0: D
   int64_t bias = 0;                                                // whether q, k, v have biases
   int64_t out_bias = 0;                                            // whether the output has one
   int64_t bias_kv = 0;                                             // whether there is a bias_k and a bias_v
@@ -59,6 +60,7 @@ inline constexpr Field<Constants, int64_t> kConstants[] = {
     {"embed_dim", &Constants::embed_dim},
     {"key_dim", &Constants::key_dim},
     {"value_dim", &Constants::value_dim},
+    {"out_dim", &Constants::out_dim},
     {"bias", &Constants::bias},
     {"out_bias", &Constants::out_bias},
     {"bias_kv", &Constants::bias_kv},

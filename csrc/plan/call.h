@@ -2,6 +2,7 @@
 // table of traffic, the prices and the planner all have them from `call_sizes`. No torch.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "grid.h"
@@ -12,10 +13,25 @@ namespace two_level_mha {
 // every sequence, or with its sequences (comm/split.h).
 enum class Activations : int64_t { replicated, sequence, batch };
 
+// Multi-head latent attention: every rank has the latents of all tokens, and what they are projected from them by. In the
+// pass d is the wider of q's and v's head, filled up in every slice; D is the width of what queries are projected from.
+struct LatentSizes {
+  int64_t rank = 0;        // R, of the latent of keys and values; 0: there is none
+  int64_t nope = 0;        // N, columns of a head of q and k that are not rotated
+  int64_t rope = 0;        // T, of a head of q and of the one rotary key that are
+  int64_t value = 0;       // V, of a head of v
+  int64_t query_rank = 0;  // of the queries' latent; 0: they are projected from X
+
+  int64_t head_dim(int64_t m) const { return m * slice_width(std::max(nope + rope, value), m); }
+  // Columns of X's projections that every rank computes.
+  int64_t whole() const { return rank + rope + query_rank; }
+};
+
 // A layer as all ranks know it: what does not change from call to call.
 struct LayerSizes {
   Heads heads;          // h, k, d
   int64_t D = 0;        // embed dim
+  int64_t out_dim = 0;  // of Y; 0: D
   int64_t key_dim = 0;  // of the key and value inputs; 0: D
   int64_t value_dim = 0;
   bool bias = false;  // of q, k and v
@@ -28,6 +44,7 @@ struct LayerSizes {
   int64_t node = 1;         // ranks of a node, by the profile: profiles.h
   Activations activations = Activations::replicated;
   int64_t overlap = 1;  // chunks to cut the batch into (schemes.h); 0: as many as are predicted to be fastest
+  LatentSizes latent;
 };
 
 // What a call of it is given. I is int64_t for tables and c10::SymInt in the pass.
@@ -56,8 +73,9 @@ struct CallSizes {
   I position = 0;
 
   int64_t reduce_size = 0;
-  int64_t key_dim = 0, value_dim = 0;
+  int64_t key_dim = 0, value_dim = 0, out_dim = 0;
   int64_t extra_keys = 0;
+  LatentSizes latent;
   bool bias = false, out_bias = false, bias_kv = false;
   int64_t node = 1;
   Activations activations = Activations::replicated;
@@ -82,6 +100,7 @@ struct CallSizes {
   int64_t query_row(int64_t heads) const { return whole_heads ? heads / m * d : heads * width(); }
   int64_t kdim() const { return key_dim > 0 ? key_dim : D; }
   int64_t vdim() const { return value_dim > 0 ? value_dim : D; }
+  int64_t ydim() const { return out_dim > 0 ? out_dim : D; }
 };
 
 template <class I>
@@ -105,6 +124,8 @@ CallSizes<I> call_sizes(const LayerSizes& layer, const Grid& grid, const CallSha
   s.reduce_size = layer.reduce_size;
   s.key_dim = layer.key_dim;
   s.value_dim = layer.value_dim;
+  s.out_dim = layer.out_dim;
+  s.latent = layer.latent;
   s.extra_keys = call.extra_keys;
   s.bias = layer.bias;
   s.out_bias = layer.out_bias;

@@ -22,20 +22,30 @@ struct Memory {
   Checked cache;        // keys and values of all S positions
 };
 
+// Elements that the widest rank has of the weights of multi-head latent attention.
+inline int64_t latent_weights(const CallSizes<Checked>& s) {
+  const auto& [R, N, T, V, Q] = s.latent;
+  const int64_t v = slice_width(V, s.m),
+                columns = slice_width(N + T, s.m) * s.D + (slice_width(N, s.m) + v) * R;
+  const int64_t out = s.ydim() * (s.concat ? s.n * s.H * V : s.H * v);
+  const int64_t whole = s.ydim() * s.latent.whole() + R + Q;  // and the norms of latents
+  return s.H * columns + out + whole + (s.out_bias ? s.latent.whole() + s.ydim() : 0);
+}
+
 inline Memory memory_of(Scheme scheme, const CallSizes<Checked>& s) {
   const SchemeRow row = concrete_row(scheme, s);
   const Local<Checked> local = local_sizes(row, s);
   const int64_t q_width = s.query_row(s.q_heads()), kv_width = s.K * s.width(), h = s.n * s.H;
   const int64_t projections = s.D * q_width + (s.kdim() + s.vdim()) * kv_width;
-  const int64_t out = s.D * (s.concat ? h * s.d : s.query_row(s.H));
-  const int64_t biases = s.bias ? q_width + 2 * kv_width + s.D : 0;
-  const Checked weights = projections + out + biases;
+  const int64_t out = s.ydim() * (s.concat ? h * s.d : s.query_row(s.H));
+  const int64_t biases = s.bias ? q_width + 2 * kv_width + s.ydim() : 0;
+  const Checked weights = s.latent.rank > 0 ? latent_weights(s) : projections + out + biases;
 
   const Checked queries = local.batch * local.heads * local.rows;
   const Checked keys = s.position > 0 ? 0 : local.batch * local.kv_heads * local.keys;  // else the cache's
   const bool parts = s.split() && (row.x == Move::replicate ||
                                    takes_parts(row, s));  // of X alone: the whole is gathered again
-  Checked kept = (parts ? traffic::split_elements(s.inputs, s) : traffic::input_elements(row, s)) +
+  Checked kept = (parts ? traffic::split_inputs(s) : traffic::input_elements(row, s)) +
                  (queries + keys) * (local.qk_width + local.v_width);
   if (s.concat)
     kept = kept + s.B * s.L * h * s.d;  // the concatenation
@@ -44,8 +54,10 @@ inline Memory memory_of(Scheme scheme, const CallSizes<Checked>& s) {
   if (row.w == Move::replicate) kept = kept + s.m * (projections + (s.concat ? 0 : out));
   const bool by_batch = row.cached == Cached::may;  // of the two layouts of a cache; position is the default
   const Checked batch = by_batch ? ceil_div(s.B, s.m) : s.B;
-  const Checked positions = by_batch ? s.S : ceil_div(s.S, s.m);
-  const Checked cache = 2 * batch * positions * s.K * s.d;
+  if (s.latent.rank > 0) kept = kept + s.B * s.L * (s.ydim() + s.latent.rope);  // X and the rotary key
+  const Checked positions = by_batch ? s.S : ceil_div(s.S, s.latent.rank > 0 ? s.n * s.m : s.m);
+  const bool latents = s.latent.rank > 0 && !by_batch;
+  const Checked cache = batch * positions * (latents ? s.latent.rank + s.latent.rope : 2 * s.K * s.d);
   const Checked logsumexp = queries * std::max<int64_t>(4, s.element_size);
   return {weights * s.element_size, kept * s.element_size + logsumexp, cache * s.element_size};
 }
@@ -76,8 +88,10 @@ inline Option option_of(const PlanRequest& request, const Grid& grid, Scheme sch
                         const Rates& rates) {
   LayerSizes layer = request.layer;
   layer.whole_heads = whole_heads;
+  if (layer.latent.rank > 0) layer.heads.head_dim = layer.latent.head_dim(grid.slices);
   layer.node = rates.node;
   CallSizes<Checked> s = call_sizes(layer, grid, request.call);
+  if (layer.latent.rank > 0) s.inputs = 2;  // what queries, and what keys and values are projected from
   const Price<Checked> priced = price(scheme, s, rates);
   s.overlap = priced.chunks;
   CallSizes<Checked> sent = s;
@@ -99,18 +113,28 @@ inline Option option_of(const PlanRequest& request, const Grid& grid, Scheme sch
 inline void check_constants(const PlanRequest& request) {
   constexpr int64_t kRoom = 256;
   const auto& [heads, kv_heads, head_dim] = request.layer.heads;
-  const Checked weights = (Checked(heads) + kv_heads) * head_dim * (Checked(request.layer.D) + 1);
+  const Checked out = std::max(request.layer.D, request.layer.out_dim);
+  const auto& [R, N, T, V, Q] = request.layer.latent;
+  const Checked latents = (Checked(R) + N + T + V + Q) * (out + heads * (Checked(N) + T + V));
+  const Checked weights = (Checked(heads) + kv_heads) * head_dim * (out + 1) + latents;
   static_cast<void>(weights * request.call.element_size * request.ranks * kRoom);
+}
+
+// The grids that a layer can take the ranks as: latent attention takes those with the most head groups.
+inline std::vector<Grid> grids_of(int64_t ranks, const LayerSizes& layer) {
+  const std::vector<Grid> grids = Grid::valid_grids(ranks, layer.heads);
+  return layer.latent.rank > 0 && !grids.empty() ? std::vector<Grid>{grids.front()} : grids;
 }
 
 // Every valid grid, most head groups first, with every scheme that can run
 // the call on it: with keys in a cache its two layouts, else all the others.
-// On a grid of one slice they are all the same, and one stands for them.
+// On a grid of one slice they are all the same, and one stands for them, but for the layouts of a cache of latents.
 inline std::vector<Option> plan_options(const PlanRequest& request, const Rates& rates) {
   std::vector<Option> options;
   const Heads& heads = request.layer.heads;
   const Cached other = request.cached ? Cached::never : Cached::always;  // no scheme for this call
-  for (const Grid& grid : Grid::valid_grids(request.ranks, heads)) {
+  const bool latent = request.layer.latent.rank > 0;
+  for (const Grid& grid : grids_of(request.ranks, request.layer)) {
     check_constants(request);
     const bool whole = stores_whole_heads(heads, grid);
     const bool heads_fit = whole_heads_fit(heads.num_heads / grid.head_groups,
@@ -118,7 +142,7 @@ inline std::vector<Option> plan_options(const PlanRequest& request, const Rates&
     const size_t first = options.size();
     for (const SchemeRow& row : kSchemes) {
       if (row.cached == other || (row.storage == Storage::whole_heads && !heads_fit)) continue;
-      if (!slices_fit(row, heads.head_dim, grid.slices)) continue;
+      if (!slices_fit(row, heads.head_dim, grid.slices) || (latent && !row.exact)) continue;
       const bool stored_whole = row.storage == Storage::whole_heads || (request.cached && whole);
       options.push_back(option_of(request, grid, row.scheme, stored_whole, rates));
     }
@@ -126,7 +150,7 @@ inline std::vector<Option> plan_options(const PlanRequest& request, const Rates&
     auto sizes = option_of(request, grid, Scheme::slices, whole, rates).sizes;
     sizes.overlap = request.layer.overlap;  // each scheme has its own number of chunks
     const Scheme taken = request.cached ? Scheme::position : resolve_scheme(Scheme::automatic, sizes, rates);
-    if (grid.slices == 1) {
+    if (grid.slices == 1 && !(latent && request.cached)) {
       options.resize(first);
       options.push_back(option_of(request, grid, taken, whole, rates));
     }

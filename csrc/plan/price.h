@@ -37,6 +37,13 @@ Local<I> local_sizes(const SchemeRow& row, const CallSizes<I>& s) {
   if (row.k == Move::heads) local.kv_heads = s.K / s.m;
   if (row.k == Move::one_head) local.kv_heads = 1;
   if (row.v == Move::keep) local.v_width = s.width();
+  if (traffic::on_latents(row.scheme, s)) {  // all heads against one, of latents that are values too
+    local.keys = ceil_div(s.S, s.n * s.m);
+    local.heads = s.n * s.H;
+    local.kv_heads = 1;
+    local.qk_width = s.latent.rank + s.latent.rope;
+    local.v_width = s.latent.rank;
+  }
   return local;
 }
 
@@ -52,14 +59,30 @@ Work<I> forward_work(Scheme scheme, const CallSizes<I>& s) {
   const int64_t kv_width = s.K * (all ? s.d : s.width());
   const int64_t out_width = s.concat ? s.n * s.H * s.d : all ? s.H * s.d : s.query_row(s.H);
   Work<I> work{I(0), I(0), I(0), I(0)};
+  const auto& latent = s.latent;
+  const I latents = s.B * s.L * (2 * s.ydim() * latent.whole());
+  if (traffic::on_latents(scheme, s)) {
+    const int64_t into =
+        s.H * (slice_width(latent.nope + latent.rope, s.m) * s.D +
+               (slice_width(latent.nope, s.m) + slice_width(latent.value, s.m)) * latent.rank);
+    const int64_t out = s.H * slice_width(latent.value, s.m) * s.ydim();
+    work.attention =
+        local.batch * local.rows * local.keys * (2 * local.heads * (local.qk_width + local.v_width));
+    work.out = s.B * s.L * (2 * out);
+    work.projections = latents + s.B * s.L * (2 * into) + work.out;
+    work.read = local.batch * local.keys * (local.qk_width * s.element_size) +
+                (into + out + s.ydim() * latent.whole()) * s.element_size;
+    return work;
+  }
   const I seen =
       s.causal ? local.keys - ceil_div(s.S - s.position, 2 * (row.k == Move::cyclic ? s.m : 1)) : local.keys;
   work.attention = local.batch * local.rows * seen * (2 * local.heads * (local.qk_width + local.v_width));
-  work.out = traffic::tokens(row.y, s.L, s) * (2 * s.D * out_width);
+  work.out = traffic::tokens(row.y, s.L, s) * (2 * s.ydim() * out_width);
   work.projections = traffic::tokens(row.x, s.L, s) * (2 * s.D * q_width) +
                      traffic::tokens(row.x, s.given_keys(), s) * (2 * (s.kdim() + s.vdim()) * kv_width) +
-                     work.out;
-  const int64_t weights = s.D * q_width + (s.kdim() + s.vdim()) * kv_width + s.D * out_width;
+                     latents + work.out;
+  const int64_t weights =
+      s.D * q_width + (s.kdim() + s.vdim()) * kv_width + s.ydim() * (out_width + latent.whole());
   work.read =
       local.batch * local.keys * (local.kv_heads * (local.qk_width + local.v_width) * s.element_size) +
       weights * s.element_size;
@@ -101,7 +124,7 @@ Price<I> price_in_chunks(Scheme scheme, const CallSizes<I>& s, const Rates& prof
   const Local<I> local = local_sizes(row, s);
   const int64_t widest = std::max(local.qk_width, local.v_width);
   I attention = work.attention;
-  if (s.element_size == 2 && s.d <= profile.equal)
+  if (s.element_size == 2 && std::max(s.d, local.qk_width) <= profile.equal)
     attention = attention / (local.qk_width + local.v_width) * (2 * widest);
   auto projecting = [&](const I& flops) {
     return at_rate(flops, profile.flops, profile.projections(s.element_size));

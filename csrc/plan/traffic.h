@@ -144,17 +144,26 @@ void add_gather(Traffic<I>& rows, const char* what, const I& local, const CallSi
   if (s.m > 1) rows.push_back({what, Axis::slice, (local * s.n + sealed) * (s.element_size * (s.m - 1)), 1});
 }
 
-// Elements that a rank has of the inputs, or of Y, where they are split, chunks filled up.
+// Tokens that a rank has where activations are split, chunks filled up.
 template <class I>
-I split_elements(int64_t inputs, const CallSizes<I>& s) {
+I split_tokens(const I& length, const CallSizes<I>& s) {
   const int64_t P = s.n * s.m;
   const bool rows = s.activations == Activations::sequence;
-  const I batch = rows ? s.B : ceil_div(s.B, P);
-  auto tokens = [&](const I& length) { return batch * (rows ? shard_rows(length, P, true) : length); };
-  I elements = tokens(s.L) * s.D;
-  if (inputs > 1) elements = elements + tokens(s.given_keys()) * s.kdim();
-  if (inputs > 2) elements = elements + tokens(s.given_keys()) * s.vdim();
+  return (rows ? s.B : ceil_div(s.B, P)) * (rows ? shard_rows(length, P, true) : length);
+}
+
+// Elements of the inputs, and of Y, that a rank has then.
+template <class I>
+I split_inputs(const CallSizes<I>& s) {
+  I elements = split_tokens(s.L, s) * s.D;
+  if (s.inputs > 1) elements = elements + split_tokens(s.given_keys(), s) * s.kdim();
+  if (s.inputs > 2) elements = elements + split_tokens(s.given_keys(), s) * s.vdim();
   return elements;
+}
+
+template <class I>
+I split_output(const CallSizes<I>& s) {
+  return split_tokens(s.L, s) * s.ydim();
 }
 
 // The same in chunks of the batch, of which the elements are a multiple, with what is sealed in the last.
@@ -198,7 +207,7 @@ void add_exchanges(Traffic<I>& rows, const SchemeRow& row, const CallSizes<I>& s
     const int64_t blocks = E * (s.q_heads() * s.D + s.K * (s.kdim() + s.vdim()));
     const int64_t biases = E * (s.bias ? s.q_heads() + 2 * s.K : 0) + E * (s.bias_kv ? 2 * s.K : 0);
     rows.push_back({"weights", Axis::slice, I(blocks * each), 1, biases * each});
-    if (!s.concat) rows.push_back({"output weights", Axis::slice, I(E * s.H * s.D * each), 1});
+    if (!s.concat) rows.push_back({"output weights", Axis::slice, I(E * s.H * s.ydim() * each), 1});
     if (row.k == Move::replicate)
       rows.push_back({"move in", Axis::slice,
                       s.B * shard_rows(s.given_keys(), s.m, zigzag) * (2 * s.K * s.d * each), 1});
@@ -236,17 +245,54 @@ void add_attention_weights(Traffic<I>& rows, const SchemeRow& row, const CallSiz
   rows.push_back({"attention weights", Axis::head, bytes, 1});
 }
 
+// A later call with a cache of latents, which all ranks in a row keep by position: queries of all heads, on latents, come
+// to every rank, and what the ranks found of them is merged, in the logsumexp's dtype.
+template <class I>
+Traffic<I> latent_exchanges(const CallSizes<I>& s) {
+  const auto& [R, N, T, V, Q] = s.latent;
+  const int64_t found = std::max<int64_t>(4, s.element_size);
+  const I heads = s.B * s.L * s.H, sent = heads * s.element_size;
+  Traffic<I> rows;
+  if (s.m > 1) {
+    rows.push_back({"queries", Axis::slice, sent * (slice_width(N + T, s.m) * (s.m - 1)), 1});
+    rows.push_back({"queries on latents", Axis::slice, all_reduce<I>(sent * R, s.m), 1});
+  }
+  if (s.n > 1) {
+    rows.push_back({"queries of all heads", Axis::head, sent * ((R + T) * (s.n - 1)), 1});
+    rows.push_back({"merge", Axis::head, heads * ((R + 1) * found * (s.n - 1)), 1});
+  }
+  if (s.m > 1) rows.push_back({"merge", Axis::slice, heads * ((R + 1) * found * (s.m - 1)), 1});
+  return rows;
+}
+
+// One sum over the grid of what every rank has whole.
+template <class I>
+void add_whole_sum(Traffic<I>& rows, const char* what, const I& elements, const CallSizes<I>& s) {
+  rows.push_back({what, Axis::grid, all_reduce<I>(elements * reduce_size(s), s.n * s.m), 1});
+}
+
+// Whether a call attends to latents in a cache.
+template <class I>
+bool on_latents(Scheme scheme, const CallSizes<I>& s) {
+  return s.latent.rank > 0 && scheme == Scheme::position;
+}
+
 }  // namespace traffic
 
 template <class I>
 Traffic<I> forward_traffic(Scheme scheme, const CallSizes<I>& s) {
   Traffic<I> rows;
   if (s.n * s.m == 1) return rows;
+  if (traffic::on_latents(scheme, s)) {
+    rows = traffic::latent_exchanges(s);
+    traffic::add_whole_sum<I>(rows, "combine", s.B * s.L * s.ydim(), s);
+    return rows;
+  }
   const SchemeRow row = concrete_row(scheme, s);
   const bool parts = takes_parts(row, s), parts_out = parts && !s.concat;
   const Chunking in = enter_chunks(row, s), out = leave_chunks(row, s);
   if (s.split()) {
-    traffic::add_split(rows, "X", traffic::split_elements(s.inputs, s), s.element_size, parts, s, in);
+    traffic::add_split(rows, "X", traffic::split_inputs(s), s.element_size, parts, s, in);
     if (!rows.empty()) rows.back().enters = true;
   }
   if (s.m > 1) traffic::add_exchanges(rows, row, s);
@@ -256,11 +302,12 @@ Traffic<I> forward_traffic(Scheme scheme, const CallSizes<I>& s) {
   if (s.concat)
     traffic::add_gather<I>(rows, "combine", s.B * s.L * s.query_row(s.H), s, sealed);
   else if (parts_out)
-    traffic::add_split(rows, "combine", traffic::split_elements(1, s), reduce_size, true, s);
+    traffic::add_split(rows, "combine", traffic::split_output(s), reduce_size, true, s);
   else if (s.split() && summed)
-    traffic::add_split(rows, "combine", traffic::split_elements(1, s) + sealed, reduce_size, false, s, out);
+    traffic::add_split(rows, "combine", traffic::split_output(s) + sealed, reduce_size, false, s, out);
   else
-    traffic::add_tokens_sum<I>(rows, "combine", row.y, out, traffic::tokens(row.y, s.L, s) * s.D, sealed, s);
+    traffic::add_tokens_sum<I>(rows, "combine", row.y, out, traffic::tokens(row.y, s.L, s) * s.ydim(), sealed,
+                               s);
   if (parts_out && s.sealed)
     rows.push_back({"compared", Axis::grid, traffic::all_reduce<I>(sealed * s.element_size, s.n * s.m), 1});
   if (s.attention_weights) traffic::add_attention_weights(rows, row, s);
@@ -274,21 +321,29 @@ template <class I>
 Traffic<I> backward_traffic(Scheme scheme, const CallSizes<I>& s) {
   Traffic<I> rows;
   if (s.n * s.m == 1) return rows;
+  if (traffic::on_latents(scheme, s)) {  // an exchange's adjoint sends as much as it does
+    rows = traffic::latent_exchanges(s);
+    traffic::add_whole_sum<I>(rows, "dX", s.B * s.L * s.D, s);
+    traffic::add_whole_sum<I>(rows, "latent gradient", s.B * s.L * s.latent.rank, s);
+    traffic::add_whole_sum<I>(rows, "rotary key gradient", s.B * s.L * s.latent.rope, s);
+    if (s.concat)
+      traffic::add_whole_sum<I>(rows, "output weights gradient", I(s.n * s.H * s.latent.value * s.ydim()), s);
+    return rows;
+  }
   const SchemeRow row = concrete_row(scheme, s);
   const bool parts = takes_parts(row, s), parts_out = parts && !s.concat;
   const bool again =
       s.split() && (parts || row.x == Move::replicate);  // X is not kept, but for this rank's part
   const Chunking in = enter_chunks(row, s), out = leave_chunks(row, s);
-  if (s.split())
-    traffic::add_split(rows, "dY", traffic::split_elements(1, s), s.element_size, parts_out, s, out);
-  if (parts_out && s.out_bias) traffic::add_sum<I>(rows, "output bias gradient", I(s.D), s);
-  if (again) traffic::add_split(rows, "X", traffic::split_elements(s.inputs, s), s.element_size, parts, s);
+  if (s.split()) traffic::add_split(rows, "dY", traffic::split_output(s), s.element_size, parts_out, s, out);
+  if (parts_out && s.out_bias) traffic::add_sum<I>(rows, "output bias gradient", I(s.ydim()), s);
+  if (again) traffic::add_split(rows, "X", traffic::split_inputs(s), s.element_size, parts, s);
   if (s.m > 1) traffic::add_exchanges(rows, row, s);
   if (again)
-    traffic::add_split(rows, "dX", traffic::split_elements(s.inputs, s), traffic::reduce_size(s), parts, s,
-                       in);
+    traffic::add_split(rows, "dX", traffic::split_inputs(s), traffic::reduce_size(s), parts, s, in);
   else
     traffic::add_tokens_sum<I>(rows, "dX", row.x, in, traffic::input_elements(row, s), I(0), s);
+  if (s.latent.rank > 0) traffic::add_whole_sum<I>(rows, "rotary key gradient", s.B * s.L * s.latent.rope, s);
   if (s.mask_elements) traffic::add_sum<I>(rows, "mask gradient", I(s.mask_elements), s);
   return rows;
 }

@@ -13,11 +13,14 @@ from two_level_mha.adapters import Adapter, adapters_with
 from two_level_mha.errors import GridError
 from two_level_mha.families import FAMILIES
 from two_level_mha.integrations.forms import (
+    PROMPT,
+    PROMPTED,
     is_called_with_cache,
     is_cross,
     is_known_linear,
     layer_of,
     may_take_cache,
+    parameters_of,
 )
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
@@ -46,7 +49,6 @@ _OF_LAYERS = re.compile(r"MLP|Mlp|Moe|MoE|Expert|FeedForward")
 # Classes that die or do something else with transformers' plan for them, and why: they are gathered as well.
 _UNPLANNED = {
     "Inkling2SparseMoeBlock": "its plan gives other numbers",
-    "Llama4TextMoe": "it writes to what its plan makes a view",
     "InklingMoE": "it multiplies tensors with what its plan makes DTensors",
 }
 
@@ -127,6 +129,7 @@ def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dic
     if options["scheme"] != "independent":  # another model
         gathers = {module for part in parts for module in part.modules() if module is not part}
     generates = {module for part in parts if part.can_generate() for module in part.modules()}
+    prompted = {module for part in parts if getattr(part.config, PROMPTED, False) for module in part.modules()}
     attentions = _find(model, gathers, generates, skips)
     variants: dict[tuple[object, ...], dict[str, object] | Unlike] = {}
     for one in list(attentions.found):
@@ -134,6 +137,8 @@ def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dic
         if kind not in variants:
             variants[kind] = agreeing(one, options)
         variant = variants[kind]
+        if one.module in prompted and PROMPT in parameters_of(one.module):
+            variant = Unlike(f"it is called with {PROMPT}")
         if not isinstance(variant, Unlike):
             one.variant = variant
         elif one.module in gathers:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.nn.functional import pad
 
 from two_level_mha.names import MaybeTensor
 
@@ -53,6 +54,13 @@ def dealt(size: int, parts: int, part: int) -> tuple[int, int]:
     share = -(-size // parts)
     first = min(share * part, size)
     return first, min(share, size - first)
+
+
+def filled(x: Tensor, dim: int, width: int) -> Tensor:
+    """x with zeros behind it along a dim."""
+    if x.shape[dim] == width:
+        return x
+    return pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, width - x.shape[dim]))
 
 
 def block(full: Tensor, name: str, mesh: DeviceMesh | None, combine: str, whole_heads: bool = False) -> Tensor:

@@ -15,9 +15,10 @@ from two_level_mha import _C, _load
 from two_level_mha.facts import version_of
 from two_level_mha.model_plan import ModelPlan, plan_model
 from two_level_mha.plan_plot import plot
+from two_level_mha.planner import LATENT
 from two_level_mha.served import table_of
 
-LAYER = ("embed_dim", "num_heads", "num_kv_heads", "head_dim")  # options of plan
+LAYER = ("embed_dim", "num_heads", "num_kv_heads", "head_dim", *LATENT)  # options of plan
 CALL = ("ranks", "batch", "seq", "decode", "bias", "combine", "activations", "overlap", "device_type", "profile")
 H100_CUDNN = 91900  # torch 2.11 comes with 9.19.0, and no rule asks for a newer one
 

@@ -26,6 +26,7 @@ def layer_numbers(
     embed_dim: int,
     key_dim: int,
     value_dim: int,
+    out_dim: int = 0,
     bias: bool,
     out_bias: bool,
     bias_kv: bool,
@@ -36,11 +37,13 @@ def layer_numbers(
     activations: str = "replicated",
     overlap: int | None = 1,
 ) -> list[int]:
-    """The constants of a layer on this rank, in the order of the operators; rates: those of the profile."""
+    """The constants of a layer on this rank, in the order of the operators; rates: those of the profile. A width of 0:
+    embed_dim.
+    """
     grid = place.grid
     return [
         grid.head_groups, grid.slices, place.head_group, place.slice, num_heads, num_kv_heads, head_dim, embed_dim,
-        key_dim, value_dim, int(bias), int(out_bias), int(bias_kv), int(whole_heads), int(concat), int(gated),
+        key_dim, value_dim, out_dim, int(bias), int(out_bias), int(bias_kv), int(whole_heads), int(concat), int(gated),
         -1 if reduce_dtype is None else _C.scalar_type(reduce_dtype), ACTIVATIONS.index(activations),
         0 if overlap is None else overlap, *rates,
     ]  # fmt: skip

@@ -166,6 +166,7 @@ class GridAttention(HoldsStock):
             embed_dim=held["q_weight"].shape[2],
             key_dim=held["k_weight" if "k_weight" in held else "q_weight"].shape[2],
             value_dim=held[next(f"{letter}_weight" for letter in "vkq" if f"{letter}_weight" in held)].shape[2],
+            out_dim=held["out_weight"].shape[0],
             bias=not held.keys().isdisjoint(("q_bias", "k_bias", "v_bias")),
             out_bias="out_bias" in held,
             bias_kv="bias_k" in held,
@@ -370,6 +371,10 @@ class GridAttention(HoldsStock):
         # nn.Module finds parameters by a slow path; pruned and parametrized ones are attributes
         p = self._parameters
         return local_blocks([p[name] if name in p else getattr(self, name) for name in SHARDED_DIMS])
+
+    def spread(self, x: Tensor, dim: int) -> Tensor:
+        """x, whose entries along `dim` are the columns of a head of values, as the pass has heads of values."""
+        return x
 
     def _with_after(
         self, gate: Tensor | None, sinks: Tensor | None, rows: list[Tensor] | None, shared: list[Tensor] | None,

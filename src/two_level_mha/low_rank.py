@@ -128,7 +128,9 @@ class LowRank:
                 x = inputs["qkv".index(letters[0])]
                 a = linear(term.dropout(x).to(term.a.dtype), term.a) * term.scale
                 own.append((a if batch_first else a.transpose(0, 1)).unsqueeze(1))  # (B, 1, L, r)
-                weights += [self.layer.stock_names[f"{letter}_weight"].features(term.b) for letter in letters]
+                for letter in letters:
+                    b = self.layer.stock_names[f"{letter}_weight"].features(term.b)
+                    weights.append(self.layer.spread(b, 1) if letter == "v" else b)
                 targets += [("qkv".index(letter), len(rows) + len(own) - 1) for letter in letters]
 
         def add(q: Tensor, k: Tensor, v: Tensor, aside: "Aside") -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +154,8 @@ class LowRank:
         wholes = [term.a for term in self.outs]
         if heads < self.layer.num_heads or width < self.layer.head_dim:
             wholes = self._everywhere(wholes)
-        more = [self.cut.of(a.unflatten(1, (-1, self.layer.head_dim)), 1, heads, width) for a in wholes]
+        by_heads = [self.layer.spread(a.unflatten(1, (self.layer.num_heads, -1)), 2) for a in wholes]
+        more = [self.cut.of(a, 1, heads, width) for a in by_heads]
         weight = torch.cat([out_weight, *(a.to(out_weight.dtype) for a in more)])
         if out_bias is not None:
             out_bias = torch.cat([out_bias, out_bias.new_zeros(weight.shape[0] - out_bias.shape[0])])

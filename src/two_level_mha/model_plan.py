@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from two_level_mha.errors import GridError
-from two_level_mha.planner import UNITS, Plan, plan
+from two_level_mha.integrations.forms import is_latent
+from two_level_mha.planner import LATENT, UNITS, Plan, plan
 from two_level_mha.pretrained import on_meta
 
 
@@ -70,23 +71,29 @@ def plan_model(
 ) -> ModelPlan:
     """Prices the transformers model of a folder with a config.json on `ranks` ranks: see plan, whose options it takes.
 
-    dtype: of weights, activations and cache; None: as config.json says. Layers with a sliding window keep so much.
+    dtype: of weights, activations and cache; None: as config.json says, of the weights before they were quantised.
+    Layers with a sliding window keep so much. Multi-head latent attention is priced by the sizes that its config has,
+    its cache as one of latents.
     Raises GridError for a folder without a config.json, for a model without heads of queries, keys and values in its
-    config (latent attention, for instance), and as plan does.
+    config, for one whose layers are not all latent attention alike, and as plan does.
     """
-    model = on_meta(Path(folder), dtype)
+    model = on_meta(Path(folder), dtype, quantised=True)
     config = model.config.get_text_config()
     heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
-    if not (isinstance(heads, int) and isinstance(layers, int)) or getattr(config, "kv_lora_rank", None):
+    latent = getattr(config, LATENT[0], None) is not None
+    alike = sum(is_latent(m, None) and getattr(m, "indexer", None) is None for m in model.modules()) == layers
+    if not (isinstance(heads, int) and isinstance(layers, int)) or (latent and not alike):
         raise GridError(
             f"{type(model).__name__} has no heads of queries, keys and values that its config counts: plan one of its "
             "layers by its sizes, without --model"
         )
-    sizes = {
-        "embed_dim": config.hidden_size, "num_heads": heads, "head_dim": getattr(config, "head_dim", None),
-        "num_kv_heads": getattr(config, "num_key_value_heads", None), "ranks": ranks, "batch": batch,
-        "decode": decode, "dtype": model.dtype, **options,
+    own = LATENT if latent else ("head_dim", "num_key_value_heads")
+    sizes = {name.replace("key_value", "kv"): getattr(config, name, None) for name in own} | {
+        "embed_dim": config.hidden_size, "num_heads": heads, "ranks": ranks, "batch": batch, "decode": decode,
+        "dtype": model.dtype, **options,
     }  # fmt: skip
+    if latent and getattr(config, "attention_bias", False):
+        sizes["bias"] = True
     found = plan(seq=seq, **sizes)
     window = getattr(config, "sliding_window", None) or seq
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers  # of Mistral, all or none
@@ -97,14 +104,14 @@ def plan_model(
         same = (found.pick.grid, found.pick.scheme)
         cached.append((windowed, next(option for option in short.options if (option.grid, option.scheme) == same)))
     parameters = sum(p.numel() for p in model.parameters())
-    attention = layers * found.pick.weight_bytes
+    attention = plan(seq=seq, **sizes | {"ranks": 1}).pick.weight_bytes if latent else found.pick.weight_bytes * ranks
     return ModelPlan(
         name=type(model).__name__,
         layers=layers,
         parameters=parameters,
         layer=found,
-        attention_bytes=attention,
-        other_bytes=max(0, parameters * model.dtype.itemsize - attention * ranks) // ranks,
+        attention_bytes=layers * found.pick.weight_bytes,
+        other_bytes=max(0, parameters * model.dtype.itemsize - layers * attention) // ranks,
         cache_bytes=sum(count * option.cache_bytes for count, option in cached),
         logits_bytes=batch * (1 if decode else seq) * config.vocab_size * model.dtype.itemsize,
         activation_bytes=layers * found.pick.activation_bytes,

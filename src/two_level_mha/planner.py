@@ -52,6 +52,7 @@ class Option:
     activation_bytes: int  # what a forward pass keeps for the backward pass
     cache_bytes: int  # keys and values of all seq positions
     predicted_seconds: dict[str, float]  # compute, memory, sending, latency; hidden, of sending; total
+    alone: bool  # on its grid: all schemes are the same there
 
     @property
     def flops(self) -> int:
@@ -67,7 +68,7 @@ class Option:
 
     @property
     def name(self) -> str:
-        return f"grid {self.grid} with {self.scheme!r}" if self.grid[1] > 1 else f"grid {self.grid}"
+        return f"grid {self.grid}" if self.alone else f"grid {self.grid} with {self.scheme!r}"
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,11 @@ def plan(
     num_heads: int,
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
+    kv_lora_rank: int | None = None,
+    q_lora_rank: int | None = None,
+    qk_nope_head_dim: int | None = None,
+    qk_rope_head_dim: int | None = None,
+    v_head_dim: int | None = None,
     ranks: int | None = None,
     devices: int | None = None,
     batch: int,
@@ -132,6 +138,9 @@ def plan(
     measured; bytes and numbers of collectives are exact. Needs no process group and no GPU.
     devices: an older name of ranks.
     num_kv_heads: num_heads if None; head_dim: embed_dim / num_heads if None; bias: q, k, v and output have one.
+    kv_lora_rank: the width of the latent of multi-head latent attention, which also has qk_nope_head_dim,
+    qk_rope_head_dim, v_head_dim and, where queries have a latent too, q_lora_rank; and neither of the two above. With
+    decode the scheme "position" is a cache of latents, "batch" one of every head's keys and values.
     activations: how X and Y lie over the ranks, as TwoLevelMultiheadAttention has it.
     overlap: chunks of the batch, as it has it; None: for each grid and scheme the number that is predicted fastest.
     profile: the hardware to predict for, a Profile, its name or its JSON file; None: that of device_type.
@@ -151,12 +160,16 @@ def plan(
         "batch": batch,
         "seq": seq,
     }
-    optional = {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    optional = {name: asked[name] for name in ("num_kv_heads", "head_dim", *LATENT)}
     for name, value in {**sizes, **{k: v for k, v in optional.items() if v is not None}}.items():
         if not isinstance(value, int) or value < 1:
             raise GridError(f"{name} must be a positive integer, got {value!r}")
         if value >= 2**63:
             raise GridError(f"{name}={value} is too large to price: numbers must stay below 2**63")
+    latent = _latent(asked)
+    if latent:
+        nope, rope, value = (latent[name] for name in LATENT[1:4])
+        head_dim = min(max(nope + rope, value), 2**63 - 1)  # beyond it the price says so
     if head_dim is None and embed_dim % num_heads:
         raise GridError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}: give head_dim")
     kv_heads, head_dim = num_kv_heads or num_heads, head_dim or embed_dim // num_heads
@@ -165,6 +178,8 @@ def plan(
     if combine not in COMBINES:
         raise GridError(f"combine must be one of {', '.join(COMBINES)}, got {combine!r}")
     check_activations(activations)
+    if latent and activations != "replicated":
+        raise GridError(f"latent attention is priced with activations='replicated' alone, got {activations!r}")
     check_overlap(overlap)
     hardware = resolve_profile(profile, device_type)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -176,7 +191,7 @@ def plan(
             ranks=devices, heads=num_heads, kv_heads=kv_heads, head_dim=head_dim, embed_dim=embed_dim, B=batch,
             L=1 if decode else seq, S=seq, element_size=dtype.itemsize, cached=decode, causal=causal and not decode,
             concat=combine == "concat", bias=bias, activations=ACTIVATIONS.index(activations),
-            overlap=0 if overlap is None else overlap,
+            overlap=0 if overlap is None else overlap, latent=[latent.get(name) or 0 for name in LATENT],
             profile=hardware.numbers,
         )  # fmt: skip
     except OverflowError:
@@ -184,7 +199,9 @@ def plan(
             f"batch={batch} with seq={seq} is too large to price: for this layer on {devices} devices the numbers "
             "reach 2**63, below which they must stay; plan a part of the batch, or a shorter seq"
         ) from None
+    grids = [row["grid"] for row in rows]
     for row in rows:
+        row["alone"] = grids.count(row["grid"]) == 1
         for direction in ("forward", "backward"):
             row[direction] = tuple(Sent(**sent) for sent in row[direction])
     options = tuple(Option(**row) for row in rows)
@@ -194,6 +211,7 @@ def plan(
             "num_heads": num_heads,
             "num_kv_heads": kv_heads,
             "head_dim": head_dim,
+            "latent": latent,
             "bias": bias,
             "dtype": str(dtype).removeprefix("torch."),
             "combine": combine,
@@ -212,9 +230,25 @@ def plan(
         options=options,
         pick=options[picked],
         why=_why(options, options[picked], decode, overlap is None)
-        + _slices_text(options[picked].grid, head_dim)
+        + ("" if latent else _slices_text(options[picked].grid, head_dim))
         + _nearby_text(asked, devices, kv_heads),
     )
+
+
+# Sizes of multi-head latent attention, in the order of csrc/plan/call.h; the last may be None.
+LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank")
+
+
+def _latent(asked: dict[str, object]) -> dict[str, int | None]:
+    """The sizes of latent attention, if a layer is that. Raises GridError for some of them, or others beside them."""
+    given = {name: asked[name] for name in LATENT}
+    if all(size is None for size in given.values()):
+        return {}
+    if missing := [name for name in LATENT[:-1] if given[name] is None]:
+        raise GridError(f"latent attention has {', '.join(LATENT[:-1])}: give {', '.join(missing)} too")
+    if others := [name for name in ("num_kv_heads", "head_dim") if asked[name] is not None]:
+        raise GridError(f"latent attention has its heads' widths apart: leave out {', '.join(others)}")
+    return given
 
 
 def _why(options: tuple[Option, ...], pick: Option, decode: bool, chosen: bool) -> str:
@@ -299,8 +333,8 @@ def _text(p: Plan) -> str:
     lines = [
         line
         for text in (
-            f"layer    embed_dim {layer['embed_dim']}, {layer['num_heads']} query heads, {layer['num_kv_heads']} "
-            f"key/value heads of {layer['head_dim']}, {layer['dtype']}, combine={layer['combine']!r}",
+            f"layer    embed_dim {layer['embed_dim']}, {_heads_text(layer)}, {layer['dtype']}, "
+            f"combine={layer['combine']!r}",
             f"call     {_call_text(call)} on {call['devices']} {call['device_type']} ranks; figures are of one rank",
             f"profile  {p.profile.name!r}, from which seconds are predicted: {p.profile.source}",
         )
@@ -327,22 +361,30 @@ def _text(p: Plan) -> str:
         row = "  ".join(head[at].rjust(width) for head, width in zip(heads, widths, strict=True))
         lines.append(f"  {first}{row}".rstrip())
     for at, option in enumerate(p.options):
-        scheme = "any" if option.grid[1] == 1 else option.scheme
-        marks = ("" if option.exact else " *") + (" auto" if option.auto and option.grid[1] > 1 else "")
+        scheme = "any" if option.alone else option.scheme
+        marks = ("" if option.exact else " *") + (" auto" if option.auto and not option.alone else "")
         row = "  ".join(column[at].rjust(width) for column, width in zip(cells, widths, strict=True))
         mark = ">" if option is p.pick else " "
         lines.append(f"{mark} {str(option.grid):10}{scheme:13}{row} {marks}".rstrip())
     lines += ["", *_wrap("> " + p.why)]
     notes = (
         "Work, sent and calls, of collectives, are of the forward pass; chunks: of the batch, which overlap; kept: "
-        "activations for the backward pass; cache: of keys and values."
+        f"activations for the backward pass; cache: of {'latents, or of ' if layer['latent'] else ''}keys and values."
     )
     if any(not option.exact for option in p.options):
         notes += " *: another model, never picked."
-    if any(option.auto and option.grid[1] > 1 for option in p.options):
+    if any(option.auto and not option.alone for option in p.options):
         taken = "the default cache layout" if call["decode"] else "what scheme='auto' takes there"
         notes += f" auto: {taken}."
     return "\n".join([*lines, *_wrap("  " + notes)])
+
+
+def _heads_text(layer: dict[str, object]) -> str:
+    if not layer["latent"]:
+        return f"{layer['num_heads']} query heads, {layer['num_kv_heads']} key/value heads of {layer['head_dim']}"
+    rank, nope, rope, value, query = (layer["latent"][name] for name in LATENT)
+    latents = f"a latent of {rank}" + (f", one of {query} for queries" if query else "")
+    return f"{layer['num_heads']} heads of {nope} + {rope} and {value} of {latents}"
 
 
 def _call_text(call: dict[str, object]) -> str:

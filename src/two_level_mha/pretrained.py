@@ -51,8 +51,8 @@ def from_pretrained(
     return load_pretrained(parallelize(model, mesh, **options), folder, sha256=sha256)
 
 
-def on_meta(path: Path, dtype: torch.dtype | None) -> "PreTrainedModel":
-    """The model of a folder, without memory."""
+def on_meta(path: Path, dtype: torch.dtype | None, quantised: bool = False) -> "PreTrainedModel":
+    """The model of a folder, without memory; quantised: one that is may be taken as it was before."""
     import transformers
 
     if not (path / "config.json").is_file():
@@ -61,6 +61,8 @@ def on_meta(path: Path, dtype: torch.dtype | None) -> "PreTrainedModel":
             "huggingface_hub.snapshot_download"
         )
     config = transformers.AutoConfig.from_pretrained(path)
+    if quantised and hasattr(config, "quantization_config"):
+        del config.quantization_config
     if getattr(config, "quantization_config", None) is not None:
         raise GridError(f"{path}: quantised weights cannot be split; save the model in float32, bfloat16 or float16")
     names = config.architectures or []

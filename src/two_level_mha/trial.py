@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from two_level_mha.errors import GridError
-from two_level_mha.integrations.forms import SHARED_STATES, WEIGHTS_DROPOUT, weights_dropout
-from two_level_mha.probe import random_copy
+from two_level_mha.integrations.forms import MASKS, SHARED_STATES, WEIGHTS_DROPOUT, weights_dropout
+from two_level_mha.probe import first_output, random_copy
 
 if TYPE_CHECKING:
     from two_level_mha.attentions import Found
@@ -92,17 +92,21 @@ def _probe(
         calls.append(one.adapter.inputs(original, dtype))
     for (args, kwargs), (our_args, our_kwargs) in zip(*calls, strict=True):
         try:
-            expected = original(*args, **kwargs)[0]
+            expected = original(*args, **kwargs)
+            alone, expected = isinstance(expected, torch.Tensor), first_output(expected)
             if one.out_in_parent:
                 expected = projections["o"](expected)
         except Exception as error:
-            if compared and kwargs.get("attention_mask", args) is None:  # its model always makes one
+            if compared and any(kwargs.get(name, args) is None for name in MASKS):  # its model always makes one
                 continue
             raise NotCalled(
                 f"{where} has the structure of {known} attention, but cannot be called like it: {error!r}"
             ) from error
         try:
-            got = ours(*our_args, **our_kwargs)[0]
+            got = ours(*our_args, **our_kwargs)
+            if isinstance(got, torch.Tensor) != alone:
+                raise TypeError("one of them gives a tensor alone")
+            got = first_output(got)
         except Exception as error:
             raise Unlike(
                 f"{where} has the structure of {known} attention, but its parts do not work like it: {error!r}"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from harness.device import DEVICE
 from harness.layer import ENTER_WEIGHTS, Case, block, decided, grid_arguments, leaves, make, place, random, run
+from harness.traffic import recorded, table
 
 import two_level_mha as tlm
 from two_level_mha import _C
@@ -153,33 +154,6 @@ def call_of(case, n, m, position=0, **more):
     for name, value in (fields | more).items():
         setattr(call, name, value)
     return call
-
-
-def by_axis(sent, n, m):
-    """{axis: (bytes, collectives)}; a grid with one axis has one group."""
-    axes = {}
-    for axis, size, count in sent:
-        axis = "grid" if 1 in (n, m) else axis
-        total_size, total_count = axes.get(axis, (0, 0))
-        axes[axis] = (total_size + size, total_count + count)
-    return axes
-
-
-def table(scheme, call, m):
-    """What the C++ table says by axis, forward and backward."""
-    return [
-        by_axis([(r["axis"], r["bytes"] + r["bias_bytes"], r["collectives"]) for r in rows], call.n, m)
-        for rows in _C.traffic(scheme, call).values()
-    ]
-
-
-def recorded(record, groups, n, m):
-    """What a rank was seen to send by axis, forward and backward."""
-    names = dict(zip(groups, ("slice", "head", "grid"), strict=True))
-    return [
-        by_axis([(names[c.group], c.sent, 1) for c in record.calls if c.backward == backward], n, m)
-        for backward in (False, True)
-    ]
 
 
 def rounded(found, expected, n, m):

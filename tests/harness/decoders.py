@@ -65,6 +65,10 @@ _SHARED = {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 64,
 }
+_LLAMA4 = {"head_dim": 8, "attention_chunk_size": 8, "no_rope_layers": [1, 0, 1], "intermediate_size_mlp": 48}
+_MIMO = {"head_dim": 12, "v_head_dim": 8, "sliding_window": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+         "moe_intermediate_size": 16, "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+         "num_attention_heads": 8}  # fmt: skip
 _NEOX = _NO_GROUPS | {"hidden_dropout": 0.0}
 # What other decoders have that Llama has not: other names, fused projections, norms over heads, sinks, gates. None: it
 # has no such field.
@@ -113,9 +117,7 @@ FORMS = {
     "mpt": ("MptConfig", _NO_GROUPS | {"max_seq_len": 64}),
     "olmo3": ("Olmo3Config", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
                               "num_hidden_layers": 4}),
-    "llama4": ("Llama4TextConfig", {"head_dim": 8, "attention_chunk_size": 8, "no_rope_layers": [1, 0, 1],
-                                    "intermediate_size_mlp": 48, "moe_layers": [], "floor_scale": 3,
-                                    "attn_scale": 0.4}),
+    "llama4": ("Llama4TextConfig", _LLAMA4 | {"moe_layers": [], "floor_scale": 3, "attn_scale": 0.4}),
     "gpt neox japanese": ("GPTNeoXJapaneseConfig", _NEOX | {"rotary_pct": 0.5, "intermediate_multiple_size": 2}),
     "gemma4 shared": ("Gemma4TextConfig", _GEMMA4 | _SHARED),
     "gemma3n": ("Gemma3nTextConfig", _SHARED | {"head_dim": 8, "sliding_window": 8, "laurel_rank": 4,
@@ -124,6 +126,22 @@ FORMS = {
                                                  "attention_probs_dropout_prob": 0.0, "embedding_size": 32}),
 }  # fmt: skip
 
+
+# What goes by other names or comes in another way: inputs given three times, a linear inside a module, narrower values,
+# layers that run again with other slots of a cache, MLPs that write to what a part of them gives.
+CALLED = {
+    "ctrl": ("CTRLConfig", _NO_GROUPS | {"dff": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
+    "moshi": ("MoshiConfig", {"ffn_dim": 48, "sliding_window": 64}),
+    "hrm text": ("HrmTextConfig", _NO_GROUPS | {"num_hidden_layers": 2, "head_dim": 8, "H_cycles": 2, "L_cycles": 2,
+                                                "embedding_scale": 1.0}),
+    "mvp": ("MvpConfig", _NO_GROUPS | {"decoder_layers": 3, "encoder_layers": 3, "decoder_attention_heads": 4,
+                                       "encoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48,
+                                       "d_model": 32, "dropout": 0.0, "num_hidden_layers": None,
+                                       "num_attention_heads": None, "hidden_size": None}),
+    "mimo": ("MiMoV2FlashConfig", _MIMO),
+    "mimo, wide values": ("MiMoV2FlashConfig", _MIMO | {"v_head_dim": 12}),
+    "llama4 moe": ("Llama4TextConfig", _LLAMA4 | {"moe_layers": [1], "num_local_experts": 4}),
+}  # fmt: skip
 
 _MLA = {
     "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8,
@@ -154,6 +172,7 @@ LATENT = {
 
 
 EXACT = {"exact": True}
+MAY_BE_NONE = ("q_lora_rank",)  # of others None says that there is no such field
 EAGER_ONLY = (
     "bloom",
     "gpt oss",
@@ -165,6 +184,9 @@ EAGER_ONLY = (
     "mpt",
     "roformer",
     "gpt neox japanese",
+    "mvp",
+    "mimo",
+    "mimo, wide values",
 )
 
 
@@ -182,8 +204,9 @@ class Norm(nn.Module):
 
 
 def make_config(name: str, **changes) -> transformers.PretrainedConfig:
-    kind, options = (MODELS | FORMS | LATENT)[name]
-    options = {field: value for field, value in (BASE | options | changes).items() if value is not None}
+    kind, options = (MODELS | FORMS | LATENT | CALLED)[name]
+    given = (BASE | options | changes).items()
+    options = {field: value for field, value in given if value is not None or field in MAY_BE_NONE}
     return getattr(transformers, kind)(**options)
 
 
@@ -246,6 +269,8 @@ def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """By stock's names and shapes."""
     found = {}
     for name, p in model.named_parameters():
+        if p.grad is None:
+            continue
         owner, _, own = name.rpartition(".")
         names = getattr(model.get_submodule(owner), "stock_names", {})
         if own in names:

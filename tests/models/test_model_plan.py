@@ -9,7 +9,7 @@ import torch
 from harness.calls import mesh
 from harness.programs import environment
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, MistralConfig
 
 import two_level_mha as tlm
 from two_level_mha.model_plan import plan_model
@@ -21,7 +21,7 @@ SIZES = {
 
 
 def saved(folder, kind=LlamaConfig, **more):
-    kind(**SIZES, **more, architectures=[kind.__name__.replace("Config", "ForCausalLM")]).save_pretrained(folder)
+    kind(**SIZES | more, architectures=[kind.__name__.replace("Config", "ForCausalLM")]).save_pretrained(folder)
     return folder
 
 
@@ -77,10 +77,52 @@ def test_command(tmp_path):
     assert neither.returncode == 2 and "--model FOLDER" in neither.stderr
 
 
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8,
+    "v_head_dim": 7, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+
+
+def held_latents(folder, batch: int, seq: int) -> tuple[int, int]:
+    """Bytes of this rank's attention, and of a cache of `seq` positions."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(DeepseekV3Config.from_pretrained(folder))
+    model = tlm.parallelize(model.eval(), mesh((2, 2)))
+    held = {
+        name: (p.to_local() if isinstance(p, DTensor) else p).nbytes
+        for name, p in model.named_parameters()
+        if ".self_attn." in name
+    }
+    cache = tlm.KVCache(model.config, mesh((2, 2)), max_length=seq)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(batch, seq, dtype=torch.long), past_key_values=cache)
+    return sum(held.values()), cache.nbytes
+
+
+def test_latents(pool, tmp_path):
+    """Localises: latent attention priced as if it had keys and values of heads; what every rank has whole; a config
+    that says how the weights are quantised, as DeepSeek-V3's does.
+    """
+    folder = saved(tmp_path, DeepseekV3Config, **LATENT, quantization_config={"quant_method": "fp8"})
+    found = plan_model(folder, ranks=4, batch=2, seq=16, decode=True, device_type="cpu")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    position = next(option for option in found.layer.options if option.scheme == "position")
+    assert position.grid == (4, 1)
+    for attention, cache in pool.run(held_latents, 4, str(folder), 2, 16):
+        assert attention == 3 * position.weight_bytes == found.attention_bytes
+        assert cache == 3 * position.cache_bytes == 3 * 2 * 16 // 4 * 18 * 4
+    assert "latent of 10, one of 12 for queries" in str(found)
+    whole = plan_model(folder, ranks=1, batch=2, seq=16, device_type="cpu")
+    assert whole.attention_bytes + whole.other_bytes == whole.parameters * 4
+
+
 def test_what_has_no_heads(tmp_path):
-    """Localises: latent attention priced as if it had keys and values of heads."""
+    """Localises: layers that are priced as latent attention and have an indexer, or another layer between."""
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"],
+    config.write_text(json.dumps({"model_type": "deepseek_v32", "architectures": ["DeepseekV32ForCausalLM"],
                                   "num_hidden_layers": 2, "hidden_size": 64, "n_routed_experts": 4, "vocab_size": 64,
                                   "n_group": 1, "topk_group": 1}))  # fmt: skip
     with pytest.raises(tlm.GridError, match="without --model"):

@@ -67,7 +67,7 @@ class DecoderAttention(ProjectedAttention):
         (B, L, _), new_keys = wholes[0].shape, wholes[1].shape[1]
         need_weights, dropout_p = self.needs_weights(given), self.dropout_p
         layout = "batch" if dropout_p > 0.0 else self.cache_layout  # see check_dropout
-        number = given.get(forms.CALLED_AS, self.layer_idx)
+        number = given.get(forms.CALLED_AS, self.layer_idx) + (given.get(forms.SLOT) or 0)
         kept = past.get_seq_length(number) if isinstance(past, Cache) else 0
         mask = self.mask_of(given, L, kept + new_keys, kept)
 
@@ -217,7 +217,8 @@ def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[Args, 
         if mask is not None:
             mask = mask_for(original, mask[:, :, first:end, :end], dtype)
         given = {name: of_rows(name, x, first, end) for name, x in whole.items()}
-        return (given.pop("hidden_states"),), given | {
+        x_BLD = given.pop("hidden_states")
+        return (x_BLD,), given | forms.again(original, x_BLD) | {
             forms.mask_name(original): mask,
             cache_name: past,
         }

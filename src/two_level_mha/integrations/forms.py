@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 # Letter of a projection -> its names, the first that a module has; with "../" its parent's.
 PROJECTIONS = {
-    "q": ("q_proj", "query", "q_lin", "q"),
-    "k": ("k_proj", "key", "k_lin", "k"),
-    "v": ("v_proj", "value", "v_lin", "v"),
+    "q": ("q_proj", "query", "q_lin", "q", "Wq", "project_q"),
+    "k": ("k_proj", "key", "k_lin", "k", "Wk", "project_k"),
+    "v": ("v_proj", "value", "v_lin", "v", "Wv", "project_v"),
     "qkv": ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "qkv"),
-    "o": ("o_proj", "out_proj", "dense", "c_proj", "out_lin", "Wo", "o", "../output.dense"),
+    "o": ("o_proj", "out_proj", "dense", "c_proj", "out_lin", "Wo", "o", "attention_out", "../output.dense"),
 }
+INNER = "linear"  # of a module around one, such as MoshiLinear
 # Of gates of attention's output: a projection as wide as q's, or a linear of one number for each head; and what the
 # output may be multiplied with of them, the likelier first.
 GATES = ("gate_proj", "g_proj")
@@ -50,7 +51,9 @@ NORMS = {
     "k": ("k_norm", "key_norm", "k_layernorm", "key_layernorm", "qk_norm"),
 }
 VALUE_NORM = "v_norm"  # of each head of v; without weights
-HEAD_DIMS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+VALUE_SCALE = "v_scale"  # what values are multiplied with
+VALUE_DIM = "v_head_dim"  # of a head of v, where it is narrower than one of q and k
+HEAD_DIMS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head")
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 LAYERS = ("layer_idx", "layer_id")
 CALLED_AS = "layer_idx"  # an argument of attention that several layers share: which of them calls
@@ -62,6 +65,7 @@ TEMPERATURE = "get_llama_4_attn_scale"
 # Classes whose layers without rotation multiply queries with 1 + attn_scale log(1 + floor((p + 1) / floor_scale)), of a
 # row's position p in the sequence and its cache.
 TUNED = ("Llama4TextAttention",)
+OWN_ROTARY = "rotary_emb"  # a module that gives cos and sin of position_ids, where the attention is not given these
 ANGLES = "embed_positions"  # a buffer (length, 2 pairs) of each position's sines, then its cosines
 ROTATED = "rotary_ndims"  # how many dims of a head are rotated, where the module says so
 SINUSOIDS = "sinusoidal_pos"  # an argument (1, 1, L, 2 pairs), of each position's sines, then its cosines
@@ -74,7 +78,7 @@ OUTPUT_DROPOUT = ("resid_dropout", "out_drop", "output_dropout")
 OUTPUT_NORM = "LayerNorm"  # of the output and the module's input, added
 OUTPUT_BIAS = "dense_bias"  # (D,), or None: given behind the weights, for the layer to add
 
-CACHES = ("past_key_values", "layer_past")
+CACHES = ("past_key_values", "layer_past", "cache")
 BIASES = ("alibi", "position_bias")  # of the scores
 # What is added to the scores: a bias as it is, or scaled as they are, or none, since the mask has it, but where
 # attention weights are asked for.
@@ -84,18 +88,28 @@ BIASED = ("added", "scaled", "in the mask")
 BIAS_TABLE = "relative_attention_bias"
 # Classes whose masks are bools with True = hide, and whose position_bias is (h, 1, any number of keys, the last count).
 HIDING = ("MptAttention",)
-INPUTS = ("hidden_states", "x")
-LISTING = ("modeling_openai.Attention",)  # classes, and their modules, that give a list, of weights only if asked for
+INPUTS = ("hidden_states", "x", "hidden_q", "v", "input")
+AGAIN = ("hidden_kv", "k", "q")  # more arguments that are the hidden states
+# Classes, and their modules, that give a list, of weights only if asked for; that give their output alone; whose masks
+# are (B, S) or (B, L, S), of bools or numbers that are not zero where a key is seen.
+LISTING = ("modeling_openai.Attention",)
+ALONE = ("modeling_phi4_multimodal.Phi4MultimodalAudioAttention",)
+FLAT = ("modeling_xlm.MultiHeadAttention", "modeling_cpmant.CpmAntAttention")
 # Arguments that mean something to a call, and those that a call without them goes like; no others are known.
 MASKS = ("attention_mask", "mask")
-ARGUMENTS = {*INPUTS, "position_embeddings", SINUSOIDS, "residual", *MASKS, *CACHES, *BIASES, CALLED_AS}
+SLOT = "cycle_offset"  # how many layers of a KV cache its own is behind the module's number
+# Keys and values before all others, which a call has only in models whose config says so.
+PROMPT, PROMPTED = "attn_prompt", "use_prompt"
+ARGUMENTS = {
+    *INPUTS, *AGAIN, "position_embeddings", SINUSOIDS, "residual", *MASKS, *CACHES, *BIASES, CALLED_AS, SLOT, PROMPT,
+}  # fmt: skip
 # Where layers leave keys and values, by layer_type, for later ones that have none of their own; what says that a module
 # takes them, or leaves its own.
 SHARED_STATES, TAKES, LEAVES = "shared_kv_states", "is_kv_shared_layer", "store_full_length_kv"
-OTHERS = {"output_attentions", "use_cache", "position_ids", "cache_position", "is_causal"}
+OTHERS = {"output_attentions", "use_cache", "position_ids", "cache_position", "is_causal", "codebook_idx"}
 # Of cross-attention: what it is called, and the states that it attends to.
 CROSS_NAMES = ("encoder_attn", "encdec", "enc_dec")
-STATES = ("key_value_states", "encoder_hidden_states")
+STATES = ("key_value_states", "encoder_hidden_states", "kv")
 CROSS = (*STATES, "encoder_attention_mask")  # given to what is called otherwise, they are refused
 
 
@@ -111,7 +125,8 @@ def paths_of(module: nn.Module, parent: nn.Module | None) -> dict[str, str] | No
     for letter, names in PROJECTIONS.items():
         path = next((name for name in names if isinstance(_at(module, parent, name), nn.Module)), None)
         if path is not None:
-            found[letter] = path
+            around = not is_linear(_at(module, parent, path)) and is_linear(_at(module, parent, f"{path}.{INNER}"))
+            found[letter] = f"{path}.{INNER}" if around else path
     without_v = any(getattr(module, name, module) is None for name in PROJECTIONS["v"])  # v is what k is projected to
     kinds = [("q", "k", "v", "o"), ("qkv", "o"), *([("q", "k", "o")] if without_v else [])]
     for letters in [("q", "o")] if takes_shared(module) else kinds:
@@ -156,6 +171,11 @@ def unknown_argument(module: nn.Module) -> str | None:
     required = "position_ids" in named and named["position_ids"].default is not None
     taken = temperature_of(module) is not None or "position_embeddings" in named
     return "it is always called with position_ids" if required and not taken else None
+
+
+def again(module: nn.Module, x_BLD: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The arguments that are the hidden states once more."""
+    return {name: x_BLD for name in AGAIN if name in parameters_of(module)}
 
 
 def hides(module: nn.Module) -> bool:
@@ -255,10 +275,22 @@ def mask_name(module: nn.Module) -> str:
     return next((name for name in MASKS if name in parameters_of(module)), MASKS[0])
 
 
-def gives_list(module: nn.Module) -> bool:
-    """Whether its output is a list."""
+def is_of(module: nn.Module, classes: tuple[str, ...]) -> bool:
+    """Whether its class is one of these, of LISTING, ALONE or FLAT."""
     kind = type(module)
-    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" in LISTING
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" in classes
+
+
+def rotates_itself(module: nn.Module) -> bool:
+    """Whether it makes its angles of position_ids."""
+    own = isinstance(getattr(module, OWN_ROTARY, None), nn.Module)
+    return own and {"position_ids", "position_embeddings"} & parameters_of(module).keys() == {"position_ids"}
+
+
+def value_dim(module: nn.Module, head_dim: int) -> int:
+    """The width of a head of v."""
+    known = getattr(module, VALUE_DIM, None)
+    return known if isinstance(known, int) else head_dim
 
 
 def gives_bias(module: nn.Module) -> bool:
@@ -323,37 +355,36 @@ def heads_of(original: nn.Module, projections: dict[str, nn.Module]) -> tuple[in
     if not isinstance(d, int):
         h = h or getattr(getattr(original, "config", None), HEADS[0], None) or 1
         d = widths["o"] // h
+    v = value_dim(original, d)
+    widths |= {letter: widths[letter] * d // v for letter in "vo" if v < d and letter in widths}
     h = widths["o"] // d
     if takes_shared(original):
         groups: Any = original.num_key_value_groups
         widths |= dict.fromkeys("kv", h // groups * d)
     rest = widths["qkv"] - h * d if "qkv" in widths else widths["k"] + widths["v"]
-    fits = widths["o"] == h * d and rest % (2 * d) == 0 and rest > 0
+    fits = widths["o"] == h * d and rest % (2 * d) == 0 and rest > 0 and v <= d
     if not fits or ("q" in widths and (widths["q"] not in (h * d, 2 * h * d) or widths["k"] != widths["v"])):
         raise GridError(f"widths of the projections, {widths}, do not fit {h} heads of {d}")
     return h, rest // (2 * d), d
 
 
-def is_gated(projections: dict[str, nn.Module]) -> bool:
+def is_gated(projections: dict[str, nn.Module], h: int, d: int) -> bool:
     """Whether every query head has a gate of the output: a projection of their own, or behind q's heads in its own."""
-    return (
-        "g" in projections
-        or "q" in projections
-        and features_of(projections["q"])[1] == 2 * features_of(projections["o"])[0]
-    )
+    return "g" in projections or "q" in projections and features_of(projections["q"])[1] == 2 * h * d
 
 
 def names_of(
-    projections: dict[str, nn.Module], paths: dict[str, str], sizes: tuple[int, int, int], packing: str
+    projections: dict[str, nn.Module], paths: dict[str, str], sizes: tuple[int, int, int], packing: str, v_dim: int
 ) -> dict[str, StockTensor]:
-    """Which part of which projection each parameter is."""
+    """Which part of which projection each parameter is; v_dim: the width of a head of v."""
     h, k, d = sizes
     names: dict[str, StockTensor] = {}
     for letters, linear in projections.items():
         if letters == "qkv":
             names |= fused_names(paths[letters], linear, {"q": h, "k": k, "v": k}, d, packing)
         else:
-            names |= linear_names({"o": "out", "g": "gate"}.get(letters, letters), paths[letters], linear, d)
+            width = v_dim if letters in "vo" else d
+            names |= linear_names({"o": "out", "g": "gate"}.get(letters, letters), paths[letters], linear, width)
     return names
 
 
@@ -394,7 +425,7 @@ def variants_of(module: nn.Module, paths: Mapping[str, str]) -> list[dict[str, o
     """What the names leave open, as options of ProjectedAttention, the likelier first."""
     named = parameters_of(module)
     rotates: list[dict[str, object]] = [{"rotates": False}]
-    if {"position_embeddings", SINUSOIDS} & named.keys() or hasattr(module, ANGLES):
+    if {"position_embeddings", SINUSOIDS} & named.keys() or hasattr(module, ANGLES) or rotates_itself(module):
         rotates = [{"rotates": True}, *rotates]
         if any(first_of(module, names) is not None for names in NORMS.values()):
             rotates.append({"rotates": True, "norms_last": True})

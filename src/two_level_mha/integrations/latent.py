@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.activations import keep_part, used_apart
-from two_level_mha.blocks import SHARDED_DIMS, dealt
+from two_level_mha.blocks import SHARDED_DIMS, dealt, filled
 from two_level_mha.cache_layer import NO_CACHE, CachedCall, CacheLayer
 from two_level_mha.class_like import class_like
 from two_level_mha.integrations import forms
 from two_level_mha.integrations.decoder import DecoderAttention
-from two_level_mha.integrations.latent_cache import attended_latents, filled, own_latents
+from two_level_mha.integrations.latent_cache import attended_latents, own_latents
 from two_level_mha.integrations.projected import Attended
 from two_level_mha.layer import Aside
 from two_level_mha.mesh import Grid, Place, mesh_of, place_on
@@ -48,8 +48,9 @@ class LatentAttention(DecoderAttention):
     ) -> None:
         self.slices = 1 if mesh is None else mesh.shape[1]
         self.row = place_on(mesh_of(mesh, lambda grid: Grid(1, grid.size)))
-        self.nope, self.rope, self.v_dim, self.rank = (getattr(original, name) for name in forms.LATENT_DIMS)
+        self.nope, self.rope, _, self.rank = (getattr(original, name) for name in forms.LATENT_DIMS)
         super().__init__(original, projections, paths, mesh, **options)
+        self.filled_up = tuple(name for name, (_, dim) in SHARDED_DIMS.items() if dim is not None)
         self.rotary = None if rotary is None else getattr(sys.modules[type(original).__module__], rotary)
         self.complex_angles = rotary == forms.ROTARIES[-1]
         self.query_latent = forms.LATENT_QUERY if paths["q"] == forms.LATENT_PATHS["q"][0] else None
@@ -77,17 +78,6 @@ class LatentAttention(DecoderAttention):
     def use_positions(self, original: nn.Module, rotates: bool, norms_last: bool) -> None:
         self.temperature, self.tuning = forms.temperature_of(original), None
         self.register_buffer(forms.ANGLES, None, persistent=False)
-
-    def own_blocks(self) -> list[Tensor | None]:
-        width = self.head_dim // self.slices
-        blocks = dict(zip(SHARDED_DIMS, super().own_blocks(), strict=True))
-        for name, (_, dim) in SHARDED_DIMS.items():
-            if dim is not None and (x := blocks[name]) is not None:
-                whole = name == "out_weight" and self.combine == "concat"
-                own = [dealt(self.v_dim, self.slices, j) for j in range(self.slices if whole else 0)]
-                parts = [filled(part, dim, width) for part in [x.narrow(dim, *each) for each in own] or [x]]
-                blocks[name] = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-        return list(blocks.values())
 
     def cache_place(self, layout: str) -> Place:
         return self.row if layout == "position" else self.place
@@ -179,7 +169,7 @@ class LatentAttention(DecoderAttention):
         return own[0] if len(own) == 1 else torch.cat(own, -1)
 
     def _blocks(self) -> list[Tensor | None]:
-        even = all(width % self.slices == 0 for width in (self.nope + self.rope, self.nope, self.v_dim))
+        even = all(width % self.slices == 0 for width in (self.nope + self.rope, self.nope))
         return super()._blocks() if even else []
 
 

@@ -10,23 +10,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
 from two_level_mha.activations import used_apart
-from two_level_mha.blocks import SHARDED_DIMS, dealt
+from two_level_mha.blocks import SHARDED_DIMS, dealt, filled
 from two_level_mha.cache_layer import CachedCall, CacheLayer
 from two_level_mha.layer import GridAttention
 from two_level_mha.operators import ops as _ops
 
 if TYPE_CHECKING:
     from two_level_mha.integrations.latent import LatentAttention
-
-
-def filled(x: Tensor, dim: int, width: int) -> Tensor:
-    """x with zeros behind it along a dim."""
-    if x.shape[dim] == width:
-        return x
-    return pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, width - x.shape[dim]))
 
 
 def own_latents(latent_B1LR: Tensor, key_B1LT: Tensor, cache: CacheLayer, position: int) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,13 @@ from two_level_mha.integrations.forms import (
     ANGLES,
     LATENT_DIMS,
     NORMS,
+    OWN_ROTARY,
     ROTATED,
     SINUSOIDS,
     VALUE_NORM,
+    VALUE_SCALE,
     parameters_of,
+    rotates_itself,
     takes_shared,
     temperature_of,
     tuning_of,
@@ -48,6 +51,9 @@ class Positioned(GridAttention):
         self.temperature, self.tuning = temperature_of(original), tuning_of(original)
         self.rotary_width, self.norms_last = rotary_width(original, self.head_dim), norms_last
         self.register_buffer(ANGLES, getattr(original, ANGLES, None) if rotates else None, persistent=False)
+        if rotates and rotates_itself(original):
+            self.add_module(OWN_ROTARY, getattr(original, OWN_ROTARY))
+        self.value_scale = getattr(original, VALUE_SCALE, None)
         self.norm_names: dict[str, str] = {}  # letter -> child
         for letter, names in NORMS.items():
             name = next((name for name in names if getattr(original, name, None) is not None), None)
@@ -66,6 +72,8 @@ class Positioned(GridAttention):
         if table is not None:
             sin, cos = table[given["position_ids"]].to(given["hidden_states"].dtype).chunk(2, -1)
             angles = cos, sin
+        if OWN_ROTARY in self._modules:
+            angles = getattr(self, OWN_ROTARY)(given["hidden_states"], given["position_ids"])
         if given.get(SINUSOIDS) is not None:
             sin, cos = given[SINUSOIDS].squeeze(1).chunk(2, -1)
             angles = cos, sin
@@ -117,6 +125,8 @@ class Positioned(GridAttention):
 
     def normed_values(self, v_BKSe: Tensor) -> Tensor:
         """v as attention takes it; this rank has d whole, or its slice."""
+        if self.value_scale is not None:
+            v_BKSe = v_BKSe * self.value_scale
         if self.value_eps is None:
             return v_BKSe
         x = v_BKSe if v_BKSe.dtype == torch.float64 else v_BKSe.float()

@@ -1,5 +1,6 @@
 """transformers' attention without a KV cache, as its modules are called: BERT, ViT, CLIP, ModernBERT and their kin."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.activations import gather_part, used_apart
+from two_level_mha.blocks import SHARDED_DIMS, dealt, filled
 from two_level_mha.cache_layer import NO_CACHE
 from two_level_mha.class_like import class_like
-from two_level_mha.errors import UsageRuntimeError
+from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations import forms
 from two_level_mha.integrations.positions import Positioned, random_angles, takes_complex
 from two_level_mha.layer import Aside, GridAttention
@@ -39,6 +41,7 @@ class ProjectedAttention(Positioned, GridAttention):
     biased: how a bias of the scores is added, one of forms.BIASED; gate_function: one of forms.GATE_FUNCTIONS.
     """
 
+    filled_up: tuple[str, ...] = ()  # parameters that are filled up to the width of the pass, in each call
     compute_bias: Callable[..., Tensor]  # of an original with forms.BIAS_TABLE
 
     def __init__(
@@ -58,10 +61,15 @@ class ProjectedAttention(Positioned, GridAttention):
     ) -> None:
         h, k, d, gated = self.sizes_of(original, projections)
         super().__init__(num_heads=h, num_kv_heads=k, head_dim=d, mesh=mesh, gated=gated, **options)
+        self.v_dim = forms.value_dim(original, d)
+        if self.v_dim < d:
+            self._check_values(gated)
+            self.filled_up = ("v_weight", "v_bias", "out_weight")
         self.config = getattr(original, "config", None)  # Bloom's and MPNet's attention has none: masks are additive
         self.scaling = forms.scale_of(original, d) if scaled else 1.0
         self.biased, self.hides = biased, forms.hides(original)
-        self.gives_bias, self.gives_list = forms.gives_bias(original), forms.gives_list(original)
+        self.gives_bias, self.gives_list = forms.gives_bias(original), forms.is_of(original, forms.LISTING)
+        self.gives_alone, self.flat = forms.is_of(original, forms.ALONE), forms.is_of(original, forms.FLAT)
         self.masks_itself, self.window = forms.masks_itself(original), forms.window_of(original)
         self.is_causal = getattr(original, "is_causal", False)
         self.argument_names, self.mask_name = tuple(forms.parameters_of(original)), forms.mask_name(original)
@@ -93,12 +101,47 @@ class ProjectedAttention(Positioned, GridAttention):
 
     def sizes_of(self, original: nn.Module, projections: dict[str, nn.Module]) -> tuple[int, int, int, bool]:
         """Heads, key/value heads, head_dim, and whether every query head has a gate."""
-        return *forms.heads_of(original, projections), forms.is_gated(projections)
+        h, k, d = forms.heads_of(original, projections)
+        return h, k, d, forms.is_gated(projections, h, d)
 
     def store_projections(self, projections: dict[str, nn.Module], paths: dict[str, str], packing: str) -> None:
         """Takes over the parameters of the original's linears."""
-        names = forms.names_of(projections, paths, (self.num_heads, self.num_kv_heads, self.head_dim), packing)
+        sizes = self.num_heads, self.num_kv_heads, self.head_dim
+        names = forms.names_of(projections, paths, sizes, packing, self.v_dim)
         forms.store_projections(self, projections, paths, names)
+
+    def _check_values(self, gated: bool) -> None:
+        """Raises GridError where narrower values cannot be filled up, slice by slice, to the width of keys."""
+        d, m = self.head_dim, self.place.grid.slices
+        if gated or any(dealt(self.v_dim, m, j)[1] > dealt(d, m, j)[1] for j in range(m)):
+            raise GridError(
+                f"heads of values are {self.v_dim} wide and those of keys {d}: that goes with slices of which each has "
+                f"at least as much of a key as of a value, and without gates as wide as heads; got {m} slices"
+                + (", with gates" if gated else "")
+            )
+
+    def own_blocks(self) -> list[Tensor | None]:
+        if not self.filled_up:
+            return super().own_blocks()
+        blocks = dict(zip(SHARDED_DIMS, super().own_blocks(), strict=True))
+        width = dealt(self.head_dim, self.place.grid.slices, self.place.slice)[1]
+        for name in self.filled_up:
+            x, dim = blocks[name], SHARDED_DIMS[name][1]
+            if x is not None and name == "out_weight" and (self.combine == "concat" or self.whole_heads):
+                blocks[name] = self.spread(x, dim)
+            elif x is not None:
+                blocks[name] = filled(x, dim, width)
+        return list(blocks.values())
+
+    def spread(self, x: Tensor, dim: int) -> Tensor:
+        d, m = self.head_dim, self.place.grid.slices
+        if self.v_dim == d:
+            return x
+        parts = [x.narrow(dim, *dealt(self.v_dim, m, j)) for j in range(m)]
+        return torch.cat([filled(part, dim, dealt(d, m, j)[1]) for j, part in enumerate(parts)], dim)
+
+    def _blocks(self) -> list[Tensor | None]:
+        return [] if self.v_dim % self.place.grid.slices else super()._blocks()
 
     @property
     def dropout_p(self) -> float:
@@ -168,6 +211,8 @@ class ProjectedAttention(Positioned, GridAttention):
             **self.between_of(given, options.get("call", NO_CACHE).position, wholes[0].shape[1], then) | options,
         )
         y_BLD = self.finished(y_BLD, given)
+        if self.gives_alone:
+            return y_BLD
         if self.gives_list:
             return [y_BLD] if weights is None else [y_BLD, weights]
         if self.gives_bias:
@@ -188,6 +233,15 @@ class ProjectedAttention(Positioned, GridAttention):
         for name in forms.CROSS:
             if given.get(name) is not None:
                 raise UsageRuntimeError(f"{name} is not supported by this attention: it is self-attention")
+        for name in forms.AGAIN:
+            if name in self.argument_names and given.get(name) is not given["hidden_states"]:
+                raise UsageRuntimeError(
+                    f"{name} must be {self.argument_names[0]}, the same tensor: a split attention is self-attention"
+                )
+        if given.get(forms.PROMPT) is not None:
+            raise UsageRuntimeError(
+                f"{forms.PROMPT} is not supported by this attention, of a model whose config has no {forms.PROMPTED}"
+            )
         for name in forms.BIASES:
             if given.get(name) is not None and name not in self.biases:
                 raise UsageRuntimeError(f"{name} is not supported by this attention: it adds attention_mask only")
@@ -199,6 +253,9 @@ class ProjectedAttention(Positioned, GridAttention):
         mask: Tensor | None = given["attention_mask"]
         if mask is not None and self.hides:
             mask = ~mask
+        if mask is not None and self.flat:
+            mask = mask.unsqueeze(1) != 0
+            mask = mask.unsqueeze(1) if mask.dim() == 3 else mask
         if self.makes_bias and given.get("position_bias") is None:
             device = given["hidden_states"].device
             given["position_bias"] = self.compute_bias(length, keys, device=device, past_seen_tokens=kept)
@@ -211,7 +268,8 @@ class ProjectedAttention(Positioned, GridAttention):
             if self.biased != "added":
                 bias = bias * self.scaling
             if mask is not None and mask.dtype == torch.bool:
-                mask = additive(mask, bias.dtype)
+                nothing = -math.inf if self.flat and not self.needs_weights(given) else None  # for a row without keys
+                mask = additive(mask, bias.dtype, nothing)
             mask = bias if mask is None else mask + bias
         return mask
 
@@ -281,15 +339,18 @@ def projected_like(original: nn.Module, *args: Any, **options: Any) -> Projected
     return class_like(ProjectedAttention, type(original))(original, *args, **options)
 
 
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask (True = attend) as "eager" attention has it."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+def additive(mask: Tensor, dtype: torch.dtype, hidden: float | None = None) -> Tensor:
+    """A bool mask (True = attend) as "eager" attention has it; hidden: for the others, by default the least number."""
+    hidden = torch.finfo(dtype).min if hidden is None else hidden
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, hidden)
 
 
 def mask_for(original: nn.Module, keep: Tensor, dtype: torch.dtype) -> Tensor:
     """A bool mask (True = attend) as the original takes it."""
     if forms.hides(original):
         return ~keep
+    if forms.is_of(original, forms.FLAT):
+        return keep.squeeze(1)
     eager = getattr(getattr(original, "config", None), "_attn_implementation", "eager") == "eager"
     return additive(keep, dtype) if eager else keep
 
@@ -298,6 +359,7 @@ def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict
     """hidden_states of two sequences of `rows` rows, and what else the original takes with them."""
     names = (forms.LATENT, *forms.PROJECTIONS["q"], *forms.PROJECTIONS["qkv"])
     projection = forms.first_of(original, names)
+    projection = getattr(projection, forms.INNER, projection)
     x_BLD = torch.randn(2, rows, features_of(projection)[0], dtype=dtype)
     named = forms.parameters_of(original)
     given: dict[str, Any] = {"hidden_states": x_BLD}
@@ -334,7 +396,7 @@ def probe_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[Args, Kw
     """A small batch of two with a padding mask, as transformers would call the module, and without a mask."""
     given = random_arguments(original, 5, dtype)
     hidden = (given.pop("hidden_states"),)
-    keep_B11S = torch.ones(2, 1, 1, 5, dtype=torch.bool)
-    keep_B11S[1, ..., 3:] = False
-    mask, name = mask_for(original, keep_B11S, dtype), forms.mask_name(original)
+    keep_B1LS = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    keep_B1LS[1, ..., 3:] = False
+    mask, name = mask_for(original, keep_B1LS, dtype), forms.mask_name(original)
     return [(hidden, given | {name: mask}), (hidden, given | {name: None})]

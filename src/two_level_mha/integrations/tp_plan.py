@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -26,6 +26,8 @@ _ALONE = {
     "embedding_rowwise", "embedding_colwise", "colwise_gather_output", "colwise_rep", "rowwise_split_input",
     "rowwise_rep", "replicate",
 }  # fmt: skip
+# Classes that write to what a child of theirs gives, which a plan may make a view of something else.
+_WRITES = {"Llama4TextMoe": "shared_expert"}
 _ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")  # in the name of a module
 
 
@@ -93,8 +95,16 @@ def apply_tp_plan(model: nn.Module, tp_plan: dict[str, str], mesh: DeviceMesh) -
             own["forward"] = StyledForward(module, forward, style, grid_mesh(mesh))
         elif installed is not None:
             own["forward"] = SharedForward(installed, f"{name} ({tp_plan[name]})")
+    for name, module in modules.items():
+        child = _WRITES.get(type(module).__name__)
+        if child is not None and any(is_inside(rule, (f"{name}.{child}",)) for rule in tp_plan):
+            module.get_submodule(child).register_forward_hook(_copied)
     for owner in {name if name in modules else name.rpartition(".")[0] for name in tp_plan}:
         take_full_tensors(modules[owner])
+
+
+def _copied(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return output.clone()
 
 
 class StyledForward:
