@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     get_layer_types_and_kwargs,
@@ -16,12 +18,17 @@ from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.mesh import Grid, Place, mesh_of
 
 # type of layer -> whether it keeps a window of tokens
-WINDOWED = {"full_attention": False, "sliding_attention": True, "chunked_attention": True}
+WINDOWED = {
+    "full_attention": False,
+    "indexed_attention": False,
+    "sliding_attention": True,
+    "chunked_attention": True,
+}
 
 
 class ModelCacheLayer(CacheLayer, CacheLayerMixin):
     """A CacheLayer under transformers' names. It reports the lengths of the whole, which its attention knows to split;
-    `keys` and `values` stay None, since no rank holds them.
+    `keys` and `values` stay None, since no rank holds them. indexer_keys (B, S, ..): an indexer's, on every rank.
     """
 
     is_croppable = True
@@ -30,6 +37,26 @@ class ModelCacheLayer(CacheLayer, CacheLayerMixin):
     def __init__(self, place: Place, layout: str, *, max_length: int | None = None, window: int | None = None) -> None:
         CacheLayerMixin.__init__(self)
         CacheLayer.__init__(self, place, layout, max_length=max_length, window=window)
+        self.indexer_keys: Tensor | None = None
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        kept = [] if self.indexer_keys is None else [self.indexer_keys]
+        self.indexer_keys = torch.cat([*kept, indexer_key_states], 1)
+        return self.indexer_keys
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + (0 if self.indexer_keys is None else self.indexer_keys.nbytes)
+
+    def rewind(self, tokens: int) -> None:
+        super().rewind(tokens)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[:, : self.length]
+
+    def select(self, index: Tensor) -> None:
+        super().select(index)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[index.to(self.indexer_keys.device)]
 
     @property
     def is_sliding(self) -> bool:
@@ -71,6 +98,7 @@ class ModelCacheLayer(CacheLayer, CacheLayerMixin):
 
     def reset(self) -> None:
         CacheLayer.reset(self)
+        self.indexer_keys = None
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
@@ -151,7 +179,7 @@ def split_layer(cache: Cache, index: int, place_of: Callable[[str], Place], layo
         if layer.place != place:
             raise GridError(f"the KV cache was made for {layer.place.grid}, the attention keeps it on {place.grid}")
         return layer
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or cache.offloading:
+    if type(layer) not in (DynamicLayer, DynamicIndexedLayer, DynamicSlidingWindowLayer) or cache.offloading:
         kind = type(cache).__name__ if layer is None else f"{type(cache).__name__} with {type(layer).__name__}"
         raise GridError(
             f"past_key_values must be None, a DynamicCache or a two_level_mha.KVCache, got a {kind}"
