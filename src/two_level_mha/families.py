@@ -58,6 +58,7 @@ _PARTS = (
 
 _LATENT_PARTS = (
     *(f"{name}.*" for part in forms.LATENT_NORMS.items() for name in part),
+    *(f"{name}.*" for name in (forms.ROTARY_KEY_NORM, forms.INDEXER)),
     *(f"{name}.weight" for name in forms.GATES),
 )
 

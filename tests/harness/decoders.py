@@ -166,6 +166,9 @@ LATENT = {
                                                            "ffn_hidden_size": 48}),
     "mistral4": ("Mistral4Config", _MLA | _MOE | {"head_dim": None}),
     "bailing hybrid": ("BailingHybridConfig", _MLA | _MOE | _HYBRID | {"q_lora_rank": None}),
+    "deepseek v32": ("DeepseekV32Config", _MLA | _MOE | {"index_topk": 5, "index_n_heads": 2, "index_head_dim": 12}),
+    "glm dsa": ("GlmMoeDsaConfig", _MLA | _MOE | {"index_topk": 5, "index_n_heads": 2, "index_head_dim": 12,
+                                                  "indexer_types": ["full", "shared"]}),
     "6 heads": ("DeepseekV3Config", _MLA | _MOE | {"first_k_dense_replace": 2, "num_attention_heads": 6,
                                                    "num_key_value_heads": 6}),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from two_level_mha.gathered import Sequences, whole_weights
 from two_level_mha.integrations.gathered import gather_weights
 from two_level_mha.mesh import place_on
 
-FAMILIES = ("deepseek_v32", "zaya", "diffllama")
+FAMILIES = ("axk2", "zaya", "diffllama")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -32,12 +32,12 @@ LIMITS = dict.fromkeys(LATENT, 1e-10) | {
     "deepseek v2": 1e-6,  # whose queries and rotary keys round to float32
     "bailing hybrid": 1e-6,  # whose gates do
 }
-EVERY_GRID = ("deepseek v3", "youtu", "6 heads")
+EVERY_GRID = ("deepseek v3", "youtu", "deepseek v32", "6 heads")
 TIMEOUT = 400
 
 
-def compare(pool, function, names, *args) -> None:
-    for per_model in pool.run(function, 4, names, *args, EXACT, timeout=TIMEOUT):
+def compare(pool, function, names, *args, ranks: int = 4) -> None:
+    for per_model in pool.run(function, ranks, names, *args, EXACT, timeout=TIMEOUT):
         for name, errors in per_model.items():
             check([{name: errors}], LIMITS[name])
 
@@ -78,6 +78,37 @@ def test_grids(pool, grid):
 def test_gradients(pool, use_cache, names):
     """T. Localises: sums over the ranks of the latents' and the rotary key's gradients, parts of kv_b_proj's."""
     compare(pool, gradients_off, names, (2, 2), use_cache, {})
+
+
+@pytest.mark.parametrize("name", ["deepseek v3", "6 heads"])
+def test_eight_ranks(pool, name):
+    """T. Localises: (4, 2) and (2, 4) of a mesh of (2, 4): more ranks than heads, slices of 2 columns of a head's 7."""
+    for cache in ("position", "batch"):
+        compare(pool, logits_off, [name], (2, 4), {"cache": cache}, ranks=8)
+    compare(pool, gradients_off, [name], (2, 4), True, {}, ranks=8)
+    assert pool.run(tokens_off, 8, [name], (2, 4), {}, {}, timeout=TIMEOUT) == [[]] * 8
+
+
+def compiled_off(name, grid, scheme):
+    """Differences of logits and gradients of a compiled model, without a cache."""
+    stock = make(name, exact=True)
+    ours = tlm.parallelize(copy.deepcopy(stock), mesh(grid), rest=False, scheme=scheme)
+    ids, keep = prompt()
+    logits = []
+    for model in (stock, torch.compile(ours, backend="aot_eager", fullgraph=True)):
+        logits.append(model(ids, attention_mask=keep, use_cache=False).logits)
+        (logits[-1].log_softmax(-1)[..., 3] * keep).sum().backward()
+    grads = full_gradients(ours)
+    named = dict(stock.named_parameters()).items()
+    offs = [((grads[key] - p.grad).abs().max() / p.grad.abs().max().clamp(min=1.0)).item() for key, p in named]
+    return [difference(*logits, keep), *offs]
+
+
+@pytest.mark.parametrize("name, grid, scheme", [("youtu", (2, 2), "auto"), ("6 heads", (2, 2), "sequence")])
+def test_compiled(pool, name, grid, scheme):
+    """T. Localises: what a graph cannot hold of latent attention: children that every rank has, slices filled up."""
+    for found in pool.run(compiled_off, 4, name, grid, scheme, timeout=TIMEOUT):
+        assert max(found) <= 1e-10
 
 
 @pytest.mark.parametrize("scheme", ["slices", "sequence", "batch", "weights"])
@@ -162,7 +193,7 @@ def later_call_off(names, grid, options):
 @pytest.mark.parametrize(
     "names, grid, options",
     [
-        (["deepseek v3", "mistral4", "kimi linear", "bailing hybrid"], (2, 2), {}),
+        (["deepseek v3", "mistral4", "kimi linear", "bailing hybrid", "glm dsa"], (2, 2), {}),
         (["6 heads"], (2, 2), {"combine": "concat"}),
         (["6 heads"], (4, 1), {}),
         (["youtu"], (1, 4), {"combine": "concat"}),
@@ -263,7 +294,7 @@ def split_activations(names, grid):
 
 def test_split_activations(pool):
     """T. Localises: gradients of the linears and norms before latents where each rank has its own rows."""
-    for names, grid in ((["minicpm3", "youtu"], (4, 1)), (["minicpm3"], (1, 4)), (["6 heads"], (2, 2))):
+    for names, grid in ((["minicpm3", "youtu", "deepseek v32"], (4, 1)), (["minicpm3"], (1, 4)), (["6 heads"], (2, 2))):
         for found in pool.run(split_activations, 4, names, grid, timeout=TIMEOUT):
             check([found], 1e-10)
 
@@ -298,7 +329,7 @@ def test_dropout(pool, name, grid):
     assert max(pool.run(dropped, 4, name, grid, timeout=TIMEOUT)) <= 1e-10
 
 
-@pytest.mark.parametrize("projection", ["q_b_proj", "kv_b_proj", "o_proj", "q_a_proj"])
+@pytest.mark.parametrize("projection", ["q_b_proj", "kv_b_proj", "o_proj", "q_a_proj", "kv_a_proj_with_mqa"])
 def test_adapters(projection):
     """E. Localises: an adapter around what is split, or before a latent, that is left out without a word."""
     peft = pytest.importorskip("peft")

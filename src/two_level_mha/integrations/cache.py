@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -21,14 +23,19 @@ from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.mesh import Grid, Place, mesh_of
 
 # type of layer -> whether it keeps a window of tokens
-WINDOWED = {"full_attention": False, "sliding_attention": True, "chunked_attention": True}
+WINDOWED = {
+    "full_attention": False,
+    "indexed_attention": False,
+    "sliding_attention": True,
+    "chunked_attention": True,
+}
 HYBRID = "hybrid"  # type of a layer that has keys and values beside states
-REPLACED = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer)
+REPLACED = (DynamicLayer, DynamicIndexedLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer)
 
 
 class ModelCacheLayer(CacheLayer, CacheLayerMixin):
     """A CacheLayer under transformers' names. It reports the lengths of the whole, which its attention knows to split;
-    `keys` and `values` stay None, since no rank holds them.
+    `keys` and `values` stay None, since no rank holds them. indexer_keys (B, S, ..): an indexer's, on every rank.
     """
 
     is_croppable = True
@@ -37,6 +44,26 @@ class ModelCacheLayer(CacheLayer, CacheLayerMixin):
     def __init__(self, place: Place, layout: str, *, max_length: int | None = None, window: int | None = None) -> None:
         CacheLayerMixin.__init__(self)
         CacheLayer.__init__(self, place, layout, max_length=max_length, window=window)
+        self.indexer_keys: Tensor | None = None
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        kept = [] if self.indexer_keys is None else [self.indexer_keys]
+        self.indexer_keys = torch.cat([*kept, indexer_key_states], 1)
+        return self.indexer_keys
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + (0 if self.indexer_keys is None else self.indexer_keys.nbytes)
+
+    def rewind(self, tokens: int) -> None:
+        super().rewind(tokens)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[:, : self.length]
+
+    def select(self, index: Tensor) -> None:
+        super().select(index)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[index.to(self.indexer_keys.device)]
 
     @property
     def is_sliding(self) -> bool:
@@ -78,6 +105,7 @@ class ModelCacheLayer(CacheLayer, CacheLayerMixin):
 
     def reset(self) -> None:
         CacheLayer.reset(self)
+        self.indexer_keys = None
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:

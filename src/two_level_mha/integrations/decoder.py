@@ -193,7 +193,8 @@ def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[Args, 
     keep = torch.ones(6, 6, dtype=torch.bool).tril().expand(2, 1, 6, 6).clone()
     keep[1, ..., :2] = False
     keep[1, :, :2, 0] = True  # no row without a key: what it gives is not defined
-    cache, whole = DynamicCache(), random_arguments(original, 6, dtype)
+    indexed = getattr(original, forms.INDEXER, None) is not None  # with keys of its own in the cache
+    cache, whole = DynamicCache(config=original.config if indexed else None), random_arguments(original, 6, dtype)
 
     def of_rows(name: str, x: Any, first: int, end: int) -> Any:
         if isinstance(x, tuple):

@@ -41,7 +41,13 @@ ANY_PACKING = ("blocks", "groups", "quarters")
 LATENT, LATENT_QUERY = "kv_a_proj_with_mqa", "q_a_proj"
 LATENT_PATHS = {"q": ("q_b_proj", "q_proj"), "latent": ("kv_b_proj",), "o": ("o_proj",)}
 LATENT_NORMS = {LATENT: "kv_a_layernorm", LATENT_QUERY: "q_a_layernorm"}
-LATENT_SCALES = {LATENT: "mla_scale_kv_lora", LATENT_QUERY: "mla_scale_q_lora"}
+LATENT_SCALES = {
+    LATENT: ("mla_scale_kv_lora", "kv_lora_scale"),
+    LATENT_QUERY: ("mla_scale_q_lora", "q_lora_scale"),
+}
+ROTARY_KEY_NORM = "k_rope_only_layernorm"  # of the rotary key, before it is rotated
+INDEXER = "indexer"  # a module of x and the queries' latent, without gradients: which keys of its mask a row sees
+CHOSEN = "prev_topk_indices"  # an argument: what an earlier layer's chose, for one without; it is returned last
 LATENT_DIMS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
 # Rotary functions beside such modules; the last one takes complex numbers.
 ROTARIES = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave", "apply_rotary_emb")
@@ -100,9 +106,8 @@ MASKS = ("attention_mask", "mask")
 SLOT = "cycle_offset"  # how many layers of a KV cache its own is behind the module's number
 # Keys and values before all others, which a call has only in models whose config says so.
 PROMPT, PROMPTED = "attn_prompt", "use_prompt"
-ARGUMENTS = {
-    *INPUTS, *AGAIN, "position_embeddings", SINUSOIDS, "residual", *MASKS, *CACHES, *BIASES, CALLED_AS, SLOT, PROMPT,
-}  # fmt: skip
+ARGUMENTS = {*INPUTS, *AGAIN, *MASKS, *CACHES, *BIASES, "position_embeddings", SINUSOIDS, "residual"}
+ARGUMENTS |= {CALLED_AS, SLOT, PROMPT, CHOSEN}
 # Where layers leave keys and values, by layer_type, for later ones that have none of their own; what says that a module
 # takes them, or leaves its own.
 SHARED_STATES, TAKES, LEAVES = "shared_kv_states", "is_kv_shared_layer", "store_full_length_kv"

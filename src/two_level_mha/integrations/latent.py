@@ -16,6 +16,7 @@ from two_level_mha.activations import keep_part, used_apart
 from two_level_mha.blocks import SHARDED_DIMS, dealt, filled
 from two_level_mha.cache_layer import NO_CACHE, CachedCall, CacheLayer
 from two_level_mha.class_like import class_like
+from two_level_mha.errors import UsageRuntimeError
 from two_level_mha.integrations import forms
 from two_level_mha.integrations.decoder import DecoderAttention
 from two_level_mha.integrations.latent_cache import attended_latents, own_latents
@@ -56,9 +57,13 @@ class LatentAttention(DecoderAttention):
         self.query_latent = forms.LATENT_QUERY if paths["q"] == forms.LATENT_PATHS["q"][0] else None
         self.latent_scales = {}
         for name in (forms.LATENT, self.query_latent) if self.query_latent else (forms.LATENT,):
-            self.latent_scales[name] = getattr(original, forms.LATENT_SCALES[name], None)
+            self.latent_scales[name] = forms.first_of(original, forms.LATENT_SCALES[name])
             for child in (name, forms.LATENT_NORMS[name]):
                 self.add_module(child, getattr(original, child))
+        for child in (forms.ROTARY_KEY_NORM, forms.INDEXER):
+            if getattr(original, child, None) is not None:
+                self.add_module(child, getattr(original, child))
+        self.chooses = forms.INDEXER in self._modules or forms.CHOSEN in self.argument_names
 
     def sizes_of(self, original: nn.Module, projections: dict[str, nn.Module]) -> tuple[int, int, int, bool]:
         h, k, widest = forms.latent_sizes(original, projections)
@@ -79,6 +84,13 @@ class LatentAttention(DecoderAttention):
         self.temperature, self.tuning = forms.temperature_of(original), None
         self.register_buffer(forms.ANGLES, None, persistent=False)
 
+    def check_arguments(self, given: dict) -> None:
+        super().check_arguments(given)
+        if self.chooses and given["attention_mask"] is None:
+            raise UsageRuntimeError("attention with an indexer chooses among the keys of a mask: give attention_mask")
+        if self.chooses and forms.INDEXER not in self._modules and given.get(forms.CHOSEN) is None:
+            raise UsageRuntimeError(f"attention without an indexer of its own attends to {forms.CHOSEN}: give it")
+
     def cache_place(self, layout: str) -> Place:
         return self.row if layout == "position" else self.place
 
@@ -94,9 +106,28 @@ class LatentAttention(DecoderAttention):
         call: CachedCall,
         softcap: float,
     ) -> Attended:
-        whole = wholes[0]
-        rows = self.rows_of(given, call.position, whole.shape[1]) or []
-        query, latent, k_B1LT = self.latents(given, whole, rows)
+        rows = self.rows_of(given, call.position, wholes[0].shape[1]) or []
+        found = self.latents(given, wholes[0], rows)
+        chosen: tuple[Tensor, ...] = ()
+        if self.chooses:
+            chosen = (self.chosen_keys(given, found[0], wholes[0], mask),)
+            mask = with_chosen(mask, *chosen)
+        output = self._attended(given, found, rows, wholes, mask, causal, cache, call, softcap)
+        return (*output, *chosen) if forms.CHOSEN in self.argument_names else output
+
+    def _attended(
+        self,
+        given: dict[str, Any],
+        latents: tuple[Tensor, Tensor, Tensor],
+        rows: list[Tensor],
+        wholes: list[Tensor],
+        mask: Tensor | None,
+        causal: int | None,
+        cache: CacheLayer | None,
+        call: CachedCall,
+        softcap: float,
+    ) -> Attended:
+        whole, (query, latent, k_B1LT) = wholes[0], latents
         if cache is not None and cache.layout == "position":
             (all_BLR,) = used_apart([self.whole_rows(latent, whole)], self.place, self.reduce_dtype)
             new = *own_latents(all_BLR.unsqueeze(1), k_B1LT, cache, call.position), whole.shape[1]
@@ -121,6 +152,17 @@ class LatentAttention(DecoderAttention):
         options: dict[str, Any] = {"rows": [*rows, k_B1LT], "softcap": softcap, "cache": cache, "call": call}
         return self.attended_inputs((query, latent, latent), given, wholes, mask, causal, **options)
 
+    @torch.no_grad()
+    def chosen_keys(self, given: dict[str, Any], query: Tensor, whole: Tensor, mask: Tensor) -> Tensor:
+        """The keys (B, L, any number) that the indexer chooses for a row, which every rank runs, and keeps its keys,
+        whole; or those of an earlier layer.
+        """
+        if forms.INDEXER not in self._modules:
+            return given[forms.CHOSEN]
+        x_BLD, q_BLR = (self.whole_rows(x, whole) for x in (given["hidden_states"], query))
+        others = given["position_embeddings"], mask[:, 0], given.get("position_ids")
+        return getattr(self, forms.INDEXER)(x_BLD, q_BLR, *others, past_key_values=self.cache_of(given))
+
     def latents(self, given: dict[str, Any], whole: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """What queries, and what keys and values, are projected from, of this rank's rows; the rotated key (B, 1, L, T)
         of all rows, with the sum over the ranks as its gradient. rows: of `rows_of`.
@@ -130,6 +172,8 @@ class LatentAttention(DecoderAttention):
         if self.query_latent is not None:
             query = self._normed_latent(self.query_latent, self.of_rows(self.query_latent, x_BLD))
         latent, key = self.of_rows(forms.LATENT, x_BLD).split([self.rank, self.rope], -1)
+        if forms.ROTARY_KEY_NORM in self._modules:
+            key = self.of_rows(forms.ROTARY_KEY_NORM, key)
         (key,) = used_apart([self.whole_rows(key, whole)], self.place, self.reduce_dtype)
         k_B1LT = self.turned(key.unsqueeze(1), rows)
         return query, self._normed_latent(forms.LATENT, latent), k_B1LT
@@ -171,6 +215,15 @@ class LatentAttention(DecoderAttention):
     def _blocks(self) -> list[Tensor | None]:
         even = all(width % self.slices == 0 for width in (self.nope + self.rope, self.nope))
         return super()._blocks() if even else []
+
+
+def with_chosen(mask: Tensor, chosen_BLk: Tensor) -> Tensor:
+    """A mask (B, 1, L, S), bool or additive, which shows those of its keys alone."""
+    hidden_BLS = mask.new_ones(*chosen_BLk.shape[:2], mask.shape[3], dtype=torch.bool)
+    hidden_B1LS = hidden_BLS.scatter(2, chosen_BLk.long(), False).unsqueeze(1)
+    if mask.dtype == torch.bool:
+        return mask & ~hidden_B1LS
+    return mask.masked_fill(hidden_B1LS, torch.finfo(mask.dtype).min)
 
 
 def latent_like(original: nn.Module, *args: Any, **options: Any) -> LatentAttention:

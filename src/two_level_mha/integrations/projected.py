@@ -380,6 +380,9 @@ def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict
     if "position_ids" in named:  # big ones: who makes anything of them will show it
         first = 0 if hasattr(original, forms.ANGLES) else 1 << 20
         given["position_ids"] = first + torch.arange(rows).expand(2, rows)
+    if forms.CHOSEN in named and getattr(original, forms.INDEXER, None) is None:
+        before = torch.arange(rows).unsqueeze(1) - torch.arange(3)
+        given[forms.CHOSEN] = before.clamp(min=0).expand(2, rows, 3)
     if forms.SHARED_STATES in named:
         given[forms.SHARED_STATES] = {}
         if forms.takes_shared(original):
