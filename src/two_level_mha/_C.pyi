@@ -54,6 +54,7 @@ def plan(
     bias: bool,
     activations: int,
     overlap: int,
+    latent: Sequence[int],
     profile: Sequence[int],
 ) -> tuple[list[dict[str, Any]], int]: ...
 def kernels() -> list[dict[str, Any]]: ...
@@ -73,6 +74,8 @@ class Call:
     reduce_size: int
     key_dim: int
     value_dim: int
+    out_dim: int
+    latent: list[int]
     inputs: int
     extra_keys: int
     bias: bool

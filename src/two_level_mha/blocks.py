@@ -73,7 +73,7 @@ def block(full: Tensor, name: str, mesh: DeviceMesh | None, combine: str, whole_
     return laid_out(full, mesh, placements(name, combine, whole_heads))
 
 
-def laid_out(full: Tensor, mesh: DeviceMesh, layout: list) -> DTensor:
+def laid_out(full: Tensor, mesh: DeviceMesh, layout: Sequence[Placement]) -> DTensor:
     """This rank's of `full`, the same on every rank, by placements on the axes of the mesh."""
     ranks = [(mesh.size(axis), mesh.get_local_rank(axis)) for axis in range(mesh.ndim)]
     stride = torch.empty(full.shape, device="meta").stride()
@@ -82,7 +82,7 @@ def laid_out(full: Tensor, mesh: DeviceMesh, layout: list) -> DTensor:
     )
 
 
-def own_part(full: Tensor, layout: list, ranks: list[tuple[int, int]]) -> Tensor:
+def own_part(full: Tensor, layout: Sequence[Placement], ranks: list[tuple[int, int]]) -> Tensor:
     """A copy of what placements give one rank; ranks: size and index along each axis."""
     for placement, (size, rank) in zip(layout, ranks, strict=True):
         if isinstance(placement, Shard):

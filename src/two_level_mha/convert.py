@@ -187,8 +187,8 @@ def _parallelize(
         model.register_forward_hook(NoteOfFailure(control), always_call=True)
         for module, _ in attentions.gathered.values():
             later("gathered", "gather_weights")(module, mesh)
-        for one in attentions.states.values():
-            later("states", "split_states")(one.module, mesh, one.gate_first, reduce_dtype)
+        for _, module, gate_first in attentions.states.values():
+            later("states", "split_states")(module, mesh, gate_first, reduce_dtype)
         trials = plan_trials(others) if not stacks else []
         split_rest(others, mesh, {linear for stack in stacks for linear in stack.linears})
         for stack in stacks:

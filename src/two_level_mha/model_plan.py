@@ -88,7 +88,7 @@ def plan_model(
             "layers by its sizes, without --model"
         )
     own = LATENT if latent else ("head_dim", "num_key_value_heads")
-    sizes = {name.replace("key_value", "kv"): getattr(config, name, None) for name in own} | {
+    sizes: dict[str, Any] = {name.replace("key_value", "kv"): getattr(config, name, None) for name in own} | {
         "embed_dim": config.hidden_size, "num_heads": heads, "ranks": ranks, "batch": batch, "decode": decode,
         "dtype": model.dtype, **options,
     }  # fmt: skip

@@ -168,8 +168,9 @@ def plan(
             raise GridError(f"{name}={value} is too large to price: numbers must stay below 2**63")
     latent = _latent(asked)
     if latent:
-        nope, rope, value = (latent[name] for name in LATENT[1:4])
-        head_dim = min(max(nope + rope, value), 2**63 - 1)  # beyond it the price says so
+        assert qk_nope_head_dim is not None and qk_rope_head_dim is not None and v_head_dim is not None
+        widest = max(qk_nope_head_dim + qk_rope_head_dim, v_head_dim)
+        head_dim = min(widest, 2**63 - 1)  # beyond it the price says so
     if head_dim is None and embed_dim % num_heads:
         raise GridError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}: give head_dim")
     kv_heads, head_dim = num_kv_heads or num_heads, head_dim or embed_dim // num_heads
@@ -239,7 +240,7 @@ def plan(
 LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank")
 
 
-def _latent(asked: dict[str, object]) -> dict[str, int | None]:
+def _latent(asked: dict[str, Any]) -> dict[str, int | None]:
     """The sizes of latent attention, if a layer is that. Raises GridError for some of them, or others beside them."""
     given = {name: asked[name] for name in LATENT}
     if all(size is None for size in given.values()):
@@ -380,9 +381,11 @@ def _text(p: Plan) -> str:
 
 
 def _heads_text(layer: dict[str, object]) -> str:
-    if not layer["latent"]:
+    latent = layer["latent"]
+    if not latent:
         return f"{layer['num_heads']} query heads, {layer['num_kv_heads']} key/value heads of {layer['head_dim']}"
-    rank, nope, rope, value, query = (layer["latent"][name] for name in LATENT)
+    assert isinstance(latent, dict)
+    rank, nope, rope, value, query = (latent[name] for name in LATENT)
     latents = f"a latent of {rank}" + (f", one of {query} for queries" if query else "")
     return f"{layer['num_heads']} heads of {nope} + {rope} and {value} of {latents}"
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from two_level_mha.adapters import Adapter
 from two_level_mha.class_like import become
+from two_level_mha.families import later
 from two_level_mha.integrations.forms import takes_shared
 from two_level_mha.integrations.head import head_of, split_head
 from two_level_mha.integrations.lora import mark
@@ -110,7 +111,8 @@ def find_stacks(
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     members: dict[str, dict[str, list[Attention | States]]] = {}
     left_out: dict[str, str] = {}
-    for one in (*found, *states.values()):
+    both: list[Attention | States] = [*found, *states.values()]
+    for one in both:
         parts = one.name.split(".")
         at = next((i for i in range(len(parts) - 1, 0, -1) if ".".join(parts[:i]) in lists), None)
         if at is None or at == len(parts) - 1:
@@ -326,7 +328,7 @@ def split_stack(stack: Stack, mesh: DeviceMesh, activations: str, reduce_dtype: 
         attention.stream = stream
         taken |= {part for part in attention.modules() if not isinstance(part, nn.Dropout)}
     for one in stack.states:
-        one.module.split_hidden(stream)
+        later("states", "split_hidden")(one.module, stream)
         taken |= set(one.module.modules())
     for module in [part for layer in (*stack.layers, stack.last) for part in layer.modules()]:
         if module in taken:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from two_level_mha.errors import GridError
 from two_level_mha.families import later
 from two_level_mha.integrations.forms import layer_of, parameters_of
-from two_level_mha.integrations.state_forms import Cut, form_of
+from two_level_mha.integrations.state_forms import Cut, form_of, has_form
+from two_level_mha.low_rank import features_of
 from two_level_mha.mesh import Grid, Place
 from two_level_mha.probe import first_output, has_hooks, is_inside, random_copy, settings
 from two_level_mha.trial import TRIALS
@@ -33,7 +34,7 @@ class States(NamedTuple):
     @property
     def width(self) -> int:
         """Of its hidden states."""
-        return self.module.get_submodule(next(iter(form_of(self.module).rows))).in_features
+        return _width(self.module)
 
     @property
     def gives_pair(self) -> bool:
@@ -46,9 +47,9 @@ def take_states(attentions: "Attentions", grid: Grid, adapted: Iterable[str]) ->
 
     adapted: names of LoRA layers, which such a layer does not take. Sends nothing.
     """
-    tried: dict[tuple, bool | str] = {}
+    tried: dict[tuple[object, ...], bool | str] = {}
     for name, (module, _) in list(attentions.gathered.items()):
-        if form_of(module) is None:
+        if not has_form(module):
             continue
         kind = _kind(module)
         if kind not in tried:
@@ -74,7 +75,11 @@ def _beside_dealt(attentions: "Attentions") -> dict[str, States]:
     return {name: one for name, one in attentions.states.items() if layer_of(one.module) in layers}
 
 
-def _kind(module: nn.Module) -> tuple:
+def _width(module: nn.Module) -> int:
+    return features_of(module.get_submodule(next(iter(form_of(module).rows))))[0]
+
+
+def _kind(module: nn.Module) -> tuple[object, ...]:
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
     return type(module), settings(module), shapes
 
@@ -120,7 +125,7 @@ def _off(module: nn.Module, grid: Grid, gate_first: bool, dtype: torch.dtype) ->
     return worst
 
 
-def _without_kernels(kind: type) -> type:
+def _without_kernels(kind: type[nn.Module]) -> type[nn.Module]:
     """A class whose forward calls torch's code where transformers would call a package's kernels, which want a GPU."""
     forward = inspect.unwrap(kind.forward)
     own = [(name, f) for name, f in forward.__globals__.items() if getattr(f, "__module__", None) == kind.__module__]
@@ -134,16 +139,14 @@ def _without_kernels(kind: type) -> type:
 
 def _calls(module: nn.Module, dtype: torch.dtype) -> list[tuple[list[dict[str, object]], str | None]]:
     """Arguments of calls one after the other, and what they call a cache: with padding and without, and two steps."""
-    form, named = form_of(module), parameters_of(module)
+    width, named = _width(module), parameters_of(module)
     hidden, *_ = named
-    width = module.get_submodule(next(iter(form.rows))).in_features
     needed = {name: None for name, p in named.items() if p.default is p.empty and name != hidden}
-    given = [{hidden: torch.randn(2, rows, width, dtype=dtype), **needed} for rows in (6, 1)]
+    given: list[dict[str, object]] = [{hidden: torch.randn(2, rows, width, dtype=dtype), **needed} for rows in (6, 1)]
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[1, :2] = False
     padded = given[0] | {"attention_mask": mask}
-    found: list = [(given[:1], None), ([padded], None)]
-    return found + [([padded, given[1]], name) for name in CACHES if name in named]
+    return [(given[:1], None), ([padded], None), *(([padded, given[1]], name) for name in CACHES if name in named)]
 
 
 def _called(module: nn.Module, calls: list[dict[str, object]], cached: str | None) -> list[Tensor]:
@@ -156,8 +159,8 @@ class Rehearsal:
     """All ranks of a grid, one after the other, again and again until every sum that they exchange is known."""
 
     def __init__(self, original: nn.Module, grid: Grid, gate_first: bool) -> None:
-        self.known: dict[tuple, Tensor] = {}
-        self.found: dict[tuple, list[Tensor]] = {}
+        self.known: dict[tuple[int, int, int], Tensor] = {}  # by number of the sum, axis, and ranks along it
+        self.found: dict[tuple[int, int, int], list[Tensor]] = {}
         own = Cut(original, form_of(original), grid).grid
         places = [Place(own, i, j) for i in range(own.head_groups) for j in range(own.slices)]
         shared = {id(p): p for p in original.parameters()}  # nobody writes to them
@@ -181,7 +184,7 @@ class Rehearsal:
             if not self.found:
                 return outputs
             first = min(number for number, *_ in self.found)
-            self.known |= {key: sum(parts) for key, parts in self.found.items() if key[0] == first}
+            self.known |= {key: sum(parts[1:], start=parts[0]) for key, parts in self.found.items() if key[0] == first}
 
 
 class Seat:

@@ -132,6 +132,7 @@ class ModelHybridLayer(ModelCacheLayer, LinearAttentionLayer):
     """A ModelCacheLayer that also has the states of the layer that it takes the place of, which are this rank's."""
 
     is_compileable = False
+    is_croppable = LinearAttentionLayer.is_croppable  # a property: of the states that it has
 
     def __init__(self, place: Place, layout: str, beside: LinearAttentionAndFullAttentionLayer) -> None:
         LinearAttentionLayer.__init__(self, beside.number_of_states)
@@ -140,11 +141,7 @@ class ModelHybridLayer(ModelCacheLayer, LinearAttentionLayer):
         for name in vars(LinearAttentionLayer(beside.number_of_states)).keys() - {"record_past"}:
             setattr(self, name, getattr(beside, name))
 
-    @property
-    def is_croppable(self) -> bool:
-        return LinearAttentionLayer.is_croppable.fget(self)
-
-    def lazy_initialization(self, *args, **kwargs) -> None:
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Of the states, whose arguments have names; keys' memory is made by the first append."""
         if kwargs:
             LinearAttentionLayer.lazy_initialization(self, **kwargs)
@@ -159,7 +156,7 @@ class ModelHybridLayer(ModelCacheLayer, LinearAttentionLayer):
 
     def select(self, index: Tensor) -> None:
         super().select(index)
-        LinearAttentionLayer.reorder_cache(self, index)
+        LinearAttentionLayer.reorder_cache(self, index)  # type: ignore[arg-type]  # LongTensor: of no GPU
 
 
 class ModelCache(LayersCache, Cache):  # type: ignore[misc]  # whose layers are those of both

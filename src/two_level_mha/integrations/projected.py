@@ -23,7 +23,7 @@ from two_level_mha.probe import settings
 IMPLEMENTATIONS = ("sdpa", "eager")  # whose masks are understood
 
 
-Attended: TypeAlias = tuple[Any, ...] | list[Tensor]  # the output first, as the original gives it
+Attended: TypeAlias = Tensor | tuple[Any, ...] | list[Tensor]  # as the original gives it; of several, the output first
 
 
 class ProjectedAttention(Positioned, GridAttention):
@@ -127,6 +127,7 @@ class ProjectedAttention(Positioned, GridAttention):
         width = dealt(self.head_dim, self.place.grid.slices, self.place.slice)[1]
         for name in self.filled_up:
             x, dim = blocks[name], SHARDED_DIMS[name][1]
+            assert dim is not None
             if x is not None and name == "out_weight" and (self.combine == "concat" or self.whole_heads):
                 blocks[name] = self.spread(x, dim)
             elif x is not None:

@@ -141,8 +141,12 @@ FORMS = {
 }
 
 
-def form_of(module: nn.Module) -> Form | None:
-    return FORMS.get(type(module).__name__)
+def has_form(module: nn.Module) -> bool:
+    return type(module).__name__ in FORMS
+
+
+def form_of(module: nn.Module) -> Form:
+    return FORMS[type(module).__name__]
 
 
 def letters_of(text: str) -> tuple[str, list[str]]:
@@ -206,7 +210,9 @@ class Cut:
             pieces.append(piece.flatten(last, last + len(part) - 1))
         return (torch.cat(pieces, last) if len(pieces) > 1 else pieces[0]).flatten(dim, last)
 
-    def stock(self, key: str, shape: tuple[int, ...], text: str, dim: int) -> list[tuple[StockTensor, tuple]]:
+    def stock(
+        self, key: str, shape: tuple[int, ...], text: str, dim: int
+    ) -> list[tuple[StockTensor, tuple[int | None, ...]]]:
         """The parts of a tensor as parameters: where each is, and its dims that lie over head and slice axis."""
         outer, parts = letters_of(text)
         groups, start, found = math.prod(self.whole[letter] for letter in outer), 0, []

@@ -5,14 +5,14 @@ they are few numbers, and their gradients are summed over the ranks. During a ca
 class: parameters, buffers and the attributes that count heads are this rank's; so are the states that a cache keeps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, LinearAttentionLayer
@@ -24,10 +24,9 @@ from two_level_mha.integrations.forms import layer_of, parameters_of
 from two_level_mha.integrations.lora import STATES, mark
 from two_level_mha.integrations.state_forms import ALL, HEADS, SLICES, Cut, form_of, owner_of
 from two_level_mha.mesh import Place, mesh_of, place_on
+from two_level_mha.operators import ops as _ops
 from two_level_mha.stock import HoldsStock, take_stock_keys
 from two_level_mha.stream import Stream
-
-_ops = torch.ops.two_level_mha
 
 
 class Exchange(NamedTuple):
@@ -90,6 +89,8 @@ class SlicedNorm(nn.Module):
     axis: int
     widths: tuple[int, int]  # what is normalised together: of this rank, of all
     gate_first: bool
+    weight: Tensor
+    variance_epsilon: float
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         dtype = x.dtype
@@ -111,8 +112,8 @@ class SplitStates(HoldsStock):
     exchange: Exchange
     layer: int | None  # of a cache
     hidden_name: str
-    stored: dict[nn.Linear, dict[str, list[str]]]  # of each linear by parameter: names of its parts
-    layouts: dict[str, list]  # of the parts, placements on the axes of the mesh
+    stored: dict[nn.Module, dict[str, list[str]]]  # of each linear by parameter: names of its parts
+    layouts: dict[str, list[Placement]]  # of the parts, placements on the axes of the mesh
     kept: list[tuple[nn.Module, str, str]]  # parameters that are whole on every rank: module, name, path
     tables: list[tuple[nn.Module, str, str]]  # buffers of which a rank takes its own
     counts: list[tuple[nn.Module, str, int]]  # this rank's
@@ -125,17 +126,13 @@ class SplitStates(HoldsStock):
         ranks = [(place.grid.head_groups, place.head_group), (place.grid.slices, place.slice)]
         return own_part(full, self.layouts[name], ranks)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         for cache in (x for x in (*args, *kwargs.values()) if isinstance(x, Cache)):
             self._check_cache(cache)
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop(self.hidden_name), ())
         hidden = hidden if self.stream is None else self.stream.gather(hidden)
         with self._own():
             return super().forward(*self.exchange.apart([hidden], ALL), *args, **kwargs)
-
-    def split_hidden(self, stream: Stream) -> None:
-        """Takes and gives from now on this rank's part of hidden states."""
-        self.stream = self.get_submodule(self.cut.form.out[0]).stream = stream
 
     def _check_cache(self, cache: Cache) -> None:
         """Raises GridError for one that holds the states of more channels than this rank's."""
@@ -148,14 +145,14 @@ class SplitStates(HoldsStock):
     @contextmanager
     def _own(self) -> Iterator[None]:
         """The module as what this rank has of it."""
-        before: list[tuple[dict, str, object]] = []
+        before: list[tuple[dict[str, Any], str, object]] = []
 
-        def put(table: dict, name: str, value: object) -> None:
+        def put(table: dict[str, Any], name: str, value: object) -> None:
             before.append((table, name, table[name]))
             table[name] = value
 
         own = self._own_weights()
-        wholes = self.exchange.apart([module._parameters[name] for module, name, _ in self.kept], ALL)
+        wholes = self.exchange.apart([_present(module._parameters, name) for module, name, _ in self.kept], ALL)
         try:
             put(vars(self), "training", False)  # fused kernels of training take all of a layer, and know no slices
             for module, name, count in self.counts:
@@ -163,7 +160,7 @@ class SplitStates(HoldsStock):
             for (module, name, path), whole in zip(self.kept, wholes, strict=True):
                 put(module._parameters, name, self._taken(whole, path))
             for module, name, path in self.tables:
-                put(module._buffers, name, self._taken(module._buffers[name], path))
+                put(module._buffers, name, self._taken(_present(module._buffers, name), path))
             for child, parameters in self.stored.items():
                 if isinstance(child, PartedRows):
                     weights, biases = parameters["weight"], parameters.get("bias")
@@ -181,7 +178,8 @@ class SplitStates(HoldsStock):
 
     def _own_weights(self) -> dict[str, Tensor]:
         """By name, in the dims of the stock tensor."""
-        own = dict(zip(self.layouts, local_blocks([self._parameters[name] for name in self.layouts]), strict=True))
+        blocks = local_blocks([_present(self._parameters, name) for name in self.layouts])
+        own = dict(zip(self.layouts, blocks, strict=True))
         for axis in (SLICES, HEADS, ALL):
             alike = [name for name, layout in self.layouts.items() if _same_along(layout) == axis]
             own |= zip(alike, self.exchange.apart([own[name] for name in alike], axis), strict=True)
@@ -196,7 +194,14 @@ class SplitStates(HoldsStock):
         return x if known is None else self.cut.take(x, *known)
 
 
-def _same_along(layout: list) -> int | None:
+def _present(table: Mapping[str, Tensor | None], name: str) -> Tensor:
+    """Of a table of parameters or buffers, which may have names without any."""
+    x = table[name]
+    assert x is not None
+    return x
+
+
+def _same_along(layout: Sequence[Placement]) -> int | None:
     """The axis along which ranks have the same; None: there is none."""
     head, slice_ = (isinstance(placement, Replicate) for placement in layout)
     return ALL if head and slice_ else HEADS if head else SLICES if slice_ else None
@@ -221,6 +226,7 @@ def become_split(module: nn.Module, cut: Cut, exchange: Exchange, mesh: DeviceMe
         module, SplitStates, cut=cut, exchange=exchange, place=exchange.place, mesh=mesh, layer=layer_of(module),
         hidden_name=hidden_name, stored={}, layouts={}, stock_names={},
     )  # fmt: skip
+    assert isinstance(module, SplitStates)
     for path, text in form.rows.items():
         several = len(cut.stock("", (cut.size(text, cut.whole),), text, 0)) > 1
         _store(module, path, text, 0)
@@ -230,10 +236,12 @@ def become_split(module: nn.Module, cut: Cut, exchange: Exchange, mesh: DeviceMe
         _store(module, path, text, 1)
         become(module.get_submodule(path), SummedColumns, exchange=exchange, apart=path != form.out[0])
     axis = cut.norm_axis()
-    if axis is not None and hasattr(module.get_submodule(form.norm[0]), "variance_epsilon"):
-        widths = (cut.size(form.norm[1]), cut.size(form.norm[1], cut.whole))
-        options = {"exchange": exchange, "axis": axis, "widths": widths, "gate_first": gate_first}
-        become(module.get_submodule(form.norm[0]), SlicedNorm, **options)
+    if axis is not None and form.norm is not None:
+        path, text = form.norm
+        if hasattr(module.get_submodule(path), "variance_epsilon"):
+            widths = (cut.size(text), cut.size(text, cut.whole))
+            options = {"exchange": exchange, "axis": axis, "widths": widths, "gate_first": gate_first}
+            become(module.get_submodule(path), SlicedNorm, **options)
     module.kept = [
         (*owner_of(module, path), path)
         for path, _ in module.named_parameters()
@@ -244,6 +252,14 @@ def become_split(module: nn.Module, cut: Cut, exchange: Exchange, mesh: DeviceMe
     module.counts = [one for one in counted if getattr(*one[:2], None) is not None]
 
 
+def split_hidden(module: nn.Module, stream: Stream) -> None:
+    """Lets a split module take and give from now on this rank's part of hidden states."""
+    assert isinstance(module, SplitStates)
+    out = module.get_submodule(module.cut.form.out[0])
+    assert isinstance(out, SummedColumns)
+    module.stream = out.stream = stream
+
+
 def blank_cache(layer: int | None) -> Cache:
     """An empty cache in which this layer keeps states."""
     return Cache(layers=[LinearAttentionLayer() for _ in range((layer or 0) + 1)])
@@ -252,7 +268,8 @@ def blank_cache(layer: int | None) -> Cache:
 def _store(module: SplitStates, path: str, text: str, dim: int) -> None:
     """Makes parameters of the module of those of a linear; of columns the bias stays where it is."""
     child = module.get_submodule(path)
-    held = module.stored[child] = {}
+    held: dict[str, list[str]] = {}
+    module.stored[child] = held
     for name, p in list(child.named_parameters(recurse=False)):
         if p.dim() <= dim:
             continue

@@ -36,7 +36,7 @@ class TitanAttention(Positioned, GridAttention):
         super().__init__(num_heads=h, num_kv_heads=k, head_dim=d, mesh=mesh, **options)
         self.argument_names = tuple(forms.parameters_of(original))
         self.rotate = rotation_of(original)
-        forms.store_projections(self, projections, paths, forms.names_of(projections, paths, (h, k, d), "blocks"))
+        forms.store_projections(self, projections, paths, forms.names_of(projections, paths, (h, k, d), "blocks", d))
         self.use_positions(original, rotates=False, norms_last=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.private import private, private_method
 from two_level_mha.mesh import grid_mesh
+from two_level_mha.names import Args
 from two_level_mha.probe import changed_linear, has_hooks, is_inside
 from two_level_mha.stock import take_full_tensors
 
@@ -103,7 +104,7 @@ def apply_tp_plan(model: nn.Module, tp_plan: dict[str, str], mesh: DeviceMesh) -
         take_full_tensors(modules[owner])
 
 
-def _copied(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+def _copied(module: nn.Module, args: Args, output: Tensor) -> Tensor:
     return output.clone()
 
 
