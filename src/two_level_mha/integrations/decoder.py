@@ -194,7 +194,8 @@ def decoder_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[Args, 
     keep[1, ..., :2] = False
     keep[1, :, :2, 0] = True  # no row without a key: what it gives is not defined
     indexed = getattr(original, forms.INDEXER, None) is not None  # with keys of its own in the cache
-    cache, whole = DynamicCache(config=original.config if indexed else None), random_arguments(original, 6, dtype)
+    config: Any = original.config if indexed else None
+    cache, whole = DynamicCache(config=config), random_arguments(original, 6, dtype)
 
     def of_rows(name: str, x: Any, first: int, end: int) -> Any:
         if isinstance(x, tuple):

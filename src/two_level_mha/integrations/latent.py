@@ -84,7 +84,7 @@ class LatentAttention(DecoderAttention):
         self.temperature, self.tuning = forms.temperature_of(original), None
         self.register_buffer(forms.ANGLES, None, persistent=False)
 
-    def check_arguments(self, given: dict) -> None:
+    def check_arguments(self, given: dict[str, Any]) -> None:
         super().check_arguments(given)
         if self.chooses and given["attention_mask"] is None:
             raise UsageRuntimeError("attention with an indexer chooses among the keys of a mask: give attention_mask")
@@ -110,6 +110,7 @@ class LatentAttention(DecoderAttention):
         found = self.latents(given, wholes[0], rows)
         chosen: tuple[Tensor, ...] = ()
         if self.chooses:
+            assert mask is not None  # check_arguments
             chosen = (self.chosen_keys(given, found[0], wholes[0], mask),)
             mask = with_chosen(mask, *chosen)
         output = self._attended(given, found, rows, wholes, mask, causal, cache, call, softcap)
@@ -158,10 +159,13 @@ class LatentAttention(DecoderAttention):
         whole; or those of an earlier layer.
         """
         if forms.INDEXER not in self._modules:
-            return given[forms.CHOSEN]
+            earlier: Tensor = given[forms.CHOSEN]
+            return earlier
         x_BLD, q_BLR = (self.whole_rows(x, whole) for x in (given["hidden_states"], query))
         others = given["position_embeddings"], mask[:, 0], given.get("position_ids")
-        return getattr(self, forms.INDEXER)(x_BLD, q_BLR, *others, past_key_values=self.cache_of(given))
+        indexer = self.get_submodule(forms.INDEXER)
+        chosen: Tensor = indexer(x_BLD, q_BLR, *others, past_key_values=self.cache_of(given))
+        return chosen
 
     def latents(self, given: dict[str, Any], whole: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """What queries, and what keys and values, are projected from, of this rank's rows; the rotated key (B, 1, L, T)
