@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 COMBINES = ("reduce", "concat")
 
@@ -60,7 +60,7 @@ def block(full: Tensor, name: str, mesh: DeviceMesh | None, combine: str, whole_
     return laid_out(full, mesh, placements(name, combine, whole_heads))
 
 
-def laid_out(full: Tensor, mesh: DeviceMesh, layout: list) -> DTensor:
+def laid_out(full: Tensor, mesh: DeviceMesh, layout: list[Placement]) -> DTensor:
     """This rank's of `full`, the same on every rank, by placements on the axes of the mesh."""
     ranks = [(mesh.size(axis), mesh.get_local_rank(axis)) for axis in range(mesh.ndim)]
     stride = torch.empty(full.shape, device="meta").stride()
@@ -69,7 +69,7 @@ def laid_out(full: Tensor, mesh: DeviceMesh, layout: list) -> DTensor:
     )
 
 
-def own_part(full: Tensor, layout: list, ranks: list[tuple[int, int]]) -> Tensor:
+def own_part(full: Tensor, layout: list[Placement], ranks: list[tuple[int, int]]) -> Tensor:
     """A copy of what placements give one rank; ranks: size and index along each axis."""
     for placement, (size, rank) in zip(layout, ranks, strict=True):
         if isinstance(placement, Shard):

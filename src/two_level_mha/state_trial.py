@@ -142,8 +142,8 @@ def _calls(module: nn.Module, dtype: torch.dtype) -> list[tuple[list[dict[str, o
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[1, :2] = False
     padded = given[0] | {"attention_mask": mask}
-    found: list = [(given[:1], None), ([padded], None)]
-    return found + [([padded, given[1]], name) for name in CACHES if name in named]
+    steps = [([padded, given[1]], name) for name in CACHES if name in named]
+    return [(given[:1], None), ([padded], None), *steps]
 
 
 def _called(module: nn.Module, calls: list[dict[str, object]], cached: str | None) -> list[Tensor]:

@@ -7,12 +7,12 @@ class: parameters, buffers and the attributes that count heads are this rank's; 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, LinearAttentionLayer
@@ -112,7 +112,7 @@ class SplitStates(HoldsStock):
     layer: int | None  # of a cache
     hidden_name: str
     stored: dict[nn.Linear, dict[str, list[str]]]  # of each linear by parameter: names of its parts
-    layouts: dict[str, list]  # of the parts, placements on the axes of the mesh
+    layouts: dict[str, list[Placement]]  # of the parts, placements on the axes of the mesh
     kept: list[tuple[nn.Module, str, str]]  # parameters that are whole on every rank: module, name, path
     tables: list[tuple[nn.Module, str, str]]  # buffers of which a rank takes its own
     counts: list[tuple[nn.Module, str, int]]  # this rank's
@@ -125,7 +125,7 @@ class SplitStates(HoldsStock):
         ranks = [(place.grid.head_groups, place.head_group), (place.grid.slices, place.slice)]
         return own_part(full, self.layouts[name], ranks)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         for cache in (x for x in (*args, *kwargs.values()) if isinstance(x, Cache)):
             self._check_cache(cache)
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop(self.hidden_name), ())
@@ -148,9 +148,9 @@ class SplitStates(HoldsStock):
     @contextmanager
     def _own(self) -> Iterator[None]:
         """The module as what this rank has of it."""
-        before: list[tuple[dict, str, object]] = []
+        before: list[tuple[dict[str, Any], str, object]] = []
 
-        def put(table: dict, name: str, value: object) -> None:
+        def put(table: dict[str, Any], name: str, value: object) -> None:
             before.append((table, name, table[name]))
             table[name] = value
 
@@ -196,7 +196,7 @@ class SplitStates(HoldsStock):
         return x if known is None else self.cut.take(x, *known)
 
 
-def _same_along(layout: list) -> int | None:
+def _same_along(layout: list[Placement]) -> int | None:
     """The axis along which ranks have the same; None: there is none."""
     head, slice_ = (isinstance(placement, Replicate) for placement in layout)
     return ALL if head and slice_ else HEADS if head else SLICES if slice_ else None
