@@ -2,9 +2,9 @@
 
 Every column of a state, a value index, has its own recurrence. So heads are dealt to the head groups, and what a head
 gives, or the heads that share one key, to the slices. A form says of one class which dim is which, by letters: g groups
-of heads with keys of their own, which head groups share; r heads of one of them; v or p what a head gives; k and s what
-its keys have; d channels of no head. "gk,gk,grv" is a dim of three parts, each of dims by letters; "g:k,k,rv,rv" is one
-of such parts for every g.
+of heads with keys of their own, which head groups share, or channels where there are no heads; r or h heads of one of
+them; v or p what a head gives; k or s what its keys have. "gk,gk,grv" is a dim of three parts, each of dims by letters;
+"g:k,k,rv,rv" is one of such parts for every g.
 """
 
 import math
