@@ -12,8 +12,6 @@ from torch import nn
 from transformers import (
     DebertaV2Config,
     DebertaV2Model,
-    DeepseekV32Config,
-    DeepseekV32Model,
     MvpConfig,
     MvpModel,
 )
@@ -205,20 +203,16 @@ def test_other_bert(case):
 
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}
-LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
 UNKNOWN = {
     "DeBERTa": (lambda: DebertaV2Model(DebertaV2Config(**SMALL)), "encoder.layer.0.attention.self"),
     "MVP": (
         lambda: MvpModel(
-            MvpConfig(vocab_size=30, **dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 16))
+            MvpConfig(
+                vocab_size=30, use_prompt=True, **dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 16)
+            )
         ),
         "encoder.layers.0.self_attn",
-        "it takes an argument that is not known: attn_prompt",
-    ),
-    "DeepSeek": (
-        lambda: nn.ModuleList([nn.MultiheadAttention(16, 4), DeepseekV32Model(DeepseekV32Config(**SMALL, **LATENT))]),
-        "1.layers.0.self_attn",
-        "it has a parameter that latent attention has not: indexer.",
+        "it is called with attn_prompt",
     ),
 }
 

@@ -14,11 +14,6 @@ transformers = pytest.importorskip("transformers")
 OTHERS = {
     "differences": ("DiffLlamaConfig", {}, "has a parameter that decoder attention has not: lambda"),
     "clipping": ("OlmoConfig", {"clip_qkv": 6.0}, r"it clips queries, keys and values \(clip_qkv=6.0\)"),
-    "a cache of two kinds": (
-        "FalconH1Config",
-        {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
-        "its layer is of type 'hybrid'",
-    ),
     "dropout elsewhere": ("FalconConfig", {"attention_dropout": 0.1}, "with all attention weights dropped"),
 }
 

@@ -39,14 +39,16 @@ class OnGrid(_Original):
     ranks_of_job: int  # 0 where the grid is not the whole job, in which Trainer would not know its other ranks
 
     @property
-    def _tp_size(self) -> int | None:
-        """What Trainer and accelerate read: this many ranks are given the same batches."""
+    def tp_size(self) -> int | None:
+        """What Trainer and accelerate read: this many ranks are given the same batches. PEFT reads `_tp_size`, and would
+        make saving adapters a collective.
+        """
         return self.ranks_of_job or None if self.grid_control is not None else None
 
     @property
     def is_distributed_loading_by_transformers(self) -> bool:
         """What Trainer reads: nothing wraps the model, every rank calls save_pretrained, optimizers are not saved."""
-        return self._tp_size is not None
+        return self.tp_size is not None
 
     def _get_stopping_criteria(
         self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
