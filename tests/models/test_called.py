@@ -69,6 +69,26 @@ def test_narrow_values(pool, scheme):
         compare(pool, gradients_off, NARROW, (1, 4), False, {"scheme": scheme, "combine": combine})
 
 
+def adapted_off(grid: tuple[int, int]) -> float:
+    """Difference of logits of MiMo with LoRA on queries, values and the output."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    stock = peft.get_peft_model(make("mimo", exact=True), config).double()
+    ours = tlm.parallelize(copy.deepcopy(stock), mesh(grid), rest=False)
+    assert not tlm.report(ours).gathered
+    ids, keep = prompt()
+    with torch.no_grad():
+        outputs = [model(ids, attention_mask=keep, use_cache=False).logits for model in (stock, ours)]
+    return difference(*outputs, keep)
+
+
+def test_adapters_of_narrow_values(pool):
+    """T. Localises: rows of an adapter's product that stand for columns which a slice was filled up by."""
+    for grid in ((2, 2), (1, 4)):
+        assert max(pool.run(adapted_off, 4, grid, timeout=TIMEOUT)) <= 1e-10
+
+
 def rest_off(name: str) -> list[float]:
     """Differences of logits and gradients with all of the model split."""
     stock, ours = pair(name, (2, 2), tuple(EXACT.items()), rest=True)
