@@ -191,7 +191,26 @@ def timelines(results: Results, figure: Figure) -> None:
     axes[-1].set_xlabel(f"ms of one traced step, rank 0 of {rows[0]['ranks']}, links of {rows[0]['rate']}")
 
 
+def training(results: Results, figure: Figure) -> None:
+    """Losses of one process, of the schemes, which lie on them, and of the literal form; their differences below."""
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    rows = results.rows("curves")
+    above.plot(rows[0]["unsplit"], color=OTHERS, linewidth=4, alpha=0.5, label="one process, unsplit")
+    says = {OURS: "4 ranks, 2 KV heads: every exact scheme", LITERAL: '"independent", which is another model'}
+    for row in rows:
+        color = LITERAL if row["case"] == "independent" else OURS
+        above.plot(row["split"], color=color, linewidth=0.8, label=says.pop(color, None))
+        apart = [max(abs(a - b), 1e-16) for a, b in zip(row["split"], row["unsplit"], strict=True)]
+        below.plot(apart, color=color, linewidth=0.8)
+    above.set(title="MEASURED: loss of a small language model, nats a byte")
+    above.legend(frameon=False, fontsize=8)
+    below.set(title="difference from one process (float64)", yscale="log", xlabel="step")
+    for axis in (above, below):
+        axis.grid(color="#e4e7eb")
+
+
 PICTURES: dict[str, tuple[Callable[[Results, Figure], None], tuple[float, float]]] = {  # and inches
+    "training": (training, (8, 4.4)),
     "throughput": (throughput, (12, 6)),
     "bytes": (moved, (12, 5.6)),
     "memory": (memory, (13, 4.6)),
