@@ -40,7 +40,7 @@ class OnGrid(_Original):
 
     @property
     def tp_size(self) -> int | None:
-        """What Trainer and accelerate read: this many ranks are given the same batches. PEFT reads `_tp_size`, with which
+        """What Trainer and accelerate read: this many ranks are given the same batches. PEFT reads `_tp_size`, where
         saving adapters would be a collective.
         """
         return self.ranks_of_job or None if self.grid_control is not None else None
