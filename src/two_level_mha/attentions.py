@@ -168,7 +168,7 @@ def add_whole(
     inside = attentions.names()
     for prefix, part in pretrained_models(model).items():
         for name, layer in named_layers(part, prefix):
-            if any(is_inside(other, (name,)) for other in inside):
+            if not is_inside(name, inside) and any(is_inside(other, (name,)) for other in inside):
                 size = sum(p.numel() for p in layer.parameters())
                 for child, module in layer.named_children():
                     _add_whole_module(f"{name}.{child}", module, size, attentions, split, skips, owners)

@@ -6,7 +6,7 @@ apart.
 """
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -118,16 +118,25 @@ def plan_trials(rest: Rest) -> list[PlanTrial]:
     trials: dict[tuple[object, ...], PlanTrial] = {}
     for model, (part, rules) in rest.tp_plans.items():
         for name, layer in named_layers(part, model):
-            for child, module in layer.named_children():
+            for child, module in _parts(layer):
                 path = f"{name}.{child}"
                 inside = path.removeprefix(f"{model}.") if model else path
                 own = tuple(style for rule, style in rules.items() if is_inside(rule, (inside,)))
-                if not own:
+                if not own or isinstance(module, nn.Linear):  # which alone gives a part, or a part of a sum
                     continue
                 kind = (_kind(module), own)
                 if kind not in trials and (trial := _plan_trial(path, module, part.config)):
                     trials[kind] = trial
     return list(trials.values())
+
+
+def _parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Children of a layer, by name; of a list, such as LongCat's two MLPs, its entries."""
+    for name, child in layer.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{inner}", module) for inner, module in child.named_children())
+        else:
+            yield name, child
 
 
 def _plan_trial(name: str, module: nn.Module, config: "PreTrainedConfig") -> PlanTrial | None:

@@ -112,6 +112,13 @@ def differences(stock: nn.Module, ours: nn.Module) -> list[float]:
     return [difference(*logits, keep), *offs]
 
 
+def test_lists_of_mlps(pool):
+    """T. Localises: a linear of LongCat's MLPs, which stand in a list, tried as if it were one."""
+    assert (
+        max(max(found) for found in pool.run(rest_off, 4, "longcat flash", timeout=TIMEOUT)) <= 1e-6
+    )  # its router is float32
+
+
 def test_experts_of_llama4(pool):
     """T. Localises: an addition to the output of the shared expert that changes what autograd has kept."""
     assert max(max(found) for found in pool.run(rest_off, 4, "llama4 moe", timeout=TIMEOUT)) <= LIMITS["llama4 moe"]
