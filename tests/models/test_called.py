@@ -114,9 +114,8 @@ def differences(stock: nn.Module, ours: nn.Module) -> list[float]:
 
 def test_lists_of_mlps(pool):
     """T. Localises: a linear of LongCat's MLPs, which stand in a list, tried as if it were one."""
-    assert (
-        max(max(found) for found in pool.run(rest_off, 4, "longcat flash", timeout=TIMEOUT)) <= 1e-6
-    )  # its router is float32
+    found = pool.run(rest_off, 4, "longcat flash", timeout=TIMEOUT)
+    assert max(map(max, found)) <= 1e-6  # its router is float32
 
 
 def test_experts_of_llama4(pool):
