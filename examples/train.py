@@ -36,8 +36,8 @@ class Block(nn.Module):
     def __init__(self, mesh: DeviceMesh | None, **options: Any) -> None:
         super().__init__()
         self.attention_norm, self.mlp_norm = nn.RMSNorm(EMBED), nn.RMSNorm(EMBED)
-        options = {"rope": tlm.Rotary(), "qk_norm": 1e-6} | options
-        self.attention = tlm.TwoLevelAttention(EMBED, HEADS, KV_HEADS, HEAD_DIM, mesh=mesh, **options)
+        given: dict[str, Any] = {"rope": tlm.Rotary(), "qk_norm": 1e-6, "mesh": mesh} | options
+        self.attention = tlm.TwoLevelAttention(EMBED, HEADS, KV_HEADS, HEAD_DIM, **given)
         self.mlp = nn.Sequential(nn.Linear(EMBED, 4 * EMBED), nn.GELU(), nn.Linear(4 * EMBED, EMBED))
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def batches(text: bytes, steps: int) -> Iterator[Tensor]:
 
 def train(
     mesh: DeviceMesh | None, text: bytes, steps: int, device: torch.device, dtype: torch.dtype, progress: str | None,
-    **options,
+    **options: Any,
 ) -> list[float]:  # fmt: skip
     """The loss of every step. progress: what the bar is called; None: no bar. options: of the attention layers."""
     torch.manual_seed(0)  # alike on every rank: weights are drawn whole, and each rank keeps its blocks
