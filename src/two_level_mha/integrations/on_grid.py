@@ -36,14 +36,14 @@ class OnGrid(_Original):
     """Of a model whose ranks act together. What else it is, is its original's class."""
 
     grid_control: Control | None  # None: one rank, or unpickled in another job
-    ranks_of_job: int  # 0 where the grid is not the whole job, in which Trainer would not know its other ranks
 
     @property
     def tp_size(self) -> int | None:
         """What Trainer and accelerate read: this many ranks are given the same batches. PEFT reads `_tp_size`, where
-        saving adapters would be a collective.
+        saving adapters would be a collective. None where the grid is not the whole job: of other ranks it says nothing.
         """
-        return self.ranks_of_job or None if self.grid_control is not None else None
+        ranks = 1 if self.grid_control is None else len(self.grid_control.ranks)
+        return ranks if 1 < ranks == dist.get_world_size() else None
 
     @property
     def is_distributed_loading_by_transformers(self) -> bool:
@@ -112,9 +112,7 @@ def _blank(original: type) -> nn.Module:
 def put_on_grid(model: nn.Module, mesh: DeviceMesh | None) -> None:
     """Lets the methods of a transformers model know that it is split."""
     if not isinstance(model, OnGrid):
-        control = None if mesh is None or mesh.size() == 1 else control_on(mesh)
-        ranks = 0 if mesh is None or control is None or mesh.size() < dist.get_world_size() else mesh.size()
-        vars(model).update(grid_control=control, ranks_of_job=ranks)
-        if ranks:  # Trainer asks it for the size of data parallelism
-            vars(model.config)["distributed_config"] = private("DistributedConfig")(tp_size=1, fsdp_size=1)
+        vars(model)["grid_control"] = None if mesh is None or mesh.size() == 1 else control_on(mesh)
         model.__class__ = _on_grid(type(model))
+        if model.tp_size is not None:  # Trainer asks for the size of data parallelism then
+            vars(model.config)["distributed_config"] = private("DistributedConfig")(tp_size=1, fsdp_size=1)
