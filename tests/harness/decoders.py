@@ -312,6 +312,27 @@ def difference(a, b, mask):
     return (a - b)[rows].abs().max().item()
 
 
+def gradient_differences(stock, ours):
+    """Relative, of each parameter, after both had a backward pass; of a router's correction no gradient reaches."""
+    grads = full_gradients(ours)
+    return [
+        (grads[key] - p.grad).abs().max().item() / max(1.0, p.grad.abs().max().item())
+        for key, p in stock.named_parameters()
+        if p.grad is not None
+    ]
+
+
+def differences(stock, ours):
+    """Of logits, and of each gradient, for more rows and tokens than ranks."""
+    ids, keep = prompt(rows=4, length=16)
+    logits = []
+    for model in (stock, ours):
+        model.zero_grad()
+        logits.append(model(ids, attention_mask=keep, use_cache=False).logits)
+        (logits[-1].log_softmax(-1)[..., 3] * keep).sum().backward()
+    return [difference(*logits, keep), *gradient_differences(stock, ours)]
+
+
 def check(found, limit):
     for per_model in found:
         for name, errors in per_model.items():
@@ -328,11 +349,5 @@ def gradients_off(names, grid, use_cache, options, make=EXACT):
             model.zero_grad()
             logits = model(ids, attention_mask=keep, use_cache=use_cache).logits
             (logits.log_softmax(-1)[..., 3] * keep).sum().backward()
-        stock, ours = models
-        grads = full_gradients(ours)
-        found[name] = [
-            (grads[key] - p.grad).abs().max().item() / max(1.0, p.grad.abs().max().item())
-            for key, p in stock.named_parameters()
-            if p.grad is not None  # of a router's correction, which no gradient reaches
-        ]
+        found[name] = gradient_differences(*models)
     return found

@@ -16,6 +16,7 @@ from harness.decoders import (
     EXACT,
     check,
     difference,
+    differences,
     full_gradients,
     gradients_off,
     logits_off,
@@ -94,22 +95,6 @@ def rest_off(name: str) -> list[float]:
     stock, ours = pair(name, (2, 2), tuple(EXACT.items()), rest=True)
     assert not tlm.report(ours).gathered
     return differences(stock, ours)
-
-
-def differences(stock: nn.Module, ours: nn.Module) -> list[float]:
-    ids, keep = prompt(rows=4, length=16)
-    logits = []
-    for model in (stock, ours):
-        model.zero_grad()
-        logits.append(model(ids, attention_mask=keep, use_cache=False).logits)
-        (logits[-1].log_softmax(-1)[..., 3] * keep).sum().backward()
-    grads = full_gradients(ours)
-    offs = [
-        ((grads[key] - p.grad).abs().max() / p.grad.abs().max().clamp(min=1.0)).item()
-        for key, p in stock.named_parameters()
-        if p.grad is not None
-    ]
-    return [difference(*logits, keep), *offs]
 
 
 def test_lists_of_mlps(pool):

@@ -14,7 +14,9 @@ from harness.decoders import (
     LATENT,
     check,
     difference,
+    differences,
     full_gradients,
+    gradient_differences,
     gradients_off,
     logits_off,
     make,
@@ -98,10 +100,7 @@ def compiled_off(name, grid, scheme):
     for model in (stock, torch.compile(ours, backend="aot_eager", fullgraph=True)):
         logits.append(model(ids, attention_mask=keep, use_cache=False).logits)
         (logits[-1].log_softmax(-1)[..., 3] * keep).sum().backward()
-    grads = full_gradients(ours)
-    named = dict(stock.named_parameters()).items()
-    offs = [((grads[key] - p.grad).abs().max() / p.grad.abs().max().clamp(min=1.0)).item() for key, p in named]
-    return [difference(*logits, keep), *offs]
+    return [difference(*logits, keep), *gradient_differences(stock, ours)]
 
 
 @pytest.mark.parametrize("name, grid, scheme", [("youtu", (2, 2), "auto"), ("6 heads", (2, 2), "sequence")])
@@ -270,25 +269,13 @@ def test_stored(pool, tmp_path, name):
 def split_activations(names, grid):
     """Logits and gradients of models whose hidden states stay split."""
     found = {}
-    ids, keep = prompt(rows=4, length=16)
     for name in names:
         stock = make(name, exact=True)
         for activations in ("sequence", "batch"):
             ours = tlm.parallelize(copy.deepcopy(stock), mesh(grid), activations=activations)
             report = tlm.report(ours)
             assert not report.gathered and not any("hidden states" in what for what in report.left_out)
-            logits = []
-            for model in (stock, ours):
-                model.zero_grad()
-                logits.append(model(ids, attention_mask=keep, use_cache=False).logits)
-                (logits[-1].log_softmax(-1)[..., 3] * keep).sum().backward()
-            grads = full_gradients(ours)
-            offs = [
-                ((grads[key] - p.grad).abs().max() / p.grad.abs().max().clamp(min=1.0)).item()
-                for key, p in stock.named_parameters()
-                if p.grad is not None
-            ]
-            found.setdefault(name, []).extend([difference(*logits, keep), *offs])
+            found.setdefault(name, []).extend(differences(stock, ours))
     return found
 
 
