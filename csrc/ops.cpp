@@ -5,8 +5,8 @@
 // heads of a group, d, E head dim and its slice, n head groups, m slices.
 #include "ops.h"
 
-#include <ATen/ATen.h>
 #include <ATen/WrapDimUtils.h>
+#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include "split_ops.h"

@@ -1,7 +1,7 @@
 // The ops of the pass and of its cache, each a composition of others: its schema, with a comment.
 //
 // Letters: as in ops.cpp.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include "ops.h"

@@ -1,6 +1,8 @@
 #include "split_ops.h"
 
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
 
 #include "comm/split_linear.h"
 #include "pass/context.h"

@@ -57,7 +57,7 @@ def kernel_problems(source: Path, arch: str, std: str) -> list[str]:
 
 def host_problems(source: Path, std: str) -> list[str]:
     headers = [f"-I{path}" for path in (*include_paths(), sysconfig.get_paths()["include"], f"{CUDA_HOME}/include")]
-    names = ["-DTLM_WITH_CUDA", "-DTORCH_API_INCLUDE_EXTENSION_H", "-DTORCH_EXTENSION_NAME=_ops", '-DTLM_ARCHS=""']
+    names = ["-DTLM_WITH_CUDA", "-DTORCH_API_INCLUDE_EXTENSION_H", "-DAT_PER_OPERATOR_HEADERS", '-DTLM_ARCHS=""']
     code, report = run(["c++", f"-std={std}", "-fsyntax-only", *headers, *names, str(source)])
     return errors(report) if code else []
 

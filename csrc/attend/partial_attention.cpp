@@ -1,8 +1,10 @@
 // The op: checks, shapes for tracing, autograd, autocast. kernels.h says which kernel serves a call.
 #include "partial_attention.h"
 
-#include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 

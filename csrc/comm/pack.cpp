@@ -1,8 +1,9 @@
 // The CPU side of pack and unpack, their shapes, and autograd: each is the other's adjoint.
 #include "pack.h"
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/safe_numerics.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>

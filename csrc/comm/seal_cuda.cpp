@@ -1,6 +1,7 @@
 // seal.h on CUDA. No call waits for the GPU.
-#include <ATen/ATen.h>
 #include <ATen/core/CachingHostAllocator.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <torch/library.h>

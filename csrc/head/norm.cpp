@@ -1,6 +1,7 @@
 #include "norm.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/rms_norm.h>
 
 #include "../base/sizes.h"
 

@@ -1,7 +1,7 @@
 #include "norm_rotary.h"
 
-#include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 
 #include "norm.h"

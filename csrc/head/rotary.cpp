@@ -1,6 +1,9 @@
 #include "rotary.h"
 
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/stack.h>
 
 #include "../base/sizes.h"
 

@@ -1,6 +1,9 @@
 #include "after.h"
 
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/logaddexp.h>
+#include <ATen/ops/sigmoid.h>
 
 #include <cmath>
 

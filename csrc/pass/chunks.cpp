@@ -1,6 +1,8 @@
 #include "chunks.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/split_with_sizes.h>
 
 namespace two_level_mha {
 

@@ -1,5 +1,6 @@
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 
 #include "../comm/gather.h"
 #include "../comm/replicated.h"

@@ -1,6 +1,8 @@
 #include "extra_keys.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/zeros.h>
 
 #include "../base/sizes.h"
 

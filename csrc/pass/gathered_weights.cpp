@@ -1,6 +1,6 @@
 #include "gathered_weights.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "../comm/gather.h"
 #include "move.h"

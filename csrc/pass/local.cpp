@@ -1,6 +1,7 @@
 #include "local.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
 
 #include "../base/sizes.h"
 #include "../comm/replicated.h"

@@ -1,6 +1,8 @@
 #include "projection.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/linear.h>
 
 #include "../base/sizes.h"
 

@@ -25,6 +25,10 @@ struct LatentSizes {
   int64_t head_dim(int64_t m) const { return m * slice_width(std::max(nope + rope, value), m); }
   // Columns of X's projections that every rank computes.
   int64_t whole() const { return rank + rope + query_rank; }
+  // Weights that the widest rank has of a head of q, k and v, where a query is projected from D columns.
+  int64_t head_weights(int64_t m, int64_t D) const {
+    return slice_width(nope + rope, m) * D + (slice_width(nope, m) + slice_width(value, m)) * rank;
+  }
 };
 
 // A layer as all ranks know it: what does not change from call to call.

@@ -24,12 +24,11 @@ struct Memory {
 
 // Elements that the widest rank has of the weights of multi-head latent attention.
 inline int64_t latent_weights(const CallSizes<Checked>& s) {
-  const auto& [R, N, T, V, Q] = s.latent;
-  const int64_t v = slice_width(V, s.m),
-                columns = slice_width(N + T, s.m) * s.D + (slice_width(N, s.m) + v) * R;
-  const int64_t out = s.ydim() * (s.concat ? s.n * s.H * V : s.H * v);
-  const int64_t whole = s.ydim() * s.latent.whole() + R + Q;  // and the norms of latents
-  return s.H * columns + out + whole + (s.out_bias ? s.latent.whole() + s.ydim() : 0);
+  const LatentSizes& latent = s.latent;
+  const int64_t out = s.ydim() * s.H * (s.concat ? s.n * latent.value : slice_width(latent.value, s.m));
+  const int64_t norms = latent.rank + latent.query_rank;
+  const int64_t biases = s.out_bias ? latent.whole() + s.ydim() : 0;
+  return s.H * latent.head_weights(s.m, s.D) + out + s.ydim() * latent.whole() + norms + biases;
 }
 
 inline Memory memory_of(Scheme scheme, const CallSizes<Checked>& s) {

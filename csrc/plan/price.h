@@ -62,9 +62,7 @@ Work<I> forward_work(Scheme scheme, const CallSizes<I>& s) {
   const auto& latent = s.latent;
   const I latents = s.B * s.L * (2 * s.ydim() * latent.whole());
   if (traffic::on_latents(scheme, s)) {
-    const int64_t into =
-        s.H * (slice_width(latent.nope + latent.rope, s.m) * s.D +
-               (slice_width(latent.nope, s.m) + slice_width(latent.value, s.m)) * latent.rank);
+    const int64_t into = s.H * latent.head_weights(s.m, s.D);
     const int64_t out = s.H * slice_width(latent.value, s.m) * s.ydim();
     work.attention =
         local.batch * local.rows * local.keys * (2 * local.heads * (local.qk_width + local.v_width));

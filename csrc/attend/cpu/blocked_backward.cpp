@@ -8,7 +8,8 @@
 // run. Shares read their heads' rows from one place.
 #include "blocked.h"
 
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <cmath>
