@@ -16,7 +16,10 @@ from two_level_mha.planner import LATENT as SIZES
 from two_level_mha.testing import record_collectives
 
 # (model, ranks): one head group for each head, or as many as ranks and heads share; slices that are filled up.
-LAYERS = [("deepseek v3", 2), ("deepseek v3", 4), ("deepseek v3 without q's", 3), ("6 heads", 4), ("deepseek v3", 8)]
+LAYERS = [
+    ("deepseek v3", 2), ("deepseek v3", 4), ("deepseek v3 without q's", 3), ("6 heads", 4),
+    pytest.param("deepseek v3", 8, marks=pytest.mark.slow),
+]  # fmt: skip
 # scheme, combine, cache, tokens that it has, new ones, of how many sequences, dtype
 CALLS = [
     *(

@@ -292,7 +292,9 @@ def compiled(name: str) -> float:
         return difference(stock(ids, use_cache=False).logits, run(ids, use_cache=False).logits, keep)
 
 
-@pytest.mark.parametrize("name", ["olmo2", "gpt neox", "granite swa", "afmoe", "lfm3", "gemma4 shared"])
+@pytest.mark.parametrize(
+    "name", ["olmo2", "gpt neox", "granite swa", "afmoe", "lfm3", pytest.param("gemma4 shared", marks=pytest.mark.slow)]
+)
 def test_compiled(pool, name):
     """T. Localises: what a graph cannot hold of the adapter: a lookup by name, a sum over heads."""
     assert max(pool.run(compiled, 4, name, timeout=200)) <= (1e-5 if name in IN_FLOAT32 else 1e-10)

@@ -233,6 +233,7 @@ def stored(folder: str) -> dict[str, float]:
     return {name: distance for name, distance in distances.items() if not distance <= 1e-10}
 
 
+@pytest.mark.slow
 def test_stored(pool, tmp_path):
     """T: the adapters' file is PEFT's, and keys are those of the unsplit model with the same LoRA layers."""
     assert pool.run(stored, 4, str(tmp_path)) == [{}] * 4

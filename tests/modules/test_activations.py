@@ -272,7 +272,7 @@ def compiled(grid, activations: str, dynamic: bool | None) -> tuple[int, float]:
     return compiled_over_lengths(layer, 32, dynamic, lengths=(4, 8, 12, 16, 24, 64))
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("activations", SPLIT)
 def test_compiled(pool, activations, dynamic):
     """E. Localises: an exchange of parts that cannot be traced, or that is traced for one length. As with whole

@@ -238,8 +238,11 @@ def compiled(grid, scheme: str, overlap: int, dynamic: bool | None) -> tuple[int
     return compiled_over_lengths(layer, 32, dynamic, lengths=(4, 8, 12, 24))
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("scheme", ["slices", "sequence"])
+@pytest.mark.parametrize(
+    "scheme, dynamic",
+    [("sequence", None), *(pytest.param(*case, marks=pytest.mark.slow)
+                           for case in (("slices", None), ("slices", True), ("sequence", True)))],
+)  # fmt: skip
 def test_compiled(pool, scheme, dynamic):
     """E. Localises: chunks that cannot be traced, or that make graphs of their own."""
     without = pool.run(compiled, 4, (2, 2), scheme, 1, dynamic, timeout=180)
