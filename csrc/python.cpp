@@ -180,13 +180,14 @@ py::dict option_dict(const Option& option, const Rates& rates) {
 // (options, index of the pick)
 std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                   int64_t embed_dim, int64_t B, int64_t L, int64_t S, int64_t element_size,
-                                  bool cached, bool causal, bool concat, bool bias, int64_t activations,
-                                  int64_t overlap, const std::array<int64_t, 5>& latent,
+                                  bool cached, bool causal, bool concat, bool bias, bool gated,
+                                  int64_t activations, int64_t overlap, const std::array<int64_t, 5>& latent,
                                   const Rates::Numbers& profile) {
   const Rates rates = Rates::from_numbers(profile);
   PlanRequest request{ranks, {{heads, kv_heads, head_dim}, embed_dim}, {B, L, S}, cached};
   request.layer.bias = request.layer.out_bias = bias;
   request.layer.concat = concat;
+  request.layer.gated = gated;
   const auto [rank, nope, rope, value, query_rank] = latent;
   request.layer.latent = {rank, nope, rope, value, query_rank};
   if (rank > 0) {
@@ -275,8 +276,8 @@ PYBIND11_MODULE(_C, m) {
         "(name, device, numbers, source) of every known profile; numbers as in csrc/plan/profiles.h.");
   m.def("plan", &plan, "Every valid grid with every scheme, and the index of the pick.", py::kw_only(),
         "ranks"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "embed_dim"_a, "B"_a, "L"_a, "S"_a,
-        "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "activations"_a, "overlap"_a,
-        "latent"_a, "profile"_a);
+        "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "gated"_a, "activations"_a,
+        "overlap"_a, "latent"_a, "profile"_a);
 
   bind_kernels(m);
 

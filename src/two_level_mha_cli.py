@@ -50,6 +50,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode", action="store_true", help="one new token for each sequence, with a KV cache")
     parser.add_argument("--not-causal", action="store_true")
     parser.add_argument("--bias", action="store_true", help="the projections have biases")
+    parser.add_argument("--gated", action="store_true", help="every query head has a gate of its output")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, with --model as config.json says")
     parser.add_argument("--combine", default="reduce", choices=COMBINES)
     parser.add_argument(

@@ -52,6 +52,7 @@ def plan(
     causal: bool,
     concat: bool,
     bias: bool,
+    gated: bool,
     activations: int,
     overlap: int,
     latent: Sequence[int],

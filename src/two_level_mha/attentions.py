@@ -1,7 +1,7 @@
 """Every attention of a model, and what will become of it: structure proposes, a probe decides."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -153,9 +153,12 @@ def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dic
     return attentions
 
 
-def sizes_in(model: nn.Module) -> list[tuple[int, int, int]]:
-    """Heads, key/value heads and head_dim of each attention by its structure. Raises GridError as find_attentions."""
-    return [one.sizes() for one in _find(model, set(), set(), lambda name: False).found]
+def by_structure(model: nn.Module, gathers: Container[nn.Module] = ()) -> list[Found]:
+    """Every attention that an adapter takes by its structure alone; gathers: modules that may be of another one.
+
+    Raises GridError as find_attentions.
+    """
+    return _find(model, gathers, set(), lambda name: False).found
 
 
 def add_whole(
@@ -201,7 +204,7 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _find(
-    model: nn.Module, gathers: set[nn.Module], generates: set[nn.Module], skips: Callable[[str], bool]
+    model: nn.Module, gathers: Container[nn.Module], generates: set[nn.Module], skips: Callable[[str], bool]
 ) -> Attentions:
     """Every attention by its structure alone. generates: modules of models that generate."""
     owners = _owners(model)

@@ -19,7 +19,19 @@ from two_level_mha.planner import LATENT
 from two_level_mha.served import table_of
 
 LAYER = ("embed_dim", "num_heads", "num_kv_heads", "head_dim", *LATENT)  # options of plan
-CALL = ("ranks", "batch", "seq", "decode", "bias", "combine", "activations", "overlap", "device_type", "profile")
+CALL = (
+    "ranks",
+    "batch",
+    "seq",
+    "decode",
+    "bias",
+    "gated",
+    "combine",
+    "activations",
+    "overlap",
+    "device_type",
+    "profile",
+)
 H100_CUDNN = 91900  # torch 2.11 comes with 9.19.0, and no rule asks for a newer one
 
 

@@ -9,20 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from two_level_mha.attentions import Found, by_structure
 from two_level_mha.errors import GridError
-from two_level_mha.integrations.forms import is_latent
-from two_level_mha.planner import LATENT, UNITS, Plan, plan
+from two_level_mha.integrations.forms import is_gated, is_latent, layer_of
+from two_level_mha.integrations.state_forms import has_form
+from two_level_mha.mesh import Grid
+from two_level_mha.planner import LATENT, UNITS, Option, Plan, plan
 from two_level_mha.pretrained import on_meta
+from two_level_mha.state_trial import held_by_first
 
 
 @dataclass(frozen=True)
 class ModelPlan:
     """A layer's plan, and bytes of one rank for the whole model on the grid and scheme that it picks.
 
-    attention_bytes: weights of attention; other_bytes: 1 / P of all others, which parallelize(rest=True) splits but for
-    norms and what its report names; cache_bytes: keys and values of all layers; logits_bytes: of all positions, or with
-    decode of one, whole; activation_bytes: what attention keeps of a forward pass for the backward pass.
+    attention_bytes: weights of attention, and of layers that keep a state in its place; other_bytes: 1 / P of all
+    others, which parallelize(rest=True) splits but for norms and what its report names; cache_bytes: keys and values of
+    all layers that have them; state_bytes: the states of those that have one, for any length; logits_bytes: of all
+    positions, or with decode of one, whole; activation_bytes: what attention keeps of a forward pass for the backward
+    pass.
     """
 
     name: str
@@ -32,6 +40,7 @@ class ModelPlan:
     attention_bytes: int
     other_bytes: int
     cache_bytes: int
+    state_bytes: int
     logits_bytes: int
     activation_bytes: int
 
@@ -44,6 +53,7 @@ class ModelPlan:
             "attention weights": self.attention_bytes,
             "other weights, split over all ranks": self.other_bytes,
             "KV cache": self.cache_bytes,
+            **({"states": self.state_bytes} if self.state_bytes else {}),
             "logits": self.logits_bytes,
             "kept by attention for a backward pass": self.activation_bytes,
         }
@@ -72,47 +82,69 @@ def plan_model(
     """Prices the transformers model of a folder with a config.json on `ranks` ranks: see plan, whose options it takes.
 
     dtype: of weights, activations and cache; None: as config.json says, of the weights before they were quantised.
-    Layers with a sliding window keep so much. Multi-head latent attention is priced by the sizes that its config has,
-    its cache as one of latents.
-    Raises GridError for a folder without a config.json, for a model without heads of queries, keys and values in its
-    config, for one whose layers are not all latent attention alike, and as plan does.
+    Layers with a sliding window keep so much, those that reuse another's keys none. Multi-head latent attention is
+    priced by the sizes that its config has, its cache as one of latents; layers that keep a state by what they keep in
+    a call.
+    Raises GridError for a folder without a config.json, for a model without an attention that parallelize knows by its
+    structure, for one whose layers are not all latent attention alike, and as plan does.
     """
     model = on_meta(Path(folder), dtype, quantised=True)
     config = model.config.get_text_config()
-    heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
+    layers: int = getattr(config, "num_hidden_layers", 0)
     latent = getattr(config, LATENT[0], None) is not None
-    alike = sum(is_latent(m, None) and getattr(m, "indexer", None) is None for m in model.modules()) == layers
-    if not (isinstance(heads, int) and isinstance(layers, int)) or (latent and not alike):
+    parts = set(model.modules()) - {model}
+    alike = sum(is_latent(part, None) and getattr(part, "indexer", None) is None for part in parts) == layers
+    attentions = by_structure(model, parts) if alike or not latent else []
+    if not attentions:
         raise GridError(
-            f"{type(model).__name__} has no heads of queries, keys and values that its config counts: plan one of its "
-            "layers by its sizes, without --model"
+            f"{type(model).__name__} has no heads of queries, keys and values that are known: plan one of its layers "
+            "by its sizes, without --model"
         )
-    own = LATENT if latent else ("head_dim", "num_key_value_heads")
-    sizes: dict[str, Any] = {name.replace("key_value", "kv"): getattr(config, name, None) for name in own} | {
-        "embed_dim": config.hidden_size, "num_heads": heads, "ranks": ranks, "batch": batch, "decode": decode,
-        "dtype": model.dtype, **options,
+    call: dict[str, Any] = {
+        "embed_dim": config.hidden_size, "ranks": ranks, "batch": batch, "decode": decode, "dtype": model.dtype,
+        **options,
     }  # fmt: skip
-    if latent and getattr(config, "attention_bias", False):
-        sizes["bias"] = True
-    found = plan(seq=seq, **sizes)
-    window = getattr(config, "sliding_window", None) or seq
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers  # of Mistral, all or none
-    windowed = sum(kind == "sliding_attention" for kind in kinds) if window < seq else 0
-    cached = [(layers - windowed, found.pick)]
-    if windowed:
-        short = plan(seq=window, **sizes)
-        same = (found.pick.grid, found.pick.scheme)
-        cached.append((windowed, next(option for option in short.options if (option.grid, option.scheme) == same)))
+    kinds = {layer_of(one.module): _sizes(one, config, latent) for one in attentions}
+    usual = max(kinds.values(), key=list(kinds.values()).count)
+    found = plan(seq=seq, **call | usual)
+
+    def priced(sizes: dict[str, Any], length: int) -> Option:
+        """A layer of other sizes, or that keeps fewer tokens, on the same grid with the same scheme."""
+        same = found.pick.grid, found.pick.scheme
+        return next(one for one in plan(seq=length, **call | sizes).options if (one.grid, one.scheme) == same)
+
+    kept = [
+        priced(kinds.get(index, usual), min(getattr(layer, "sliding_window", None) or seq, seq)).cache_bytes
+        for index, layer in enumerate(DynamicCache(config=config).layers)
+        if isinstance(layer, DynamicLayer)
+    ]
+    costs = [priced(_sizes(one, config, latent), seq) for one in attentions]
+    states = [module for module in model.modules() if has_form(module)]
+    held = [held_by_first(module, Grid(*found.pick.grid), batch) for module in states]
     parameters = sum(p.numel() for p in model.parameters())
-    attention = plan(seq=seq, **sizes | {"ranks": 1}).pick.weight_bytes if latent else found.pick.weight_bytes * ranks
+    inside = sum(p.numel() for module in (*states, *(one.module for one in attentions)) for p in module.parameters())
     return ModelPlan(
         name=type(model).__name__,
         layers=layers,
         parameters=parameters,
         layer=found,
-        attention_bytes=layers * found.pick.weight_bytes,
-        other_bytes=max(0, parameters * model.dtype.itemsize - layers * attention) // ranks,
-        cache_bytes=sum(count * option.cache_bytes for count, option in cached),
+        attention_bytes=sum(cost.weight_bytes for cost in costs) + sum(weights for weights, _ in held),
+        other_bytes=(parameters - inside) * model.dtype.itemsize // ranks,
+        cache_bytes=sum(kept),
+        state_bytes=sum(states for _, states in held),
         logits_bytes=batch * (1 if decode else seq) * config.vocab_size * model.dtype.itemsize,
-        activation_bytes=layers * found.pick.activation_bytes,
+        activation_bytes=sum(cost.activation_bytes for cost in costs),
     )
+
+
+def _sizes(one: Found, config: PreTrainedConfig, latent: bool) -> dict[str, Any]:
+    """Of an attention, as plan takes them."""
+    if latent:
+        own = {"num_heads": config.num_attention_heads, "bias": bool(getattr(config, "attention_bias", False))}
+        return own | {name: getattr(config, name, None) for name in LATENT}
+    num_heads, num_kv_heads, head_dim = one.sizes()
+    return {
+        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
+        "gated": is_gated(one.projections, num_heads, head_dim),
+        "bias": all(getattr(linear, "bias", None) is not None for linear in one.projections.values()),
+    }  # fmt: skip

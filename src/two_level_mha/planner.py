@@ -124,6 +124,7 @@ def plan(
     decode: bool = False,
     causal: bool = True,
     bias: bool = False,
+    gated: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     combine: Combine = "reduce",
     activations: Activations = "replicated",
@@ -138,6 +139,7 @@ def plan(
     measured; bytes and numbers of collectives are exact. Needs no process group and no GPU.
     devices: an older name of ranks.
     num_kv_heads: num_heads if None; head_dim: embed_dim / num_heads if None; bias: q, k, v and output have one.
+    gated: every query head has a gate of its output, projected as one more head of queries is.
     kv_lora_rank: the width of the latent of multi-head latent attention, which also has qk_nope_head_dim,
     qk_rope_head_dim, v_head_dim and, where queries have a latent too, q_lora_rank; and neither of the two above. With
     decode the scheme "position" is a cache of latents, "batch" one of every head's keys and values.
@@ -191,7 +193,7 @@ def plan(
         rows, picked = _C.plan(
             ranks=devices, heads=num_heads, kv_heads=kv_heads, head_dim=head_dim, embed_dim=embed_dim, B=batch,
             L=1 if decode else seq, S=seq, element_size=dtype.itemsize, cached=decode, causal=causal and not decode,
-            concat=combine == "concat", bias=bias, activations=ACTIVATIONS.index(activations),
+            concat=combine == "concat", bias=bias, gated=gated, activations=ACTIVATIONS.index(activations),
             overlap=0 if overlap is None else overlap, latent=[latent.get(name) or 0 for name in LATENT],
             profile=hardware.numbers,
         )  # fmt: skip
@@ -214,6 +216,7 @@ def plan(
             "head_dim": head_dim,
             "latent": latent,
             "bias": bias,
+            "gated": gated,
             "dtype": str(dtype).removeprefix("torch."),
             "combine": combine,
             "activations": activations,

@@ -155,6 +155,39 @@ def _called(module: nn.Module, calls: list[dict[str, object]], cached: str | Non
     return [first_output(module(**given, **options)) for given in calls]
 
 
+def held_by_first(module: nn.Module, grid: Grid, batch: int) -> tuple[int, int]:
+    """Bytes that rank 0 has, as the others or more: of the weights, and of the states of `batch` sequences.
+
+    module: with parameters on the meta device, whose call of one token is read. Raises GridError as Cut does.
+    """
+    part = copy.deepcopy(module)
+    part.__class__ = _without_kernels(type(part))
+    cut = Cut(part, form_of(part), grid)
+    later("states", "become_split")(part, cut, Alone(Place(cut.grid, 0, 0)), None, False)
+    hidden, *_ = named = parameters_of(module)
+    cache, name = later("states", "blank_cache")(layer_of(module)), next(name for name in CACHES if name in named)
+    dtype = next(module.parameters()).dtype
+    given: dict[str, object] = {other: None for other, p in named.items() if p.default is p.empty}
+    given |= {hidden: torch.empty(batch, 1, _width(module), dtype=dtype, device="meta"), name: cache}
+    with torch.no_grad(), torch.device("meta"):
+        part(**given)
+    layer = cache.layers[layer_of(module)]
+    states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    return sum(p.nbytes for p in part.parameters()), sum(state.nbytes for state in states if state is not None)
+
+
+class Alone(NamedTuple):
+    """A rank's integrations.states.Exchange where there is no other, and no number is asked for."""
+
+    place: Place
+
+    def apart(self, xs: list[Tensor], axis: int) -> list[Tensor]:
+        return xs
+
+    def sum(self, x: Tensor, axis: int, apart: bool) -> Tensor:
+        return x
+
+
 class Rehearsal:
     """All ranks of a grid, one after the other, again and again until every sum that they exchange is known."""
 

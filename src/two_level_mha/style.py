@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.utils._pytree import tree_map_only
 
-from two_level_mha.attentions import sizes_in
+from two_level_mha.attentions import by_structure
 from two_level_mha.convert import parallelize
 from two_level_mha.errors import GridError
 from two_level_mha.layer import GridAttention
@@ -88,7 +88,8 @@ class TwoLevelParallel(ParallelStyle):
             grid = Grid(*self.grid)
         else:
             ranks, kind, profile = device_mesh.size(), device_mesh.device_type, self.options["profile"]
-            fits = [Grid.candidates(ranks, h, k, d, device_type=kind, profile=profile) for h, k, d in sizes_in(holder)]
+            sizes = [one.sizes() for one in by_structure(holder)]
+            fits = [Grid.candidates(ranks, h, k, d, device_type=kind, profile=profile) for h, k, d in sizes]
             grid = next(one for one in fits[0] if all(one in others for others in fits))  # (1, P) is for every layer
         return grid_of_axis(device_mesh, grid)
 

@@ -7,9 +7,18 @@ import sys
 import pytest
 import torch
 from harness.calls import mesh
+from harness.families import build, small
 from harness.programs import environment
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+)
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 import two_level_mha as tlm
 from two_level_mha.model_plan import plan_model
@@ -21,7 +30,9 @@ SIZES = {
 
 
 def saved(folder, kind=LlamaConfig, **more):
-    kind(**SIZES | more, architectures=[kind.__name__.replace("Config", "ForCausalLM")]).save_pretrained(folder)
+    kind(
+        **SIZES | more, architectures=[kind.__name__.replace("TextConfig", "Config").replace("Config", "ForCausalLM")]
+    ).save_pretrained(folder)
     return folder
 
 
@@ -127,3 +138,45 @@ def test_what_has_no_heads(tmp_path):
                                   "n_group": 1, "topk_group": 1}))  # fmt: skip
     with pytest.raises(tlm.GridError, match="without --model"):
         plan_model(tmp_path, ranks=4, batch=1, seq=16)
+
+
+def held_states(family: str, grid, batch: int, seq: int) -> tuple[int, int, int]:
+    """Bytes of this rank's attention and layers with a state, of keys and values, and of states."""
+    model = tlm.parallelize(build(family, dtype=torch.float32), mesh(grid))
+    held = {name: (p.to_local() if isinstance(p, DTensor) else p).nbytes for name, p in model.named_parameters()}
+    norms = ("q_norm.weight", "k_norm.weight")  # which no plan counts
+    mixers = sum(held[name] for name in held if ("_attn." in name or ".mamba." in name) and not name.endswith(norms))
+    with torch.no_grad():
+        cache = model(input_ids=torch.zeros(batch, seq, dtype=torch.long), use_cache=True).past_key_values
+    states = [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+    kept = [x for layer in states for x in (*layer.conv_states.values(), *layer.recurrent_states.values())]
+    keys = sum(layer.nbytes for layer in cache.layers if hasattr(layer, "nbytes"))
+    return mixers, keys, sum(x.nbytes for x in kept if x is not None)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "bamba"])
+def test_states(pool, tmp_path, family):
+    """Localises: a layer that keeps a state priced as attention, with keys and values of all tokens; its states or
+    weights counted wrong; gates of the heads' outputs left out.
+    """
+    config = small(family)
+    config.architectures = [type(build(family)).__name__]
+    config.save_pretrained(tmp_path)
+    found = plan_model(tmp_path, ranks=4, batch=2, seq=16, device_type="cpu", dtype=torch.float32)
+    mixers, keys, states = pool.run(held_states, 4, family, found.layer.pick.grid, 2, 16)[0]
+    assert (found.attention_bytes, found.cache_bytes, found.state_bytes) == (mixers, keys, states)
+    assert "states" in str(found)
+
+
+def test_own_layers(tmp_path):
+    """Localises: heads of one layer taken for all; layers that reuse another's keys priced with some of their own;
+    biases left out.
+    """
+    folder = saved(tmp_path / "own", Gemma4TextConfig, head_dim=16, global_head_dim=32, sliding_window=8,
+                   num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2,
+                   num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=64)  # fmt: skip
+    found = plan_model(folder, ranks=2, batch=1, seq=32, decode=True, device_type="cpu")
+    window, whole = 8 * 16, 32 * 32  # of the two layers that have keys
+    assert found.cache_bytes == (window + whole) * 2 * 2 * 4 // 2
+    opt = plan_model(saved(tmp_path / "opt", OPTConfig, ffn_dim=96), ranks=2, batch=1, seq=8, device_type="cpu")
+    assert opt.attention_bytes == 3 * (4 * 64 * 64 // 2 + 3 * 32 + 64) * 4
