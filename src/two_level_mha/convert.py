@@ -185,8 +185,8 @@ def _parallelize(
         control = control_on(mesh)
         model.register_forward_pre_hook(ModelInputs(control), with_kwargs=True)
         model.register_forward_hook(NoteOfFailure(control), always_call=True)
-        for module, _ in attentions.gathered.values():
-            later("gathered", "gather_weights")(module, mesh)
+        for name, (module, _) in attentions.gathered.items():
+            later("gathered", "gather_weights")(module, name, mesh)
         for _, module, gate_first in attentions.states.values():
             later("states", "split_states")(module, mesh, gate_first, reduce_dtype)
         trials = plan_trials(others) if not stacks else []

@@ -9,6 +9,7 @@ what is called a mask, since others are tables. Lists and tuples, and dicts of p
 All else every rank takes as it is, and the gradients of such tensors are summed over the ranks.
 """
 
+import copy
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,12 +24,14 @@ from two_level_mha.errors import UsageRuntimeError
 from two_level_mha.mesh import Place
 from two_level_mha.stock import take_full_tensors
 
+LEAVE = "leave it whole by parallelize(..., skip=[..])"
+
 
 class Sequences:
-    """A batch of sequences, of which every rank has as many."""
+    """A batch of sequences, of which every rank has as many. plain: classes of what is alike for all sequences."""
 
-    def __init__(self, batch: int, place: Place) -> None:
-        self.batch, self.place = batch, place
+    def __init__(self, batch: int, place: Place, plain: tuple[type, ...] = ()) -> None:
+        self.batch, self.place, self.plain = batch, place, (type(None), bool, int, float, str, *plain)
         self.own = -(-batch // place.grid.size)
         self.padded = self.own * place.grid.size
 
@@ -61,12 +64,19 @@ class Sequences:
     def gather(self, output: object, weights: Container[int]) -> object:
         """The module's output for the batch; weights: storages of its weights, which it may return as well.
 
-        Raises UsageRuntimeError for a tensor that is neither of sequences nor a weight.
+        Raises UsageRuntimeError for a tensor that is neither of sequences nor a weight, and for what is no output.
         """
         if isinstance(output, (list, tuple)):
             return like(output, [self.gather(one, weights) for one in output])
-        if not isinstance(output, Tensor):
+        if isinstance(output, dict):
+            whole = copy.copy(output)  # of its class, which may keep its entries as attributes too
+            for key, one in output.items():
+                whole[key] = self.gather(one, weights)
+            return whole
+        if isinstance(output, self.plain):
             return output
+        if not isinstance(output, Tensor):
+            raise UsageRuntimeError(f"a module with gathered weights gave a {type(output).__name__}: {LEAVE}")
         # the same for all sequences: its gradient must come from one rank
         if output.untyped_storage()._cdata in weights:
             return self.whole(output.expand(self.own, *output.shape))[0]
@@ -75,7 +85,7 @@ class Sequences:
         if output.dim() < 2 or output.shape[0] % self.own:
             raise UsageRuntimeError(
                 f"a module with gathered weights gave a tensor of shape {tuple(output.shape)}, but got {self.own} "
-                "sequences: leave it whole by parallelize(..., skip=[..])"
+                f"sequences: {LEAVE}"
             )
         return self.whole(output)
 

@@ -40,6 +40,11 @@ def drop_all_weights(original: nn.Module) -> None:
             getattr(original, name).p = 1.0
 
 
+def count_of(output: Any) -> int:
+    """How many entries a module gave; 0: a tensor alone."""
+    return 0 if isinstance(output, torch.Tensor) else len(output)
+
+
 def agreeing(one: "Found", options: dict[str, Any]) -> dict[str, object] | Unlike:
     """The first of the adapter's variants that gives the original's numbers, or what is wrong with the first."""
     refusals = []
@@ -95,7 +100,7 @@ def _probe(
     for (args, kwargs), (our_args, our_kwargs) in zip(*calls, strict=True):
         try:
             expected = original(*args, **kwargs)
-            alone, expected = isinstance(expected, torch.Tensor), first_output(expected)
+            given, expected = count_of(expected), first_output(expected)
             if one.out_in_parent:
                 expected = projections["o"](expected)
         except Exception as error:
@@ -106,8 +111,8 @@ def _probe(
             ) from error
         try:
             got = ours(*our_args, **our_kwargs)
-            if isinstance(got, torch.Tensor) != alone:
-                raise TypeError("one of them gives a tensor alone")
+            if count_of(got) < given or (given == 0) != (count_of(got) == 0):
+                raise TypeError(f"it gives {given or 'a tensor alone'}, and they {count_of(got) or 'a tensor alone'}")
             got = first_output(got)
         except Exception as error:
             raise Unlike(

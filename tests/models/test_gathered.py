@@ -1,6 +1,7 @@
 """Attention that no replacement reproduces: its own code with gathered weights, on each rank's sequences."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,30 +65,48 @@ class Apart(Together):
         return y * getattr(self, "added", 1.0), None
 
 
+class Named(Apart):
+    def forward(self, hidden_states, bias=None):
+        return {"context": super().forward(hidden_states, bias)[0], "weights": None}
+
+
+class Strange(Apart):
+    """Whose output is of no known kind."""
+
+    def forward(self, hidden_states, bias=None):
+        return SimpleNamespace(context=super().forward(hidden_states, bias)[0])
+
+
+def given_by(output):
+    return output[0] if isinstance(output, tuple) else output["context"] if isinstance(output, dict) else output.context
+
+
 def gradients(kind):
     """Largest differences of output and of the gradients of weight, input and a bias of every sequence."""
     torch.manual_seed(0)
     whole = kind()
     split = copy.deepcopy(whole)
-    gather_weights(split, mesh((2, 2)))
+    gather_weights(split, "layer", mesh((2, 2)))
     for module in (whole, split):
         module.added = torch.nn.Parameter(torch.full((6,), 2.0, dtype=torch.float64))
     x = torch.randn(3, 5, 6, dtype=torch.float64)
     results = []
     for module in (whole, split):
         given, bias = x.clone().requires_grad_(), torch.ones(1, 5, 6, dtype=torch.float64, requires_grad=True)
-        y = module(given, bias=bias)[0]
+        y = given_by(module(given, bias=bias))
         (y**3).sum().backward()
         grad = module.weight.grad
         results.append([y, grad.full_tensor() if module is split else grad, given.grad, bias.grad])
-        if kind is Apart:
+        if kind is not Together:
             results[-1].append(module.added.grad)
     return [(a - b).abs().max().item() for a, b in zip(*results, strict=True)], split.dealt[False]
 
 
-@pytest.mark.parametrize("kind, dealt", [(Apart, True), (Together, False)])
+@pytest.mark.parametrize("kind, dealt", [(Apart, True), (Together, False), (Named, True), (Strange, False)])
 def test_sequences_together_and_apart(pool, kind, dealt):
-    """Localises: the trial of the first call; gradients of what every rank has whole, and of what it is dealt."""
+    """Localises: the trial of the first call; gradients of what every rank has whole, and of what it is dealt;
+    outputs in a dict, or of a kind that is not known, which each rank would give of its own sequences alone.
+    """
     for off, found in pool.run(gradients, 4, kind, timeout=60):
         assert max(off) < 1e-10 and found is dealt, (off, found)
 
@@ -96,7 +115,7 @@ def kept_for_backward():
     """Bytes that autograd keeps of a module's weights, and the error of a weight that changed before backward."""
     torch.manual_seed(0)
     module = Apart()
-    gather_weights(module, mesh((2, 2)))
+    gather_weights(module, "layer", mesh((2, 2)))
     x = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True)
     y = module(x)[0].sum()
     with torch.no_grad():

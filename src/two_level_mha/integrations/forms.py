@@ -92,15 +92,19 @@ BIASED = ("added", "scaled", "in the mask")
 # A table of the bias by distance, of which compute_bias makes position_bias where none is given; layers without a table
 # are then given what it made.
 BIAS_TABLE = "relative_attention_bias"
+# How scores are scaled, by what the module says: nothing, or 1, where it may be that queries are before.
+ANY_SCALE = ("as it says", "not", "as usual")
+SCALED = {None: ANY_SCALE[:2], 1.0: ANY_SCALE[::2]}
 # Classes whose masks are bools with True = hide, and whose position_bias is (h, 1, any number of keys, the last count).
 HIDING = ("MptAttention",)
 INPUTS = ("hidden_states", "x", "hidden_q", "v", "input")
 AGAIN = ("hidden_kv", "k", "q")  # more arguments that are the hidden states
-# Classes, and their modules, that give a list, of weights only if asked for; that give their output alone; whose masks
-# are (B, S) or (B, L, S), of bools or numbers that are not zero where a key is seen.
+# Classes, and their modules, that give a list, of weights only if asked for; that give their output alone; that give
+# back the cache, last; whose masks are (B, S) or (B, L, S), of bools or numbers that are not zero where a key is seen.
 LISTING = ("modeling_openai.Attention",)
-ALONE = ("modeling_phi4_multimodal.Phi4MultimodalAudioAttention",)
-FLAT = ("modeling_xlm.MultiHeadAttention", "modeling_cpmant.CpmAntAttention")
+ALONE = ("modeling_phi4_multimodal.Phi4MultimodalAudioAttention", "modeling_mobilevit.MobileViTSelfAttention")
+WITH_CACHE = ("modeling_led.LEDDecoderAttention",)
+FLAT = ("modeling_xlm.MultiHeadAttention", "modeling_flaubert.MultiHeadAttention", "modeling_cpmant.CpmAntAttention")
 # Arguments that mean something to a call, and those that a call without them goes like; no others are known.
 MASKS = ("attention_mask", "mask")
 SLOT = "cycle_offset"  # how many layers of a KV cache its own is behind the module's number
@@ -281,7 +285,7 @@ def mask_name(module: nn.Module) -> str:
 
 
 def is_of(module: nn.Module, classes: tuple[str, ...]) -> bool:
-    """Whether its class is one of these, of LISTING, ALONE or FLAT."""
+    """Whether its class is one of these, of LISTING, ALONE, WITH_CACHE or FLAT."""
     kind = type(module)
     return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" in classes
 
@@ -406,10 +410,10 @@ def store_projections(
     take_stock_keys(ours)
 
 
-def scale_of(original: nn.Module, head_dim: int) -> float:
-    """Of scores that are scaled."""
-    known = first_of(original, SCALES)
-    return known if isinstance(known, float) else head_dim**-0.5
+def scale_of(original: nn.Module, head_dim: int, scaled: str) -> float:
+    """Of scores; scaled: one of ANY_SCALE."""
+    known, usual = first_of(original, SCALES), head_dim**-0.5
+    return {"as it says": known if isinstance(known, float) else usual, "as usual": usual, "not": 1.0}[scaled]
 
 
 def weights_dropout(original: nn.Module) -> tuple[str, nn.Dropout]:
@@ -437,7 +441,7 @@ def variants_of(module: nn.Module, paths: Mapping[str, str]) -> list[dict[str, o
     packings = PACKINGS.get(paths["qkv"], ANY_PACKING) if "qkv" in paths else ANY_PACKING[:1]
     open_: list[list[dict[str, object]]] = [
         [{"packing": packing} for packing in packings],
-        [{"scaled": True}] if first_of(module, SCALES) is not None else [{"scaled": True}, {"scaled": False}],
+        [{"scaled": scaled} for scaled in SCALED.get(first_of(module, SCALES), ANY_SCALE[:1])],
         [{"biased": biased} for biased in BIASED[: None if any(name in named for name in BIASES) else 1]],
         rotates,
         [{"gate_function": name} for name in GATE_FUNCTIONS] if gate_of(module) is not None else [{}],

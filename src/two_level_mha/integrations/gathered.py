@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from two_level_mha.class_like import become
 from two_level_mha.gathered import Sequences, like, store_split, whole_weights
 from two_level_mha.integrations.dealt_cache import can_be_dealt, deal_cache
-from two_level_mha.integrations.forms import layer_of
+from two_level_mha.integrations.forms import is_cross, layer_of, parameters_of
 from two_level_mha.integrations.lora import mark
 from two_level_mha.mesh import Place, grid_mesh, place_on
 from two_level_mha.names import Args, Kwargs
@@ -32,28 +32,37 @@ class Gathered(nn.Module):
 
     place: Place
     layer: int | None  # of a KV cache
+    crosses: bool  # whether it attends to other states alone, of which an EncoderDecoderCache has a cache of its own
+    rows_first: bool  # whether it is called as fairseq's attention is, with (L, B, D)
     dealt: dict[bool, bool]  # whether sequences are dealt to the ranks, by whether a call is of one row without a cache
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = (kwargs.get("hidden_states"), *args, *kwargs.values())
         hidden = next(x for x in given if isinstance(x, Tensor))
         caches = [x for x in given if isinstance(x, Cache)]
-        if hidden.dim() < 3 or not all(self.layer is not None and can_be_dealt(cache) for cache in caches):
+        if (
+            hidden.dim() < 3
+            or self.rows_first
+            or not all(self.layer is not None and can_be_dealt(cache) for cache in caches)
+        ):
             return self._whole(args, kwargs)
         kind = hidden.shape[1] == 1 and not caches
         # what is dropped of a sequence depends on those before it
         if not self.dealt.get(kind, True) or (self.training and drops(self)):
             return self._whole(args, kwargs)
-        sequences = Sequences(hidden.shape[0], self.place)
+        sequences = Sequences(hidden.shape[0], self.place, (Cache,))
         mine = [sequences.deal(x, "") for x in args]
         named = {name: sequences.deal(x, name) for name, x in kwargs.items()}
-        if kind not in self.dealt and sequences.batch > 1 and not torch.compiler.is_compiling():
+        if kind not in self.dealt and not torch.compiler.is_compiling():
+            if sequences.batch == 1:  # nothing can be told by it, and every rank would run it anyway
+                return self._whole(args, kwargs)
             self.dealt[kind] = self._try(sequences, (args, kwargs), (tuple(mine), named))
             if not self.dealt[kind]:
                 return self._whole(args, kwargs)
         for cache in caches:
             assert self.layer is not None
-            deal_cache(cache, self.layer, sequences.batch, self.place)
+            own = cache.cross_attention_cache if self.crosses and isinstance(cache, EncoderDecoderCache) else cache
+            deal_cache(own, self.layer, sequences.batch, self.place)
         with whole_weights(self, self.place, Partial()) as weights:
             output = super().forward(*mine, **named)
             return sequences.gather(output, weights)
@@ -88,7 +97,11 @@ def _difference(whole: Any, own: Any, sequences: Sequences) -> str | None:
     if isinstance(whole, (list, tuple)):
         pairs = zip(whole, own, strict=True)
         return next(filter(None, (_difference(a, b, sequences) for a, b in pairs)), None)
-    if not isinstance(whole, Tensor) or not whole.is_floating_point():
+    if isinstance(whole, dict):
+        return _difference([*whole.values()], [*own.values()], sequences)
+    if not isinstance(whole, Tensor):
+        return None if isinstance(whole, sequences.plain) else f"a {type(whole).__name__} comes out"
+    if not whole.is_floating_point():
         return None
     the_same = whole.shape == own.shape and (whole.dim() < 2 or whole.shape[0] == 1)  # for all sequences
     expected = (whole if the_same else sequences.part(whole)).nan_to_num()
@@ -106,9 +119,10 @@ def _for_trial(x: object) -> object:
     return x.clone() if isinstance(x, Tensor) else x
 
 
-def gather_weights(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Makes a module, in place, a Gathered one."""
+def gather_weights(module: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """Makes a module, called `name` in its model, in place, a Gathered one."""
     store_split(module, grid_mesh(mesh))
     layer = next((layer_of(part) for part in module.modules() if layer_of(part) is not None), None)
     mark(module, {path: "gathered" for path, part in module.named_modules() if path and hasattr(part, "weight")}, mesh)
-    become(module, Gathered, place=place_on(mesh), layer=layer, dealt={})
+    own = {"crosses": is_cross(module, name), "rows_first": next(iter(parameters_of(module)), None) == "query"}
+    become(module, Gathered, place=place_on(mesh), layer=layer, dealt={}, **own)

@@ -37,8 +37,9 @@ class ProjectedAttention(Positioned, GridAttention):
     projections: the original's linears, by letter q, k, v or qkv, o, without v where k's gives v too; paths: where they
     are, as in StockTensor.key.
     packing: how q, k and v lie in one projection; rotates: False for a layer that leaves position_embeddings alone, as
-    some of SmolLM3's and Cohere2's do; norms_last: its norms act on what was rotated; scaled: whether scores are;
-    biased: how a bias of the scores is added, one of forms.BIASED; gate_function: one of forms.GATE_FUNCTIONS.
+    some of SmolLM3's and Cohere2's do; norms_last: its norms act on what was rotated; scaled: how scores are, one of
+    forms.ANY_SCALE; biased: how a bias of them is added, one of forms.BIASED; gate_function: one of
+    forms.GATE_FUNCTIONS.
     """
 
     filled_up: tuple[str, ...] = ()  # parameters that are filled up to the width of the pass, in each call
@@ -54,7 +55,7 @@ class ProjectedAttention(Positioned, GridAttention):
         packing: str = "blocks",
         rotates: bool = False,
         norms_last: bool = False,
-        scaled: bool = True,
+        scaled: str = forms.ANY_SCALE[0],
         biased: str = forms.BIASED[0],
         gate_function: str = "sigmoid",
         **options: Any,
@@ -66,9 +67,10 @@ class ProjectedAttention(Positioned, GridAttention):
             self._check_values(gated)
             self.filled_up = ("v_weight", "v_bias", "out_weight")
         self.config = getattr(original, "config", None)  # Bloom's and MPNet's attention has none: masks are additive
-        self.scaling = forms.scale_of(original, d) if scaled else 1.0
+        self.scaling = forms.scale_of(original, d, scaled)
         self.biased, self.hides = biased, forms.hides(original)
         self.gives_bias, self.gives_list = forms.gives_bias(original), forms.is_of(original, forms.LISTING)
+        self.gives_cache = forms.is_of(original, forms.WITH_CACHE)
         self.gives_alone, self.flat = forms.is_of(original, forms.ALONE), forms.is_of(original, forms.FLAT)
         self.masks_itself, self.window = forms.masks_itself(original), forms.window_of(original)
         self.is_causal = getattr(original, "is_causal", False)
@@ -219,7 +221,8 @@ class ProjectedAttention(Positioned, GridAttention):
         if self.gives_bias:
             return y_BLD, given.get("position_bias"), weights
         bias = (self._parameters[forms.OUTPUT_BIAS],) if forms.OUTPUT_BIAS in self._parameters else ()
-        return y_BLD, weights, *bias
+        cache = (given.get("past_key_values"),) if self.gives_cache else ()
+        return y_BLD, weights, *bias, *cache
 
     def check_arguments(self, given: dict[str, Any]) -> None:
         """Raises where the config was changed to an implementation whose masks, or whose lack of one, mean others, and
@@ -397,10 +400,12 @@ def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict
 
 
 def probe_inputs(original: nn.Module, dtype: torch.dtype) -> list[tuple[Args, Kwargs]]:
-    """A small batch of two with a padding mask, as transformers would call the module, and without a mask."""
+    """A small batch of two with a padding mask, if the module takes one, as transformers would call it, and without."""
     given = random_arguments(original, 5, dtype)
     hidden = (given.pop("hidden_states"),)
     keep_B1LS = torch.ones(2, 1, 5, 5, dtype=torch.bool)
     keep_B1LS[1, ..., 3:] = False
     mask, name = mask_for(original, keep_B1LS, dtype), forms.mask_name(original)
+    if name not in forms.parameters_of(original):
+        return [(hidden, given)]
     return [(hidden, given | {name: mask}), (hidden, given | {name: None})]
