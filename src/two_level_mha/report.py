@@ -22,7 +22,8 @@ class Report:
     keep their own code, whose weights are gathered for each call -> why. tp_plans: classes of the transformers models
     whose tensor-parallel plan was applied. parameters, total_bytes: of the model; held_parameters, split_bytes,
     unsplit_bytes: of this rank. unsplit: module, a * for its layer's number -> bytes, the largest first. left_out: what
-    looks as if it could be split, or has a rule in a plan -> why it is not.
+    looks as if it could be split, or has a rule in a plan -> why it is not. other_ways: modules whose own code goes
+    another way since they are split -> which, and why.
     """
 
     attentions: int
@@ -37,6 +38,7 @@ class Report:
     left_out: dict[str, str]
     gathered: dict[str, str] = field(default_factory=dict)
     states: int = 0
+    other_ways: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         kinds = [f"{self.attentions} attention modules"] + [f"{self.states} layers with states"] * (self.states > 0)
@@ -53,6 +55,8 @@ class Report:
         for name, why in self.gathered.items():
             kind = _any_layer(name)
             reasons.setdefault((kind, f"has its weights gathered: {why.replace(name, kind)}"), []).append(name)
+        for name, how in self.other_ways.items():
+            reasons.setdefault((_any_layer(name), how), []).append(name)
         return (
             f"{' and '.join(kinds)} split; parameters per rank {self.held_parameters:,} of {self.parameters:,}, "
             f"{size(self.split_bytes + self.unsplit_bytes)} of {size(self.total_bytes)}: {size(self.split_bytes)} "
@@ -99,6 +103,7 @@ def keep_report(model: nn.Module, attentions: Attentions, rest: Rest) -> Report:
         left_out=rest.left_out | {f"the MLP {name}": why for name, why in rest.left_out_mlps.items()},
         gathered={name: why for name, (_, why) in attentions.gathered.items()},
         states=len(attentions.states),
+        other_ways=rest.other_ways,
     )
     setattr(model, _ATTRIBUTE, made)
     return made

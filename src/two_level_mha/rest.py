@@ -49,6 +49,7 @@ class Rest:
     left_out: dict[str, str] = field(default_factory=dict)  # modules with a rule
     mlps: _Mlps = field(default_factory=dict)
     left_out_mlps: dict[str, str] = field(default_factory=dict)
+    other_ways: dict[str, str] = field(default_factory=dict)  # modules whose code goes another way since they are split
 
     def splits(self, name: str) -> bool:
         """Whether the parameter of a name will be split."""
@@ -156,10 +157,11 @@ def _plan_trial(name: str, module: nn.Module, config: "PreTrainedConfig") -> Pla
 
 def split_rest(rest: Rest, mesh: DeviceMesh, taken: Collection[nn.Module] = ()) -> None:
     """Splits what find_rest found, but for the linears `taken`."""
-    for part, tp_plan in rest.tp_plans.values():
+    for model, (part, tp_plan) in rest.tp_plans.items():
         names = {name for name, module in part.named_modules() if module in taken}
         others = {name: style for name, style in tp_plan.items() if names.isdisjoint((name, name.rpartition(".")[0]))}
-        apply_tp_plan(part, others, mesh)
+        changed = apply_tp_plan(part, others, mesh)
+        rest.other_ways |= {f"{model}.{name}" if model else name: why for name, why in changed.items()}
         mark(part, others, mesh)
     grid = grid_mesh(mesh)
     for module, paths, _ in rest.mlps.values():

@@ -1,7 +1,8 @@
 """Every causal language model of transformers, small, split over 4 ranks and not: what is right, what is refused.
 
-    PYTHONPATH=tests python -m harness.families [--ranks 4] [--only llama gpt_oss] [--json FILE] [--docs FILE]
-    PYTHONPATH=tests python -m harness.families --ranks 8 --kv-heads 1 --ours
+    cd tests && python -m harness.families [--only llama gpt_oss] --json ../docs/models.json
+    cd tests && python -m harness.families --ranks 8 --kv-heads 1 --ours --json ../docs/models_8.json
+    cd tests && python -m harness.families --missing --json ../docs/models_8.json --docs ../docs/models.md
 
 Of each family of transformers' mapping one model with random weights and 2 key/value heads where it lets one choose, on
 a grid of as many head groups. Right: logits of a padded batch, the gradient of every parameter, and 8 greedy tokens
@@ -16,6 +17,7 @@ import datetime
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from harness.pool import Pool, RankFailure
 from two_level_mha.attentions import NO_PLAN
 
 STOCK = "right under transformers' own"
+PAGE_OF = ("models.json", "models_8.json")  # beside transformers' own, and past the key/value heads
 TIMEOUT = 120.0  # seconds of a family
 TOKENS = 8
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4}  # relative; float64 models may take norms in float32
@@ -90,6 +93,8 @@ def small(family: str, kv_heads: int = SIZES[KV_HEADS[0]]) -> transformers.Pretr
         if isinstance(part, transformers.PretrainedConfig):
             options[name] = _sizes(part)
     options |= MORE.get(family, {})
+    if kv_heads == 1 and "multi_query" in options:
+        options["multi_query"] = True
     for part in (options, *(part for part in options.values() if isinstance(part, dict))):
         part |= {name: kv_heads for name in KV_HEADS if part.get(name) == SIZES[name]}
     return type(made)(**{name: value for name, value in options.items() if value is not None})
@@ -242,41 +247,51 @@ def try_stock(family: str, folder: str) -> dict[str, object]:
     return {"verdict": "right" if right else "wrong", "why": "" if right else f"logits differ by {off:.1e}"}
 
 
-def survey(families: list[str], ranks: int, stock: bool = True, kv_heads: int = 2) -> dict[str, dict]:
-    """By family what try_family found, with a head group for each of kv_heads, and, if asked for, under "stock" what
-    try_stock did.
+def survey(
+    families: list[str],
+    ranks: int,
+    stock: bool = True,
+    kv_heads: int = SIZES[KV_HEADS[0]],
+    timeout: float = TIMEOUT,
+) -> Iterator[tuple[str, dict]]:
+    """Of each family what try_family found, with a head group for each of kv_heads, and, if asked for, under "stock"
+    what try_stock did.
     """
     from harness.families import (
         try_family,
         try_stock,
     )  # ranks import it by this name, also where this module is __main__
 
-    pool, found = Pool(alive=1), {}
+    pool = Pool(alive=1)
 
     def on_ranks(*call) -> dict[str, object]:
         try:
-            results = pool.run(call[0], ranks, *call[1:], timeout=TIMEOUT)
+            results = pool.run(call[0], ranks, *call[1:], timeout=timeout)
         except RankFailure as error:
-            lines = str(error.__cause__ or error).strip().splitlines()
+            if error.__cause__ is None:  # a time-out, a dead rank: its text goes on with stacks and logs
+                return {"verdict": "crash", "why": str(error).partition("\n")[0]}
+            lines = str(error.__cause__).strip().splitlines()
             return {"verdict": "crash", "why": lines[-1][-300:] if lines else type(error.__cause__).__name__}
         return next((one for one in results if one["verdict"] != "right"), results[0])
 
-    for family in families:
-        start = time.monotonic()
-        one = found[family] = on_ranks(try_family, family, (kv_heads, ranks // kv_heads))
-        if stock and one["verdict"] != "not built":
-            with tempfile.TemporaryDirectory() as folder:
-                one["stock"] = on_ranks(try_stock, family, folder)
-        one["seconds"] = round(time.monotonic() - start, 1)
-        ways = f"{one.get('attentions', '')} + {one.get('gathered', '')}"
-        print(
-            f"{family:28} {one['verdict']:10} {ways:8}",
-            one.get("stock", {}).get("verdict"),
-            one["why"][:120],
-            flush=True,
-        )
-    pool.close()
-    return found
+    try:
+        for family in families:
+            start = time.monotonic()
+            one = on_ranks(try_family, family, (kv_heads, ranks // kv_heads))
+            if stock and one["verdict"] != "not built":
+                with tempfile.TemporaryDirectory() as folder:
+                    one["stock"] = on_ranks(try_stock, family, folder)
+            one["seconds"] = round(time.monotonic() - start, 1)
+            ways = f"{one.get('attentions', '')} + {one.get('gathered', '')}"
+            print(
+                f"{family:28} {one['verdict']:10} {ways:8}",
+                one.get("stock", {}).get("verdict"),
+                one["why"][:120],
+                flush=True,
+            )
+            yield family, one
+    finally:
+        pool.close()
 
 
 def counts(found: dict[str, dict]) -> dict[str, int]:
@@ -285,61 +300,77 @@ def counts(found: dict[str, dict]) -> dict[str, int]:
     known = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
     right = [one for one in found.values() if one["verdict"] == "right"]
     known["right by split attention alone"] = sum(one["attentions"] > 0 and not one["gathered"] for one in right)
-    known[STOCK] = sum(one.get("stock", {}).get("verdict") == "right" for one in right)
+    if any("stock" in one for one in right):
+        known[STOCK] = sum(one.get("stock", {}).get("verdict") == "right" for one in right)
     return known
 
 
-def sentence(made: dict) -> str:
-    """README's."""
-    built = sum(one["verdict"] != "not built" for one in made["families"].values())
+def built(made: dict) -> dict[str, dict]:
+    return {family: one for family, one in made["families"].items() if one["verdict"] != "not built"}
+
+
+def sentence(made: dict, past: dict) -> str:
+    """README's, of PAGE_OF."""
     number = made["counts"]
     return (
-        f"Of transformers' {built} causal language models of which a small one can be made, with 2 key/value heads on "
-        f"{made['ranks']} ranks, {number['right']} give the unsplit logits, gradients and tokens here, "
+        f"Of transformers' {len(built(made))} causal language models of which a small one can be made, with 2 key/value"
+        f" heads on {made['ranks']} ranks, {number['right']} give the unsplit logits, gradients and tokens here, "
         f"{number['right by split attention alone']} of them with all of their attention split; under transformers' "
-        f"own tensor parallelism {number[STOCK]} of those do (`make models`, {made['date']}, transformers "
-        f"{made['transformers']}, torch {made['torch'].partition('+')[0]}: [the table](docs/models.md))."
+        f"own tensor parallelism {number[STOCK]} of those do. With one key/value head on {past['ranks']} ranks it is "
+        f"{past['counts']['right']} here (`make models`, {made['date']}, transformers {made['transformers']}, "
+        f"torch {made['torch'].partition('+')[0]}: [the table](docs/models.md))."
     )
 
 
-def page(made: dict) -> str:
-    """docs/models.md, of what is in its JSON."""
-    found, ranks = made["families"], made["ranks"]
-    built = {family: one for family, one in found.items() if one["verdict"] != "not built"}
-    number = made["counts"]
-    rows = []
-    for family, one in built.items():
-        ways = [(one.get("attentions"), "split"), (one.get("gathered"), "gathered")]
-        how = " and ".join(way for count, way in ways if count) if one["verdict"] == "right" else one["why"]
-        how += "; MLPs gathered" * (one.get("gathered_mlps", 0) > 0)
+def page(made: dict, past: dict) -> str:
+    """docs/models.md, of PAGE_OF."""
+    ranks, rows = made["ranks"], []
+    for family, one in built(made).items():
         held = f"{one['held']:.2f}" if "held" in one else ""
-        stock = one["stock"]["verdict"]
-        rows.append(
-            f"| {family} | {one['verdict']} | {_cell(how)} | {held} | {'dies' if stock == 'crash' else stock} |"
-        )
-    left = [f"{family} ({_cell(one['why'])})" for family, one in found.items() if one["verdict"] == "not built"]
-    split, stock = (number[key] for key in ("right by split attention alone", STOCK))
+        stock = one["stock"]["verdict"].replace("crash", "dies")
+        verdict, at_past = one["verdict"], past["families"][family]
+        rows.append(f"| {family} | {verdict} | {_how(one)} | {held} | {_beside(at_past, one)} | {stock} |")
+    left = [f"{family} ({_cell(one['why'])})" for family, one in made["families"].items() if family not in built(made)]
+    split, past_split = (each["counts"]["right by split attention alone"] for each in (made, past))
     return f"""# Models
 
 Made by `make models` on {made["date"]}, torch {made["torch"]}, transformers {made["transformers"]}.
 
-Every causal language model of transformers, small and with random weights, with 2 key/value heads where the family
-lets one choose, on {ranks} Gloo ranks in a grid of 2 head groups. Of {len(built)} families {number.get("right", 0)} are
-right: logits of a padded batch, the gradient of every parameter and {TOKENS} greedy tokens with a cache are the unsplit
-model's. Of those, {split} have all of their attention split, or the layers that keep states in its place; in the others
-some or all keeps its own code, with weights that are stored split and gathered for each call, as MLPs do that no
-tensor-parallel plan of transformers splits.
-Under transformers' own tensor parallelism, on as many ranks, {stock} of them give the unsplit logits and tokens.
+Every causal language model of transformers, small and with random weights, with {made["kv_heads"]} key/value heads
+where the family lets one choose, on {ranks} Gloo ranks in a grid of {made["kv_heads"]} head groups. Of
+{len(built(made))} families {made["counts"]["right"]} are right: logits of a padded batch, the gradient of every
+parameter and {TOKENS} greedy tokens with a cache are the unsplit model's. Of those, {split} have all of their attention
+split, or the layers that keep states in its place; in the others some or all keeps its own code, with weights that are
+stored split and gathered for each call, as MLPs do that no tensor-parallel plan of transformers splits.
+Under transformers' own tensor parallelism, on as many ranks, {made["counts"][STOCK]} of them give the unsplit
+logits and tokens.
+
+The same with one key/value head on {past["ranks"]} ranks, in one head group of {past["ranks"]} slices, made on
+{past["date"]}: of {len(built(past))} families {past["counts"]["right"]} are right, {past_split} of them with all of
+their attention split. Where the column says "as is", it is as on {ranks} ranks.
 
 Kept is the share of all parameters that the first rank holds: 1/{ranks} is {1 / ranks:.2f}. Small models have large
 embeddings, which stay whole where they are tied.
 
-| family | here | attention | kept | transformers' own |
-|---|---|---|---|---|
+| family | here | attention | kept | {past["ranks"]} ranks, 1 KV head | transformers' own |
+|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
 No small model was made of {len(left)}: {"; ".join(left)}.
 """
+
+
+def _how(one: dict) -> str:
+    ways = [(one.get("attentions"), "split"), (one.get("gathered"), "gathered")]
+    how = " and ".join(way for count, way in ways if count) if one["verdict"] == "right" else one["why"]
+    return _cell(how + "; MLPs gathered" * (one.get("gathered_mlps", 0) > 0))
+
+
+def _beside(one: dict, other: dict) -> str:
+    """What one survey found where the other found `other`."""
+    if (one["verdict"], _how(one)) == (other["verdict"], _how(other)):
+        return "as is"
+    return f"{one['verdict']}: {_how(one)}"
 
 
 def _cell(text: str) -> str:
@@ -349,32 +380,36 @@ def _cell(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--ours", action="store_true", help="not transformers' own tensor parallelism; no files")
+    parser.add_argument("--kv-heads", type=int, default=SIZES[KV_HEADS[0]])
+    parser.add_argument("--ours", action="store_true", help="not transformers' own tensor parallelism")
     parser.add_argument("--only", nargs="*", default=[], help="these anew; the others stay as the JSON file has them")
-    parser.add_argument("--json", type=Path, help="all that was found")
-    parser.add_argument("--docs", type=Path, help="a page of it, in Markdown")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds of a family; more on a busy machine")
+    parser.add_argument("--missing", action="store_true", help="of these the ones that the JSON file has not")
+    parser.add_argument("--json", type=Path, help="all that was found, written after each family")
+    parser.add_argument("--docs", type=Path, help=f"a page, in Markdown, of {' and '.join(PAGE_OF)} beside it")
     args = parser.parse_args()
-    if (args.ours or args.kv_heads != 2) and (args.docs or args.json):
-        parser.error("--docs and --json are of 2 key/value heads, beside transformers' own tensor parallelism")
     families = args.only or sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    known = args.only and args.json and args.json.is_file()
+    known = (args.only or args.missing) and args.json and args.json.is_file()
     found = json.loads(args.json.read_text())["families"] if known else {}
-    found = dict(sorted((found | survey(families, args.ranks, not args.ours, args.kv_heads)).items()))
-    number = counts(found)
-    print(number)
-    made = {
-        "date": str(datetime.date.today()),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "ranks": args.ranks,
-        "counts": number,
-        "families": found,
-    }
+    if args.missing:
+        families = [family for family in families if family not in found]
+    made = {}
+    for family, one in survey(families, args.ranks, not args.ours, args.kv_heads, args.timeout):
+        found = dict(sorted((found | {family: one}).items()))
+        made = {
+            "date": str(datetime.date.today()),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "ranks": args.ranks,
+            "kv_heads": args.kv_heads,
+            "counts": counts(found),
+            "families": found,
+        }
+        if args.json:
+            args.json.write_text(json.dumps(made, indent=1) + "\n")
+    print(made.get("counts", "nothing new"))
     if args.docs:
-        args.docs.write_text(page(made))
-    if args.json:
-        args.json.write_text(json.dumps(made, indent=1) + "\n")
+        args.docs.write_text(page(*(json.loads(args.docs.with_name(name).read_text()) for name in PAGE_OF)))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,17 @@ def split(kind: str, grid: tuple[int, int], changes: dict) -> tuple[dict[str, fl
     return off, {name: x.numel() for name, x in local.items()}, rest.left_out
 
 
+def narrow(width: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Experts of so many columns, by grouped_mm unless the split chooses otherwise, against unsplit ones by turns."""
+    model = make("qwen3 moe", moe_intermediate_size=width)
+    model.config._experts_implementation = "grouped_mm"
+    rest = find_rest(model, 4, attentions(model))
+    split_rest(rest, tlm.init_mesh(DEVICE, (2, 2)))
+    assert model.config._experts_implementation == "grouped_mm"
+    expected = run(make("qwen3 moe", moe_intermediate_size=width)) if rest.other_ways else {}
+    return differences(run(model), expected) if expected else {}, rest.other_ways
+
+
 CASES = {
     "Llama": ("llama", (2, 2), {}),
     "Gemma3": ("gemma3", (1, 4), {}),
@@ -90,6 +101,16 @@ def test_split(pool, case):
     for name in found[0][1]:
         copies = 4 if name.endswith("down_proj.bias") else 1
         assert sum(held[name] for _, held, _ in found) == copies * model.get_parameter(name).numel(), name
+
+
+@pytest.mark.parametrize("width", (4, 6, 8))
+def test_narrow_experts(pool, width):
+    """Localises: experts whose part grouped_mm does not take, and dies of; others that leave grouped_mm."""
+    for errors, ways in pool.run(narrow, 4, width):
+        experts = {f"model.layers.{layer}.mlp.experts" for layer in (1, 2)}
+        assert ways.keys() == (set() if width == 8 else experts)
+        assert all("one expert after the other" in how for how in ways.values())
+        assert all(error <= 1e-10 for error in errors.values()), errors
 
 
 def hook(module: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ A plan gives modules and parameters a style by name. The rules inside an attenti
 others are applied on the flattened grid, so MLPs, experts, embeddings and the head become DTensors on it.
 """
 
+import copy
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -29,6 +30,7 @@ _ALONE = {
 }  # fmt: skip
 # Classes that write to what a child of theirs gives, which a plan may make a view of something else.
 _WRITES = {"Llama4TextMoe": "shared_expert"}
+_ROW_BYTES = 16  # of which torch's grouped_mm takes rows of a multiple
 _ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")  # in the name of a module
 
 
@@ -83,8 +85,11 @@ def _problem(module: nn.Module, owner: str, name: str, tp_plan: dict[str, str], 
     return None
 
 
-def apply_tp_plan(model: nn.Module, tp_plan: dict[str, str], mesh: DeviceMesh) -> None:
-    """Applies what find_tp_plan found. load_state_dict takes full tensors afterwards too."""
+def apply_tp_plan(model: nn.Module, tp_plan: dict[str, str], mesh: DeviceMesh) -> dict[str, str]:
+    """Applies what find_tp_plan found. load_state_dict takes full tensors afterwards too.
+
+    Gives the modules whose code goes another way since they are split, and why.
+    """
     modules, styles = dict(model.named_modules()), private("ALL_PARALLEL_STYLES")
     forwards = {name: modules[name].forward for name in tp_plan if name in modules}
     private("apply_tensor_parallelism")(model, grid_mesh(mesh), tp_plan)
@@ -102,6 +107,27 @@ def apply_tp_plan(model: nn.Module, tp_plan: dict[str, str], mesh: DeviceMesh) -
             module.get_submodule(child).register_forward_hook(_copied)
     for owner in {name if name in modules else name.rpartition(".")[0] for name in tp_plan}:
         take_full_tensors(modules[owner])
+    return {
+        name: why
+        for name, style in tp_plan.items()
+        if style == "moe_tp_experts" and (why := _one_expert_after_the_other(modules[name]))
+    }
+
+
+def _one_expert_after_the_other(experts: nn.Module) -> str | None:
+    """Has experts multiplied one after the other where grouped_mm would die of a rank's columns; and then why."""
+    down = getattr(experts, "down_proj", None)
+    if not isinstance(down, DTensor) or getattr(experts.config, "_experts_implementation", None) != "grouped_mm":
+        return None
+    columns, ranks = down.shape[-2 if experts.is_transposed else -1], down.device_mesh.size()
+    if columns * down.element_size() % (ranks * _ROW_BYTES) == 0:
+        return None
+    experts.config = copy.deepcopy(experts.config)  # the model's says how whole experts are multiplied
+    experts.config._experts_implementation = "eager"
+    return (
+        f"multiplies one expert after the other: of its {columns} columns of {down.dtype} each of {ranks} ranks would "
+        f"need a multiple of {_ROW_BYTES} bytes for grouped_mm"
+    )
 
 
 def _copied(module: nn.Module, args: Args, output: Tensor) -> Tensor:
