@@ -31,14 +31,19 @@ class Gathered(nn.Module):
     """
 
     place: Place
-    layer: int | None  # of a KV cache
     dealt: dict[bool, bool]  # whether sequences are dealt to the ranks, by whether a call is of one row without a cache
+
+    @property
+    def layer(self) -> int | None:
+        """Of a KV cache; a part that is put in another's place may have one first."""
+        return next((found for part in self.modules() if (found := layer_of(part)) is not None), None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = (kwargs.get("hidden_states"), *args, *kwargs.values())
         hidden = next(x for x in given if isinstance(x, Tensor))
         caches = [x for x in given if isinstance(x, Cache)]
-        if hidden.dim() < 3 or not all(self.layer is not None and can_be_dealt(cache) for cache in caches):
+        layer = self.layer if caches else None
+        if hidden.dim() < 3 or (caches and layer is None) or not all(map(can_be_dealt, caches)):
             return self._whole(args, kwargs)
         kind = hidden.shape[1] == 1 and not caches
         # what is dropped of a sequence depends on those before it
@@ -52,8 +57,8 @@ class Gathered(nn.Module):
             if not self.dealt[kind]:
                 return self._whole(args, kwargs)
         for cache in caches:
-            assert self.layer is not None
-            deal_cache(cache, self.layer, sequences.batch, self.place)
+            assert layer is not None
+            deal_cache(cache, layer, sequences.batch, self.place)
         with whole_weights(self, self.place, Partial()) as weights:
             output = super().forward(*mine, **named)
             return sequences.gather(output, weights)
@@ -109,6 +114,5 @@ def _for_trial(x: object) -> object:
 def gather_weights(module: nn.Module, mesh: DeviceMesh) -> None:
     """Makes a module, in place, a Gathered one."""
     store_split(module, grid_mesh(mesh))
-    layer = next((layer_of(part) for part in module.modules() if layer_of(part) is not None), None)
     mark(module, {path: "gathered" for path, part in module.named_modules() if path and hasattr(part, "weight")}, mesh)
-    become(module, Gathered, place=place_on(mesh), layer=layer, dealt={})
+    become(module, Gathered, place=place_on(mesh), dealt={})
