@@ -8,6 +8,8 @@ from torch import nn
 from two_level_mha.integrations.forms import CALLED_AS, parameters_of
 from two_level_mha.probe import has_hooks, is_inside, settings
 
+TIES = "all_tied_weights_keys"  # of a transformers model: name of a parameter -> whose tensor it is given
+
 
 def copies_of(model: nn.Module) -> dict[str, nn.Module]:
     """By name the modules that hold the parameters of an earlier one of their class, and no others; that one.
@@ -33,9 +35,22 @@ def _alike(first: nn.Module, module: nn.Module) -> bool:
     return not hooked and not list(module.buffers()) and all(settings(a) == settings(b) for a, b in pairs)
 
 
+def _ties(part: nn.Module, before: dict[str, str]) -> dict[str, str]:
+    """Those of `before` whose parameters there are, and the further names of what is in several places."""
+    named = dict(part.named_parameters(remove_duplicate=False))
+    first: dict[nn.Parameter, str] = {}
+    for name, p in named.items():
+        first.setdefault(p, name)
+    further = {name: first[p] for name, p in named.items() if first[p] != name}
+    return further | {tied: of for tied, of in before.items() if {tied, of} <= named.keys()}
+
+
 @contextmanager
 def copies_as_one(model: nn.Module) -> Iterator[None]:
-    """Puts one module wherever it has copies; where an error ends the context, they are as they were."""
+    """Puts one module wherever it has copies, for good; what a model ties is then what was split in the context has.
+
+    Where an error ends it, all is as it was.
+    """
     before: list[tuple[nn.Module, str, nn.Module]] = []
     for name, first in copies_of(model).items():
         owner, _, child = name.rpartition(".")
@@ -48,3 +63,6 @@ def copies_as_one(model: nn.Module) -> Iterator[None]:
         for parent, child, module in before:
             setattr(parent, child, module)
         raise
+    for part in model.modules() if before else ():
+        if TIES in vars(part):
+            setattr(part, TIES, _ties(part, getattr(part, TIES)))
