@@ -52,9 +52,11 @@ _UNPLANNED = {
     "InklingMoE": "it multiplies tensors with what its plan makes DTensors",
 }
 
-# Classes whose parts are used apart from their calls, and the way out.
+# Classes in whose place their parent puts others, and when: the parent is gathered, with whatever it then has.
+_BECOMING = {"BigBirdBlockSparseAttention": "in short calls it becomes another"}
+
+# Classes whose parts are used apart from their calls.
 _NOT_GATHERED = {
-    "BigBirdBlockSparseAttention": 'it becomes another in short calls: set attention_type="original_full" first',
     "XmodOutput": "its parts are used apart from its calls",
 }
 
@@ -167,14 +169,14 @@ def add_whole(
     """Adds to those whose weights are gathered what else stays whole in layers of transformers' models: MLPs without a
     plan. split: whether the parameter of a name is split otherwise.
     """
-    owners = _owners(model)
-    inside = attentions.names()
+    owners, inside = _owners(model), attentions.names()
+    names = {module: name for name, module in model.named_modules()}  # of what is in several places its first
     for prefix, part in pretrained_models(model).items():
         for name, layer in named_layers(part, prefix):
             if not is_inside(name, inside) and any(is_inside(other, (name,)) for other in inside):
                 size = sum(p.numel() for p in layer.parameters())
-                for child, module in layer.named_children():
-                    _add_whole_module(f"{name}.{child}", module, size, attentions, split, skips, owners)
+                for module in layer.children():
+                    _add_whole_module(names[module], module, size, attentions, split, skips, owners)
 
 
 def _add_whole_module(
@@ -225,7 +227,7 @@ def _find(
         fitting = (one for one in adapters if one.crosses in (crosses, None) and (cached or not one.cached))
         adapter = next((one for one in fitting if one.matches(module, parent)), None)
         mixer = module in gathers and _mixes_tokens(module)
-        unplanned = _UNPLANNED.get(type(module).__name__) if module in gathers else None
+        unplanned = _gathered_by_name(module) if module in gathers else None
         if adapter is None and not (_looks_like_attention(module) or mixer or unplanned):
             continue
         if is_inside(name, attentions.gathered):
@@ -267,6 +269,12 @@ def _find(
         )
         raise GridError(f"no attention was found in {type(model).__name__} that could be split; {known}")
     return attentions
+
+
+def _gathered_by_name(module: nn.Module) -> str | None:
+    """Why the tables above have a module's weights gathered, or None."""
+    becoming = (_BECOMING.get(type(child).__name__) for child in module.children())
+    return _UNPLANNED.get(type(module).__name__) or next(filter(None, becoming), None)
 
 
 def _found(

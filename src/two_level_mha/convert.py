@@ -14,6 +14,7 @@ from two_level_mha.activations import check_activations
 from two_level_mha.agreement import ModelInputs, NoteOfFailure, check_same_weights, same_on_all_ranks
 from two_level_mha.attentions import Attentions, Found, add_whole, find_attentions
 from two_level_mha.cache_layer import CACHE_LAYOUTS
+from two_level_mha.copies import copies_as_one
 from two_level_mha.errors import GridError
 from two_level_mha.families import later
 from two_level_mha.integrations.lora import adapters_aside, check_adapters, is_projection, refusal_of
@@ -85,7 +86,7 @@ def parallelize(
     PEFT's LoRA layers stay, around what is split then: adapters whole on every rank (two_level_mha.adaptable adds some
     afterwards).
     """
-    with adapters_aside(model) as layers:
+    with adapters_aside(model) as layers, copies_as_one(model):
         return _parallelize(
             model, mesh, layers, scheme=scheme, combine=combine, rest=rest, cache=cache, debug=debug,
             reduce_dtype=reduce_dtype, profile=profile, activations=activations, overlap=overlap, skip=skip, only=only,
@@ -256,7 +257,7 @@ def _replace(one: Found, mesh: DeviceMesh | None, options: dict[str, Any]) -> No
         if name in (*HOOKS, "_is_full_backward_hook") or (not name.startswith("_") and name not in vars(ours)):
             vars(ours)[name] = value
     for letters, projection in one.projections.items():
-        if isinstance(ours, GridAttention) and is_projection(one.paths, letters):
+        if isinstance(ours, GridAttention) and is_projection(one.module, one.paths, letters):
             ours.add_module(one.paths[letters], Projection(ours, letters, projection))
             ours.projection_names[letters] = one.paths[letters]
     for name in one.module._modules:  # in the original's order, in which adapters are put to them and drawn

@@ -51,8 +51,9 @@ def _replace_mha(
 _PARTS = (
     forms.SINKS,
     forms.OUTPUT_BIAS,
+    forms.GATE_SHIFT,
     *(f"{name}.{part}" for name in (*sum(forms.NORMS.values(), ()), forms.OUTPUT_NORM) for part in ("weight", "bias")),
-    *(f"{name}.weight" for name in (*forms.GATES, forms.BIAS_TABLE)),
+    *(f"{name}.weight" for name in (*forms.GATES, *forms.HEADS_NORMS, forms.BIAS_TABLE)),
     *(f"{name}.norms.*.weight" for name in sum(forms.NORMS.values(), ())),
 )
 

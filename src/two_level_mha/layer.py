@@ -94,7 +94,8 @@ class GridAttention(HoldsStock):
     plain parameters, with one DTensors on ("head", "slice"). Without v_weight, what k_weight and k_bias give is v too;
     without k_weight `between` brings both, in the layout of the call, whose key and value inputs have no token.
     gated: every query head has a gate of its output behind it, so that q_weight is (2 h, d, D) and q_bias (2 h, d), or
-    gate_weight (h, d, D) and gate_bias beside q's. gate_function: of gates, what the output is multiplied with.
+    gate_weight (h, d, D) and gate_bias beside q's; gate_shift (h,) is added to the gates. gate_function: of gates, what
+    the output is multiplied with.
     """
 
     gate_function: Callable[[Tensor], Tensor] = staticmethod(torch.sigmoid)
@@ -388,10 +389,18 @@ class GridAttention(HoldsStock):
             rows = [*(rows or ()), gate_B1Lh]
         if sinks is not None:
             shared = [*(shared or ()), sinks]
+        shift = self._parameters.get("gate_shift")
+        if shift is not None:
+            shared = [*(shared or ()), *local_blocks([shift])]
 
         def take(q: Tensor, k: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
             if self.gated:
                 q, own = q.unflatten(1, (-1, 2)).unbind(2)
+                if shift is not None:
+                    d = self.head_dim
+                    all_hd = aside.shared[-1].unsqueeze(1).expand(-1, d)
+                    own = own + Cut(self.place, d).of(all_hd, 0, q.shape[1], d).unsqueeze(1)
+                    aside = aside._replace(shared=aside.shared[:-1])
                 after.append(self.gate_function(own))
             if gate is not None:
                 d = self.head_dim

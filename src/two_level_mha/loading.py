@@ -217,13 +217,16 @@ class _Checkpoint:
         self.expected = {name: tuple(x.shape) for name, x in model.state_dict(keep_vars=True).items()}
         self.floating = {name for name, x in model.state_dict(keep_vars=True).items() if x.is_floating_point()}
         self.ours: dict[str, list[tuple[str, StockTensor]]] = {}  # stock key -> our parameters that it holds
-        for name, module in model.named_modules():
+        places: dict[nn.Module, str] = {}  # the first of each module
+        for name, module in model.named_modules(remove_duplicate=False):
+            first = places.setdefault(module, name)
             for own, stock in module.stock_names.items() if isinstance(module, HoldsStock) else ():
                 if module._parameters[own] is not None:
                     del self.expected[f"{name}.{own}"]
                     key = resolve(name, stock.key)
-                    self.ours.setdefault(key, []).append((f"{name}.{own}", stock))
-                    self.floating.add(key)
+                    if name == first or key in self.sources:  # of one in several places files may have the first alone
+                        self.ours.setdefault(key, []).append((f"{first}.{own}", stock))
+                        self.floating.add(key)
         self.targets = {key: self._target(key) for key in self.sources}
 
     def _target(self, key: str) -> tuple[str, str | None]:
@@ -288,6 +291,8 @@ class _Checkpoint:
         tied = self.model.all_tied_weights_keys
         groups = {name: {source, *(one for one, of in tied.items() if of == source)} for name, source in tied.items()}
         groups |= {source: groups[name] for name, source in tied.items()}
+        for key, entries in self.ours.items():  # of a module in several places one name is enough
+            groups[key] = {other for other, others in self.ours.items() if others == entries}
         missing = {name for name in shapes if not found.keys() & groups.get(name, {name})}
         info.missing_keys |= missing
         private_method(self.model, "_adjust_missing_and_unexpected_keys")(info)  # what the model says to ignore

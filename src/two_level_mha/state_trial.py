@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from two_level_mha.attentions import Attentions
 
 CACHES = ("cache_params", "past_key_values")
+POSITIONS, KEEPS = "position_ids", "use_cache"
 
 
 class States(NamedTuple):
@@ -142,11 +143,19 @@ def _calls(module: nn.Module, dtype: torch.dtype) -> list[tuple[list[dict[str, o
     width, named = _width(module), parameters_of(module)
     hidden, *_ = named
     needed = {name: None for name, p in named.items() if p.default is p.empty and name != hidden}
-    given: list[dict[str, object]] = [{hidden: torch.randn(2, rows, width, dtype=dtype), **needed} for rows in (6, 1)]
+
+    def given(first: int, shape: tuple[int, ...]) -> dict[str, object]:
+        found: dict[str, object] = {hidden: torch.randn(2, *shape, width, dtype=dtype), **needed}
+        return found | ({POSITIONS: torch.arange(first, first + shape[0]).expand(2, -1)} if POSITIONS in named else {})
+
+    whole, step = given(0, form_of(module).shape), given(6, (1,))
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[1, :2] = False
-    padded = given[0] | {"attention_mask": mask}
-    return [(given[:1], None), ([padded], None), *(([padded, given[1]], name) for name in CACHES if name in named)]
+    padded = whole | {"attention_mask": mask}
+    caches: list[str | None] = [name for name in CACHES if name in named]
+    if KEEPS in named and not caches:  # what it would put into a cache it keeps itself
+        caches = [None]
+    return [([whole], None), ([padded], None), *(([padded, step], name) for name in caches)]
 
 
 def _called(module: nn.Module, calls: list[dict[str, object]], cached: str | None) -> list[Tensor]:

@@ -143,6 +143,14 @@ CALLED = {
     "llama4 moe": ("Llama4TextConfig", _LLAMA4 | {"moe_layers": [1], "num_local_experts": 4}),
 }  # fmt: skip
 
+_BEAM = {"head_dim": 8, "num_hidden_layers": 2, "sliding_window": 8, "mlp_layer_types": ["dense"] * 2}
+# What acts on heads' outputs before the output projection: a norm over all heads, gates with a number more for each.
+BEHIND = {
+    "bitnet": ("BitNetConfig", {"attention_bias": True}),
+    "beam, sliding": ("BeamConfig", _BEAM | {"layer_types": ["sliding_attention"] * 2}),
+    "beam": ("BeamConfig", _BEAM | {"layer_types": ["sliding_attention", "full_attention"]}),
+}  # fmt: skip
+
 _MLA = {
     "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8,
     "v_head_dim": 7, "head_dim": 8,
@@ -207,7 +215,7 @@ class Norm(nn.Module):
 
 
 def make_config(name: str, **changes) -> transformers.PretrainedConfig:
-    kind, options = (MODELS | FORMS | LATENT | CALLED)[name]
+    kind, options = (MODELS | FORMS | LATENT | CALLED | BEHIND)[name]
     given = (BASE | options | changes).items()
     options = {field: value for field, value in given if value is not None or field in MAY_BE_NONE}
     return getattr(transformers, kind)(**options)

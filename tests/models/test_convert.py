@@ -11,6 +11,7 @@ import pytest
 import torch
 from harness.device import DEVICE
 from harness.encoders import MODELS, TIGHT, check, errors, first, inputs, make, make_torch, torch_inputs
+from harness.families import build as build_family
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -146,6 +147,21 @@ def test_shared_layers(pool):
     for found, layers, same in pool.run(shared_layers, 4):
         check([found])
         assert layers == 1 and same
+
+
+def test_modules_with_one_anothers_parameters():
+    """Localises: layers of Zamba that hold one's parameters, split apart, or changed by a call that raises."""
+    model = build_family("zamba")
+    layers = model.model.layers
+    with pytest.raises(tlm.GridError):
+        tlm.parallelize(model, None, cache="no layout")
+    assert layers[1].shared_transf is not layers[2].shared_transf
+    hooked = build_family("zamba")
+    hooked.model.layers[2].shared_transf.self_attn.register_forward_hook(print)
+    with pytest.raises(tlm.GridError, match="shares a parameter"):
+        tlm.parallelize(hooked, None)
+    tlm.parallelize(model, None)
+    assert layers[1].shared_transf is layers[2].shared_transf
 
 
 def on_meta() -> tuple:

@@ -10,11 +10,12 @@ from harness.calls import mesh
 from harness.families import answers, build, inputs, try_family
 
 import two_level_mha as tlm
+from two_level_mha.attentions import NO_PLAN
 from two_level_mha.gathered import Sequences, whole_weights
 from two_level_mha.integrations.gathered import gather_weights
 from two_level_mha.mesh import place_on
 
-FAMILIES = ("axk2", "zaya", "diffllama")
+FAMILIES = ("axk2", "zaya", "diffllama", "big_bird")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -227,3 +228,26 @@ def test_mlps_without_a_plan(pool):
     """Localises: what no plan splits, kept whole on every rank."""
     found = pool.run(try_family, 4, "gpt2", (2, 2), timeout=120)[0]
     assert found["verdict"] == "right" and found["held"] < 0.4, found
+
+
+def birds():
+    """Of BigBird: logits' differences of a long, a short and again the long call, then what its attention is; how many
+    attentions are split of one that is a decoder.
+    """
+    model = build("big_bird", block_size=2, num_random_blocks=1)
+    split, offs = tlm.parallelize(copy.deepcopy(model), mesh((2, 2))), []
+    for length in (24, 11, 24):
+        ids = torch.randint(3, 96, (3, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            offs.append((split(ids).logits - model(ids).logits).abs().max().item())
+    kind = type(split.bert.encoder.layer[0].attention.self).__name__
+    decoder = build("big_bird", attention_type="original_full", is_decoder=True)
+    report = tlm.report(tlm.parallelize(decoder, mesh((2, 2))))
+    return offs, kind, report.attentions, [name for name, why in report.gathered.items() if why != NO_PLAN]
+
+
+def test_a_module_that_puts_another_in_its_place(pool):
+    """Localises: weights that are whole where BigBird's sparse attention has become another, or that it lost."""
+    for offs, kind, attentions, gathered in pool.run(birds, 4, timeout=120):
+        assert max(offs) < 1e-5 and kind == "BigBirdSelfAttention"
+        assert attentions == 2 and not gathered

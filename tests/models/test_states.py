@@ -4,11 +4,12 @@ import copy
 import sys
 from contextlib import contextmanager
 from functools import wraps
-from inspect import signature
+from inspect import isfunction, signature
 from types import ModuleType
 
 import pytest
 import torch
+import transformers
 from harness.calls import mesh, text_of
 from harness.families import build, inputs, stock_gradients
 from torch.distributed.device_mesh import init_device_mesh
@@ -40,6 +41,10 @@ CASES = [
     ("falcon_h1", (1, 4), {"mamba_rms_norm": True, "mamba_norm_before_gate": True}),
     ("falcon_h1", (1, 4), {"mamba_rms_norm": False}),
     ("zamba2", (2, 2), {"mamba_ngroups": 2}),
+    ("zamba", (4, 1), {"n_mamba_heads": 4}),
+    ("zamba", (2, 2), {"n_mamba_heads": 2}),
+    ("zamba", (1, 4), {"n_mamba_heads": 1}),
+    ("recurrent_gemma", (4, 1), {}),
     ("granitemoehybrid", (1, 4), DELTA),
     ("minimax", (4, 1), DELTA | {"num_attention_heads": 8}),
     ("mamba", (4, 1), {}),
@@ -69,6 +74,10 @@ def in_float64(model):
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         for module in modules:
             patch.setattr(module, "torch", Wide("torch"))
+        for function in (f for part in model.modules() for f in vars(type(part)).values() if isfunction(f)):
+            if torch.float32 in (function.__defaults__ or ()):
+                wide = [torch.float64 if x is torch.float32 else x for x in function.__defaults__]
+                patch.setattr(function, "__defaults__", tuple(wide))
         yield
 
 
@@ -80,9 +89,11 @@ def steps(model):
     with torch.no_grad():
         name = next(x for x in ("past_key_values", "cache_params") if x in signature(model.forward).parameters)
         cache, last, logits = None, 0, []
+        if model.config.model_type == "recurrent_gemma":  # which gives none
+            cache = transformers.DynamicCache(config=model.config)
         for end in (9, 10, 11):
             output = model(ids[:, last:end], attention_mask=keep[:, :end], use_cache=True, **{name: cache})
-            cache, last = output[name], end
+            cache, last = output.get(name, cache), end
             logits.append(output.logits)
     found["with a cache"] = torch.cat(logits, 1)
     kept = keep[:, :, None].bool()
@@ -123,7 +134,7 @@ def compared(family, grid, sizes, **options):
     ours = stock_gradients(split)
     for name in grads if ours else ():
         offs[name] = ((grads[name] - ours[name]).abs().max() / grads[name].abs().max().clamp(min=least)).item()
-    found["share of states"] = sizes_kept[1] / sizes_kept[0]
+    found["share of states"] = sizes_kept[1] / max(sizes_kept[0], 1)  # some layers keep their own
     return found | {"off": max(offs.values()), "worst": max(offs, key=offs.get)}
 
 
@@ -176,6 +187,7 @@ STORED = [
     ("olmo_hybrid", DELTA | {"linear_num_key_heads": 1}),
     ("falcon_h1", {"mamba_rms_norm": True}),
     ("minimax", DELTA),
+    ("zamba", {}),
 ]
 
 
@@ -406,3 +418,30 @@ def sharded():
 def test_fully_shard(pool):
     """Localises: a dim of a weight's part that FSDP2 shards, vectors that it does."""
     assert max(pool.run(sharded, 4, timeout=120)) < 1e-10
+
+
+def seen():
+    """How a split tower of images differs in output and gradients; the grid of its attention; what is gathered."""
+    model = build("got_ocr2").double()
+    split = tlm.parallelize(copy.deepcopy(model), mesh((2, 2)))
+    towers, offs = [one.model.vision_tower for one in (model, split)], []
+    side = towers[0].config.image_size
+    for tower in towers:
+        for p in tower.parameters():
+            p.requires_grad_()
+        with in_float64(tower):
+            y = tower(torch.randn(2, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+            y.last_hidden_state.square().mean().backward()
+        offs.append(y.last_hidden_state)
+    found = [(offs[0] - offs[1]).abs().max() / offs[0].abs().max()]
+    ours = stock_gradients(split)
+    for name, p in towers[0].named_parameters() if ours else ():
+        found.append((p.grad - ours[f"model.vision_tower.{name}"]).abs().max() / p.grad.abs().max())
+    grids = {(x.place.grid.head_groups, x.place.grid.slices) for x in towers[1].modules() if hasattr(x, "cut")}
+    return max(found).item(), grids, [k for k, why in tlm.report(split).gathered.items() if why != NO_PLAN]
+
+
+def test_attention_of_images(pool):
+    """Localises: heads of a fused projection, tables of distances that all heads share, of a form without states."""
+    for off, grids, gathered in pool.run(seen, 4, timeout=120):
+        assert off < 1e-10 and grids == {(4, 1)} and not gathered

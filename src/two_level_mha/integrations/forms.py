@@ -31,6 +31,7 @@ INNER = "linear"  # of a module around one, such as MoshiLinear
 # Of gates of attention's output: a projection as wide as q's, or a linear of one number for each head; and what the
 # output may be multiplied with of them, the likelier first.
 GATES = ("gate_proj", "g_proj")
+GATE_SHIFT = "gate_bias"  # (h,), of a gate as wide as q: what each head adds to it
 GATE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softplus": nn.functional.softplus}
 # How q, k, v lie in one projection (stock.PACKINGS), the likelier first.
 PACKINGS = {"query_key_value": ("groups", "blocks")}
@@ -68,6 +69,7 @@ SOFTCAP = "attn_logit_softcapping"
 SINKS = "sinks"  # (h,)
 # A function beside the module: of position_ids, a rate and a length of the config, what queries are multiplied with.
 TEMPERATURE = "get_llama_4_attn_scale"
+QUERY_SCALES = "attention_scaling"  # an argument (B or 1, 1, L, 1): what queries are multiplied with, or None
 # Classes whose layers without rotation multiply queries with 1 + attn_scale log(1 + floor((p + 1) / floor_scale)), of a
 # row's position p in the sequence and its cache.
 TUNED = ("Llama4TextAttention",)
@@ -82,6 +84,7 @@ WINDOWS = {"local": "window_size"}  # attention_type -> where the config has how
 WEIGHTS_DROPOUT = ("dropout", "attention_dropout", "attn_dropout", "attn_dropout_p")
 OUTPUT_DROPOUT = ("resid_dropout", "out_drop", "output_dropout")
 OUTPUT_NORM = "LayerNorm"  # of the output and the module's input, added
+HEADS_NORMS = ("attn_sub_norm",)  # modules of all heads' outputs together, before the output projection
 OUTPUT_BIAS = "dense_bias"  # (D,), or None: given behind the weights, for the layer to add
 
 CACHES = ("past_key_values", "layer_past", "cache")
@@ -111,7 +114,7 @@ SLOT = "cycle_offset"  # how many layers of a KV cache its own is behind the mod
 # Keys and values before all others, which a call has only in models whose config says so.
 PROMPT, PROMPTED = "attn_prompt", "use_prompt"
 ARGUMENTS = {*INPUTS, *AGAIN, *MASKS, *CACHES, *BIASES, "position_embeddings", SINUSOIDS, "residual"}
-ARGUMENTS |= {CALLED_AS, SLOT, PROMPT, CHOSEN}
+ARGUMENTS |= {CALLED_AS, SLOT, PROMPT, CHOSEN, QUERY_SCALES}
 # Where layers leave keys and values, by layer_type, for later ones that have none of their own; what says that a module
 # takes them, or leaves its own.
 SHARED_STATES, TAKES, LEAVES = "shared_kv_states", "is_kv_shared_layer", "store_full_length_kv"
@@ -155,6 +158,11 @@ def takes_shared(module: nn.Module) -> bool:
 def gate_of(module: nn.Module) -> str | None:
     """Its linear of gates, by name."""
     return next((name for name in GATES if is_linear(getattr(module, name, None))), None)
+
+
+def heads_norm_of(module: nn.Module) -> str | None:
+    """Its module of all heads' outputs, by name."""
+    return next((name for name in HEADS_NORMS if isinstance(getattr(module, name, None), nn.Module)), None)
 
 
 def _width_of_heads(module: nn.Module, parent: nn.Module | None, paths: dict[str, str]) -> int | None:
@@ -314,7 +322,8 @@ def states_name(module: nn.Module) -> str | None:
 
 def is_decoder(module: nn.Module, parent: nn.Module | None) -> bool:
     """Whether a module is attention that may be called with a KV cache."""
-    cached = layer_of(module) is not None and cache_name(module) is not None
+    known = layer_of(module) is not None or CALLED_AS in parameters_of(module)
+    cached = known and cache_name(module) is not None
     return _looks_like(module, parent) and cached
 
 
@@ -412,7 +421,7 @@ def store_projections(
 
 def scale_of(original: nn.Module, head_dim: int, scaled: str) -> float:
     """Of scores; scaled: one of ANY_SCALE."""
-    known, usual = first_of(original, SCALES), head_dim**-0.5
+    known, usual = first_of(original, SCALES), float(head_dim**-0.5)
     return {"as it says": known if isinstance(known, float) else usual, "as usual": usual, "not": 1.0}[scaled]
 
 

@@ -31,20 +31,22 @@ class Gathered(nn.Module):
     """
 
     place: Place
-    layer: int | None  # of a KV cache
     crosses: bool  # whether it attends to other states alone, of which an EncoderDecoderCache has a cache of its own
     rows_first: bool  # whether it is called as fairseq's attention is, with (L, B, D)
     dealt: dict[bool, bool]  # whether sequences are dealt to the ranks, by whether a call is of one row without a cache
+
+    @property
+    def layer(self) -> int | None:
+        """Of a KV cache; a part that is put in another's place may have one first."""
+        return next((found for part in self.modules() if (found := layer_of(part)) is not None), None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = (kwargs.get("hidden_states"), *args, *kwargs.values())
         hidden = next(x for x in given if isinstance(x, Tensor))
         caches = [x for x in given if isinstance(x, Cache)]
-        if (
-            hidden.dim() < 3
-            or self.rows_first
-            or not all(self.layer is not None and can_be_dealt(cache) for cache in caches)
-        ):
+        layer = self.layer if caches else None
+        known = layer is not None and all(map(can_be_dealt, caches))
+        if hidden.dim() < 3 or self.rows_first or (caches and not known):
             return self._whole(args, kwargs)
         kind = hidden.shape[1] == 1 and not caches
         # what is dropped of a sequence depends on those before it
@@ -60,9 +62,9 @@ class Gathered(nn.Module):
             if not self.dealt[kind]:
                 return self._whole(args, kwargs)
         for cache in caches:
-            assert self.layer is not None
+            assert layer is not None
             own = cache.cross_attention_cache if self.crosses and isinstance(cache, EncoderDecoderCache) else cache
-            deal_cache(own, self.layer, sequences.batch, self.place)
+            deal_cache(own, layer, sequences.batch, self.place)
         with whole_weights(self, self.place, Partial()) as weights:
             output = super().forward(*mine, **named)
             return sequences.gather(output, weights)
@@ -122,7 +124,6 @@ def _for_trial(x: object) -> object:
 def gather_weights(module: nn.Module, name: str, mesh: DeviceMesh) -> None:
     """Makes a module, called `name` in its model, in place, a Gathered one."""
     store_split(module, grid_mesh(mesh))
-    layer = next((layer_of(part) for part in module.modules() if layer_of(part) is not None), None)
     mark(module, {path: "gathered" for path, part in module.named_modules() if path and hasattr(part, "weight")}, mesh)
     own = {"crosses": is_cross(module, name), "rows_first": next(iter(parameters_of(module)), None) == "query"}
-    become(module, Gathered, place=place_on(mesh), layer=layer, dealt={}, **own)
+    become(module, Gathered, place=place_on(mesh), dealt={}, **own)

@@ -17,6 +17,7 @@ from two_level_mha.agreement import digest, same_on_all_ranks
 from two_level_mha.blocks import dealt
 from two_level_mha.class_like import become
 from two_level_mha.errors import GridError, UsageRuntimeError
+from two_level_mha.integrations.forms import heads_norm_of
 from two_level_mha.integrations.lora_layers import ADAPTED, PLAIN_ONLY, Adapted, AdaptedProjection
 from two_level_mha.low_rank import Projection, blank_like, is_linear
 from two_level_mha.mesh import Place, place_on
@@ -142,7 +143,7 @@ def refusal_of(layers: dict[str, nn.Module], attentions: list[Any], activations:
             return GridError(
                 f"{one.name} is inside a layer of PEFT that is not supported around attention: merge it first"
             )
-        known = {id(part) for letter, part in one.projections.items() if is_projection(one.paths, letter)}
+        known = {id(part) for letter, part in one.projections.items() if is_projection(one.module, one.paths, letter)}
         parts = [*one.module.modules(), *one.projections.values()]
         if other := next((bases[id(part)] for part in parts if id(part) in bases and id(part) not in known), None):
             return GridError(
@@ -152,8 +153,12 @@ def refusal_of(layers: dict[str, nn.Module], attentions: list[Any], activations:
     return None
 
 
-def is_projection(paths: dict[str, str], letter: str) -> bool:
-    """Whether the projection stays a child of the split attention: not outside, nor fused with what is no linear."""
+def is_projection(module: nn.Module, paths: dict[str, str], letter: str) -> bool:
+    """Whether the projection stays a child of the split attention: not outside, nor fused with what is no linear, nor
+    behind a module of all heads.
+    """
+    if letter == "o" and heads_norm_of(module) is not None:
+        return False
     return "." not in paths[letter] and set("".join(paths)) in (set("qkvo"), set("qo"))
 
 

@@ -17,6 +17,7 @@ from two_level_mha.integrations.forms import (
     LATENT_DIMS,
     NORMS,
     OWN_ROTARY,
+    QUERY_SCALES,
     ROTATED,
     SINUSOIDS,
     VALUE_NORM,
@@ -49,6 +50,7 @@ class Positioned(GridAttention):
     def use_positions(self, original: nn.Module, rotates: bool, norms_last: bool) -> None:
         self.rotary = _rotary(original) if rotates else None
         self.temperature, self.tuning = temperature_of(original), tuning_of(original)
+        self.takes_scales = QUERY_SCALES in parameters_of(original)
         self.rotary_width, self.norms_last = rotary_width(original, self.head_dim), norms_last
         self.register_buffer(ANGLES, getattr(original, ANGLES, None) if rotates else None, persistent=False)
         if rotates and rotates_itself(original):
@@ -90,11 +92,13 @@ class Positioned(GridAttention):
             scale, floor = self.tuning
             positions = torch.arange(first + 1.0, first + length + 1.0, device=given["hidden_states"].device)
             rows.append((torch.log1p(torch.floor(positions / floor)) * scale + 1.0).view(1, 1, length, 1))
+        if given.get(QUERY_SCALES) is not None:
+            rows.append(given[QUERY_SCALES])
         return rows or None
 
     @property
     def scales_queries(self) -> bool:
-        return self.temperature is not None or self.tuning is not None
+        return self.temperature is not None or self.tuning is not None or self.takes_scales
 
     def norms(self) -> list[nn.Module]:
         """Those of queries and of keys that the model has."""
@@ -146,7 +150,7 @@ class Positioned(GridAttention):
             if self.rotary_width < self.head_dim:
                 rest = slice(self.rotary_width, None)
                 q, k = torch.cat([q, q_BHLd[..., rest]], -1), torch.cat([k, k_BKSd[..., rest]], -1)
-        if self.scales_queries:
+        if self.scales_queries and len(aside.q_rows) % 2:  # beside cos and sin, or alone
             q = q * aside.q_rows[-1].to(q.dtype)
         return q, k
 

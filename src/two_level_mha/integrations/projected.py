@@ -19,6 +19,7 @@ from two_level_mha.layer import Aside, GridAttention
 from two_level_mha.low_rank import features_of
 from two_level_mha.names import Args, Kwargs
 from two_level_mha.probe import settings
+from two_level_mha.stock import StockTensor
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # whose masks are understood
 
@@ -83,6 +84,9 @@ class ProjectedAttention(Positioned, GridAttention):
         for name in self.after:
             self.add_module(name, getattr(original, name))
         self.store_projections(projections, paths, packing)
+        shift = original._parameters.get(forms.GATE_SHIFT)
+        if shift is not None:
+            self.store_shift(shift)
         sinks = getattr(original, forms.SINKS, None)
         if sinks is not None:
             self.register_parameter(forms.SINKS, sinks)
@@ -111,6 +115,12 @@ class ProjectedAttention(Positioned, GridAttention):
         sizes = self.num_heads, self.num_kv_heads, self.head_dim
         names = forms.names_of(projections, paths, sizes, packing, self.v_dim)
         forms.store_projections(self, projections, paths, names)
+
+    def store_shift(self, shift: nn.Parameter) -> None:
+        """Takes over what each head adds to its gate."""
+        self.stock_names["gate_shift"] = StockTensor(forms.GATE_SHIFT, tuple(shift.shape), tuple(shift.shape))
+        kept = self.block(shift.detach(), "gate_shift")
+        self.register_parameter("gate_shift", nn.Parameter(kept, shift.requires_grad))
 
     def _check_values(self, gated: bool) -> None:
         """Raises GridError where narrower values cannot be filled up, slice by slice, to the width of keys."""
@@ -392,6 +402,8 @@ def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict
         if forms.takes_shared(original):
             shape = (2, features_of(projection)[1] // d // original.num_key_value_groups, rows, d)
             given[forms.SHARED_STATES] = {original.layer_type: tuple(torch.randn(2, *shape, dtype=dtype))}
+    if forms.QUERY_SCALES in named:
+        given[forms.QUERY_SCALES] = torch.rand(2, 1, rows, 1, dtype=dtype) + 0.5
     if forms.CALLED_AS in named:
         given[forms.CALLED_AS] = 0
     if "residual" in named:

@@ -4,7 +4,8 @@ Every column of a state, a value index, has its own recurrence. So heads are dea
 gives, or the heads that share one key, to the slices. A form says of one class which dim is which, by letters: g groups
 of heads with keys of their own, which head groups share, or channels where there are no heads; r or h heads of one of
 them; v or p what a head gives; k or s what its keys have. "gk,gk,grv" is a dim of three parts, each of dims by letters;
-"g:k,k,rv,rv" is one of such parts for every g.
+"g:k,k,rv,rv" is one of such parts for every g, and "gp:," two numbers for every p of every g.
+Attention to no more than a call's own rows, such as that of images, is a layer of this kind too: heads, and no states.
 """
 
 import math
@@ -32,6 +33,10 @@ class Form(NamedTuple):
     norm: tuple[str, str] | None = None  # where it is, and over what it takes squares together
     inner: tuple[str, str] | None = None  # a linear inside, of the same kind as out
     gives_pair: bool = False  # a tuple, whose first is its output
+    gives_weights: bool = False  # attention weights behind it: None here, since a rank has some heads' alone
+    inner_dims: dict[str, tuple[str, int]] = {}  # of vectors what lies along a second dim
+    products: tuple[str, ...] = ()  # vectors that are matrices: slices' products with them are summed
+    shape: tuple[int, ...] = (6,)  # of a sequence's rows in a trial
 
     @property
     def columns(self) -> list[tuple[str, str]]:
@@ -117,6 +122,49 @@ _LIGHTNING = Form(
     gives_pair=True,
 )  # fmt: skip
 
+_ZAMBA = Form(
+    {"n_mamba_heads": "g", "mamba_head_dim": "p", "intermediate_size": "gp"},
+    {"in_proj": "gp:,"},
+    ("out_proj", "gp"),
+    {
+        "conv1d.weight": ("gp", 0), "conv1d.bias": ("gp", 0), "x_proj_weight": ("g", 0), "dt_proj_weight": ("g", 0),
+        "dt_proj_bias": ("g", 0), "A_log": ("g", 0), "D": ("g", 0),
+    },
+    ("p",),
+    inner_dims={
+        "x_proj_weight": ("p", 2), "dt_proj_weight": ("p", 1), "dt_proj_bias": ("p", 1), "A_log": ("p", 1),
+        "D": ("p", 1),
+    },
+    products=("x_proj_weight",),
+)  # fmt: skip
+
+# Its gates are linears of whole heads.
+_RG_LRU = Form(
+    {
+        "rg_lru.num_attention_heads": "g", "rg_lru.block_width": "v", "lru_width": "gv", "hidden_size": "gv",
+        "conv_1d.groups": "gv",
+    },
+    {"linear_y": "gv", "linear_x": "gv"},
+    ("linear_out", "gv"),
+    {
+        "conv_1d.weight": ("gv", 0), "conv_1d.bias": ("gv", 0), "rg_lru.recurrent_param": ("gv", 0),
+        "rg_lru.input_gate_weight": ("g", 0), "rg_lru.input_gate_bias": ("g", 0),
+        "rg_lru.recurrent_gate_weight": ("g", 0), "rg_lru.recurrent_gate_bias": ("g", 0),
+    },
+    gives_pair=True,
+)  # fmt: skip
+
+# Of images: q is also multiplied with tables of distances, which all heads share.
+_IMAGE = Form(
+    {"num_attention_heads": "g", "proj.in_features": "gv"},
+    {"qkv": "gv,gv,gv"},
+    ("proj", "gv"),
+    {},
+    gives_pair=True,
+    gives_weights=True,
+    shape=(2, 3),
+)
+
 FORMS = {
     "Qwen3NextGatedDeltaNet": _QWEN_NEXT,
     "Qwen3_5GatedDeltaNet": _QWEN,
@@ -138,6 +186,9 @@ FORMS = {
     "Lfm2MoeShortConv": _SHORT,
     "Lfm3ShortConv": _SHORT,
     "MiniMaxLightningAttention": _LIGHTNING,
+    "ZambaMambaMixer": _ZAMBA,
+    "RecurrentGemmaRecurrentBlock": _RG_LRU,
+    "GotOcr2VisionAttention": _IMAGE,
 }
 
 

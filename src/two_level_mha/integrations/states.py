@@ -5,7 +5,7 @@ they are few numbers, and their gradients are summed over the ranks. During a ca
 class: parameters, buffers and the attributes that count heads are this rank's; so are the states that a cache keeps.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from two_level_mha.integrations.forms import layer_of, parameters_of
 from two_level_mha.integrations.lora import STATES, mark
 from two_level_mha.integrations.state_forms import ALL, HEADS, SLICES, Cut, form_of, owner_of
 from two_level_mha.mesh import Place, mesh_of, place_on
+from two_level_mha.names import Args, Kwargs
 from two_level_mha.operators import ops as _ops
 from two_level_mha.stock import HoldsStock, take_stock_keys
 from two_level_mha.stream import Stream
@@ -82,6 +83,29 @@ class SummedColumns(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)  # y's is of autocast, if there is one
 
 
+class SummedProduct(Tensor):
+    """This rank's columns of a matrix: the slices' products with it are summed, and each uses the sum differently."""
+
+    exchange: Exchange
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            y = function(*args, **(kwargs or {}))
+        exchange = next(x.exchange for x in args if isinstance(x, SummedProduct))
+        if function in (Tensor.matmul, Tensor.__matmul__, torch.matmul):
+            return exchange.sum(y, SLICES, apart=True)
+        return summed_product(y, exchange) if isinstance(y, Tensor) else y
+
+
+def summed_product(x: Tensor, exchange: Exchange) -> SummedProduct:
+    y: SummedProduct = x.as_subclass(SummedProduct)
+    y.exchange = exchange
+    return y
+
+
 class SlicedNorm(nn.Module):
     """A gated RMS norm that takes squares together of columns which several ranks have."""
 
@@ -132,7 +156,8 @@ class SplitStates(HoldsStock):
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop(self.hidden_name), ())
         hidden = hidden if self.stream is None else self.stream.gather(hidden)
         with self._own():
-            return super().forward(*self.exchange.apart([hidden], ALL), *args, **kwargs)
+            output = super().forward(*self.exchange.apart([hidden], ALL), *args, **kwargs)
+        return (output[0], None) if self.cut.form.gives_weights else output
 
     def _check_cache(self, cache: Cache) -> None:
         """Raises GridError for one that holds the states of more channels than this rank's."""
@@ -190,8 +215,10 @@ class SplitStates(HoldsStock):
         return found
 
     def _taken(self, x: Tensor, path: str) -> Tensor:
-        known = self.cut.form.vectors.get(path)
-        return x if known is None else self.cut.take(x, *known)
+        form = self.cut.form
+        for known in (form.vectors.get(path), form.inner_dims.get(path)):
+            x = x if known is None else self.cut.take(x, *known)
+        return summed_product(x, self.exchange) if path in form.products else x
 
 
 def _present(table: Mapping[str, Tensor | None], name: str) -> Tensor:
