@@ -49,6 +49,7 @@ FAMILIES = PYTHONPATH=tests:$(PYTHONPATH) $(PYTHON) -m harness.families
 models: $(BUILD_STAMP)
 	$(FAMILIES) --json docs/models.json
 	$(FAMILIES) --ranks 8 --kv-heads 1 --ours --json docs/models_8.json --docs docs/models.md
+	$(FAMILIES:families=encoder_families) --json docs/encoders.json --docs docs/encoders.md
 
 smoke: $(BUILD_STAMP)
 	$(PYTHON) -m pytest -m smoke $(PYTEST_ARGS) tests

@@ -53,7 +53,9 @@ _UNPLANNED = {
 }
 
 # Classes in whose place their parent puts others, and when: the parent is gathered, with whatever it then has.
-_BECOMING = {"BigBirdBlockSparseAttention": "in short calls it becomes another"}
+_BECOMING = dict.fromkeys(
+    ("BigBirdBlockSparseAttention", "BigBirdPegasusBlockSparseAttention"), "in short calls it becomes another"
+)
 
 # Classes whose parts are used apart from their calls.
 _NOT_GATHERED = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from harness import families
+from harness import encoder_families, families
 
 pytestmark = pytest.mark.cpu_only("its models run on Gloo")
 
@@ -43,3 +43,25 @@ def test_a_sample(made, count):
     names = random.Random(datetime.date.today().toordinal()).sample(sorted(families.built(made)), count)
     found = families.survey(names, made["ranks"], stock=False, kv_heads=made["kv_heads"])
     assert {name: how(one) for name, one in found} == {name: how(made["families"][name]) for name in names}
+
+
+ENCODERS = json.loads((ROOT / "docs" / "encoders.json").read_text())
+
+
+def test_the_page_of_encoders():
+    """Localises: docs/encoders.md changed by hand, or not made again; one that is wrong, refused, or dies."""
+    assert encoder_families.page(ENCODERS) == (ROOT / "docs" / "encoders.md").read_text()
+    verdicts = {one["verdict"] for found in ENCODERS["kinds"].values() for one in found.values()}
+    assert verdicts == {"right", "has none", "not built"}
+
+
+@pytest.mark.slow
+def test_a_sample_of_encoders():
+    """Drawn by the date. Localises: a family that is no longer right, or no longer split."""
+    if transformers.__version__ != ENCODERS["transformers"]:
+        pytest.skip(f"the table is of transformers {ENCODERS['transformers']}")
+    draw = random.Random(datetime.date.today().toordinal())
+    for kind, known in ENCODERS["kinds"].items():
+        names = draw.sample(sorted(name for name, one in known.items() if one["verdict"] == "right"), 2)
+        found = encoder_families.survey(kind, names, ENCODERS["ranks"])
+        assert {name: how(one) for name, one in found.items()} == {name: how(known[name]) for name in names}
