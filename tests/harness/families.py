@@ -54,8 +54,10 @@ SIZES = {
     "state_size": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
     "linear_value_head_dim": 16, "hidden_size_per_layer_input": 16, "time_step_rank": 4, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 64, "lru_width": 64,
+    "encoder_hash_byte_group_vocab": 96,
 }  # fmt: skip
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "multi_query_group_num")
+LEAST_KV_HEADS = {"diffllama": 2}
 SHARED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
 # What single families need besides; None: their own default.
 MORE = {
@@ -93,6 +95,7 @@ def small(family: str, kv_heads: int = SIZES[KV_HEADS[0]]) -> transformers.Pretr
         if isinstance(part, transformers.PretrainedConfig):
             options[name] = _sizes(part)
     options |= MORE.get(family, {})
+    kv_heads = max(kv_heads, LEAST_KV_HEADS.get(family, 1))
     if kv_heads == 1 and "multi_query" in options:
         options["multi_query"] = True
     for part in (options, *(part for part in options.values() if isinstance(part, dict))):
@@ -316,8 +319,8 @@ def sentence(made: dict, past: dict) -> str:
         f"Of transformers' {len(built(made))} causal language models of which a small one can be made, with 2 key/value"
         f" heads on {made['ranks']} ranks, {number['right']} give the unsplit logits, gradients and tokens here, "
         f"{number['right by split attention alone']} of them with all of their attention split; under transformers' "
-        f"own tensor parallelism {number[STOCK]} of those do. With one key/value head on {past['ranks']} ranks it is "
-        f"{past['counts']['right']} here (`make models`, {made['date']}, transformers {made['transformers']}, "
+        f"own tensor parallelism {number[STOCK]} of those do. With one key/value head on {past['ranks']} ranks "
+        f"{past['counts']['right']} do here (`make models`, {made['date']}, transformers {made['transformers']}, "
         f"torch {made['torch'].partition('+')[0]}: [the table](docs/models.md))."
     )
 
@@ -337,17 +340,17 @@ def page(made: dict, past: dict) -> str:
 Made by `make models` on {made["date"]}, torch {made["torch"]}, transformers {made["transformers"]}.
 
 Every causal language model of transformers, small and with random weights, with {made["kv_heads"]} key/value heads
-where the family lets one choose, on {ranks} Gloo ranks in a grid of {made["kv_heads"]} head groups. Of
-{len(built(made))} families {made["counts"]["right"]} are right: logits of a padded batch, the gradient of every
+where the family lets one choose, on {ranks} Gloo ranks in a grid of {made["kv_heads"]} head groups.
+Of {len(built(made))} families {made["counts"]["right"]} are right: logits of a padded batch, the gradient of every
 parameter and {TOKENS} greedy tokens with a cache are the unsplit model's. Of those, {split} have all of their attention
 split, or the layers that keep states in its place; in the others some or all keeps its own code, with weights that are
 stored split and gathered for each call, as MLPs do that no tensor-parallel plan of transformers splits.
-Under transformers' own tensor parallelism, on as many ranks, {made["counts"][STOCK]} of them give the unsplit
-logits and tokens.
+Under transformers' own tensor parallelism, on as many ranks, {made["counts"][STOCK]} of them are right in logits and
+tokens.
 
-The same with one key/value head on {past["ranks"]} ranks, in one head group of {past["ranks"]} slices, made on
-{past["date"]}: of {len(built(past))} families {past["counts"]["right"]} are right, {past_split} of them with all of
-their attention split. Where the column says "as is", it is as on {ranks} ranks.
+Past the key/value heads, with one of them where the family lets one choose, on {past["ranks"]} ranks in a grid of one
+head group (made on {past["date"]}), {past["counts"]["right"]} of {len(built(past))} families are right, {past_split} of
+them by split attention alone. "As is" there: as on {ranks} ranks.
 
 Kept is the share of all parameters that the first rank holds: 1/{ranks} is {1 / ranks:.2f}. Small models have large
 embeddings, which stay whole where they are tied.

@@ -33,7 +33,7 @@ def how(one: dict) -> tuple:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("made", "count"), zip(SURVEYS, SAMPLES, strict=True), ids=families.PAGE_OF)
+@pytest.mark.parametrize(("made", "count"), list(zip(SURVEYS, SAMPLES, strict=True)), ids=families.PAGE_OF)
 def test_a_sample(made, count):
     """Drawn by the date. Localises: a family that is no longer right, or no longer split; of models_8.json alone, past
     the key/value heads.

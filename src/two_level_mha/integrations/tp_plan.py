@@ -116,15 +116,16 @@ def apply_tp_plan(model: nn.Module, tp_plan: dict[str, str], mesh: DeviceMesh) -
 
 def _one_expert_after_the_other(experts: nn.Module) -> str | None:
     """Has experts multiplied one after the other where grouped_mm would die of a rank's columns; and then why."""
-    down, config = getattr(experts, "down_proj", None), getattr(experts, "config", None)
-    if not isinstance(down, DTensor) or getattr(config, "_experts_implementation", None) != "grouped_mm":
+    transposed, down = getattr(experts, "is_transposed", None), getattr(experts, "down_proj", None)
+    if transposed is None or not isinstance(down, DTensor):  # it chooses between no implementations
         return None
-    columns, ranks = down.shape[-2 if experts.is_transposed else -1], down.device_mesh.size()
-    if columns * down.element_size() % (ranks * _ROW_BYTES) == 0:
+    config: Any = experts.config
+    columns, ranks = down.shape[-2 if transposed else -1], down.device_mesh.size()
+    fits = columns * down.element_size() % (ranks * _ROW_BYTES) == 0
+    if fits or config._experts_implementation != "grouped_mm":
         return None
-    own: Any = copy.deepcopy(config)  # the model's says how whole experts are multiplied
+    experts.config = own = copy.deepcopy(config)  # the model's says how whole experts are multiplied
     own._experts_implementation = "eager"
-    experts.config = own
     return (
         f"multiplies one expert after the other: of its {columns} columns of {down.dtype} each of {ranks} ranks would "
         f"need a multiple of {_ROW_BYTES} bytes for grouped_mm"
