@@ -145,7 +145,7 @@ def _calls(module: nn.Module, dtype: torch.dtype) -> list[tuple[list[dict[str, o
     needed = {name: None for name, p in named.items() if p.default is p.empty and name != hidden}
 
     def given(first: int, shape: tuple[int, ...]) -> dict[str, object]:
-        found = {hidden: torch.randn(2, *shape, width, dtype=dtype), **needed}
+        found: dict[str, object] = {hidden: torch.randn(2, *shape, width, dtype=dtype), **needed}
         return found | ({POSITIONS: torch.arange(first, first + shape[0]).expand(2, -1)} if POSITIONS in named else {})
 
     whole, step = given(0, form_of(module).shape), given(6, (1,))

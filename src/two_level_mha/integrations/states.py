@@ -101,7 +101,7 @@ class SummedProduct(Tensor):
 
 
 def summed_product(x: Tensor, exchange: Exchange) -> SummedProduct:
-    y: SummedProduct = x.as_subclass(SummedProduct)  # type: ignore[arg-type]  # torch's stubs want a bound type
+    y: SummedProduct = x.as_subclass(SummedProduct)
     y.exchange = exchange
     return y
 
