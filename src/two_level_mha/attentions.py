@@ -1,7 +1,7 @@
 """Every attention of a model, and what will become of it: structure proposes, a probe decides."""
 
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,6 +18,7 @@ from two_level_mha.integrations.forms import (
     is_called_with_cache,
     is_cross,
     is_known_linear,
+    keeps_projection,
     layer_of,
     may_take_cache,
     parameters_of,
@@ -163,6 +164,18 @@ def by_structure(model: nn.Module, gathers: Container[nn.Module] = ()) -> list[F
     Raises GridError as find_attentions.
     """
     return _find(model, gathers, set(), lambda name: False).found
+
+
+def gather_adapted(attentions: Attentions, adapted: Collection[str]) -> None:
+    """Moves to those whose weights are gathered the ones that use a projection otherwise than its adapter would.
+
+    adapted: names of LoRA layers.
+    """
+    for one in list(attentions.found):
+        others = [path for letters, path in one.paths.items() if not keeps_projection(one.module, letters)]
+        if any(resolve(one.name, path) in adapted for path in others):
+            attentions.found.remove(one)
+            attentions.gathered[one.name] = one.module, "it has a LoRA adapter"
 
 
 def add_whole(

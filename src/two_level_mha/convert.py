@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.activations import check_activations
 from two_level_mha.agreement import ModelInputs, NoteOfFailure, check_same_weights, same_on_all_ranks
-from two_level_mha.attentions import Attentions, Found, add_whole, find_attentions
+from two_level_mha.attentions import Attentions, Found, add_whole, find_attentions, gather_adapted
 from two_level_mha.cache_layer import CACHE_LAYOUTS
 from two_level_mha.copies import copies_as_one
 from two_level_mha.errors import GridError
@@ -134,6 +134,7 @@ def _parallelize(
         skips = _skips(model, skip, only)
         attentions = find_attentions(model, skips, options)
         found = attentions.found
+        gather_adapted(attentions, layers)
         _check_grid(found, grid, scheme)
         if (unadapted := refusal_of(layers, found, activations)) is not None:
             raise unadapted

@@ -53,7 +53,7 @@ _PARTS = (
     forms.OUTPUT_BIAS,
     forms.GATE_SHIFT,
     *(f"{name}.{part}" for name in (*sum(forms.NORMS.values(), ()), forms.OUTPUT_NORM) for part in ("weight", "bias")),
-    *(f"{name}.weight" for name in (*forms.GATES, *forms.HEADS_NORMS, forms.BIAS_TABLE)),
+    *(f"{name}.weight" for name in (*forms.GATES, forms.BIAS_TABLE)),
     *(f"{name}.norms.*.weight" for name in sum(forms.NORMS.values(), ())),
 )
 
@@ -85,6 +85,29 @@ FAMILIES = (
         crosses=True,
         variants=forms.variants_of,
         problem=forms.unknown_argument,
+    ),
+    Adapter(
+        "normed over heads",
+        forms.is_normed,
+        forms.paths_of,
+        later("behind", "normed_like"),
+        later("decoder", "decoder_inputs"),
+        (*_PARTS, *(f"{name}.weight" for name in forms.HEADS_NORMS)),
+        cached=True,
+        variants=forms.variants_of,
+        problem=later("decoder", "problem"),
+    ),
+    Adapter(
+        "differential",
+        forms.is_differential,
+        forms.paths_of,
+        later("behind", "differential_like"),
+        later("behind", "differential_inputs"),
+        (*_PARTS, *forms.LAMBDAS),
+        cached=True,
+        variants=forms.variants_of,
+        problem=later("decoder", "problem"),
+        grid=lambda grid, k: Grid(1, grid.size),
     ),
     Adapter(
         "decoder",

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from two_level_mha.adapters import Adapter
 from two_level_mha.class_like import become
 from two_level_mha.families import later
-from two_level_mha.integrations.forms import heads_norm_of, takes_shared
+from two_level_mha.integrations.forms import keeps_projection, takes_shared
 from two_level_mha.integrations.head import head_of, split_head
 from two_level_mha.integrations.lora import mark
 from two_level_mha.integrations.private import pretrained_models
@@ -132,8 +132,8 @@ def find_stacks(
         inside = [one for ones in by_layer.values() for one in ones if not isinstance(one, States)]
         if crossing := [one.name for one in inside if one.adapter.crosses]:
             problem = f"{crossing[0]} is cross-attention, of states that are whole"
-        if normed := [one.name for one in inside if heads_norm_of(one.module) is not None]:
-            problem = f"{normed[0]} gives what all heads give to a module of its own"
+        if together := [one.name for one in inside if not keeps_projection(one.module, "o")]:
+            problem = f"in {together[0]} something acts on all heads together"
         if taking := [one.name for one in inside if takes_shared(one.module)]:
             problem = f"{taking[0]} attends to keys of another layer"
         if not problem:

@@ -144,9 +144,11 @@ CALLED = {
 }  # fmt: skip
 
 _BEAM = {"head_dim": 8, "num_hidden_layers": 2, "sliding_window": 8, "mlp_layer_types": ["dense"] * 2}
-# What acts on heads' outputs before the output projection: a norm over all heads, gates with a number more for each.
+# What acts on heads' outputs before the output projection: a norm over all heads, a difference of two softmaxes, gates
+# with a number more for each.
 BEHIND = {
     "bitnet": ("BitNetConfig", {"attention_bias": True}),
+    "diffllama": ("DiffLlamaConfig", {"attention_bias": True, "num_key_value_heads": 4, "num_attention_heads": 8}),
     "beam, sliding": ("BeamConfig", _BEAM | {"layer_types": ["sliding_attention"] * 2}),
     "beam": ("BeamConfig", _BEAM | {"layer_types": ["sliding_attention", "full_attention"]}),
 }  # fmt: skip

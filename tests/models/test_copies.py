@@ -15,7 +15,7 @@ import two_level_mha as tlm
 from two_level_mha.integrations.tp_plan import SharedForward
 
 DECODERS = ("llama", "gemma", "mixtral", "qwen3 moe", "youtu")  # an own head, a tied one, fused experts, latents
-GATHERED = ("deepseek_v32", "diffllama")  # what of them is split keeps its own code
+GATHERED = ("deepseek_v32", "doge")  # what of them is split keeps its own code
 
 
 def outputs(model: nn.Module) -> torch.Tensor:

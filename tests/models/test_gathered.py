@@ -15,7 +15,7 @@ from two_level_mha.gathered import Sequences, whole_weights
 from two_level_mha.integrations.gathered import gather_weights
 from two_level_mha.mesh import place_on
 
-FAMILIES = ("axk2", "zaya", "diffllama", "big_bird")
+FAMILIES = ("axk2", "zaya", "doge", "big_bird")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -28,7 +28,7 @@ def test_family(pool, family):
 
 def batches(sizes):
     """Greatest differences of logits, and tokens by beams, of batches of these sizes."""
-    model = build("diffllama")
+    model = build("doge")
     split = tlm.parallelize(copy.deepcopy(model), mesh((2, 2)))
     found = []
     for size in sizes:

@@ -12,7 +12,7 @@ import two_level_mha as tlm
 transformers = pytest.importorskip("transformers")
 
 OTHERS = {
-    "differences": ("DiffLlamaConfig", {}, "has a parameter that decoder attention has not: lambda"),
+    "a mask of its own": ("DogeConfig", {}, "has a parameter that decoder attention has not: A"),
     "clipping": ("OlmoConfig", {"clip_qkv": 6.0}, r"it clips queries, keys and values \(clip_qkv=6.0\)"),
     "dropout elsewhere": ("FalconConfig", {"attention_dropout": 0.1}, "with all attention weights dropped"),
 }

@@ -32,9 +32,9 @@ def stock(kind: str, seed: int = 0) -> nn.Module:
         drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         torch.manual_seed(seed)
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(**SMALL, **drops)).double().eval()
-    if kind == "diffllama":
+    if kind == "doge":
         torch.manual_seed(seed)
-        return transformers.AutoModelForCausalLM.from_config(transformers.DiffLlamaConfig(**BASE)).double().eval()
+        return transformers.AutoModelForCausalLM.from_config(transformers.DogeConfig(**BASE)).double().eval()
     return make(kind, exact=True, seed=seed)
 
 
@@ -146,7 +146,7 @@ CASES = {
     "dropout": ("llama", {"targets": tuple(t for t in ALL if t != "o_proj"), "lora": {"lora_dropout": 0.3}}),
     "embedding": ("llama", {"targets": ("embed_tokens", "q_proj")}),
     "widths that 4 does not divide": ("28 heads", {"lora": {"use_rslora": True}}),
-    "gathered weights": ("diffllama", {"targets": ("q_proj", "v_proj", "o_proj", "down_proj")}),
+    "gathered weights": ("doge", {"targets": ("q_proj", "v_proj", "o_proj", "down_proj")}),
     "blocks of one projection": ("phi3", {"targets": ("qkv_proj", "o_proj", "down_proj")}),
     "heads of one projection": ("gpt neox", {"targets": ("query_key_value", "dense")}),
     "groups of one projection": ("falcon 40b", {"targets": ("query_key_value", "dense"), "scheme": "heads"}),

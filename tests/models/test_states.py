@@ -45,6 +45,7 @@ CASES = [
     ("zamba", (2, 2), {"n_mamba_heads": 2}),
     ("zamba", (1, 4), {"n_mamba_heads": 1}),
     ("recurrent_gemma", (4, 1), {}),
+    ("rwkv", (4, 1), {"rescale_every": 1}),
     ("granitemoehybrid", (1, 4), DELTA),
     ("minimax", (4, 1), DELTA | {"num_attention_heads": 8}),
     ("mamba", (4, 1), {}),
@@ -83,11 +84,12 @@ def in_float64(model):
 
 def steps(model):
     """Logits of a padded batch, at once and with a cache in two parts and a step; and that cache."""
-    batch = inputs()
+    only = 1 if model.config.model_type == "rwkv" else None  # whose step takes no more, and mixes up what it is given
+    batch = {name: x[:only] for name, x in inputs().items()}
     ids, keep = batch["input_ids"], batch["attention_mask"]
     found = {"logits": model(**batch, use_cache=False).logits}
     with torch.no_grad():
-        name = next(x for x in ("past_key_values", "cache_params") if x in signature(model.forward).parameters)
+        name = next(x for x in ("past_key_values", "cache_params", "state") if x in signature(model.forward).parameters)
         cache, last, logits = None, 0, []
         if model.config.model_type == "recurrent_gemma":  # which gives none
             cache = transformers.DynamicCache(config=model.config)
@@ -102,7 +104,11 @@ def steps(model):
 
 def states(cache):
     """Numbers of the states of a cache that are kept instead of keys."""
-    kept = [getattr(layer, kind, {}) for layer in cache.layers for kind in ("conv_states", "recurrent_states")]
+    kept = [
+        getattr(layer, kind, {})
+        for layer in getattr(cache, "layers", ())
+        for kind in ("conv_states", "recurrent_states")
+    ]
     kept.append(dict(enumerate(getattr(cache, "linear_cache", ()))))  # MiniMax's
     return sum(x.numel() for one in kept for x in one.values() if isinstance(x, torch.Tensor))
 

@@ -8,8 +8,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from two_level_mha.activations import used_apart
-from two_level_mha.blocks import local_blocks
 from two_level_mha.cache_layer import NO_CACHE, CachedCall
 from two_level_mha.class_like import class_like
 from two_level_mha.decoder import check_dropout
@@ -17,10 +15,8 @@ from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations import forms
 from two_level_mha.integrations.cache import HYBRID, WINDOWED, put_layer, split_layer
 from two_level_mha.integrations.projected import Attended, ProjectedAttention, additive, mask_for, random_arguments
-from two_level_mha.low_rank import Cut
 from two_level_mha.mesh import Place
 from two_level_mha.names import Args, Kwargs
-from two_level_mha.operators import ops as _ops
 
 
 class SharedKeys(NamedTuple):
@@ -163,50 +159,6 @@ class TakingAttention(DecoderAttention):
         return self.attended(given, none, [x_BLD, none], mask, causal, then=take, softcap=self.softcap, call=call)
 
 
-class NormedAttention(DecoderAttention):
-    """A DecoderAttention whose heads' outputs go through a module together, before the output projection.
-
-    The pass gives every rank what all heads give: its output projection puts a rank's columns where they are among all.
-    Then each rank projects its own of what the module makes of them, and that is summed over the grid.
-    """
-
-    def __init__(self, original: nn.Module, *args: Any, **options: Any) -> None:
-        super().__init__(original, *args, **options)
-        self.heads_norm = forms.heads_norm_of(original) or ""
-        if self.combine == "concat" or self.filled_up:
-            raise GridError(f'{self.heads_norm} needs combine="reduce", and values as wide as keys')
-        self.add_module(self.heads_norm, getattr(original, self.heads_norm))
-
-    def own_blocks(self) -> list[Tensor | None]:
-        *others, out_weight, _ = super().own_blocks()
-        assert out_weight is not None
-        heads, width = out_weight.shape[1:]
-        h, d = self.num_heads, self.head_dim
-        places = self.own_of(torch.arange(h * d, device=out_weight.device).view(h, d), 0, heads, width).flatten()
-        spread = out_weight.new_zeros(h * d, heads * width)
-        spread[places, torch.arange(heads * width, device=out_weight.device)] = 1.0
-        return [*others, spread.view(h * d, heads, width), None]
-
-    def own_of(self, x: Tensor, dim: int, heads: int, width: int) -> Tensor:
-        """This rank's of all heads, along `dim`, and all columns of each, along the next."""
-        return Cut(self.place, self.head_dim).of(x, dim, heads, width)
-
-    def finished(self, y_BLD: Tensor, given: dict[str, Any]) -> Tensor:
-        """y_BLD: what all heads give, one behind the other."""
-        out_weight, out_bias = local_blocks([self._parameters["out_weight"], self._parameters["out_bias"]])
-        assert out_weight is not None
-        place, (heads, width) = self.place, out_weight.shape[1:]
-        normed_BLO: Tensor = getattr(self, self.heads_norm)(y_BLD)
-        normed_BLO = used_apart([normed_BLO], place, self.reduce_dtype)[0]
-        own = self.own_of(normed_BLO.unflatten(-1, (self.num_heads, self.head_dim)), 2, heads, width)
-        y_BLD = nn.functional.linear(own.flatten(2), out_weight.flatten(1))
-        if place.grid.size > 1:
-            dtype = self.reduce_dtype or y_BLD.dtype
-            y_BLD = _ops.all_reduce(y_BLD.to(dtype), place.grid.size, place.groups[2]).to(y_BLD.dtype)
-        y_BLD = y_BLD if out_bias is None else y_BLD + out_bias.to(y_BLD.dtype)
-        return super().finished(y_BLD, given)
-
-
 def _check_options(original: nn.Module, scheme: str) -> None:
     """Raises GridError for what the config says and a split attention has not."""
     config = getattr(original, "config", None)
@@ -224,8 +176,7 @@ def _check_options(original: nn.Module, scheme: str) -> None:
 
 def decoder_like(original: nn.Module, *args: Any, **options: Any) -> DecoderAttention:
     """A DecoderAttention of the original's class too."""
-    kind = NormedAttention if forms.heads_norm_of(original) is not None else DecoderAttention
-    kind = TakingAttention if forms.takes_shared(original) else kind
+    kind = TakingAttention if forms.takes_shared(original) else DecoderAttention
     return class_like(kind, type(original))(original, *args, **options)
 
 

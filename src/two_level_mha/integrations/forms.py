@@ -85,6 +85,9 @@ WEIGHTS_DROPOUT = ("dropout", "attention_dropout", "attn_dropout", "attn_dropout
 OUTPUT_DROPOUT = ("resid_dropout", "out_drop", "output_dropout")
 OUTPUT_NORM = "LayerNorm"  # of the output and the module's input, added
 HEADS_NORMS = ("attn_sub_norm",)  # modules of all heads' outputs together, before the output projection
+# Of the difference of two softmaxes: vectors of a head's width, of which its rate is made; a number; the norm of that.
+LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+LAMBDA_INIT, GROUP_NORM = "lambda_init", "groupnorm"
 OUTPUT_BIAS = "dense_bias"  # (D,), or None: given behind the weights, for the layer to add
 
 CACHES = ("past_key_values", "layer_past", "cache")
@@ -163,6 +166,22 @@ def gate_of(module: nn.Module) -> str | None:
 def heads_norm_of(module: nn.Module) -> str | None:
     """Its module of all heads' outputs, by name."""
     return next((name for name in HEADS_NORMS if isinstance(getattr(module, name, None), nn.Module)), None)
+
+
+def is_normed(module: nn.Module, parent: nn.Module | None) -> bool:
+    """Whether a module is a decoder's attention with a module of all heads' outputs."""
+    return heads_norm_of(module) is not None and is_decoder(module, parent)
+
+
+def is_differential(module: nn.Module, parent: nn.Module | None = None) -> bool:
+    """Whether a module is a decoder's attention by the difference of two softmaxes."""
+    parts = [getattr(module, name, None) for name in (*LAMBDAS, LAMBDA_INIT, GROUP_NORM)]
+    return all(part is not None for part in parts) and is_decoder(module, parent)
+
+
+def keeps_projection(module: nn.Module, letter: str) -> bool:
+    """Whether the projection of a letter, or letters, is one of inputs or outputs of the pass as it is."""
+    return not is_differential(module) and (letter != "o" or heads_norm_of(module) is None)
 
 
 def _width_of_heads(module: nn.Module, parent: nn.Module | None, paths: dict[str, str]) -> int | None:

@@ -17,7 +17,7 @@ from two_level_mha.agreement import digest, same_on_all_ranks
 from two_level_mha.blocks import dealt
 from two_level_mha.class_like import become
 from two_level_mha.errors import GridError, UsageRuntimeError
-from two_level_mha.integrations.forms import heads_norm_of
+from two_level_mha.integrations.forms import keeps_projection
 from two_level_mha.integrations.lora_layers import ADAPTED, PLAIN_ONLY, Adapted, AdaptedProjection
 from two_level_mha.low_rank import Projection, blank_like, is_linear
 from two_level_mha.mesh import Place, place_on
@@ -155,11 +155,10 @@ def refusal_of(layers: dict[str, nn.Module], attentions: list[Any], activations:
 
 def is_projection(module: nn.Module, paths: dict[str, str], letter: str) -> bool:
     """Whether the projection stays a child of the split attention: not outside, nor fused with what is no linear, nor
-    behind a module of all heads.
+    used by it in another way.
     """
-    if letter == "o" and heads_norm_of(module) is not None:
-        return False
-    return "." not in paths[letter] and set("".join(paths)) in (set("qkvo"), set("qo"))
+    alone = "." not in paths[letter] and set("".join(paths)) in (set("qkvo"), set("qo"))
+    return alone and keeps_projection(module, letter)
 
 
 def check_adapters(layers: Iterable[nn.Module], mesh: DeviceMesh | None, refusal: Exception | None = None) -> None:

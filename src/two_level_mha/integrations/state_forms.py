@@ -35,6 +35,9 @@ class Form(NamedTuple):
     gives_pair: bool = False  # a tuple, whose first is its output
     gives_weights: bool = False  # attention weights behind it: None here, since a rank has some heads' alone
     inner_dims: dict[str, tuple[str, int]] = {}  # of vectors what lies along a second dim
+    # An argument, a list of the states of all layers, (.., layers), which it gives behind its output: which entries are
+    # of such layers, and what lies along which dim.
+    states: tuple[str, tuple[int, ...], str, int] | None = None
     products: tuple[str, ...] = ()  # vectors that are matrices: slices' products with them are summed
     shape: tuple[int, ...] = (6,)  # of a sequence's rows in a trial
 
@@ -154,6 +157,16 @@ _RG_LRU = Form(
     gives_pair=True,
 )  # fmt: skip
 
+# Channels; the model keeps the states of all layers in one list of tensors (B, channels, layers).
+_RWKV = Form(
+    {"attention_hidden_size": "g"},
+    {"key": "g", "value": "g", "receptance": "g"},
+    ("output", "g"),
+    {"time_decay": ("g", 0), "time_first": ("g", 0)},
+    gives_pair=True,
+    states=("state", (2, 3, 4), "g", 1),
+)
+
 # Of images: q is also multiplied with tables of distances, which all heads share.
 _IMAGE = Form(
     {"num_attention_heads": "g", "proj.in_features": "gv"},
@@ -189,6 +202,7 @@ FORMS = {
     "ZambaMambaMixer": _ZAMBA,
     "RecurrentGemmaRecurrentBlock": _RG_LRU,
     "GotOcr2VisionAttention": _IMAGE,
+    "RwkvSelfAttention": _RWKV,
 }
 
 

@@ -74,7 +74,15 @@ class SummedColumns(nn.Linear):
 
     exchange: Exchange
     apart: bool
+    whose: tuple[nn.Module, str]  # in a tuple: the module that it is in is no child of it; the name of its parameter
     stream: Stream | None = None
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # an nn.Linear's is an attribute
+        """In a call this rank's columns; else the parameter, for a model that changes it in place, as RWKV's does."""
+        module, name = self.whose
+        own = self._parameters["weight"]
+        return _present(module._parameters, name) if own is None else own
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stream is not None and self.stream.splits:
@@ -155,9 +163,32 @@ class SplitStates(HoldsStock):
             self._check_cache(cache)
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop(self.hidden_name), ())
         hidden = hidden if self.stream is None else self.stream.gather(hidden)
+        form = self.cut.form
+        states: list[Tensor] | None = None if form.states is None else kwargs.get(form.states[0])
+        if states is not None:
+            self._take_states(states, kwargs)
         with self._own():
             output = super().forward(*self.exchange.apart([hidden], ALL), *args, **kwargs)
-        return (output[0], None) if self.cut.form.gives_weights else output
+        if states is not None:
+            self._give_states(states)
+        return (output[0], states) if form.gives_weights or form.states is not None else output
+
+    def _take_states(self, states: list[Tensor], kwargs: Kwargs) -> None:
+        """Gives a call, instead of the list of all states, one of this rank's: views, to which it writes."""
+        assert self.cut.form.states is not None
+        name, which, text, dim = self.cut.form.states
+        kwargs[name] = [self.cut.take(x, text, dim) if i in which else x for i, x in enumerate(states)]
+
+    def _give_states(self, states: list[Tensor]) -> None:
+        """Makes the list whole again, of this layer: every rank has written its own."""
+        assert self.cut.form.states is not None
+        _, which, text, dim = self.cut.form.states
+        layers = [states[i][..., self.layer] for i in which]
+        own = torch.stack([torch.zeros_like(x) for x in layers])
+        for mine, x in zip(own, layers, strict=True):
+            self.cut.take(mine, text, dim).copy_(self.cut.take(x, text, dim))
+        for x, whole in zip(layers, self.exchange.sum(own, ALL, apart=False), strict=True):
+            x.copy_(whole)
 
     def _check_cache(self, cache: Cache) -> None:
         """Raises GridError for one that holds the states of more channels than this rank's."""
@@ -261,7 +292,8 @@ def become_split(module: nn.Module, cut: Cut, exchange: Exchange, mesh: DeviceMe
             become(module.get_submodule(path), PartedRows, groups=cut.groups(text))
     for path, text in form.columns:
         _store(module, path, text, 1)
-        become(module.get_submodule(path), SummedColumns, exchange=exchange, apart=path != form.out[0])
+        whose, apart = (module, f"{path}.weight".replace(".", "_")), path != form.out[0]
+        become(module.get_submodule(path), SummedColumns, exchange=exchange, apart=apart, whose=whose)
     axis = cut.norm_axis()
     if axis is not None and form.norm is not None:
         path, text = form.norm
