@@ -44,7 +44,7 @@ soak: $(BUILD_STAMP)
 	cd tests && $(PYTHON) -m faults.test_ranks
 
 # docs/models.md: what of transformers' models is right on 4 ranks with 2 key/value heads, about 20 minutes on 2 cores,
-# and on 8 with one, as long again.
+# and on 8 with one, half an hour.
 FAMILIES = PYTHONPATH=tests:$(PYTHONPATH) $(PYTHON) -m harness.families
 models: $(BUILD_STAMP)
 	$(FAMILIES) --json docs/models.json

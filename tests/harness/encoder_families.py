@@ -56,6 +56,7 @@ MORE = {
                  "is_decoder": False},
     "segformer": STAGES | {"num_attention_heads": [2, 4], "hidden_sizes": [32, 64], "sr_ratios": [2, 1],
                            "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]},
+    "swiftformer": {"depths": [1, 1, 1, 1]},
     "switch_transformers": {"num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     "swin": STAGES | {"num_heads": [2, 4], "embed_dim": 32, "patch_size": 4, "window_size": 4},
     "swinv2": STAGES | {"num_heads": [2, 4], "embed_dim": 32, "patch_size": 4, "window_size": 4},
@@ -241,8 +242,21 @@ def survey(kind: str, names: list[str], ranks: int) -> dict[str, dict]:
     return found
 
 
+def summary(made: dict) -> str:
+    """README's."""
+    found = [one for of_kind in made["kinds"].values() for one in of_kind.values()]
+    verdicts = [one["verdict"] for one in found]
+    right = [one for one in found if one["verdict"] == "right"]
+    of = len(found) - verdicts.count("not built") - verdicts.count("has none")
+    return (
+        f"Of its {of} encoders, encoder-decoders, image and audio classifiers with attention of which a small one can be "
+        f"made, {len(right)} are right in outputs and gradients, "
+        f"{sum(not one['gathered'] for one in right)} of them all split ([the table](docs/encoders.md))."
+    )
+
+
 def sentence(made: dict) -> str:
-    """Of docs/models.md."""
+    """Of docs/encoders.md."""
     parts = []
     for kind, found in made["kinds"].items():
         verdicts = [one["verdict"] for one in found.values()]

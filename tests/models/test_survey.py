@@ -53,6 +53,7 @@ def test_the_page_of_encoders():
     assert encoder_families.page(ENCODERS) == (ROOT / "docs" / "encoders.md").read_text()
     verdicts = {one["verdict"] for found in ENCODERS["kinds"].values() for one in found.values()}
     assert verdicts == {"right", "has none", "not built"}
+    assert encoder_families.summary(ENCODERS) in " ".join((ROOT / "README.md").read_text().split())
 
 
 @pytest.mark.slow
