@@ -249,8 +249,8 @@ def summary(made: dict) -> str:
     right = [one for one in found if one["verdict"] == "right"]
     of = len(found) - verdicts.count("not built") - verdicts.count("has none")
     return (
-        f"Of its {of} encoders, encoder-decoders, image and audio classifiers with attention of which a small one can be "
-        f"made, {len(right)} are right in outputs and gradients, "
+        f"Of its {of} encoders, encoder-decoders, image and audio classifiers with attention of which a small one can "
+        f"be made, {len(right)} are right in outputs and gradients, "
         f"{sum(not one['gathered'] for one in right)} of them all split ([the table](docs/encoders.md))."
     )
 
