@@ -158,6 +158,18 @@ def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dic
     return attentions
 
 
+def gather_beside_mixers(attentions: Attentions) -> None:
+    """Moves to those whose weights are gathered attention whose layer of a KV cache has states of a gathered mixer too:
+    these are dealt by sequences, and so must its keys be.
+    """
+    layers = {layer_of(module) for module, _ in attentions.gathered.values() if _mixes_tokens(module)} - {None}
+    for one in list(attentions.found):
+        if layer_of(one.module) in layers:
+            attentions.found.remove(one)
+            why = "its layer of a cache also has states of a mixer whose weights are gathered"
+            attentions.gathered[one.name] = one.module, why
+
+
 def by_structure(model: nn.Module, gathers: Container[nn.Module] = ()) -> list[Found]:
     """Every attention that an adapter takes by its structure alone; gathers: modules that may be of another one.
 

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.activations import check_activations
 from two_level_mha.agreement import ModelInputs, NoteOfFailure, check_same_weights, same_on_all_ranks
-from two_level_mha.attentions import Attentions, Found, add_whole, find_attentions, gather_adapted
+from two_level_mha.attentions import Attentions, Found, add_whole, find_attentions, gather_adapted, gather_beside_mixers
 from two_level_mha.cache_layer import CACHE_LAYOUTS
 from two_level_mha.copies import copies_as_one
 from two_level_mha.errors import GridError
@@ -140,6 +140,7 @@ def _parallelize(
             raise unadapted
         if grid.size > 1:
             take_states(attentions, grid, layers)
+            gather_beside_mixers(attentions)
         if rest and grid.size > 1:
             others = find_rest(model, grid.size, attentions.names(), skips)
             if activations == "replicated" and scheme != "independent":

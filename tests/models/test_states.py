@@ -326,6 +326,24 @@ def test_adapters(pool):
         assert error.startswith("in_proj_qkvz is in a TwoLevelQwen3NextGatedDeltaNet, which keeps states and takes no")
 
 
+def adapted_beside_attention():
+    """Whether a model of layers with both gives the unsplit tokens with adapters on its mixers; what is gathered."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(5)
+    whole = peft.get_peft_model(build("falcon_h1"), peft.LoraConfig(r=2, target_modules=["in_proj"]))
+    split = tlm.parallelize(copy.deepcopy(whole), mesh((2, 2)))
+    options = {**inputs(), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    with torch.no_grad():
+        tokens = [model.generate(**options) for model in (whole, split)]
+    return torch.equal(*tokens), {name.rpartition(".")[2] for name in tlm.report(split).gathered}
+
+
+def test_adapters_beside_attention(pool):
+    """Localises: a layer of a cache whose states are dealt by sequences and whose keys are not."""
+    for same, gathered in pool.run(adapted_beside_attention, 4, timeout=120):
+        assert same and gathered == {"mamba", "self_attn", "feed_forward"}
+
+
 def with_a_package():
     """How many layers are split where transformers has found a package whose kernels want a GPU."""
     model = build("qwen3_next")
