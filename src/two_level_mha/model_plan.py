@@ -86,7 +86,8 @@ def plan_model(
     priced by the sizes that its config has, its cache as one of latents; layers that keep a state by what they keep in
     a call.
     Raises GridError for a folder without a config.json, for a model without an attention that parallelize knows by its
-    structure, for one whose layers are not all latent attention alike, and as plan does.
+    structure, for one whose layers are not all latent attention alike, or keep states elsewhere than in a
+    cache of transformers, and as plan does.
     """
     model = on_meta(Path(folder), dtype, quantised=True)
     config = model.config.get_text_config()
@@ -116,7 +117,7 @@ def plan_model(
     kept = [
         priced(kinds.get(index, usual), min(getattr(layer, "sliding_window", None) or seq, seq)).cache_bytes
         for index, layer in enumerate(DynamicCache(config=config).layers)
-        if isinstance(layer, DynamicLayer)
+        if isinstance(layer, DynamicLayer) and model.can_generate()
     ]
     costs = [priced(_sizes(one, config, latent), seq) for one in attentions]
     states = [module for module in model.modules() if has_form(module)]
@@ -132,7 +133,7 @@ def plan_model(
         other_bytes=(parameters - inside) * model.dtype.itemsize // ranks,
         cache_bytes=sum(kept),
         state_bytes=sum(states for _, states in held),
-        logits_bytes=batch * (1 if decode else seq) * config.vocab_size * model.dtype.itemsize,
+        logits_bytes=batch * (1 if decode else seq) * getattr(config, "vocab_size", 0) * model.dtype.itemsize,
         activation_bytes=sum(cost.activation_bytes for cost in costs),
     )
 

@@ -167,22 +167,30 @@ def _called(module: nn.Module, calls: list[dict[str, object]], cached: str | Non
 def held_by_first(module: nn.Module, grid: Grid, batch: int) -> tuple[int, int]:
     """Bytes that rank 0 has, as the others or more: of the weights, and of the states of `batch` sequences.
 
-    module: with parameters on the meta device, whose call of one token is read. Raises GridError as Cut does.
+    module: with parameters on the meta device, whose call of one token is read. Raises GridError as Cut does, and for a
+    module that keeps its states in no cache of transformers.
     """
     part = copy.deepcopy(module)
     part.__class__ = _without_kernels(type(part))
     cut = Cut(part, form_of(part), grid)
     later("states", "become_split")(part, cut, Alone(Place(cut.grid, 0, 0)), None, False)
     hidden, *_ = named = parameters_of(module)
-    cache, name = later("states", "blank_cache")(layer_of(module)), next(name for name in CACHES if name in named)
+    weights = sum(p.nbytes for p in part.parameters())
+    if form_of(module).gives_weights:  # of images, without states
+        return weights, 0
+    cache, name = later("states", "blank_cache")(layer_of(module)), next((x for x in CACHES if x in named), None)
     dtype = next(module.parameters()).dtype
     given: dict[str, object] = {other: None for other, p in named.items() if p.default is p.empty}
-    given |= {hidden: torch.empty(batch, 1, _width(module), dtype=dtype, device="meta"), name: cache}
-    with torch.no_grad(), torch.device("meta"):
-        part(**given)
-    layer = cache.layers[layer_of(module)]
+    given |= {hidden: torch.empty(batch, 1, _width(module), dtype=dtype, device="meta")}
+    given |= {} if name is None else {name: cache}
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            part(**given)
+        layer = cache.layers[layer_of(module)]
+    except Exception as error:  # of any kind: it is another's code
+        raise GridError(f"{type(module).__name__} keeps states in no cache of transformers: {error!r}") from error
     states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-    return sum(p.nbytes for p in part.parameters()), sum(state.nbytes for state in states if state is not None)
+    return weights, sum(state.nbytes for state in states if state is not None)
 
 
 class Alone(NamedTuple):

@@ -12,6 +12,7 @@ from harness.programs import environment
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     DeepseekV3Config,
     Gemma4TextConfig,
     LlamaConfig,
@@ -180,3 +181,16 @@ def test_own_layers(tmp_path):
     assert found.cache_bytes == (window + whole) * 2 * 2 * 4 // 2
     opt = plan_model(saved(tmp_path / "opt", OPTConfig, ffn_dim=96), ranks=2, batch=1, seq=8, device_type="cpu")
     assert opt.attention_bytes == 3 * (4 * 64 * 64 // 2 + 3 * 32 + 64) * 4
+
+
+def test_without_a_cache(tmp_path):
+    """Localises: keys of an encoder counted as kept; states that are not in transformers' cache taken for none."""
+    bert = BertConfig(architectures=["BertForMaskedLM"], dtype="float32", vocab_size=64, hidden_size=48,
+                      num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)  # fmt: skip
+    bert.save_pretrained(tmp_path / "bert")
+    assert plan_model(tmp_path / "bert", ranks=4, batch=2, seq=16, device_type="cpu").cache_bytes == 0
+    config = small("minimax")
+    config.architectures = ["MiniMaxForCausalLM"]
+    config.save_pretrained(tmp_path / "minimax")
+    with pytest.raises(tlm.GridError, match="MiniMaxLightningAttention keeps states in no cache of transformers"):
+        plan_model(tmp_path / "minimax", ranks=4, batch=2, seq=16)
