@@ -32,6 +32,7 @@ def test_constants():
     """E. Localises: the same among the constants of a layer, and of how a call runs it."""
     flags = {"bias": True, "out_bias": False, "bias_kv": False, "whole_heads": True, "concat": False, "gated": True}
     sizes = {"num_heads": 11, "num_kv_heads": 12, "head_dim": 13, "embed_dim": 14, "key_dim": 15, "value_dim": 16}
+    sizes["out_dim"] = 17
     at = Place(Grid(7, 8), 2, 3)
     others = {"reduce_dtype": torch.float32, "activations": "batch", "overlap": 9}
     layer = context.layer_numbers(at, range(30, 45), **sizes, **flags, **others)
@@ -72,7 +73,7 @@ def test_a_call_that_is_none():
 
     q, k, v = enter()
     for wrong, message in (
-        ({"numbers": numbers.rpartition(" ")[0]}, "must begin with 40 integers, .* there is no in_halves in"),
+        ({"numbers": numbers.rpartition(" ")[0]}, "must begin with 41 integers, .* there is no in_halves in"),
         ({"numbers": numbers.replace(" ", " x", 1)}, "there is no slices in"),
         ({"groups": groups[:2]}, "groups must name those of the slice axis"),
         ({"sizes": [*sizes, 0]}, "sizes must be a list of 5 numbers, got 6"),

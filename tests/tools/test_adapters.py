@@ -123,7 +123,7 @@ attempt(lambda: tlm.parallelize(nn.Sequential(nn.Linear(2, 2)), None))
 def test_an_entry_point_and_the_decorator(tmp_path):
     """Localises: a kind of attention of another package that is not found, not split, or gives other numbers."""
     shown = program(tmp_path, BOTH, toy_package="entry:ADAPTER")
-    assert "supported: causal toy, toy, nn.MultiheadAttention, cross, decoder, encoder, latent" in shown
+    assert "supported: causal toy, toy, nn.MultiheadAttention, cross, normed over heads, " in shown
 
 
 WRONG = {
