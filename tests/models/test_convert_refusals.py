@@ -232,7 +232,7 @@ def test_unknown_structure_elsewhere():
             super().__init__()
             self.to_q, self.to_k, self.to_v = (nn.Linear(8, 8) for _ in range(3))
 
-    text = "structure that is not supported; supported: nn.MultiheadAttention, cross, decoder, encoder"
+    text = "structure that is not supported; supported: nn.MultiheadAttention, cross, normed"
     check_refused(nn.Sequential(OtherAttention()), "0 (OtherAttention)", text)
 
 
