@@ -123,6 +123,11 @@ class Attentions:
     def names(self) -> set[str]:
         return {*self.states, *self.gathered, *(name for one in self.found for name in one.names())}
 
+    def gather(self, one: Found, why: str) -> None:
+        """Moves one that was to be replaced to those whose weights are gathered."""
+        self.found.remove(one)
+        self.gathered[one.name] = one.module, why
+
 
 def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dict[str, Any]) -> Attentions:
     """Every attention of the model whose name `skips` does not say; each kind is tried against its replacement.
@@ -147,14 +152,13 @@ def find_attentions(model: nn.Module, skips: Callable[[str], bool], options: dic
         if not isinstance(variant, Unlike):
             one.variant = variant
         elif one.module in gathers:
-            attentions.gathered[one.name] = one.module, str(variant)
+            attentions.gather(one, str(variant))
         else:
             raise variant
     classes = {type(module): why for name, (module, why) in attentions.gathered.items() if not is_cross(module, name)}
     for one in list(attentions.found):
         if one.adapter.crosses is not True and (why := classes.get(type(one.module))) is not None:
-            attentions.found.remove(one)
-            attentions.gathered.setdefault(one.name, (one.module, why))
+            attentions.gather(one, why)
     return attentions
 
 
@@ -165,9 +169,7 @@ def gather_beside_mixers(attentions: Attentions) -> None:
     layers = {layer_of(module) for module, _ in attentions.gathered.values() if _mixes_tokens(module)} - {None}
     for one in list(attentions.found):
         if layer_of(one.module) in layers:
-            attentions.found.remove(one)
-            why = "its layer of a cache also has states of a mixer whose weights are gathered"
-            attentions.gathered[one.name] = one.module, why
+            attentions.gather(one, "its layer of a cache also has states of a mixer whose weights are gathered")
 
 
 def by_structure(model: nn.Module, gathers: Container[nn.Module] = ()) -> list[Found]:
@@ -186,8 +188,7 @@ def gather_adapted(attentions: Attentions, adapted: Collection[str]) -> None:
     for one in list(attentions.found):
         others = [path for letters, path in one.paths.items() if not keeps_projection(one.module, letters)]
         if any(resolve(one.name, path) in adapted for path in others):
-            attentions.found.remove(one)
-            attentions.gathered[one.name] = one.module, "it has a LoRA adapter"
+            attentions.gather(one, "it has a LoRA adapter")
 
 
 def add_whole(

@@ -4,7 +4,7 @@
 
 Masked language models, encoder-decoders, image and audio classifiers, of each family of transformers' mappings one with
 random weights. Right: the outputs that carry a loss and the gradient of every parameter are the unsplit model's, and
-where a model generates 8 greedy tokens with a cache too.
+where it is an encoder-decoder 6 greedy tokens with a cache too.
 """
 
 import argparse
@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="a page of it, in Markdown")
     args = parser.parse_args()
     before = json.loads(args.json.read_text())["kinds"] if args.only and args.json and args.json.is_file() else {}
-    found = {}
+    found = dict(before)
     for kind in args.kinds:
         names = [name for name in sorted(KINDS[kind].names) if not args.only or name in args.only]
         found[kind] = dict(sorted((before.get(kind, {}) | survey(kind, names, args.ranks)).items()))

@@ -1,7 +1,11 @@
 """Encoders and encoder-decoders whose attention, or what it gives, is of a kind of its own."""
 
 import pytest
-from harness.encoder_families import try_family
+from harness.calls import mesh
+from harness.encoder_families import build, try_family
+
+import two_level_mha as tlm
+from two_level_mha.integrations.gathered import Gathered
 
 
 @pytest.mark.parametrize(
@@ -19,3 +23,16 @@ def test_family(pool, kind, family, attentions):
     """
     for found in pool.run(try_family, 4, kind, family, (2, 2), timeout=120):
         assert (found["verdict"], found.get("attentions")) == ("right", attentions), found
+
+
+def gathered_ones() -> tuple[int, list[bool]]:
+    """How many attentions are replaced, and whether those that are not run their own code."""
+    model = tlm.parallelize(build("seq2seq", "granite_speech"), mesh((2, 2)))
+    report = tlm.report(model)
+    return report.attentions, [isinstance(model.get_submodule(name), Gathered) for name in report.gathered]
+
+
+def test_cross_attention_that_is_refused(pool):
+    """Localises: cross-attention that the trial refused, put in place all the same."""
+    for attentions, own in pool.run(gathered_ones, 4, timeout=120):
+        assert attentions == 4 and all(own)
