@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,6 +64,18 @@ _LATENT_PARTS = (
     *(f"{name}.weight" for name in forms.GATES),
 )
 
+_DECODER = Adapter(
+    "decoder",
+    forms.is_decoder,
+    forms.paths_of,
+    later("decoder", "decoder_like"),
+    later("decoder", "decoder_inputs"),
+    _PARTS,
+    cached=True,
+    variants=forms.variants_of,
+    problem=later("decoder", "problem"),
+)
+
 FAMILIES = (
     Adapter(
         "nn.MultiheadAttention",
@@ -86,40 +99,23 @@ FAMILIES = (
         variants=forms.variants_of,
         problem=forms.unknown_argument,
     ),
-    Adapter(
-        "normed over heads",
-        forms.is_normed,
-        forms.paths_of,
-        later("behind", "normed_like"),
-        later("decoder", "decoder_inputs"),
-        (*_PARTS, *(f"{name}.weight" for name in forms.HEADS_NORMS)),
-        cached=True,
-        variants=forms.variants_of,
-        problem=later("decoder", "problem"),
+    replace(
+        _DECODER,
+        name="normed over heads",
+        matches=forms.is_normed,
+        replace=later("behind", "normed_like"),
+        parameters=(*_PARTS, *(f"{name}.weight" for name in forms.HEADS_NORMS)),
     ),
-    Adapter(
-        "differential",
-        forms.is_differential,
-        forms.paths_of,
-        later("behind", "differential_like"),
-        later("behind", "differential_inputs"),
-        (*_PARTS, *forms.LAMBDAS),
-        cached=True,
-        variants=forms.variants_of,
-        problem=later("decoder", "problem"),
+    replace(
+        _DECODER,
+        name="differential",
+        matches=forms.is_differential,
+        replace=later("behind", "differential_like"),
+        inputs=later("behind", "differential_inputs"),
+        parameters=(*_PARTS, *forms.LAMBDAS),
         grid=lambda grid, k: Grid(1, grid.size),
     ),
-    Adapter(
-        "decoder",
-        forms.is_decoder,
-        forms.paths_of,
-        later("decoder", "decoder_like"),
-        later("decoder", "decoder_inputs"),
-        _PARTS,
-        cached=True,
-        variants=forms.variants_of,
-        problem=later("decoder", "problem"),
-    ),
+    _DECODER,
     Adapter(
         "encoder",
         forms.is_encoder,

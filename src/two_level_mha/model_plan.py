@@ -5,6 +5,7 @@ Read from its config.json, of which the model is made without memory; nothing of
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from two_level_mha.mesh import Grid
 from two_level_mha.planner import LATENT, UNITS, Option, Plan, plan
 from two_level_mha.pretrained import on_meta
 from two_level_mha.state_trial import held_by_first
+
+_Sizes = tuple[tuple[str, Any], ...]  # of an attention: options of plan, by name
 
 
 @dataclass(frozen=True)
@@ -105,23 +108,25 @@ def plan_model(
         "embed_dim": config.hidden_size, "ranks": ranks, "batch": batch, "decode": decode, "dtype": model.dtype,
         **options,
     }  # fmt: skip
-    kinds = {layer_of(one.module): _sizes(one, config, latent) for one in attentions}
-    usual = max(kinds.values(), key=list(kinds.values()).count)
-    found = plan(seq=seq, **call | usual)
+    sizes = [_sizes(one, config, latent) for one in attentions]
+    of_layer = dict(zip([layer_of(one.module) for one in attentions], sizes, strict=True))
+    usual = max(sizes, key=sizes.count)
+    found = plan(seq=seq, **call | dict(usual))
 
-    def priced(sizes: dict[str, Any], length: int) -> Option:
+    @cache
+    def priced(own: _Sizes, length: int) -> Option:
         """A layer of other sizes, or that keeps fewer tokens, on the same grid with the same scheme."""
         same = found.pick.grid, found.pick.scheme
-        return next(one for one in plan(seq=length, **call | sizes).options if (one.grid, one.scheme) == same)
+        return next(one for one in plan(seq=length, **call | dict(own)).options if (one.grid, one.scheme) == same)
 
     kept = [
-        priced(kinds.get(index, usual), min(getattr(layer, "sliding_window", None) or seq, seq)).cache_bytes
+        priced(of_layer.get(index, usual), min(getattr(layer, "sliding_window", None) or seq, seq)).cache_bytes
         for index, layer in enumerate(DynamicCache(config=config).layers)
         if isinstance(layer, DynamicLayer) and model.can_generate()
     ]
-    costs = [priced(_sizes(one, config, latent), seq) for one in attentions]
+    costs = [priced(own, seq) for own in sizes]
     states = [module for module in model.modules() if has_form(module)]
-    held = [held_by_first(module, Grid(*found.pick.grid), batch) for module in states]
+    state_weights, state_bytes = held_by_first(states, Grid(*found.pick.grid), batch)
     parameters = sum(p.numel() for p in model.parameters())
     inside = sum(p.numel() for module in (*states, *(one.module for one in attentions)) for p in module.parameters())
     return ModelPlan(
@@ -129,23 +134,24 @@ def plan_model(
         layers=layers,
         parameters=parameters,
         layer=found,
-        attention_bytes=sum(cost.weight_bytes for cost in costs) + sum(weights for weights, _ in held),
+        attention_bytes=sum(cost.weight_bytes for cost in costs) + state_weights,
         other_bytes=(parameters - inside) * model.dtype.itemsize // ranks,
         cache_bytes=sum(kept),
-        state_bytes=sum(states for _, states in held),
+        state_bytes=state_bytes,
         logits_bytes=batch * (1 if decode else seq) * getattr(config, "vocab_size", 0) * model.dtype.itemsize,
         activation_bytes=sum(cost.activation_bytes for cost in costs),
     )
 
 
-def _sizes(one: Found, config: PreTrainedConfig, latent: bool) -> dict[str, Any]:
+def _sizes(one: Found, config: PreTrainedConfig, latent: bool) -> _Sizes:
     """Of an attention, as plan takes them."""
     if latent:
-        own = {"num_heads": config.num_attention_heads, "bias": bool(getattr(config, "attention_bias", False))}
-        return own | {name: getattr(config, name, None) for name in LATENT}
+        bias = bool(getattr(config, "attention_bias", False))
+        own = tuple((name, getattr(config, name, None)) for name in LATENT)
+        return (("num_heads", config.num_attention_heads), ("bias", bias), *own)
     num_heads, num_kv_heads, head_dim = one.sizes()
-    return {
-        "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
-        "gated": is_gated(one.projections, num_heads, head_dim),
-        "bias": all(getattr(linear, "bias", None) is not None for linear in one.projections.values()),
-    }  # fmt: skip
+    return (
+        ("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim),
+        ("gated", is_gated(one.projections, num_heads, head_dim)),
+        ("bias", all(getattr(linear, "bias", None) is not None for linear in one.projections.values())),
+    )  # fmt: skip

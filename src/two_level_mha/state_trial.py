@@ -164,12 +164,22 @@ def _called(module: nn.Module, calls: list[dict[str, object]], cached: str | Non
     return [first_output(module(**given, **options)) for given in calls]
 
 
-def held_by_first(module: nn.Module, grid: Grid, batch: int) -> tuple[int, int]:
+def held_by_first(modules: list[nn.Module], grid: Grid, batch: int) -> tuple[int, int]:
     """Bytes that rank 0 has, as the others or more: of the weights, and of the states of `batch` sequences.
 
-    module: with parameters on the meta device, whose call of one token is read. Raises GridError as Cut does, and for a
-    module that keeps its states in no cache of transformers.
+    modules: with parameters on the meta device; of each kind a call of one token is read. Raises GridError as Cut does,
+    and for one that keeps its states in no cache of transformers.
     """
+    held: dict[tuple[object, ...], tuple[int, int]] = {}
+    kinds = [_kind(module) for module in modules]
+    for kind, module in zip(kinds, modules, strict=True):
+        if kind not in held:
+            held[kind] = _held_of(module, grid, batch)
+    return sum(held[kind][0] for kind in kinds), sum(held[kind][1] for kind in kinds)
+
+
+def _held_of(module: nn.Module, grid: Grid, batch: int) -> tuple[int, int]:
+    """The same of one."""
     part = copy.deepcopy(module)
     part.__class__ = _without_kernels(type(part))
     cut = Cut(part, form_of(part), grid)

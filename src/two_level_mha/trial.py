@@ -111,9 +111,9 @@ def _probe(
             ) from error
         try:
             got = ours(*our_args, **our_kwargs)
-            if count_of(got) < given or (given == 0) != (count_of(got) == 0):
-                raise TypeError(f"it gives {given or 'a tensor alone'}, and they {count_of(got) or 'a tensor alone'}")
-            got = first_output(got)
+            got, gives = first_output(got), count_of(got)
+            if gives < given or (gives > 0) != (given > 0):
+                raise TypeError(f"it gives {given or 'a tensor alone'}, and they {gives or 'a tensor alone'}")
         except Exception as error:
             raise Unlike(
                 f"{where} has the structure of {known} attention, but its parts do not work like it: {error!r}"
