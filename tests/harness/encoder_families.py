@@ -133,10 +133,10 @@ KINDS = {
 def configured(kind: str, family: str) -> transformers.PretrainedConfig:
     """A small configuration."""
     default, own = transformers.AutoConfig.for_model(family), MORE.get(family, {})
-    options = families._sizes(default)
+    options = families.sizes_of(default)
     for name, part in vars(default).items():
         if isinstance(part, transformers.PretrainedConfig):
-            options[name] = families._sizes(part) | {key: size for key, size in PARTS.items() if hasattr(part, key)}
+            options[name] = families.sizes_of(part) | {key: size for key, size in PARTS.items() if hasattr(part, key)}
     if kind == "image":
         options |= {name: size for name, size in PARTS.items() if hasattr(default, name)}
     lists = {name for name in options if isinstance(getattr(default, name, None), (list, tuple))}
@@ -150,17 +150,7 @@ def build(kind: str, family: str) -> nn.Module:
     config = configured(kind, family)
     name = KINDS[kind].names[family]
     config.architectures = [name if isinstance(name, str) else name[0]]
-    config._attn_implementation = "sdpa"
-    try:
-        model = KINDS[kind].make.from_config(config)
-    except ValueError:
-        model = KINDS[kind].make.from_config(config, attn_implementation="eager")
-    for p in model.parameters():
-        if p.dim() > 1:
-            nn.init.normal_(p, std=0.6 * p.shape[-1] ** -0.5)
-        else:
-            p.data.add_(torch.randn_like(p) * 0.1)
-    return model.eval()
+    return families.drawn(KINDS[kind].make, config)
 
 
 def answers(kind: str, model: nn.Module) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
@@ -201,14 +191,14 @@ def try_family(kind: str, family: str, grid: tuple[int, int]) -> dict[str, objec
     own_logits, _, own_tokens = answers(kind, model)
     own_grads, problems = families.stock_gradients(model), []
     tolerance = families.TOLERANCE[logits.dtype]
-    off = families._off(own_logits, logits)
+    off = families.off_by(own_logits, logits)
     if not off <= tolerance:
         problems.append(f"outputs differ by {off:.1e}")
     if tokens is not None and not torch.equal(tokens, own_tokens):
         problems.append("tokens differ")
     grads = {name: x for name, x in grads.items() if x.numel() and not x.isnan().any()}
     least = 1e-3 * max(x.abs().max().item() for x in grads.values())
-    offs = [(families._off(own_grads[name], x, least), name) for name, x in grads.items() if name in own_grads]
+    offs = [(families.off_by(own_grads[name], x, least), name) for name, x in grads.items() if name in own_grads]
     worst = max(offs, default=(0.0, ""))
     if own_grads and not worst[0] <= 10 * tolerance:
         problems.append(f"the gradient of {worst[1]} differs by {worst[0]:.1e}")
@@ -272,14 +262,11 @@ def page(made: dict) -> str:
     for kind, found in made["kinds"].items():
         for family, one in found.items():
             if one["verdict"] == "not built":
-                left.append(f"{family} ({families._cell(one['why'])})")
+                left.append(f"{family} ({families.cell(one['why'])})")
             elif one["verdict"] == "has none":
                 none.append(family)
             else:
-                ways = [(one.get("attentions"), "split"), (one.get("gathered"), "gathered")]
-                how = " and ".join(way for count, way in ways if count) if one["verdict"] == "right" else one["why"]
-                how += "; MLPs gathered" * (one.get("gathered_mlps", 0) > 0)
-                rows.append(f"| {KINDS[kind].called} | {family} | {one['verdict']} | {families._cell(how)} |")
+                rows.append(f"| {KINDS[kind].called} | {family} | {one['verdict']} | {families.how(one)} |")
     return f"""# Encoders and encoder-decoders
 
 Made by `make models` on {made["date"]}, torch {made["torch"]}, transformers {made["transformers"]}.

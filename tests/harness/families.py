@@ -90,10 +90,10 @@ MORE = {
 def small(family: str, kv_heads: int = SIZES[KV_HEADS[0]]) -> transformers.PretrainedConfig:
     """A small configuration of a family, with so many key/value heads where it lets one choose."""
     made = transformers.AutoConfig.for_model(family)
-    options = _sizes(made)
+    options = sizes_of(made)
     for name, part in vars(made).items():
         if isinstance(part, transformers.PretrainedConfig):
-            options[name] = _sizes(part)
+            options[name] = sizes_of(part)
     options |= MORE.get(family, {})
     kv_heads = max(kv_heads, LEAST_KV_HEADS.get(family, 1))
     if kv_heads == 1 and "multi_query" in options:
@@ -103,7 +103,7 @@ def small(family: str, kv_heads: int = SIZES[KV_HEADS[0]]) -> transformers.Pretr
     return type(made)(**{name: value for name, value in options.items() if value is not None})
 
 
-def _sizes(config: transformers.PretrainedConfig) -> dict:
+def sizes_of(config: transformers.PretrainedConfig) -> dict:
     options = {name: size for name, size in SIZES.items() if _has(config, name)}
     if options.keys() >= {"kv_lora_rank", "head_dim"}:  # there it is the width of what is rotated
         options["head_dim"] = options["qk_rope_head_dim"]
@@ -130,11 +130,16 @@ def build(family: str, kv_heads: int = SIZES[KV_HEADS[0]], **sizes: object) -> t
     config = small(family, kv_heads)
     for name, value in sizes.items():
         setattr(config, name, value)
+    return drawn(transformers.AutoModelForCausalLM, config)
+
+
+def drawn(auto: type, config: transformers.PretrainedConfig) -> torch.nn.Module:
+    """A model of a configuration, by one of transformers' Auto classes, with weights that are not small."""
     config._attn_implementation = "sdpa"
     try:
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = auto.from_config(config)
     except ValueError:
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model = auto.from_config(config, attn_implementation="eager")
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.6 * p.shape[-1] ** -0.5)
@@ -200,7 +205,7 @@ def try_family(family: str, grid: tuple[int, int]) -> dict[str, object]:
     keep = batch["attention_mask"].bool()
     output = model(**batch, use_cache=False)
     tolerance = TOLERANCE[output.logits.dtype]
-    off = _off(output.logits.detach()[keep], whole["logits"])
+    off = off_by(output.logits.detach()[keep], whole["logits"])
     if not off <= tolerance:
         problems.append(f"logits differ by {off:.1e}")
     (output.logits[keep].float() ** 2).mean().backward()
@@ -210,7 +215,7 @@ def try_family(family: str, grid: tuple[int, int]) -> dict[str, object]:
         problems.append("tokens differ")
     grads = stock_gradients(model)
     least = 1e-3 * max(x.abs().max().item() for x in whole["grads"].values())  # some are zero but for rounding
-    offs = [(_off(grads[name], x, least), name) for name, x in whole["grads"].items() if name in grads]
+    offs = [(off_by(grads[name], x, least), name) for name, x in whole["grads"].items() if name in grads]
     worst = max(offs, default=(0.0, ""))
     if grads and not worst[0] <= 10 * tolerance:
         problems.append(f"the gradient of {worst[1]} differs by {worst[0]:.1e}")
@@ -224,7 +229,7 @@ def try_family(family: str, grid: tuple[int, int]) -> dict[str, object]:
     }
 
 
-def _off(got: torch.Tensor, expected: torch.Tensor, least: float = 1e-9) -> float:
+def off_by(got: torch.Tensor, expected: torch.Tensor, least: float = 1e-9) -> float:
     if got.shape != expected.shape:
         return float("inf")
     return ((got - expected).abs().max() / expected.abs().max().clamp(min=least)).item()
@@ -245,7 +250,7 @@ def try_stock(family: str, folder: str) -> dict[str, object]:
         keep = batch["attention_mask"].bool()
         logits = [(one(**batch, use_cache=False).logits)[keep] for one in (model, split)]
         tokens = [one.generate(**batch, **options) for one in (model, split)]
-    off = _off(logits[1], logits[0])
+    off = off_by(logits[1], logits[0])
     right = off <= TOLERANCE[logits[0].dtype] and torch.equal(*tokens)
     return {"verdict": "right" if right else "wrong", "why": "" if right else f"logits differ by {off:.1e}"}
 
@@ -332,8 +337,8 @@ def page(made: dict, past: dict) -> str:
         held = f"{one['held']:.2f}" if "held" in one else ""
         stock = one["stock"]["verdict"].replace("crash", "dies")
         verdict, at_past = one["verdict"], past["families"][family]
-        rows.append(f"| {family} | {verdict} | {_how(one)} | {held} | {_beside(at_past, one)} | {stock} |")
-    left = [f"{family} ({_cell(one['why'])})" for family, one in made["families"].items() if family not in built(made)]
+        rows.append(f"| {family} | {verdict} | {how(one)} | {held} | {_beside(at_past, one)} | {stock} |")
+    left = [f"{family} ({cell(one['why'])})" for family, one in made["families"].items() if family not in built(made)]
     split, past_split = (each["counts"]["right by split attention alone"] for each in (made, past))
     return f"""# Models
 
@@ -363,20 +368,20 @@ No small model was made of {len(left)}: {"; ".join(left)}.
 """
 
 
-def _how(one: dict) -> str:
+def how(one: dict) -> str:
     ways = [(one.get("attentions"), "split"), (one.get("gathered"), "gathered")]
-    how = " and ".join(way for count, way in ways if count) if one["verdict"] == "right" else one["why"]
-    return _cell(how + "; MLPs gathered" * (one.get("gathered_mlps", 0) > 0))
+    ways_text = " and ".join(way for count, way in ways if count) if one["verdict"] == "right" else one["why"]
+    return cell(ways_text + "; MLPs gathered" * (one.get("gathered_mlps", 0) > 0))
 
 
 def _beside(one: dict, other: dict) -> str:
     """What one survey found where the other found `other`."""
-    if (one["verdict"], _how(one)) == (other["verdict"], _how(other)):
+    if (one["verdict"], how(one)) == (other["verdict"], how(other)):
         return "as is"
-    return f"{one['verdict']}: {_how(one)}"
+    return f"{one['verdict']}: {how(one)}"
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     return " ".join(text.replace("|", "/").split())[:160]
 
 
