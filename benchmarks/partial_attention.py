@@ -4,7 +4,8 @@
     python benchmarks/partial_attention.py --device cuda          on a GPU: gpu/attention.py
 
 A ratio with a floor is how many times faster ours is than the fastest of stock's calls: for d_v < d_qk also with V
-padded by zeros, for one token with grouped heads also with the group folded into rows. A ratio with a limit is what a
+padded by zeros, for one token with grouped heads also with the group folded into rows; for latents, whose first columns
+are the values, the latter or two products around a softmax, as models write them. A ratio with a limit is what a
 feature costs, our time with it over that without. Where a floor or limit is missed the exit status is 1.
 Floors are those of the CPU's level; ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 holds torch, oneDNN, MKL and so us to AVX2.
@@ -45,12 +46,14 @@ class Case(NamedTuple):
     heads: int = 8
     kv_heads: int | None = None
     folds: bool = True  # stock may fold the query heads of a KV head into rows; else it gets the grouped call alone
+    latent: bool = False  # values are the first columns of keys
 
     def name(self) -> str:
         kind, mask = KIND[self.dtype], "causal" if self.causal else "full"
         sizes = f"({self.d_qk},{self.d_v}) L={self.length} h={self.heads}"
         if self.keys:
-            return f"decode {kind} {sizes} S={self.keys} k={self.kv_heads}" + ("" if self.folds else " grouped call")
+            what = "decode latents" if self.latent else "decode"
+            return f"{what} {kind} {sizes} S={self.keys} k={self.kv_heads}" + ("" if self.folds else " grouped call")
         return f"{kind} {sizes} {mask} {PASSES[self.backward]}"
 
 
@@ -76,6 +79,8 @@ FLOORS = {
 
 # One token of one sequence: query heads, KV heads, whether stock folds, floors in fp32 and bf16
 DECODE = ((8, 1, False, 3.0, 8.0), (8, 1, True, 1.2, 1.2), (1, 1, True, 1.2, 1.2), (8, 8, True, 1.0, 1.0))
+# One token of multi-head latent attention: query heads, latents, floors in fp32 and bf16
+LATENTS = ((16, 32768, 1.7, 1.3), (128, 8192, 1.1, 1.1))
 
 
 def against_stock() -> list[Case]:
@@ -92,6 +97,10 @@ def against_stock() -> list[Case]:
         for dtype, floor in zip(KIND, floors, strict=True):
             sizes = {"length": 1, "keys": 32768, "heads": heads, "kv_heads": kv_heads, "folds": folds}
             found.append(Case(dtype, 128, 128, False, False, floor, **sizes))
+    for heads, keys, *floors in LATENTS:
+        for dtype, floor in zip(KIND, floors, strict=True):
+            sizes = {"length": 1, "keys": keys, "heads": heads, "kv_heads": 1, "latent": True}
+            found.append(Case(dtype, 576, 512, False, False, floor, **sizes))
     return found
 
 
@@ -110,12 +119,19 @@ def padded(case, q, k, v):
 
 def folded(case, q, k, v):
     """The query heads that share a KV head as rows of one head: (1, h, 1, d) as (1, k, h/k, d)."""
-    rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
-    return F.scaled_dot_product_attention(rows, k, v).flatten(1, 2).unsqueeze(2)
+    rows, wide = q.unflatten(1, (k.shape[1], -1)).squeeze(3), k if case.latent else v
+    return F.scaled_dot_product_attention(rows, k, wide)[..., : case.d_v].flatten(1, 2).unsqueeze(2)
+
+
+def products(case, q, k, v):
+    weights = (q.transpose(1, 2) @ k.transpose(2, 3) / math.sqrt(case.d_qk)).softmax(-1, dtype=torch.float32)
+    return (weights.to(q.dtype) @ v).transpose(1, 2)
 
 
 def stocks(case: Case) -> list[Callable]:
     """What ours is compared with: stock's call, and what a user would write where that one is slow."""
+    if case.latent:  # stock's other calls take a hundred times as long
+        return [folded, products]
     found = [stock]
     if case.d_v != case.d_qk:
         found.append(padded)
@@ -133,6 +149,7 @@ def run_against_stock(case: Case, repeats: int) -> dict:
     kv_heads, keys = case.kv_heads or case.heads, case.keys or case.length
     q = torch.randn(1, case.heads, case.length, case.d_qk).to(case.dtype)
     k, v = (torch.randn(1, kv_heads, keys, d).to(case.dtype) for d in (case.d_qk, case.d_v))
+    v = k[..., : case.d_v] if case.latent else v
     g = torch.randn(1, case.heads, case.length, case.d_v).to(case.dtype)
     inputs = [x.requires_grad_(case.backward) for x in (q, k, v)]
 

@@ -48,19 +48,22 @@ inline const char* no_width(const Request& r, const Machine&) {
   return r.d_qk == 0 || r.d_v == 0 ? "has no panels of width 0" : nullptr;
 }
 
-// The blocked kernel multiplies bfloat16 without widening it where the CPU can.
-inline const char* many_rows(const Request& r, const Machine& m) {
-  const bool narrow = r.dtype == Dtype::bfloat16 && m.cpu >= CpuLevel::avx512;
-  if (r.L * r.H <= (narrow ? 16 : 64) * r.K) return nullptr;
-  return narrow ? "cpu_blocked is faster with more than 16 rows for a KV head in bfloat16"
-                : "cpu_blocked is faster with more than 64 rows for a KV head";
-}
-
 inline const char* without_amx(const Request& r, const Machine& m) {
   const CpuLevel least = r.dtype == Dtype::float16 ? CpuLevel::amx_fp16 : CpuLevel::amx;
   if (m.cpu >= least) return nullptr;
   return r.dtype == Dtype::float16 ? "is the fastest in float16 only where the CPU has AMX-FP16"
                                    : "is the fastest in bfloat16 only where the CPU has AMX";
+}
+
+// The other kernels read K and V again for each query head of a KV head, whose rows are stacked here.
+inline const char* many_rows(const Request& r, const Machine& m) {
+  const int64_t rows = r.L * r.H;
+  const bool half = r.dtype == Dtype::bfloat16 || r.dtype == Dtype::float16;
+  if (half && !without_amx(r, m) && rows > 16 * r.K)
+    return "is slower than AMX with more than 16 rows for a KV head";
+  if (rows <= (r.L <= 4 ? 512 : 128) * r.K) return nullptr;
+  return r.L <= 4 ? "is slower than cpu_blocked with more than 512 rows for a KV head"
+                  : "is slower than cpu_blocked with more than 128 rows for a KV head";
 }
 
 // The first reason that with(stripe, its corner) gives, of the stripes of a call (corner.h).

@@ -235,7 +235,7 @@ def test_what_a_refusal_says():
         "kernel 'aten_cpu' cannot serve this call: it does not support a causal offset, window, softcap (it supports "
         "bfloat16, float16, groups of query heads, causal, backward). The call needs bfloat16, groups of query heads, "
         "causal, a causal offset, window, softcap, with q (2, 4, 37, 24), k (2, 2, 53, 24) and d_v = 24; "
-        f"kernel_name='' would take 'cpu_blocked'. Kernels: {', '.join(NAMES)}"
+        f"kernel_name='' would take 'cpu_decode'. Kernels: {', '.join(NAMES)}"
     )
 
 
@@ -332,10 +332,12 @@ ON_CPUS = {
     "float16 by AMX without float16": (with_(HALF, dtype="float16"), "AMX", "cpu_blocked", "cpu_blocked"),
     "float16 by AMX": (with_(HALF, dtype="float16"), "AMX-FP16", "aten_cpu", "aten_cpu"),
     "one row": (FEW, "AVX2", "cpu_decode", "cpu_blocked"),
-    "64 rows for a KV head": (with_(FEW, L=8, K=1, dtype="float32"), "AVX512", "cpu_decode", "cpu_blocked"),
-    "65 rows for a KV head": (with_(FEW, L=65, dtype="float32"), "AVX512", "cpu_blocked", "cpu_blocked"),
-    "17 rows widened": (with_(FEW, L=17), "AVX2", "cpu_decode", "cpu_blocked"),
-    "17 rows not widened": (with_(FEW, L=17), "AVX512", "cpu_blocked", "cpu_blocked"),
+    "128 rows for a KV head": (with_(FEW, L=16, K=1, dtype="float32"), "AVX512", "cpu_decode", "cpu_blocked"),
+    "129 rows for a KV head": (with_(FEW, L=129, dtype="float32"), "AVX2", "cpu_blocked", "cpu_blocked"),
+    "512 rows of 4 a head": (with_(FEW, L=4, H=128, K=1), "AVX512-BF16", "cpu_decode", "cpu_blocked"),
+    "516 rows of 4 a head": (with_(FEW, L=4, H=129, K=1), "AVX512-BF16", "cpu_blocked", "cpu_blocked"),
+    "16 rows with AMX": (with_(FEW, L=16), "AMX", "cpu_decode", "aten_cpu"),
+    "17 rows with AMX": (with_(FEW, L=17), "AMX", "aten_cpu", "aten_cpu"),
     "one row with dropout": (with_(FEW, dropout_p=0.1), "AVX512", "cpu_blocked", "cpu_blocked"),
     "width 0": (with_(HALF, D=0), "AVX512", "chunked", "chunked"),
 }
