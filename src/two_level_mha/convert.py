@@ -130,7 +130,8 @@ def _parallelize(
         pretrained = list(pretrained_models(model).values())
         for part in pretrained:
             if part.can_generate():
-                private_method(part, "_get_stopping_criteria")  # or it is refused
+                for name in ("_get_stopping_criteria", "_prepare_static_cache"):
+                    private_method(part, name)  # or it is refused
         skips = _skips(model, skip, only)
         attentions = find_attentions(model, skips, options)
         found = attentions.found

@@ -108,6 +108,7 @@ def differences(name: str, grid: tuple[int, int], options: dict) -> tuple[dict[s
     stock = make(name)
     ours = tlm.parallelize(copy.deepcopy(stock), mesh(grid), **options)
     alike = [torch.equal(*(tokens(model, name, beams) for model in (stock, ours))) for beams in (1, 3)]
+    alike.append(torch.equal(tokens(stock, name, 1), tokens(ours, name, 1, cache_implementation="static")))
     report = tlm.report(ours)
     gathered = [one for one, why in report.gathered.items() if why != NO_PLAN]
     return off(stock, ours, name), alike, report.attentions, gathered
@@ -121,7 +122,7 @@ def test_encoder_decoder(pool, name):
     for grid, options in (((2, 2), {}), ((1, 4), {"cache": "batch", "rest": False})):
         for found, alike, count, gathered in pool.run(differences, 4, name, grid, options, timeout=240):
             assert max(found.values()) < 1e-10, found
-            assert alike == [True, True]
+            assert alike == [True] * 3  # greedy, beams, a static cache
             assert (count, gathered) == (6, [])
 
 

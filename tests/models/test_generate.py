@@ -6,6 +6,7 @@ import pytest
 import torch
 from harness.calls import mesh
 from harness.decoders import MODELS, pair, prompt
+from torch._dynamo.testing import CompileCounter
 
 import two_level_mha as tlm
 
@@ -230,7 +231,7 @@ def refusals(grid):
 def test_caches_that_are_refused(pool):
     """Localises: a cache of another kind, which would be used as if it were ours."""
     parts = {
-        "static": "got a StaticCache with StaticLayer",
+        "static": "a two_level_mha.KVCache, whose max_length= allocates once, got a StaticCache with StaticLayer",
         "filled": "filled by a model that is not split",
         "another grid": "was made for",
         "too long": "max_length=5",
@@ -253,3 +254,52 @@ def test_memory_of_a_models_cache(pool, layout):
     """E. Localises: keys of one layer or rank kept twice."""
     whole = 3 * 2 * 8 * 4 * 2 * 64 * 8  # layers, K and V, float64, sequences, heads, tokens, head_dim
     assert pool.run(memory, 4, (2, 2), layout) == [whole // 4] * 4
+
+
+def allocated_once(grid, layout):
+    """Tokens by cache_implementation="static" beside stock's, of greedy search and beams; bytes of the cache."""
+    ids, keep = prompt(rows=4)
+    found = []
+    for name in ("llama", "gemma3"):
+        stock, ours = pair(name, grid, cache=layout)
+        for beams in (1, 3):
+            options = {"max_new_tokens": 20, "num_beams": beams}
+            static = options | {"cache_implementation": "static", "return_dict_in_generate": True}
+            got = tokens(ours, ids, keep, **static)
+            same = torch.equal(got.sequences, tokens(stock, ids, keep, **options))
+            found.append((same, got.past_key_values.nbytes if name == "llama" and beams == 1 else 0))
+    return found
+
+
+@pytest.mark.parametrize("layout", ["position", "batch"])
+def test_a_static_cache(pool, layout):
+    """E. Localises: the cache that a split model makes for cache_implementation="static", of one size from the start."""
+    longest = 11 + 19  # tokens of the prompt, and new ones but the last
+    whole = 3 * 2 * 8 * 4 * 2 * longest * 8
+    for found in pool.run(allocated_once, 4, (2, 2), layout):
+        assert [same for same, _ in found] == [True] * 4
+        assert found[0][1] == whole // 4
+
+
+def compiled_steps(grid, layout):
+    """Graphs after each of 12 steps of a compiled model, and whether its tokens are stock's."""
+    stock, ours = pair("llama", grid)
+    ids, keep = prompt()
+    cache, counter = tlm.KVCache(ours.config, mesh(grid), layout=layout, max_length=64), CompileCounter()
+    step, counts = torch.compile(ours, fullgraph=True, backend=counter), []
+    with torch.no_grad():
+        logits = ours(ids, past_key_values=cache).logits
+        drawn = [logits[:, -1:].argmax(-1)]
+        for _ in range(12):
+            drawn.append(step(drawn[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+            counts.append(counter.frame_count)
+    return counts, torch.equal(torch.cat([ids, *drawn], 1), tokens(stock, ids, max_new_tokens=13))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["position", "batch"])
+def test_a_compiled_step(pool, layout):
+    """E. Localises: a number of the cache that a graph takes as constant: each step would be compiled anew."""
+    for counts, same in pool.run(compiled_steps, 2, (1, 2), layout, timeout=500):
+        assert same
+        assert counts[-1] <= 3 and counts[3:] == [counts[3]] * 9, counts

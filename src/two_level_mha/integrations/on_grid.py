@@ -8,11 +8,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, StoppingCriteriaList
 
+from two_level_mha.cache import KVCache
 from two_level_mha.checkpoint import full_state_dict
 from two_level_mha.control import Control, same_in
 from two_level_mha.errors import UsageRuntimeError
+from two_level_mha.integrations.decoder import DecoderAttention
 from two_level_mha.integrations.generate import FirstRanksTokens
 from two_level_mha.integrations.private import private
 from two_level_mha.mesh import control_on
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
     class _Original(nn.Module):
         """What a transformers model has."""
+
+        config: Any
 
         def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList: ...
         def save_pretrained(self, *args: Any, **kwargs: Any) -> None: ...
@@ -57,6 +61,16 @@ class OnGrid(_Original):
         if generation_config.num_beams > 1 or self.grid_control is None:  # beams: the column is a copy
             return criteria
         return FirstRanksTokens(criteria, self.grid_control)
+
+    def _prepare_static_cache(self, cache_implementation: str, *args: Any, max_cache_len: int, **kwargs: Any) -> Any:
+        """A cache whose memory is made once, for generate(cache_implementation="static")."""
+        split = next((x for x in self.modules() if isinstance(x, DecoderAttention) and x.cache_name), None)
+        if split is None or "offloaded" in cache_implementation:
+            raise UsageRuntimeError(
+                f"cache_implementation={cache_implementation!r} is not supported by this split model: leave it out"
+            )
+        kept = KVCache(self.config, split.mesh, layout=split.cache_layout, max_length=max_cache_len)
+        return EncoderDecoderCache(kept, DynamicCache()) if self.config.is_encoder_decoder else kept
 
     def save_pretrained(
         self,

@@ -29,7 +29,7 @@ _MODULES = {
 }
 _METHODS = (
     "_adjust_missing_and_unexpected_keys", "_finalize_model_loading", "_from_config", "_get_dtype_plan",
-    "_get_stopping_criteria", "_load_pretrained_model", "_resolve_parallel_plans",
+    "_get_stopping_criteria", "_load_pretrained_model", "_prepare_static_cache", "_resolve_parallel_plans",
 )  # fmt: skip
 
 
