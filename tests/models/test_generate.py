@@ -273,7 +273,7 @@ def allocated_once(grid, layout):
 
 @pytest.mark.parametrize("layout", ["position", "batch"])
 def test_a_static_cache(pool, layout):
-    """E. Localises: the cache that a split model makes for cache_implementation="static", of one size from the start."""
+    """E. Localises: the cache that a split model makes for cache_implementation="static", allocated at once."""
     longest = 11 + 19  # tokens of the prompt, and new ones but the last
     whole = 3 * 2 * 8 * 4 * 2 * longest * 8
     for found in pool.run(allocated_once, 4, (2, 2), layout):

@@ -224,9 +224,8 @@ def split_layer(cache: Cache, index: int, place_of: Callable[[str], Place], layo
     if type(layer) not in REPLACED or cache.offloading:
         kind = type(cache).__name__ if layer is None else f"{type(cache).__name__} with {type(layer).__name__}"
         raise GridError(
-            "past_key_values must be None, a DynamicCache or a two_level_mha.KVCache, whose max_length= allocates once, "
-            f"got a {kind}"
-            + (" that offloads" if getattr(cache, "offloading", False) else "")
+            "past_key_values must be None, a DynamicCache or a two_level_mha.KVCache, whose max_length= allocates "
+            f"once, got a {kind}" + (" that offloads" if getattr(cache, "offloading", False) else "")
         )
     if layer.get_seq_length():
         raise GridError("past_key_values was filled by a model that is not split: fill it again by this one")

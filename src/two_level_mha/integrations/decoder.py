@@ -16,7 +16,7 @@ from two_level_mha.integrations import forms
 from two_level_mha.integrations.cache import HYBRID, WINDOWED, put_layer, split_layer
 from two_level_mha.integrations.projected import Attended, ProjectedAttention, additive, mask_for, random_arguments
 from two_level_mha.mesh import Place
-from two_level_mha.names import Args, Kwargs
+from two_level_mha.names import Args, CacheLayout, Kwargs
 
 
 class SharedKeys(NamedTuple):
@@ -45,7 +45,7 @@ class DecoderAttention(ProjectedAttention):
         paths: dict[str, str],
         mesh: DeviceMesh | None,
         *,
-        cache: str,
+        cache: CacheLayout,
         **options: Any,
     ) -> None:
         _check_options(original, options["scheme"])
