@@ -11,6 +11,7 @@ from harness.families import answers, build, inputs, try_family
 
 import two_level_mha as tlm
 from two_level_mha.attentions import NO_PLAN
+from two_level_mha.blocks import full_tensor
 from two_level_mha.gathered import Sequences, whole_weights
 from two_level_mha.integrations.gathered import gather_weights
 from two_level_mha.mesh import place_on
@@ -110,6 +111,49 @@ def test_sequences_together_and_apart(pool, kind, dealt):
     """
     for off, found in pool.run(gradients, 4, kind, timeout=60):
         assert max(off) < 1e-10 and found is dealt, (off, found)
+
+
+class Experts(torch.nn.Module):
+    """A sequence is one of its experts', as its first entry says; experts without a sequence do not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(6, 6, dtype=torch.float64) for _ in range(4))
+
+    def forward(self, hidden_states):
+        chosen, y = hidden_states[:, 0, 0].long(), torch.zeros_like(hidden_states)
+        for number in chosen.unique():
+            mine = (chosen == number).nonzero()[:, 0]
+            y = y.index_add(0, mine, self.experts[number](hidden_states[mine]).relu() * self.scale)
+        return y
+
+
+def chosen_experts():
+    """Differences of the output and of all gradients, and which there are of none, whole and split, called twice."""
+    torch.manual_seed(0)
+    whole = Experts()
+    split = copy.deepcopy(whole)
+    gather_weights(split, "layer", mesh((2, 2)))
+    x = torch.randn(5, 3, 6, dtype=torch.float64)
+    x[:, 0, 0] = torch.tensor([0.0, 2.0, 2.0, 3.0, 0.0])  # of rank 0 to 2, with one that fills up
+    found = []
+    for module in (whole, split):
+        module.scale = torch.nn.Parameter(torch.full((6,), 2.0, dtype=torch.float64))
+        ys = [module(x), module(x.flip(0))]
+        sum((y**2).sum() for y in ys).backward()
+        grads = {name: p.grad for name, p in module.named_parameters()}
+        found.append((ys, {name: full_tensor(x) for name, x in grads.items() if x is not None}))
+    (ys, grads), (split_ys, split_grads) = found
+    offs = [(a - b).abs().max().item() for a, b in zip(ys, split_ys, strict=True)]
+    return max(
+        offs + [(grads[name] - x).abs().max().item() for name, x in split_grads.items()]
+    ), grads.keys() ^ split_grads
+
+
+def test_what_a_rank_runs_hangs_on_its_sequences(pool):
+    """Localises: a rank that gathers, or sums, what the others do not; gradients of experts that no sequence had."""
+    for off, unlike in pool.run(chosen_experts, 4, timeout=60):
+        assert off < 1e-10 and not unlike, (off, unlike)
 
 
 def kept_for_backward():

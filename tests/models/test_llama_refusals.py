@@ -13,7 +13,6 @@ transformers = pytest.importorskip("transformers")
 
 OTHERS = {
     "a mask of its own": ("DogeConfig", {}, "has a parameter that decoder attention has not: A"),
-    "clipping": ("OlmoConfig", {"clip_qkv": 6.0}, r"it clips queries, keys and values \(clip_qkv=6.0\)"),
     "dropout elsewhere": ("FalconConfig", {"attention_dropout": 0.1}, "with all attention weights dropped"),
 }
 

@@ -164,9 +164,6 @@ def _check_options(original: nn.Module, scheme: str) -> None:
     config = getattr(original, "config", None)
     if scheme == "independent":
         raise GridError("scheme 'independent' has no KV cache, with which such a model is called; take another")
-    clip = getattr(config, "clip_qkv", None)
-    if clip is not None:  # a trial's numbers may be too small for it
-        raise GridError(f"it clips queries, keys and values (clip_qkv={clip})")
     kinds: dict[int | None, str] = dict(enumerate(getattr(config, "layer_types", None) or ()))
     kind = kinds.get(forms.layer_of(original))
     supported = (*WINDOWED, HYBRID)

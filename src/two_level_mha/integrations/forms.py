@@ -65,6 +65,7 @@ HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 LAYERS = ("layer_idx", "layer_id")
 CALLED_AS = "layer_idx"  # an argument of attention that several layers share: which of them calls
 SCALES = ("scaling", "scale", "inv_norm_factor", "softmax_scale")
+CLIP = "clip_qkv"
 SOFTCAP = "attn_logit_softcapping"
 SINKS = "sinks"  # (h,)
 # A function beside the module: of position_ids, a rate and a length of the config, what queries are multiplied with.
@@ -458,6 +459,12 @@ def is_known_linear(projection: nn.Module) -> bool:
     return plain or (is_linear(projection) and type(projection).__module__.startswith("transformers."))
 
 
+def clip_of(module: nn.Module) -> float | None:
+    """Between minus which and which its queries, keys and values may be clipped: its own, or its config's."""
+    clip: float | None = getattr(module, CLIP, getattr(getattr(module, "config", None), CLIP, None))
+    return clip
+
+
 def variants_of(module: nn.Module, paths: Mapping[str, str]) -> list[dict[str, object]]:
     """What the names leave open, as options of ProjectedAttention, the likelier first."""
     named = parameters_of(module)
@@ -473,5 +480,6 @@ def variants_of(module: nn.Module, paths: Mapping[str, str]) -> list[dict[str, o
         [{"biased": biased} for biased in BIASED[: None if any(name in named for name in BIASES) else 1]],
         rotates,
         [{"gate_function": name} for name in GATE_FUNCTIONS] if gate_of(module) is not None else [{}],
+        [{}] if clip_of(module) is None else [{"clips": True}, {"clips": False}],
     ]
     return [{name: x for one in ways for name, x in one.items()} for ways in itertools.product(*open_)]

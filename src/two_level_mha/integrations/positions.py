@@ -45,6 +45,7 @@ class Positioned(GridAttention):
     """
 
     config: Any  # of the model
+    clip: float | None = None  # queries, keys and values are clamped to it, and minus it, behind norms
     rotary: Callable[..., Any] | None
 
     def use_positions(self, original: nn.Module, rotates: bool, norms_last: bool) -> None:
@@ -124,11 +125,16 @@ class Positioned(GridAttention):
 
     def by_model(self, q_BHLd: Tensor, k_BKSd: Tensor, aside: Aside) -> tuple[Tensor, Tensor]:
         if self.norms_last:
-            return self._normed(*self._rotated(q_BHLd, k_BKSd, aside), aside)
-        return self._rotated(*self._normed(q_BHLd, k_BKSd, aside), aside)
+            return self._normed(*self._rotated(self.clipped(q_BHLd), self.clipped(k_BKSd), aside), aside)
+        q, k = self._normed(q_BHLd, k_BKSd, aside)
+        return self._rotated(self.clipped(q), self.clipped(k), aside)
+
+    def clipped(self, x: Tensor) -> Tensor:
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
     def normed_values(self, v_BKSe: Tensor) -> Tensor:
         """v as attention takes it; this rank has d whole, or its slice."""
+        v_BKSe = self.clipped(v_BKSe)
         if self.value_scale is not None:
             v_BKSe = v_BKSe * self.value_scale
         if self.value_eps is None:
@@ -220,7 +226,7 @@ class Positioned(GridAttention):
         """
         norms = self.norms()
         single = all(len(list(norm.parameters())) == 1 and _weight_shape(norm) == (self.head_dim,) for norm in norms)
-        if len(norms) == 1 or not single or self.rotary is None or self.scales_queries:
+        if len(norms) == 1 or not single or self.rotary is None or self.scales_queries or self.clip is not None:
             return None
         draw = torch.Generator(device="cpu").manual_seed(0)
 

@@ -40,7 +40,7 @@ class ProjectedAttention(Positioned, GridAttention):
     packing: how q, k and v lie in one projection; rotates: False for a layer that leaves position_embeddings alone, as
     some of SmolLM3's and Cohere2's do; norms_last: its norms act on what was rotated; scaled: how scores are, one of
     forms.ANY_SCALE; biased: how a bias of them is added, one of forms.BIASED; gate_function: one of
-    forms.GATE_FUNCTIONS.
+    forms.GATE_FUNCTIONS; clips: it clamps queries, keys and values.
     """
 
     filled_up: tuple[str, ...] = ()  # parameters that are filled up to the width of the pass, in each call
@@ -59,6 +59,7 @@ class ProjectedAttention(Positioned, GridAttention):
         scaled: str = forms.ANY_SCALE[0],
         biased: str = forms.BIASED[0],
         gate_function: str = "sigmoid",
+        clips: bool = False,
         **options: Any,
     ) -> None:
         h, k, d, gated = self.sizes_of(original, projections)
@@ -103,6 +104,7 @@ class ProjectedAttention(Positioned, GridAttention):
             self.add_module(forms.BIAS_TABLE, getattr(original, forms.BIAS_TABLE))
             for name, value in settings(original):  # of which its compute_bias, which is this class's too, makes it
                 vars(self).setdefault(name, value)
+        self.clip = forms.clip_of(original) if clips else None
         self.use_positions(original, rotates, norms_last)
 
     def sizes_of(self, original: nn.Module, projections: dict[str, nn.Module]) -> tuple[int, int, int, bool]:
