@@ -14,6 +14,7 @@ from two_level_mha.gathered import Sequences, like, store_split, whole_weights
 from two_level_mha.integrations.dealt_cache import can_be_dealt, deal_cache
 from two_level_mha.integrations.forms import is_cross, layer_of, parameters_of
 from two_level_mha.integrations.lora import mark
+from two_level_mha.integrations.private import private
 from two_level_mha.mesh import Place, grid_mesh, place_on
 from two_level_mha.names import Args, Kwargs
 from two_level_mha.probe import drops, in_eval
@@ -46,7 +47,7 @@ class Gathered(nn.Module):
         caches = [x for x in given if isinstance(x, Cache)]
         layer = self.layer if caches else None
         known = layer is not None and all(map(can_be_dealt, caches))
-        if hidden.dim() < 3 or self.rows_first or (caches and not known):
+        if hidden.dim() < 3 or self.rows_first or (caches and not known) or self._recorded():
             return self._whole(args, kwargs)
         kind = hidden.shape[1] == 1 and not caches
         # what is dropped of a sequence depends on those before it
@@ -68,6 +69,11 @@ class Gathered(nn.Module):
         with whole_weights(self, self.place, Partial()) as weights:
             output = super().forward(*mine, **named)
             return sequences.gather(output, weights)
+
+    def _recorded(self) -> bool:
+        """Whether transformers records what parts of it give, as routers for a loss, which must be of all sequences."""
+        recording = bool(private("_active_collector").get())
+        return recording and any(part._forward_hooks for part in self.modules() if part is not self)
 
     def _whole(self, args: Args, kwargs: Kwargs) -> Any:
         with whole_weights(self, self.place, Replicate()):

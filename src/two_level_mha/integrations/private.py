@@ -26,6 +26,7 @@ _MODULES = {
     "SkipParameters": "transformers.core_model_loading",
     "LoadStateDictConfig": "transformers.modeling_utils",
     "LoadStateDictInfo": "transformers.utils.loading_report",
+    "_active_collector": "transformers.utils.output_capturing",
 }
 _METHODS = (
     "_adjust_missing_and_unexpected_keys", "_finalize_model_loading", "_from_config", "_get_dtype_plan",
