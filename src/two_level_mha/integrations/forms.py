@@ -433,7 +433,7 @@ def store_projections(
     names: dict[str, StockTensor],
     others: Mapping[str, nn.Parameter] | None = None,
 ) -> None:
-    """Gives a GridAttention the parameters of the original's linears, and others by their stock keys, under their names,
+    """Gives a GridAttention the parameters of the original's linears, and others by stock keys, under their names,
     trained where those are.
     """
     ours.stock_names = names

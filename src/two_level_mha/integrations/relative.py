@@ -1,8 +1,8 @@
 """transformers' attention whose scores have more of relative positions than a bias: DeBERTa, SEW-D, WavLM, Wav2Vec2's
 conformers.
 
-Between the halves of the pass a rank has queries and keys of its own heads, and its own rows, with d whole: what is added
-to their scores is made there.
+Between the halves of the pass a rank has queries and keys of its own heads, and its own rows, with d whole: what is
+added to their scores is made there.
 
     score(l, s) = scale * ((q_l + u) k_s + (q_l + v) P[c(l, s)] + k_s R[r(l, s)])  or  scale * q_l k_s + g_l b(l, s)
 
@@ -242,8 +242,8 @@ class ConformerAttention(RelativeAttention):
 class GatedBiasAttention(ProjectedAttention):
     """WavLM's: a bias by distance times a gate of each row and head.
 
-    attention_mask (B, S), 1 where a key is seen. position_bias: that of the first layer, (h, L, S) or (B h, L, S); None:
-    made here. It is given behind the weights, for other layers, as (h, L, S).
+    attention_mask (B, S), 1 where a key is seen. position_bias: that of the first layer, (h, L, S) or (B h, L, S), or
+    None: made here. It is given behind the weights, for other layers, as (h, L, S).
     """
 
     gru_rel_pos_const: Tensor
