@@ -1,4 +1,4 @@
-"""Tiny encoders whose scores have more of relative positions, whole and split: the models, their inputs, what differs."""
+"""Tiny encoders whose scores have more of relative positions, whole and split: models, inputs, what differs."""
 
 import copy
 

@@ -1,5 +1,5 @@
-"""Attention whose scores have more of relative positions: DeBERTa's, WavLM's and the conformers', in float64 against the
-stock model.
+"""Attention whose scores have more of relative positions: DeBERTa's, WavLM's and the conformers', in float64 against
+the stock model.
 
 A failure here with test_convert green is in integrations/relative.py, or in what `leave` adds to scores (csrc/pass).
 """
@@ -176,8 +176,8 @@ def lora_off(name: str, targets: list[str], scheme: str, dropout: float = 0.0) -
 @pytest.mark.parametrize("scheme", ["auto", "sequence", "heads"])
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [("deberta", ["in_proj"]), ("deberta-v3", ["query_proj", "key_proj", "value_proj"]), ("wavlm", ["q_proj", "v_proj"]),
-     ("bert of sound", ["linear_q", "linear_k", "linear_out"])],
+    [("deberta", ["in_proj"]), ("deberta-v3", ["query_proj", "key_proj", "value_proj"]),
+     ("wavlm", ["q_proj", "v_proj"]), ("bert of sound", ["linear_q", "linear_k", "linear_out"])],
 )  # fmt: skip
 def test_lora(pool, name, targets, scheme):
     """T. Localises: adapters of projections that relative positions go through as well."""
@@ -186,7 +186,7 @@ def test_lora(pool, name, targets, scheme):
 
 
 def test_lora_of_positions(pool):
-    """T. Localises: an adapter of a projection of relative positions alone, which a split one has not: it is gathered."""
+    """T. Localises: an adapter of relative positions alone, which a split attention has not: it is gathered."""
     for error, gathered in pool.run(lora_off, 4, "deberta", ["in_proj", "pos_proj"], "auto", timeout=400):
         assert error <= TIGHT and len(gathered) == 2
 
