@@ -43,9 +43,12 @@ QUERY_BIASES = ("pos_bias_u", "pos_bias_v")  # (h, d): what is added to queries 
 DISTANCES = "distance_embedding"  # of distances from -left_max_position_embeddings on, one for all heads
 GATE_RATE, GATE_LINEAR, BIAS_TABLE = "gru_rel_pos_const", "gru_rel_pos_linear", "rel_attn_embed"
 
-DISENTANGLED_PARTS = (*OWN_BIASES, *(f"{name}.*" for names in POSITION_PROJECTIONS.values() for name in names))
-CONFORMER_PARTS = ("linear_pos.weight", *QUERY_BIASES, f"{DISTANCES}.weight")
-GATED_BIAS_PARTS = (GATE_RATE, f"{GATE_LINEAR}.*", f"{BIAS_TABLE}.weight")
+DISENTANGLED_PARTS: tuple[str, ...] = (
+    *OWN_BIASES,
+    *(f"{name}.*" for names in POSITION_PROJECTIONS.values() for name in names),
+)
+CONFORMER_PARTS: tuple[str, ...] = ("linear_pos.weight", *QUERY_BIASES, f"{DISTANCES}.weight")
+GATED_BIAS_PARTS: tuple[str, ...] = (GATE_RATE, f"{GATE_LINEAR}.*", f"{BIAS_TABLE}.weight")
 
 
 class Relative(NamedTuple):
@@ -105,8 +108,8 @@ class RelativeAttention(ProjectedAttention):
         names = [name for name in ("key_index", "query_index", "sees") if getattr(of_call, name) is not None]
 
         def between(q: Tensor, k: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, ...]:
-            own = of_call._replace(**dict(zip(names, aside.q_rows, strict=True)))
-            return self.scored(q, k, v, own)
+            own: dict[str, Any] = dict(zip(names, aside.q_rows, strict=True))
+            return self.scored(q, k, v, of_call._replace(**own))
 
         return {"rows": [getattr(of_call, name) for name in names], "between": between}
 
@@ -115,7 +118,7 @@ class RelativeAttention(ProjectedAttention):
         cut, (H, d) = Cut(self.place, self.head_dim), q_BHLd.shape[1::2]
         if own.sees is not None:
             q_BHLd = q_BHLd.masked_fill(~own.sees, 0.0)
-        to_keys, added = q_BHLd, []
+        to_keys, added = q_BHLd, list[Tensor]()
         if own.biases is not None:
             q_BHLd, to_keys = (q_BHLd + cut.of(x, 0, H, d).unsqueeze(1) for x in own.biases)
         if own.keys is not None and own.key_index is not None:
@@ -126,7 +129,9 @@ class RelativeAttention(ProjectedAttention):
             index = own.query_index.expand(*scores_BHRS.shape[:2], -1, -1)
             scores = scores_BHRS.gather(2, index)
             added.append(scores if own.sees is None else scores.masked_fill(~own.sees, 0.0))
-        return q_BHLd, k_BHSd, v, *([sum(added) * self.scaling] if added else [])
+        if not added:
+            return q_BHLd, k_BHSd, v
+        return q_BHLd, k_BHSd, v, sum(added[1:], added[0]) * self.scaling
 
     def projected(self, letter: str, x_RD: Tensor) -> Tensor:
         """(h, d, R): x, the same on every rank, by a projection of relative positions, or q's or k's."""
@@ -165,7 +170,7 @@ class DisentangledAttention(RelativeAttention):
 
     def __init__(self, original: nn.Module, *args: Any, **options: Any) -> None:
         super().__init__(original, *args, **options)
-        kinds = original.pos_att_type
+        kinds: Any = original.pos_att_type
         self.kinds = [kind for kind in (TO_KEYS, TO_QUERIES) if kind in kinds]
         fused = hasattr(original, "in_proj")
         scales = 1 + len(kinds if fused else self.kinds)
@@ -193,7 +198,7 @@ class DisentangledAttention(RelativeAttention):
         sees = given["attention_mask"].bool().any(3, keepdim=True).expand(-1, 1, length, 1)
         if not self.relative_attention:
             return Relative(sees=sees)
-        found: dict[str, Tensor] = {}
+        found: dict[str, Any] = {}
         span = min(length, self.middle) if self.spans_length else self.middle
         x_RD = self.pos_dropout(given["rel_embeddings"])[self.middle - span : self.middle + span]
         position = given["relative_pos"].long()
@@ -217,8 +222,9 @@ class ConformerAttention(RelativeAttention):
 
     def mask_of(self, given: dict[str, Any], length: int, keys: int, kept: int = 0) -> Tensor | None:
         mask = super().mask_of(given, length, keys, kept)
-        bools = mask is not None and mask.dtype == torch.bool
-        return additive(mask, given["hidden_states"].dtype) if bools else mask  # as the model adds to its scores
+        if mask is None or mask.dtype != torch.bool:
+            return mask
+        return additive(mask, given["hidden_states"].dtype)  # as the model adds it
 
     def check_arguments(self, given: dict[str, Any]) -> None:
         super().check_arguments(given)
@@ -228,7 +234,7 @@ class ConformerAttention(RelativeAttention):
     def relative(self, given: dict[str, Any], length: int) -> Relative:
         at = torch.arange(length, device=given["hidden_states"].device)
         distance = (at - at.unsqueeze(1)).view(1, 1, length, length)
-        if self.pos_bias_u is not None:
+        if self.pos_bias_u is not None and self.pos_bias_v is not None:
             u, v = used_apart([self.pos_bias_u, self.pos_bias_v], self.place, self.reduce_dtype)
             keys = self.projected("k", given["relative_position_embeddings"][0])
             return Relative(keys, distance + (length - 1), biases=(u, v))
@@ -376,7 +382,7 @@ def conformer_inputs(original: Any, dtype: torch.dtype) -> list[tuple[Args, Kwar
 def gated_bias_inputs(original: Any, dtype: torch.dtype) -> list[tuple[Args, Kwargs]]:
     """A small batch with a mask and without; with another layer's bias, of all sequences or each, and its own."""
     x_BLD, keep_BS = _random_states(original.q_proj, dtype)
-    biases = [torch.randn(2 * original.num_heads, 5, 5, dtype=dtype)]
+    biases: list[Tensor | None] = [torch.randn(2 * original.num_heads, 5, 5, dtype=dtype)]
     biases += [None] if hasattr(original, BIAS_TABLE) else []
     return [
         ((x_BLD,), {"attention_mask": mask, "position_bias": bias})
