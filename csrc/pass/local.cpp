@@ -42,12 +42,16 @@ Tensor local_mask(Tensor mask, const c10::SymInt& first_head, int64_t heads, con
 Tensor with_scores(const Tensor& scores, const std::optional<Tensor>& mask, const Tensor& q,
                    const Tensor& k) {
   const std::array<c10::SymInt, 4> full{q.sym_size(0), q.sym_size(1), q.sym_size(2), k.sym_size(2)};
-  bool fits = scores.dim() == 4 && scores.is_floating_point();
+  const auto dtype = scores.scalar_type();
+  const bool wide =
+      dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+  bool fits = scores.dim() == 4 && wide && scores.device() == q.device();
   for (int64_t dim = 0; fits && dim < 4; ++dim)
     fits = scores.sym_size(dim) == 1 || scores.sym_size(dim) == full[dim];
-  TORCH_CHECK_VALUE(fits, "scores must be floating and broadcastable to (B, H, L, S) = (", full[0], ", ",
-                    full[1], ", ", full[2], ", ", full[3], "), as q and k lie on this rank, got ",
-                    scores.scalar_type(), " ", scores.sym_sizes());
+  TORCH_CHECK_VALUE(
+      fits, "scores must be float64, float32, bfloat16 or float16 and broadcastable to (B, H, L, S) = (",
+      full[0], ", ", full[1], ", ", full[2], ", ", full[3], ") on ", q.device(),
+      ", as q and k lie on this rank, got ", dtype, " ", scores.sym_sizes(), " on ", scores.device());
   if (!mask) return scores;
   if (mask->scalar_type() != at::kBool) return scores + *mask;
   return scores.masked_fill(mask->logical_not(), -std::numeric_limits<double>::infinity());

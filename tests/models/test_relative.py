@@ -159,6 +159,20 @@ def test_files(pool, tmp_path, name, scheme):
     assert all(pool.run(stored, 4, name, str(tmp_path), scheme, timeout=400))
 
 
+def compiled(name: str) -> float:
+    stock = make(name)
+    ours = tlm.parallelize(copy.deepcopy(stock), mesh((2, 2)), rest=False)
+    run = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        return (stock(**inputs(name))[0] - run(**inputs(name))[0]).abs().max().item()
+
+
+@pytest.mark.parametrize("name", ["deberta-v3", "bert of sound"])
+def test_compiled(pool, name):
+    """T. Localises: what a graph cannot hold of a call's relative positions."""
+    assert max(pool.run(compiled, 4, name, timeout=400)) <= TIGHT
+
+
 def lora_off(name: str, targets: list[str], scheme: str, dropout: float = 0.0) -> tuple[float, dict[str, str]]:
     """The largest difference of outputs and adapters' gradients, and which attention is gathered."""
     peft = pytest.importorskip("peft")
@@ -215,6 +229,8 @@ REFUSED = {
     "other queries": ({"query_states": torch.zeros(2, 7, 16)}, "query_states is not supported"),
     "no positions": ({"relative_pos": None}, "relative_pos must be given"),
     "no embeddings": ({"rel_embeddings": None}, "rel_embeddings must be given"),
+    "positions of each head": ({"relative_pos": torch.zeros(1, 4, 7, 7)}, "relative_pos must be"),
+    "fewer positions": ({"relative_pos": torch.zeros(6, 7)}, "relative_pos must be"),
 }
 
 

@@ -202,7 +202,13 @@ class DisentangledAttention(RelativeAttention):
         span = min(length, self.middle) if self.spans_length else self.middle
         x_RD = self.pos_dropout(given["rel_embeddings"])[self.middle - span : self.middle + span]
         position = given["relative_pos"].long()
-        position = position.view(-1, 1, *position.shape[-2:])
+        while position.dim() < 4:
+            position = position.unsqueeze(position.dim() - 2)
+        if tuple(position.shape[1:]) != (1, length, length):
+            raise UsageRuntimeError(
+                f"relative_pos must be (L, S), (B or 1, L, S) or (B or 1, 1, L, S) with L and S {length}, got "
+                f"{tuple(given['relative_pos'].shape)}"
+            )
         if TO_KEYS in self.kinds:
             found |= {"keys": self.projected("k", x_RD), "key_index": (position + span).clamp(0, 2 * span - 1)}
         if TO_QUERIES in self.kinds:
@@ -236,7 +242,13 @@ class ConformerAttention(RelativeAttention):
         distance = (at - at.unsqueeze(1)).view(1, 1, length, length)
         if self.pos_bias_u is not None and self.pos_bias_v is not None:
             u, v = used_apart([self.pos_bias_u, self.pos_bias_v], self.place, self.reduce_dtype)
-            keys = self.projected("k", given["relative_position_embeddings"][0])
+            positions_1RD = given["relative_position_embeddings"]
+            if tuple(positions_1RD.shape[:2]) != (1, 2 * length - 1):
+                raise UsageRuntimeError(
+                    f"relative_position_embeddings must be (1, {2 * length - 1}, D) for {length} rows, got "
+                    f"{tuple(positions_1RD.shape)}"
+                )
+            keys = self.projected("k", positions_1RD[0])
             return Relative(keys, distance + (length - 1), biases=(u, v))
         if DISTANCES in self._modules:
             left, right = self.left_max_position_embeddings, self.right_max_position_embeddings
@@ -274,6 +286,8 @@ class GatedBiasAttention(ProjectedAttention):
         bias = given.get("position_bias")
         if bias is None and BIAS_TABLE not in self._modules:
             raise UsageRuntimeError("position_bias must be given, as the model's first layer makes it, got None")
+        if bias is not None and (bias.dim() != 3 or bias.shape[0] % self.num_heads):
+            raise UsageRuntimeError(f"position_bias must be (h, L, S) or (B h, L, S), got {tuple(bias.shape)}")
 
     def attended(
         self, given: dict[str, Any], states: Tensor, wholes: list[Tensor], *args: Any, **options: Any
