@@ -88,6 +88,7 @@ HEADS_NORMS = ("attn_sub_norm",)  # modules of all heads' outputs together, befo
 # Of the difference of two softmaxes: vectors of a head's width, of which its rate is made; a number; the norm of that.
 LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 LAMBDA_INIT, GROUP_NORM = "lambda_init", "groupnorm"
+BIAS_GATE = "gru_rel_pos_linear"  # of a head's part of x: the gate of a bias of the scores
 OUTPUT_BIAS = "dense_bias"  # (D,), or None: given behind the weights, for the layer to add
 
 CACHES = ("past_key_values", "layer_past", "cache")
@@ -181,7 +182,8 @@ def is_differential(module: nn.Module, parent: nn.Module | None = None) -> bool:
 
 def keeps_projection(module: nn.Module, letter: str) -> bool:
     """Whether the projection of a letter, or letters, is one of inputs or outputs of the pass as it is."""
-    return not is_differential(module) and (letter != "o" or heads_norm_of(module) is None)
+    weights_alone = hasattr(module, BIAS_GATE)  # are used, so that an adapter there does nothing
+    return not (is_differential(module) or weights_alone) and (letter != "o" or heads_norm_of(module) is None)
 
 
 def _width_of_heads(module: nn.Module, parent: nn.Module | None, paths: dict[str, str]) -> int | None:

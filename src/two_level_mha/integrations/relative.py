@@ -41,14 +41,14 @@ OWN_BIASES = ("q_bias", "v_bias")  # (h d,), of a projection that has none
 TO_KEYS, TO_QUERIES = "c2p", "p2c"  # of pos_att_type: scores of q and P, and of k and R
 QUERY_BIASES = ("pos_bias_u", "pos_bias_v")  # (h, d): what is added to queries before k, and before P
 DISTANCES = "distance_embedding"  # of distances from -left_max_position_embeddings on, one for all heads
-GATE_RATE, GATE_LINEAR, BIAS_TABLE = "gru_rel_pos_const", "gru_rel_pos_linear", "rel_attn_embed"
+GATE_RATE, BIAS_TABLE = "gru_rel_pos_const", "rel_attn_embed"
 
 DISENTANGLED_PARTS: tuple[str, ...] = (
     *OWN_BIASES,
     *(f"{name}.*" for names in POSITION_PROJECTIONS.values() for name in names),
 )
 CONFORMER_PARTS: tuple[str, ...] = ("linear_pos.weight", *QUERY_BIASES, f"{DISTANCES}.weight")
-GATED_BIAS_PARTS: tuple[str, ...] = (GATE_RATE, f"{GATE_LINEAR}.*", f"{BIAS_TABLE}.weight")
+GATED_BIAS_PARTS: tuple[str, ...] = (GATE_RATE, f"{forms.BIAS_GATE}.*", f"{BIAS_TABLE}.weight")
 
 
 class Relative(NamedTuple):
@@ -118,7 +118,8 @@ class RelativeAttention(ProjectedAttention):
         cut, (H, d) = Cut(self.place, self.head_dim), q_BHLd.shape[1::2]
         if own.sees is not None:
             q_BHLd = q_BHLd.masked_fill(~own.sees, 0.0)
-        to_keys, added = q_BHLd, list[Tensor]()
+        to_keys = q_BHLd
+        added: list[Tensor] = []
         if own.biases is not None:
             q_BHLd, to_keys = (q_BHLd + cut.of(x, 0, H, d).unsqueeze(1) for x in own.biases)
         if own.keys is not None and own.key_index is not None:
@@ -274,7 +275,7 @@ class GatedBiasAttention(ProjectedAttention):
         for name, value in settings(original):  # of which compute_bias, which is this class's too, makes it
             vars(self).setdefault(name, value)
         self.register_parameter(GATE_RATE, getattr(original, GATE_RATE))
-        for name in (GATE_LINEAR, BIAS_TABLE):
+        for name in (forms.BIAS_GATE, BIAS_TABLE):
             if hasattr(original, name):
                 self.add_module(name, getattr(original, name))
 
@@ -296,7 +297,7 @@ class GatedBiasAttention(ProjectedAttention):
         if given.get("position_bias") is None:
             given["position_bias"] = self.compute_bias(length, length)
         x_BLhd = states.unflatten(2, (self.num_heads, -1))
-        gates = self.whole_rows(self.of_rows(GATE_LINEAR, x_BLhd).flatten(2), wholes[0])
+        gates = self.whole_rows(self.of_rows(forms.BIAS_GATE, x_BLhd).flatten(2), wholes[0])
         first, second = gates.unflatten(2, (self.num_heads, 2, 4)).sum(4).sigmoid().unbind(3)
         given["gate"] = first * (second * self.gru_rel_pos_const.view(-1) - 1.0) + 2.0
         return super().attended(given, states, wholes, *args, **options)
@@ -356,7 +357,7 @@ def is_conformer(module: nn.Module, parent: nn.Module | None) -> bool:
 
 def is_gated_bias(module: nn.Module, parent: nn.Module | None) -> bool:
     """Whether a module is attention of WavLM's kind."""
-    return hasattr(module, GATE_LINEAR) and forms.paths_of(module, parent) is not None
+    return hasattr(module, forms.BIAS_GATE) and forms.paths_of(module, parent) is not None
 
 
 def conformer_problem(module: nn.Module) -> str | None:
