@@ -42,10 +42,11 @@ Tensor leave_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
                 std::optional<double> scale, std::optional<c10::SymInt> causal,
                 std::optional<c10::SymInt> window, double softcap, double dropout_p,
                 const std::optional<Tensor>& seed, std::string constants, c10::SymIntArrayRef sizes,
-                const std::optional<Tensor>& seal, const std::optional<Tensors>& after) {
+                const std::optional<Tensor>& seal, const std::optional<Tensors>& after,
+                const std::optional<Tensor>& scores) {
   const Context context = sealed_context(constants, sizes, seal);
-  return leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed}, {out_weight, out_bias},
-               after_of(after, context), context);
+  return leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed}, scores,
+               {out_weight, out_bias}, after_of(after, context), context);
 }
 
 Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& q_weight,
@@ -72,9 +73,9 @@ std::tuple<Tensor, Tensor> leave_with_weights_op(
     std::optional<double> scale, std::optional<c10::SymInt> causal, std::optional<c10::SymInt> window,
     double softcap, double dropout_p, const std::optional<Tensor>& seed, std::string constants,
     c10::SymIntArrayRef sizes, bool average, const std::optional<Tensor>& seal,
-    const std::optional<Tensors>& after) {
+    const std::optional<Tensors>& after, const std::optional<Tensor>& scores) {
   const Context context = sealed_context(constants, sizes, seal);
-  return leave_with_weights(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
+  return leave_with_weights(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed}, scores,
                             {out_weight, out_bias}, after_of(after, context), context, average);
 }
 
@@ -87,7 +88,7 @@ std::tuple<Tensor, Tensors, std::vector<c10::SymInt>> leave_with_cache_op(
     const std::optional<Tensor>& seal, const std::optional<Tensors>& after) {
   CacheLayer layer{parse("cache", kCacheFields, cache), memory.vec()};
   const Context context = sealed_context(constants, sizes, seal);
-  Tensor y = leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed},
+  Tensor y = leave(q, k, v, {attn_mask, scale, causal, window, softcap, dropout_p, seed}, std::nullopt,
                    {out_weight, out_bias}, after_of(after, context), context, &layer);
   return {y, layer.memory, list_of(kCacheFields, layer.numbers)};
 }
@@ -141,7 +142,8 @@ TORCH_LIBRARY_FRAGMENT(two_level_mha, library) {
   // Second half: attend, move back, combine. k and v as `enter` gave them,
   // or those of a cache in the same layout; causal counts positions. after: the gate, which a gated
   // layer must have, whose q_weight has for each head two, q's and the gate's, then perhaps sinks
-  // (h,): csrc/pass/after.h.
+  // (h,): csrc/pass/after.h. scores: what is added to this rank's scores before the mask, broadcastable
+  // to (B, H, L, S) of q and k.
   library.def(
       "leave("
       "Tensor q, "
@@ -159,7 +161,8 @@ TORCH_LIBRARY_FRAGMENT(two_level_mha, library) {
       "str constants, "
       "SymInt[] sizes, "
       "Tensor? seal=None, "
-      "Tensor[]? after=None"
+      "Tensor[]? after=None, "
+      "Tensor? scores=None"
       ") -> Tensor",
       leave_op);
 
@@ -216,7 +219,8 @@ TORCH_LIBRARY_FRAGMENT(two_level_mha, library) {
       "SymInt[] sizes, "
       "bool average=True, "
       "Tensor? seal=None, "
-      "Tensor[]? after=None"
+      "Tensor[]? after=None, "
+      "Tensor? scores=None"
       ") -> (Tensor y, Tensor weights)",
       leave_with_weights_op);
 

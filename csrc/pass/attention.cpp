@@ -41,7 +41,7 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
     seal(entered);
     const auto [q, k] =
         positioned(entered.q, entered.k, entered.shared, entered.q_rows, entered.k_rows, between);
-    return leave(q, k, entered.v, attend, out, {}, context);
+    return leave(q, k, entered.v, attend, std::nullopt, out, {}, context);
   }
   const Inputs inputs(query, key, value);
   const Entered whole = enter_beside(inputs, between.angles, between.weights, call);

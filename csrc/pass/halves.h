@@ -22,7 +22,8 @@ class Leaving {
   Leaving(const Attend& attend, const OutWeights& out, const std::optional<Tensor>& sinks,
           const Context& context);
   void operator()(const Tensor& q, const Tensor& k, const Tensor& v,
-                  const std::optional<Tensor>& gate = std::nullopt);
+                  const std::optional<Tensor>& gate = std::nullopt,
+                  const std::optional<Tensor>& scores = std::nullopt);
   Tensor finish();
 
  private:

@@ -91,6 +91,15 @@ Attend with_whole_mask(Attend attend, const Context& context) {
   return attend;
 }
 
+// Of every chunk its part of x (B or 1, ..), which may be absent, and of one sequence is for all.
+std::vector<std::optional<Tensor>> of_chunks(const std::optional<Tensor>& x, const Chunking& chunks) {
+  std::vector<std::optional<Tensor>> found(chunks.count, x);
+  if (!x || x->sym_size(0) == 1) return found;
+  const auto parts = in_chunks(*x, 0, chunks);
+  found.assign(parts.begin(), parts.end());
+  return found;
+}
+
 // The keys and values that the call attends to.
 std::pair<Tensor, Tensor> seen_by(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend,
                                   const Context& context, CacheLayer* cache) {
@@ -111,13 +120,13 @@ Leaving::Leaving(const Attend& attend, const OutWeights& out, const std::optiona
   if (attend_.mask && attend_.mask->sym_size(0) != 1) masks_ = in_chunks(*attend_.mask, 0, chunks_);
 }
 
-void Leaving::operator()(const Tensor& q, const Tensor& k, const Tensor& v,
-                         const std::optional<Tensor>& gate) {
+void Leaving::operator()(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& gate,
+                         const std::optional<Tensor>& scores) {
   const int64_t c = moving_.size();
   const Context chunk = context_.of_chunk(chunks_, c);
   Attend options = attend_;
   if (!masks_.empty()) options.mask = masks_[c];
-  auto [o, logsumexp] = attend_local(q, k, v, options, chunk, partial_attention);
+  auto [o, logsumexp] = attend_local(q, k, v, options, scores, chunk, partial_attention);
   add_sinks(o, logsumexp, sinks_);
   moving_.push_back(begin_move_out(with_gate(o, gate, context_), chunk));
   const int64_t behind = moves_out(context_) ? 1 : 0;  // a chunk moves while the next is attended to
@@ -144,30 +153,31 @@ Tensor Leaving::finish() {
   return from_chunks(ys, context_.batch_first ? 0 : 1, chunks_);
 }
 
-Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend, const OutWeights& out,
-             const After& after, const Context& call, CacheLayer* cache) {
+Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend,
+             const std::optional<Tensor>& scores, const OutWeights& out, const After& after,
+             const Context& call, CacheLayer* cache) {
   const auto [keys, values] = seen_by(q, k, v, attend, call, cache);
   check_layout(q, keys, values, call);
   const auto sinks = own_sinks(after, fixed_size(q, 1), call);
   if (call.row.out == Move::merge) {
     const Context context = sealed(call, attend, out);
     auto [o, logsumexp] =
-        attend_local(q, keys, values, with_whole_mask(attend, context), context, partial_attention);
+        attend_local(q, keys, values, with_whole_mask(attend, context), scores, context, partial_attention);
     add_sinks(o, logsumexp, sinks);
     return begin_combine(merge_out(with_gate(o, after.gate, context), logsumexp, context), out, context)();
   }
   const Chunking here{call.leave_chunks().count, 1};  // a chunk has as many sequences of each rank
   const auto qs = in_chunks(q, 0, here), ks = in_chunks(keys, 0, here), vs = in_chunks(values, 0, here);
-  const auto gates = after.gate ? in_chunks(*after.gate, 0, here) : std::vector<Tensor>();
+  const auto gates = of_chunks(after.gate, here), added = of_chunks(scores, here);
   Leaving leaving(attend, out, sinks, call);
-  for (int64_t c = 0; c < here.count; ++c)
-    leaving(qs[c], ks[c], vs[c], after.gate ? std::optional<Tensor>(gates[c]) : std::nullopt);
+  for (int64_t c = 0; c < here.count; ++c) leaving(qs[c], ks[c], vs[c], gates[c], added[c]);
   return leaving.finish();
 }
 
 std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
-                                              const Attend& attend, const OutWeights& out, const After& after,
-                                              const Context& call, bool average) {
+                                              const Attend& attend, const std::optional<Tensor>& scores,
+                                              const OutWeights& out, const After& after, const Context& call,
+                                              bool average) {
   const Context context = sealed(call, attend, out);
   check_layout(q, k, v, context);
   TORCH_CHECK_VALUE(context.row.out != Move::merge,
@@ -176,7 +186,7 @@ std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, 
   auto core = [&](const Tensor& q, const Tensor& k, const Tensor& v, const Attend& options) {
     return attention_with_weights(q, k, v, options, sinks);
   };
-  auto [o, weights] = attend_local(q, k, v, with_whole_mask(attend, context), context, core);
+  auto [o, weights] = attend_local(q, k, v, with_whole_mask(attend, context), scores, context, core);
   o = with_gate(o, after.gate, context);
   Tensor y = begin_combine(begin_move_out(o, context)(), out, context)();
   return {y, gather_weights(weights, context, average)};

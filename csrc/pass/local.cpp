@@ -1,7 +1,10 @@
 #include "local.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
+
+#include <limits>
 
 #include "../base/sizes.h"
 #include "../comm/replicated.h"
@@ -35,6 +38,25 @@ Tensor local_mask(Tensor mask, const c10::SymInt& first_head, int64_t heads, con
   return shard(mask, context, mask.scalar_type() == at::kBool ? 1 : 0);
 }
 
+// What is added to the scores before the mask (B, H, L, S), which may be absent, as a mask; both of this rank.
+Tensor with_scores(const Tensor& scores, const std::optional<Tensor>& mask, const Tensor& q,
+                   const Tensor& k) {
+  const std::array<c10::SymInt, 4> full{q.sym_size(0), q.sym_size(1), q.sym_size(2), k.sym_size(2)};
+  const auto dtype = scores.scalar_type();
+  const bool wide =
+      dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+  bool fits = scores.dim() == 4 && wide && scores.device() == q.device();
+  for (int64_t dim = 0; fits && dim < 4; ++dim)
+    fits = scores.sym_size(dim) == 1 || scores.sym_size(dim) == full[dim];
+  TORCH_CHECK_VALUE(
+      fits, "scores must be float64, float32, bfloat16 or float16 and broadcastable to (B, H, L, S) = (",
+      full[0], ", ", full[1], ", ", full[2], ", ", full[3], ") on ", q.device(),
+      ", as q and k lie on this rank, got ", dtype, " ", scores.sym_sizes(), " on ", scores.device());
+  if (!mask) return scores;
+  if (mask->scalar_type() != at::kBool) return scores + *mask;
+  return scores.masked_fill(mask->logical_not(), -std::numeric_limits<double>::infinity());
+}
+
 }  // namespace
 
 Tensor whole_mask(Tensor mask, const Context& context) {
@@ -50,7 +72,8 @@ int64_t first_head(int64_t heads, const Context& context) {
 }
 
 std::tuple<Tensor, Tensor> attend_local(const Tensor& q, const Tensor& k, const Tensor& v, Attend attend,
-                                        const Context& context, const Core& core) {
+                                        const std::optional<Tensor>& scores, const Context& context,
+                                        const Core& core) {
   const CallSizes<c10::SymInt>& s = context.sizes;
   attend = in_range(attend);
   const int64_t H = fixed_size(q, 1);  // of this rank
@@ -58,6 +81,7 @@ std::tuple<Tensor, Tensor> attend_local(const Tensor& q, const Tensor& k, const 
   const auto first_cyclic = cyclic ? context.first_cyclic(context.first_key) : c10::SymInt(0);
   attend.origin[1] = first_head(H, context);
   if (attend.mask) attend.mask = local_mask(*attend.mask, attend.origin[1], H, first_cyclic, context);
+  if (scores) attend.mask = with_scores(*scores, attend.mask, q, k);
   if (attend.causal) attend.causal = *attend.causal - context.first_key - first_cyclic;
   if (cyclic) attend.key_stride = s.m;
   const int64_t dim = context.sharded_dim();

@@ -19,8 +19,9 @@ Tensor whole_mask(Tensor mask, const Context& context);
 // The first of the `heads` query heads that this rank attends with.
 int64_t first_head(int64_t heads, const Context& context);
 
-// attend.mask is a whole mask; attend.causal counts positions.
+// attend.mask is a whole mask; attend.causal counts positions. scores: as `leave` has them.
 std::tuple<Tensor, Tensor> attend_local(const Tensor& q, const Tensor& k, const Tensor& v, Attend attend,
-                                        const Context& context, const Core& core);
+                                        const std::optional<Tensor>& scores, const Context& context,
+                                        const Core& core);
 
 }  // namespace two_level_mha

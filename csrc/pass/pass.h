@@ -41,9 +41,11 @@ struct OutWeights {
 
 // q, k, v as `enter` left them, or k and v those of a cache in the same layout. A cache that is given takes k
 // and v first, and all of its own are attended to. attend.mask is the whole call's, broadcastable to (B, h,
-// L, S) -> y (B, L, D), the same bits on every rank.
-Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend, const OutWeights& out,
-             const After& after, const Context& context, CacheLayer* cache = nullptr);
+// L, S) -> y (B, L, D), the same bits on every rank. scores: what is added to this rank's scores before the
+// mask, broadcastable to (B, H, L, S) of its q and k.
+Tensor leave(const Tensor& q, const Tensor& k, const Tensor& v, const Attend& attend,
+             const std::optional<Tensor>& scores, const OutWeights& out, const After& after,
+             const Context& context, CacheLayer* cache = nullptr);
 
 // What acts between the halves of `attention`: norms of q's and k's heads, (d,) each, or none; rotary angles, cos and sin
 // (B or 1, 1, L, r), or none.
@@ -61,7 +63,8 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
 // `leave`, and the attention weights after dropout: (B, h, L, S), or their mean over the heads (B, L, S). A
 // row that sees no key is NaN, as in nn.MultiheadAttention with need_weights=True.
 std::tuple<Tensor, Tensor> leave_with_weights(const Tensor& q, const Tensor& k, const Tensor& v,
-                                              const Attend& attend, const OutWeights& out, const After& after,
+                                              const Attend& attend, const std::optional<Tensor>& scores,
+                                              const OutWeights& out, const After& after,
                                               const Context& context, bool average);
 
 }  // namespace two_level_mha

@@ -25,6 +25,7 @@ from two_level_mha.integrations.forms import (
 )
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
+from two_level_mha.integrations.relative import POSITION_PROJECTIONS
 from two_level_mha.mesh import Grid
 from two_level_mha.probe import changed_linear, has_hooks, is_inside, layer_settings, named_layers, settings
 from two_level_mha.state_trial import States
@@ -187,6 +188,7 @@ def gather_adapted(attentions: Attentions, adapted: Collection[str]) -> None:
     """
     for one in list(attentions.found):
         others = [path for letters, path in one.paths.items() if not keeps_projection(one.module, letters)]
+        others += sum(POSITION_PROJECTIONS.values(), ())
         if any(resolve(one.name, path) in adapted for path in others):
             attentions.gather(one, "it has a LoRA adapter")
 

@@ -32,6 +32,9 @@ SHARDED_DIMS = {
 # Of gates that have a projection of their own; they lie as q_weight and q_bias.
 GATE_DIMS = {"gate_weight": (0, 1), "gate_bias": (0, 1)}
 
+# Of projections of relative positions, to what queries and keys are multiplied with.
+POSITION_DIMS = {f"pos_{letter}_{part}": (0, 1) for letter in "qk" for part in ("weight", "bias")}
+
 QUERY_SIDE = ("q_weight", "q_bias", "out_weight", *GATE_DIMS)
 
 
@@ -41,7 +44,7 @@ def placements(name: str, combine: str, whole_heads: bool = False) -> list[Place
     combine="concat" replicates out_weight; whole_heads shards the query side along heads over both axes. What has no
     layout, such as the weight of a norm, is replicated.
     """
-    dims = (SHARDED_DIMS | GATE_DIMS).get(name, (None, None))
+    dims = (SHARDED_DIMS | GATE_DIMS | POSITION_DIMS).get(name, (None, None))
     if name == "out_weight" and combine == "concat":
         dims = (None, None)
     elif whole_heads and name in QUERY_SIDE:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.adapters import Adapter
-from two_level_mha.integrations import forms, titan
+from two_level_mha.integrations import forms, relative, titan
 from two_level_mha.integrations.projected import probe_inputs, projected_like
 from two_level_mha.mesh import Grid
 from two_level_mha.multihead import TwoLevelMultiheadAttention
@@ -116,6 +116,31 @@ FAMILIES = (
         grid=lambda grid, k: Grid(1, grid.size),
     ),
     _DECODER,
+    Adapter(
+        "disentangled",
+        relative.is_disentangled,
+        relative.paths_of,
+        relative.disentangled_like,
+        relative.disentangled_inputs,
+        relative.DISENTANGLED_PARTS,
+    ),
+    Adapter(
+        "conformer",
+        relative.is_conformer,
+        relative.paths_of,
+        relative.conformer_like,
+        relative.conformer_inputs,
+        relative.CONFORMER_PARTS,
+        problem=relative.conformer_problem,
+    ),
+    Adapter(
+        "gated bias",
+        relative.is_gated_bias,
+        forms.paths_of,
+        relative.gated_bias_like,
+        relative.gated_bias_inputs,
+        relative.GATED_BIAS_PARTS,
+    ),
     Adapter(
         "encoder",
         forms.is_encoder,

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from two_level_mha import _C
 from two_level_mha.activations import check_activations, stand_in, used_apart, whole_sizes
 from two_level_mha.agreement import ALIKE, Calls, check_call, compares, same_on_all_ranks, seals
-from two_level_mha.blocks import COMBINES, GATE_DIMS, SHARDED_DIMS, block, dealt, joined, local_blocks
+from two_level_mha.blocks import COMBINES, GATE_DIMS, POSITION_DIMS, SHARDED_DIMS, block, dealt, joined, local_blocks
 from two_level_mha.cache_layer import NO_CACHE, CachedCall, CacheLayer
 from two_level_mha.context import cast, constants, element_size, layer_numbers, size_numbers
 from two_level_mha.errors import GridError
@@ -45,7 +45,7 @@ class Aside(NamedTuple):
 
 
 # mypy does not see that a NamedTuple can be called
-Between: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Aside], tuple[Tensor, Tensor, Tensor]] | NormRotary"
+Between: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Aside], tuple[Tensor, ...]] | NormRotary"
 
 
 class NormRotary(NamedTuple):
@@ -265,7 +265,8 @@ class GridAttention(HoldsStock):
         position l + causal, and with window only those after l + causal - window. Returns y in the layout of query,
         and the weights (B, h, L, S), or (B, L, S) averaged, or None.
         wholes: what stands for the wholes of query and key, where these are this rank's parts (`wholes`).
-        between: what acts where d is whole; given q, k, v of this rank and an Aside, it returns them changed.
+        between: what acts where d is whole; given q, k, v of this rank and an Aside, it returns them changed, and may
+        return a fourth tensor, broadcastable to this rank's (B, H, L, S), which is added to the scores before the mask.
         rows: tensors (B or 1, 1, L, ..) that go with the tokens: the Aside has those of q's rows and those of k's.
         shared: parameters that every rank holds and `between` uses for its own rows and heads: the Aside has them with
         the sum over the grid as their gradient.
@@ -333,16 +334,19 @@ class GridAttention(HoldsStock):
             if number:
                 seal = aside.pop()
             at = 0 if rows is None else len(rows)
-            q, k, v = between(q, k, v, Aside(aside[:at], aside[at : 2 * at], aside[2 * at :]))
+            q, k, v, *scores = between(q, k, v, Aside(aside[:at], aside[at : 2 * at], aside[2 * at :]))
+            assert cache is None or not scores, "a cache keeps keys of other calls, which have no such scores"
             if cache is not None and need_weights:
                 for_gradients = q.requires_grad or (attn_mask is not None and attn_mask.requires_grad)
                 k, v = cache.append(k, v, sizes[2], for_gradients=for_gradients)
             arguments = (q, k, v, out_weight, out_bias, *how_to_attend, sizes)
             attention_weights = None
             if need_weights:
-                y, attention_weights = _ops.leave_with_weights(*arguments, average_attn_weights, seal, after or None)
+                y, attention_weights = _ops.leave_with_weights(
+                    *arguments, average_attn_weights, seal, after or None, *scores
+                )
             elif cache is None:
-                y = _ops.leave(*arguments, seal, after or None)
+                y = _ops.leave(*arguments, seal, after or None, *scores)
             else:
                 cache.check_new(k)
                 y, memory, numbers = _ops.leave_with_cache(
@@ -393,7 +397,7 @@ class GridAttention(HoldsStock):
         if shift is not None:
             shared = [*(shared or ()), *local_blocks([shift])]
 
-        def take(q: Tensor, k: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, Tensor, Tensor]:
+        def take(q: Tensor, k: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, ...]:
             if self.gated:
                 q, own = q.unflatten(1, (-1, 2)).unbind(2)
                 if shift is not None:
@@ -445,7 +449,9 @@ class GridAttention(HoldsStock):
         """
         if self.head_dim % self.place.grid.slices:
             return []
-        return [self._parameters.get(name) for name in (*SHARDED_DIMS, *GATE_DIMS) if name != "out_bias"]
+        return [
+            self._parameters.get(name) for name in (*SHARDED_DIMS, *GATE_DIMS, *POSITION_DIMS) if name != "out_bias"
+        ]
 
     def _constants(self, how: dict[str, Any]) -> str:
         """The constants of a call; made once for each way in which calls run the layer."""

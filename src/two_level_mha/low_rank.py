@@ -90,13 +90,17 @@ class Cut(NamedTuple):
 
     def of(self, x: Tensor, dim: int, heads: int, width: int) -> Tensor:
         """The part with `heads` heads along `dim` and `width` entries along the next, of x with all of both."""
+        start = 0 if width == self.head_dim else dealt(self.head_dim, self.place.grid.slices, self.place.slice)[0]
+        return self.of_heads(x, dim, heads).narrow(dim + 1, start, width)
+
+    def of_heads(self, x: Tensor, dim: int, heads: int) -> Tensor:
+        """The part with `heads` heads along `dim`, of x with all of them."""
         place, total = self.place, x.shape[dim]
         share = total // place.grid.head_groups
         first = 0 if heads == total else place.head_group * share
         if heads < share:
             first += place.slice * share // place.grid.slices
-        start = 0 if width == self.head_dim else dealt(self.head_dim, place.grid.slices, place.slice)[0]
-        return x.narrow(dim, first, heads).narrow(dim + 1, start, width)
+        return x.narrow(dim, first, heads)
 
 
 class LowRank:
@@ -133,7 +137,7 @@ class LowRank:
                     weights.append(self.layer.spread(b, 1) if letter == "v" else b)
                 targets += [("qkv".index(letter), len(rows) + len(own) - 1) for letter in letters]
 
-        def add(q: Tensor, k: Tensor, v: Tensor, aside: "Aside") -> tuple[Tensor, Tensor, Tensor]:
+        def add(q: Tensor, k: Tensor, v: Tensor, aside: "Aside") -> tuple[Tensor, ...]:
             found = [q, k, v]
             for (which, at), b in zip(targets, aside.shared[len(shared) :], strict=True):
                 a_B1Lr = (aside.k_rows if which else aside.q_rows)[at]
@@ -145,6 +149,17 @@ class LowRank:
             return between(q, k, v, kept)
 
         return [*rows, *self._everywhere(own)], [*shared, *weights], add
+
+    def of_block(self, letter: str, x: Tensor, heads: int, width: int) -> list[Tensor]:
+        """What each term of projection `letter` gives for x (rows, in), the same on every rank, in a block of the whole
+        (h, d, rows) with so many heads and entries.
+        """
+        found = []
+        for term in (term for letters in _INPUTS if letter in letters for term in self.terms.get(letters, ())):
+            a = linear(term.dropout(x).to(term.a.dtype), term.a) * term.scale
+            a, b = self._everywhere([a, self.layer.stock_names[f"{letter}_weight"].features(term.b)])
+            found.append(self.cut.of(b, 0, heads, width) @ a.t())
+        return found
 
     def widened(self, out_weight: Tensor, out_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The output projection with the terms' A as further rows; out_weight (D, heads, width) of this rank."""

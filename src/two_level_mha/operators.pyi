@@ -159,6 +159,7 @@ class Operators:
         sizes: Sequence[int],
         seal: Tensor | None = None,
         after: Sequence[Tensor] | None = None,
+        scores: Tensor | None = None,
     ) -> Tensor: ...
     def leave_with_cache(
         self,
@@ -200,6 +201,7 @@ class Operators:
         average: bool = True,
         seal: Tensor | None = None,
         after: Sequence[Tensor] | None = None,
+        scores: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
     def merge_partials(
         self,

@@ -59,7 +59,7 @@ void layer(Tensors& found, const Inputs& in) {
   out.weight = in.out_weight;
   tlm::Attend causal;
   causal.causal = 0;
-  const Tensor y = tlm::leave(entered.q, entered.k, entered.v, causal, out, {}, context);
+  const Tensor y = tlm::leave(entered.q, entered.k, entered.v, causal, std::nullopt, out, {}, context);
   add_gradients(found, y, {in.x, in.q_weight, in.k_weight, in.v_weight, in.out_weight});
 }
 

@@ -76,14 +76,22 @@ def test_against_the_unsplit_layer(pool, scheme, grid):
     check(pool, grid, cases, timeout=120)
 
 
-# What acts on the output behind attention.
-AFTER = ({"gated": True}, {"sinks": True}, {"gated": True, "sinks": True, "causal": 0, "length": 7})
+# What `leave` does besides attention: of its output, and of its scores.
+AFTER = (
+    {"gated": True},
+    {"sinks": True},
+    {"gated": True, "sinks": True, "causal": 0, "length": 7},
+    {"scores": True, "mask": "padding"},
+    {"scores": True, "causal": 0, "length": 7, "sinks": True},
+)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "independent"])
-def test_gates_and_sinks(pool, scheme, grid):
-    """T. Localises: gates of other heads, rows or slices than the output's; sinks of others, their gradients."""
+def test_gates_sinks_and_scores(pool, scheme, grid):
+    """T. Localises: gates of other heads, rows or slices than the output's; sinks of others, their gradients; what is
+    added to scores of other rows or keys.
+    """
     cases = []
     for at, options in enumerate(AFTER):
         base = Case(scheme=scheme, combine=COMBINES[at % 2], bias=at != 1, **heads(scheme, *grid, at % 2 == 0))

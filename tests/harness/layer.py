@@ -42,8 +42,9 @@ class Case:
     softcap: float = 0.0
     dropout: float = 0.0
     extra_keys: bool = False  # add_bias_kv and add_zero_attn
-    gated: bool = False  # and with sinks of the heads; without masks, windows and dropout
+    gated: bool = False  # and with sinks of the heads; without additive masks, windows and dropout
     sinks: bool = False
+    scores: bool = False  # with a function of q and of distances added to the scores; likewise
     bias: bool = True
     batch_first: bool = True
     dtype: torch.dtype = torch.float64
@@ -176,8 +177,8 @@ def whole(case: Case, m: int = 1, seed: int = 0) -> dict[str, Tensor]:
     leaf = leaves(weights, inputs, mask)
     xs = [leaf[name] for name in ("query", "key", "value") if name in leaf]
     xs = xs * 3 if len(xs) == 1 else xs
-    if case.gated or case.sinks:
-        return finish(with_after(case, xs[0], leaf), weight, leaf)
+    if case.gated or case.sinks or case.scores:
+        return finish(with_after(case, xs[0], leaf, mask), weight, leaf)
     keep = None
     if case.dropout:
         sizes = [case.batch, case.heads, case.length, case.all_keys]
@@ -199,8 +200,13 @@ def whole(case: Case, m: int = 1, seed: int = 0) -> dict[str, Tensor]:
     return finish(y_BLD, weight, leaf)
 
 
-def with_after(case: Case, x_BLD: Tensor, leaf: dict[str, Tensor]) -> Tensor:
-    """The unsplit layer with gates and sinks, from x alone."""
+def added(q_BHLd: Tensor, rows_L: Tensor, keys: int) -> Tensor:
+    """What is added to the scores of rows at these positions."""
+    return q_BHLd.sum(3, keepdim=True) * (rows_L.unsqueeze(1) - torch.arange(keys)).cos()
+
+
+def with_after(case: Case, x_BLD: Tensor, leaf: dict[str, Tensor], mask: Tensor | None) -> Tensor:
+    """The unsplit layer with gates, sinks and added scores, from x alone."""
     q, k, v = (
         torch.einsum("bld,hed->bhle", x_BLD, leaf[f"{name}_weight"])
         + (leaf[f"{name}_bias"][:, None] if case.bias else 0.0)
@@ -209,6 +215,10 @@ def with_after(case: Case, x_BLD: Tensor, leaf: dict[str, Tensor]) -> Tensor:
     q, gate = q.unflatten(1, (-1, 2)).unbind(2) if case.gated else (q, None)
     k, v = (x.repeat_interleave(case.heads // case.kv_heads, 1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * case.head_dim**-0.5
+    if case.scores:
+        scores = scores + added(q, torch.arange(case.length), case.length)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
     if case.causal is not None:
         hidden = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1 + case.causal)
         scores = scores.masked_fill(hidden, -torch.inf)
@@ -274,17 +284,21 @@ def run(
     xs = xs * 3 if len(xs) == 1 else xs
     call = decided(case, at)
     shared = [leaf["sinks"]] if case.sinks else None
-    q, k, v, *after = ops.enter(*xs, *(leaf.get(name) for name in ENTER_WEIGHTS), None, shared, *call)
+    rows = [torch.arange(case.length).view(1, 1, -1, 1)] if case.scores else None
+    q, k, v, *after = ops.enter(*xs, *(leaf.get(name) for name in ENTER_WEIGHTS), rows, shared, *call)
+    q_rows = after.pop(0) if case.scores else None
+    after = after[case.scores :]
     if case.gated:
         q, gate = q.unflatten(1, (-1, 2)).unbind(2)
         after.insert(0, gate.sigmoid())
+    scores = added(q, q_rows.flatten(), case.length) if case.scores else None
     attn_mask = leaf.get("mask", mask)
     if attn_mask is not None and case.extra_keys:
         attn_mask = torch.nn.functional.pad(attn_mask, (0, 2), value=float(attn_mask.dtype == torch.bool))
     seed = dropout_seed if case.dropout else None
     y = ops.leave(
         q, k, v, leaf["out_weight"], leaf.get("out_bias"), attn_mask, scale, case.causal, case.window, case.softcap,
-        case.dropout, seed, *call, None, after or None,
+        case.dropout, seed, *call, None, after or None, scores,
     )  # fmt: skip
     return y if case.batch_first else y.transpose(0, 1)
 

@@ -10,8 +10,8 @@ from harness.device import DEVICE
 from harness.encoders import make, make_torch
 from torch import nn
 from transformers import (
-    DebertaV2Config,
-    DebertaV2Model,
+    FunnelConfig,
+    FunnelModel,
     MvpConfig,
     MvpModel,
 )
@@ -202,9 +202,9 @@ def test_other_bert(case):
     check_own_code(changed(change), NAME, reason)
 
 
-SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}
+SMALL = {"vocab_size": 30, "d_model": 16, "block_sizes": [1], "n_head": 4, "d_head": 4, "d_inner": 24}
 UNKNOWN = {
-    "DeBERTa": (lambda: DebertaV2Model(DebertaV2Config(**SMALL)), "encoder.layer.0.attention.self"),
+    "Funnel": (lambda: FunnelModel(FunnelConfig(**SMALL)), "encoder.blocks.0.0.attention"),
     "MVP": (
         lambda: MvpModel(
             MvpConfig(

@@ -105,8 +105,10 @@ def right_calls() -> dict[str, dict]:
             "bias_k": None, "bias_v": None, "out_weight": weight, "out_bias": torch.randn(D), "angles": None,
             "norms": [torch.randn(d), torch.randn(d)], "eps": 1e-6, "interleaved": False,
         },
-        "leave": left | {"after": [torch.randn(H)]},
-        "leave_with_weights": left | {"average": True, "after": [torch.randn(H)]},
+        "leave": left | {"after": [torch.randn(H)], "scores": torch.randn(B, H, L, S)},
+        "leave_with_weights": left | {
+            "average": True, "after": [torch.randn(H)], "scores": torch.randn(B, H, L, S),
+        },
         "leave_with_cache": left | {
             "after": [torch.randn(H)], "dropout_p": 0.0, "seed": None, "memory": [], "cache": cache,
         },

@@ -141,9 +141,12 @@ CASES = {
     "seal_verdict": lambda: ((*sealed()[1:4], torch.zeros(2, dtype=torch.int64)), {}),
     "opened": lambda: (sealed(), {}),
     "enter": lambda: (enter(1, 1, "slices"), {}),
-    "leave": lambda: (leave(1, 1, "slices", gated=True), {"after": after()}),
+    "leave": lambda: (leave(1, 1, "slices", gated=True), {"after": after(), "scores": random(B, H, L, S + 2)}),
     "attention": lambda: (attention(1, 1, "slices"), {}),
-    "leave_with_weights": lambda: (leave(1, 1, "slices"), {"average": False, "after": after()[1:]}),
+    "leave_with_weights": lambda: (
+        leave(1, 1, "slices"),
+        {"average": False, "after": after()[1:], "scores": random(B, H, L, S + 2)},
+    ),
     "leave_with_cache": lambda: ((*leave(1, 1, "batch", gated=True), *cache([], 0, batch=B)), {"after": after()}),
     "cache_append": lambda: ((*cache([], 0), random(3, K, L, d), random(3, K, L, d), L), {}),
     "cache_select": lambda: (

@@ -109,6 +109,27 @@ def alone(**options) -> tuple:
     return *(given | options).values(), *decided(case, place(1, 1))
 
 
+@pytest.mark.parametrize("leave", [ops.leave, ops.leave_with_weights])
+@pytest.mark.parametrize(
+    "scores", [torch.randn(2, 5, 5), torch.randn(1, 4, 5, 5), torch.randn(1, 2, 5, 4), torch.ones(1, 2, 5, 5).long()]
+)
+def test_scores_that_fit_no_call(leave, scores):
+    """Localises: what is added to scores, of other heads or keys, broadcast or read beyond its end."""
+    with pytest.raises(ValueError, match=r"scores must be floating and broadcastable to .* as q and k lie"):
+        leave(*alone(), scores=scores)
+
+
+@pytest.mark.parametrize("leave", [ops.leave, ops.leave_with_weights])
+def test_scores_are_a_mask_of_their_own(leave):
+    """T. Localises: scores that replace a mask, or a bool one that they turn off."""
+    bias = torch.randn(1, 2, 5, 5)
+    keep = torch.ones(5, 5, dtype=torch.bool).tril()
+    given = dict(zip(("q", "k", "v"), torch.randn(3, 1, 2, 5, 4), strict=True)) | {"weight": torch.randn(8, 2, 4)}
+    first = [x for x in (leave(*alone(**given, mask=keep), scores=bias), leave(*alone(**given, mask=bias, causal=0)))]
+    ys = [x[0] if isinstance(x, tuple) else x for x in first]
+    torch.testing.assert_close(*ys)
+
+
 @pytest.mark.parametrize("dtype", [*FLOAT8, torch.int32, torch.complex64])
 def test_dtypes_of_masks(dtype):
     """Localises: a mask that a kernel would read as float16, beyond its end."""

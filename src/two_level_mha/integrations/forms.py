@@ -89,6 +89,7 @@ HEADS_NORMS = ("attn_sub_norm",)  # modules of all heads' outputs together, befo
 # Of the difference of two softmaxes: vectors of a head's width, of which its rate is made; a number; the norm of that.
 LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 LAMBDA_INIT, GROUP_NORM = "lambda_init", "groupnorm"
+BIAS_GATE = "gru_rel_pos_linear"  # of a head's part of x: the gate of a bias of the scores
 OUTPUT_BIAS = "dense_bias"  # (D,), or None: given behind the weights, for the layer to add
 
 CACHES = ("past_key_values", "layer_past", "cache")
@@ -139,9 +140,9 @@ def paths_of(module: nn.Module, parent: nn.Module | None) -> dict[str, str] | No
     """Where its projections are, by letter; None for a module that has not all of them."""
     found: dict[str, str] = {}
     for letter, names in PROJECTIONS.items():
-        path = next((name for name in names if isinstance(_at(module, parent, name), nn.Module)), None)
+        path = next((name for name in names if isinstance(at(module, parent, name), nn.Module)), None)
         if path is not None:
-            around = not is_linear(_at(module, parent, path)) and is_linear(_at(module, parent, f"{path}.{INNER}"))
+            around = not is_linear(at(module, parent, path)) and is_linear(at(module, parent, f"{path}.{INNER}"))
             found[letter] = f"{path}.{INNER}" if around else path
     without_v = any(getattr(module, name, module) is None for name in PROJECTIONS["v"])  # v is what k is projected to
     kinds = [("q", "k", "v", "o"), ("qkv", "o"), *([("q", "k", "o")] if without_v else [])]
@@ -182,19 +183,21 @@ def is_differential(module: nn.Module, parent: nn.Module | None = None) -> bool:
 
 def keeps_projection(module: nn.Module, letter: str) -> bool:
     """Whether the projection of a letter, or letters, is one of inputs or outputs of the pass as it is."""
-    return not is_differential(module) and (letter != "o" or heads_norm_of(module) is None)
+    weights_alone = hasattr(module, BIAS_GATE)  # are used, so that an adapter there does nothing
+    return not (is_differential(module) or weights_alone) and (letter != "o" or heads_norm_of(module) is None)
 
 
 def _width_of_heads(module: nn.Module, parent: nn.Module | None, paths: dict[str, str]) -> int | None:
-    out = _at(module, parent, paths["o"])
+    out = at(module, parent, paths["o"])
     return features_of(out)[0] if is_linear(out) else None
 
 
-def _at(module: nn.Module, parent: nn.Module | None, path: str) -> object:
-    at: object = parent if path.startswith("../") else module
+def at(module: nn.Module, parent: nn.Module | None, path: str) -> object:
+    """What is at a path, as in StockTensor.key, or None."""
+    found: object = parent if path.startswith("../") else module
     for name in path.removeprefix("../").split("."):
-        at = getattr(at, name, None)
-    return at
+        found = getattr(found, name, None)
+    return found
 
 
 def unknown_argument(module: nn.Module) -> str | None:
@@ -427,11 +430,17 @@ def names_of(
 
 
 def store_projections(
-    ours: "GridAttention", projections: dict[str, nn.Module], paths: dict[str, str], names: dict[str, StockTensor]
+    ours: "GridAttention",
+    projections: dict[str, nn.Module],
+    paths: dict[str, str],
+    names: dict[str, StockTensor],
+    others: Mapping[str, nn.Parameter] | None = None,
 ) -> None:
-    """Gives a GridAttention the parameters of the original's linears, trained where those are, under their names."""
+    """Gives a GridAttention the parameters of the original's linears, and others by stock keys, under their names,
+    trained where those are.
+    """
     ours.stock_names = names
-    held: dict[str, nn.Parameter] = {}
+    held = dict(others or {})
     for letter, linear in projections.items():
         held |= {f"{paths[letter]}.{part}": p for part, p in linear.named_parameters()}
     trained = {name: held[stock.key].requires_grad for name, stock in ours.stock_names.items()}

@@ -69,7 +69,9 @@ class LatentAttention(DecoderAttention):
         h, k, widest = forms.latent_sizes(original, projections)
         return h, k, self.slices * -(-widest // self.slices), False
 
-    def store_projections(self, projections: dict[str, nn.Module], paths: dict[str, str], packing: str) -> None:
+    def store_projections(
+        self, original: nn.Module, projections: dict[str, nn.Module], paths: dict[str, str], packing: str
+    ) -> None:
         names = linear_names("q", paths["q"], projections["q"], self.nope + self.rope)
         names |= linear_names("out", paths["o"], projections["o"], self.v_dim)
         h = self.num_heads

@@ -84,7 +84,7 @@ class ProjectedAttention(Positioned, GridAttention):
         self.after += [forms.OUTPUT_NORM] if hasattr(original, forms.OUTPUT_NORM) else []
         for name in self.after:
             self.add_module(name, getattr(original, name))
-        self.store_projections(projections, paths, packing)
+        self.store_projections(original, projections, paths, packing)
         shift = original._parameters.get(forms.GATE_SHIFT)
         if shift is not None:
             self.store_shift(shift)
@@ -112,7 +112,9 @@ class ProjectedAttention(Positioned, GridAttention):
         h, k, d = forms.heads_of(original, projections)
         return h, k, d, forms.is_gated(projections, h, d)
 
-    def store_projections(self, projections: dict[str, nn.Module], paths: dict[str, str], packing: str) -> None:
+    def store_projections(
+        self, original: nn.Module, projections: dict[str, nn.Module], paths: dict[str, str], packing: str
+    ) -> None:
         """Takes over the parameters of the original's linears."""
         sizes = self.num_heads, self.num_kv_heads, self.head_dim
         names = forms.names_of(projections, paths, sizes, packing, self.v_dim)
