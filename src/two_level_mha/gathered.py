@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from two_level_mha.activations import gather_part, keep_part, used_apart
+from two_level_mha.blocks import full_tensor
 from two_level_mha.errors import UsageRuntimeError
 from two_level_mha.mesh import Place
 from two_level_mha.operators import ops as _ops
@@ -163,7 +164,7 @@ class Weights:
         """Begins the call's backward: once, on every rank."""
         if not self.gathered:
             self.gathered = True
-            wholes = {p: p.detach().full_tensor() for p in self.split}
+            wholes = {p: full_tensor(p.detach()) for p in self.split}
             if (kept := self.kept()) is not None:
                 kept.wholes = wholes
 
@@ -179,7 +180,7 @@ class _Incoming(torch.autograd.Function):
     def forward(ctx: Any, place: Place, gradient: Partial | Replicate, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.place, ctx.gradient, ctx.weights = place, gradient, weights
-        wholes = tuple(p.full_tensor() if isinstance(p, DTensor) else p.view_as(p) for p in weights)
+        wholes = tuple(p.view_as(p) if not isinstance(p, DTensor) else full_tensor(p) for p in weights)
         ctx.mark_non_differentiable(*(x for x, p in zip(wholes, weights, strict=True) if not p.requires_grad))
         return wholes
 
@@ -229,10 +230,10 @@ def whole_weights(module: nn.Module, place: Place, gradient: Partial | Replicate
     owners = [(part, name, p) for part in module.modules() for name, p in part._parameters.items() if p is not None]
     weights = list({p: None for _, _, p in owners})  # what was added since, adapters for example, is no DTensor
     wholes = dict(zip(weights, _Incoming.apply(place, gradient, *weights), strict=True)) if weights else {}
-    split = {p: whole for p, whole in wholes.items() if isinstance(p, DTensor)}
+    split: dict[DTensor, Tensor] = {p: whole for p, whole in wholes.items() if isinstance(p, DTensor)}
     kept = Kept(split)
     for part, name, p in owners:
-        part._parameters[name] = wholes[p]  # type: ignore[assignment]  # a plain tensor, for the call
+        part._parameters[name] = wholes[p]  # a plain tensor, for the call
     try:
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
             yield Weights(split, next((x for x in wholes.values() if x.requires_grad), None), kept)

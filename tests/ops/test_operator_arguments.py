@@ -115,7 +115,7 @@ def alone(**options) -> tuple:
 )
 def test_scores_that_fit_no_call(leave, scores):
     """Localises: what is added to scores, of other heads or keys, broadcast or read beyond its end."""
-    with pytest.raises(ValueError, match=r"scores must be floating and broadcastable to .* as q and k lie"):
+    with pytest.raises(ValueError, match=r"scores must be float64, .* broadcastable to .* as q and k lie"):
         leave(*alone(), scores=scores)
 
 
