@@ -12,7 +12,7 @@ import pytest
 import torch
 from harness import RankFailure
 from harness.calls import mesh
-from harness.decoders import BASE, make
+from harness.decoders import BASE, make, two_steps
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -22,6 +22,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LATENTS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj", "lm_head")
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 SMALL = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -117,6 +118,8 @@ def compare(kind: str, before: bool, options: dict) -> dict[str, float]:
     with whole.disable_adapter(), ours.disable_adapter():
         assert (logits(whole) - y).abs().max() > 0.1
         found["disabled"] = (logits(ours) - logits(whole)).abs().max().item()
+    with torch.no_grad():
+        found["later calls"] = (two_steps(ours, tokens(), None) - two_steps(whole, tokens(), None)).abs().max().item()
     generated = [model.generate(input_ids=tokens(), max_new_tokens=4, do_sample=False) for model in (ours, whole)]
     assert torch.equal(*generated)
     ours.merge_adapter(safe_merge=True)
@@ -151,9 +154,16 @@ CASES = {
     "heads of one projection": ("gpt neox", {"targets": ("query_key_value", "dense")}),
     "groups of one projection": ("falcon 40b", {"targets": ("query_key_value", "dense"), "scheme": "heads"}),
     "queries and gates": ("qwen3 next", {"targets": ATTENTION, "rest": False}),
-    "gates of heads": ("lfm3", {"targets": ATTENTION, "rest": False}),
+    "gates of heads": ("lfm3", {"targets": (*ATTENTION, "g_proj"), "rest": False}),
     "one key/value head": ("falcon 7b", {"targets": ("query_key_value", "dense"), "rest": False}),
     "another layer's keys": ("gemma4 shared", {"targets": ATTENTION, "rest": False}),
+    "narrower values": ("mimo", {"targets": ATTENTION, "rest": False}),
+    "latents": ("youtu", {"targets": LATENTS}),
+    "latents, cached by batch": ("minicpm3", {"targets": LATENTS, "rest": False, "cache": "batch"}),
+    "latents, 6 heads, concat": ("6 heads", {"targets": LATENTS, "rest": False, "combine": "concat"}),
+    "latents, slices filled up": ("6 heads", {"targets": LATENTS, "rest": False, "grid": (1, 4)}),
+    "latents, none of queries": ("deepseek v3 without q's", {"targets": ("q_proj", "kv_b_proj"), "rest": False}),
+    "latents, dropout": ("youtu", {"targets": (LATENTS[0], *LATENTS[2:4]), "lora": {"lora_dropout": 0.3}}),
     "GPT-2": ("gpt2", {"targets": r".*\.attn\.c_(attn|proj)", "lora": {"fan_in_fan_out": True}}),
 }
 
@@ -322,6 +332,12 @@ def names_of_call() -> None:
     model.eval()(input_ids=tokens(), adapter_names=["default", "two"])
 
 
+def dropped_of_latents() -> None:
+    model = split("youtu", True, targets=("kv_b_proj",), lora={"lora_dropout": 0.1}, rest=False).train()
+    past = model(input_ids=tokens(), use_cache=True).past_key_values
+    model(input_ids=tokens()[:, :1], past_key_values=past)
+
+
 PLAIN = "only plain LoRA is supported on what is split"
 REFUSED = {
     "attention": (outside, (("q_proj",), {}, {}), r"Target module Projection\(32, 32, split; adapters: inside"),
@@ -336,6 +352,7 @@ REFUSED = {
     "a bias": (inside, (("up_proj",), {"lora_bias": True}), PLAIN),
     "a trained copy": (inside, (("q_proj",), {"modules_to_save": ["lm_head"]}), PLAIN),
     "dropout": (inside, (("o_proj",), {"lora_dropout": 0.1}), "lora_dropout > 0 on the output projection"),
+    "dropout of latents in a cache": (dropped_of_latents, (), "lora_dropout > 0 in training is not supported in a"),
     "activations": (inside, (("q_proj",), {}, {"activations": "batch"}), "adapters are not supported on a model with"),
     "seeds": (inside, (("q_proj",), {}, {}, True), "what the adapters hold differs between ranks"),
     "a variant before": (given_before, (("q_proj",), {"use_dora": True}, {}), "is a peft.tuners.lora.layer.Linear"),

@@ -17,7 +17,7 @@ from two_level_mha.agreement import digest, same_on_all_ranks
 from two_level_mha.blocks import dealt
 from two_level_mha.class_like import become
 from two_level_mha.errors import GridError, UsageRuntimeError
-from two_level_mha.integrations.forms import keeps_projection
+from two_level_mha.integrations.forms import CALLED_WHOLE, keeps_projection
 from two_level_mha.integrations.lora_layers import ADAPTED, PLAIN_ONLY, Adapted, AdaptedProjection
 from two_level_mha.low_rank import Projection, blank_like, is_linear
 from two_level_mha.mesh import Place, place_on
@@ -144,6 +144,9 @@ def refusal_of(layers: dict[str, nn.Module], attentions: list[Any], activations:
                 f"{one.name} is inside a layer of PEFT that is not supported around attention: merge it first"
             )
         known = {id(part) for letter, part in one.projections.items() if is_projection(one.module, one.paths, letter)}
+        children = [one.module._modules.get(name) for name in CALLED_WHOLE]
+        kept = {part for child in children if child is not None for part in child.modules()}
+        known |= {id(part) for part in kept.difference(one.projections.values())}
         parts = [*one.module.modules(), *one.projections.values()]
         if other := next((bases[id(part)] for part in parts if id(part) in bases and id(part) not in known), None):
             return GridError(

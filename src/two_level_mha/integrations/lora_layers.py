@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from two_level_mha.activations import used_apart
 from two_level_mha.errors import UsageRuntimeError
-from two_level_mha.low_rank import Cut, Term
+from two_level_mha.low_rank import Term, own_heads
 from two_level_mha.mesh import Place
 from two_level_mha.operators import ops as _ops
 from two_level_mha.probe import has_hooks
@@ -119,15 +119,16 @@ class AdaptedProjection(Adapted):
 
     def add(self, term: Term, scale: float) -> None:
         layer, letters = self.base_layer.whose
-        cut, d = Cut(layer.place, layer.head_dim), layer.head_dim
         if letters == "o":
             own = _local(layer.out_weight)  # (D, heads, width)
-            a = cut.of(term.a.unflatten(1, (-1, d)), 1, *own.shape[1:])
+            all_rhd = term.a.unflatten(1, (layer.num_heads, -1))
+            a = own_heads(all_rhd, layer.place, 1, *own.shape[1:])
             own.add_(torch.einsum("or,rhd->ohd", term.b.to(own.dtype), a.to(own.dtype)), alpha=scale)
             return
         for letter in letters:
             own = _local(getattr(layer, f"{letter}_weight"))  # (heads, width, D)
-            b = cut.of(layer.stock_names[f"{letter}_weight"].features(term.b), 0, *own.shape[:2])
+            all_hdr = layer.stock_names[f"{letter}_weight"].features(term.b)
+            b = own_heads(all_hdr, layer.place, 0, *own.shape[:2])
             own.add_(torch.einsum("hdr,ri->hdi", b.to(own.dtype), term.a.to(own.dtype)), alpha=scale)
 
 
