@@ -144,7 +144,7 @@ def _parallelize(
         if (unadapted := refusal_of(layers, found, activations)) is not None:
             raise unadapted
         if grid.size > 1:
-            take_states(attentions, grid, layers)
+            take_states(attentions, grid)
             gather_beside_mixers(attentions)
         if rest and grid.size > 1:
             others = find_rest(model, grid.size, attentions.names(), skips)
