@@ -31,6 +31,7 @@ from two_level_mha.rest import Rest, find_rest, plan_trials, split_rest
 from two_level_mha.stacks import Stack, find_stacks, split_stack
 from two_level_mha.state_trial import take_states
 from two_level_mha.stock import resolve, take_stock_keys
+from two_level_mha.whole_trial import WholeTrial, whole_trials
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,12 +78,16 @@ def parallelize(
     gradients, as the steps of a generation, stay replicated. What cannot stay split is in the report.
     A collective over the grid. Raises GridError, on every rank and before anything is changed, when nothing is found,
     when an attention is found that is not supported, when the grid does not fit one, or when the ranks' arguments or
-    weights differ. What was split is told by two_level_mha.report(model), which the grid's first rank also logs (logger
-    "two_level_mha", level INFO). Attributes, forward and backward hooks, and the training mode of the originals are
-    kept, and load_state_dict takes the original model's state dict; an optimizer is made afterwards, one that holds a
-    parameter which was replaced raises GridError in its first step. A transformers model becomes one of a subclass, of
-    the same name: generate() takes the token that the grid's first rank drew on every rank, save_pretrained(folder)
-    writes whole tensors on the first rank, and is called on every one.
+    weights differ. Last, a transformers model runs on two tokens, forward and backward, as it did before the split: it
+    must run, and in float32 and float64 give the same output and the same gradients of what every rank has whole. Where
+    it does not, GridError names what failed; the model is then changed, and of no use. Of a model that cannot be called
+    with two tokens alone, or has no weights yet, the report says that it was not tried. What was split is told by
+    two_level_mha.report(model), which the grid's first rank also logs (logger "two_level_mha", level INFO). Attributes,
+    forward and backward hooks, and the training mode of the originals are kept, and load_state_dict takes the original
+    model's state dict; an optimizer is made afterwards, one that holds a parameter which was replaced raises GridError
+    in its first step. A transformers model becomes one of a subclass, of the same name: generate() takes the token that
+    the grid's first rank drew on every rank, save_pretrained(folder) writes whole tensors on the first rank, and is
+    called on every one.
     PEFT's LoRA layers stay, around what is split then: adapters whole on every rank (two_level_mha.adaptable adds some
     afterwards).
     """
@@ -115,7 +120,7 @@ def _parallelize(
     options |= {"reduce_dtype": reduce_dtype, "overlap": overlap}
     grid = place_on(mesh).grid
     attentions, others = Attentions(), Rest()
-    pretrained: list[PreTrainedModel] = []
+    pretrained: dict[str, PreTrainedModel] = {}
     stacks: list[Stack] = []
     refusal: Exception | None = None
     rates: tuple[int, ...] | None = None
@@ -127,8 +132,8 @@ def _parallelize(
         rates = options["profile"].numbers
         if cache not in CACHE_LAYOUTS:
             raise GridError(f"cache must be one of {', '.join(CACHE_LAYOUTS)}, got {cache!r}")
-        pretrained = list(pretrained_models(model).values())
-        for part in pretrained:
+        pretrained = pretrained_models(model)
+        for part in pretrained.values():
             if part.can_generate():
                 for name in ("_get_stopping_criteria", "_prepare_static_cache"):
                     private_method(part, name)  # or it is refused
@@ -140,7 +145,7 @@ def _parallelize(
         if (unadapted := refusal_of(layers, found, activations)) is not None:
             raise unadapted
         if grid.size > 1:
-            take_states(attentions, grid, layers)
+            take_states(attentions, grid)
             gather_beside_mixers(attentions)
         if rest and grid.size > 1:
             others = find_rest(model, grid.size, attentions.names(), skips)
@@ -178,11 +183,14 @@ def _parallelize(
             "which states are split": [(name, one.gate_first) for name, one in attentions.states.items()],
         }
         same_on_all_ranks(kinds, mesh, "build the model alike on every rank")
+    whole_models: list[WholeTrial] = []
+    if mesh is not None and grid.size > 1 and not control_on(mesh).alone:
+        whole_models, others.untried = whole_trials(pretrained, mesh, control_on(mesh), scheme != "independent")
     before = dict(model.named_parameters())
     split = {module for stack in stacks for module in stack.attentions}
     for one in attentions.found:
         _replace(one, mesh, options | ({"activations": activations} if one.module in split else {}))
-    for part in pretrained:
+    for part in pretrained.values():
         later("on_grid", "put_on_grid")(part, mesh)
     if grid.size > 1:
         assert mesh is not None
@@ -199,6 +207,8 @@ def _parallelize(
             split_stack(stack, mesh, activations, reduce_dtype)
         for trial in trials:
             trial.check()
+        for whole_model in whole_models:
+            whole_model.check(control)
     note_replaced(before, model, "parallelize")
     report = keep_report(model, attentions, others)
     if mesh is None or not any(mesh.get_coordinate() or ()):

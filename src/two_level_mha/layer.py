@@ -19,7 +19,7 @@ from two_level_mha.blocks import COMBINES, GATE_DIMS, POSITION_DIMS, SHARDED_DIM
 from two_level_mha.cache_layer import NO_CACHE, CachedCall, CacheLayer
 from two_level_mha.context import cast, constants, element_size, layer_numbers, size_numbers
 from two_level_mha.errors import GridError
-from two_level_mha.low_rank import Cut, low_rank
+from two_level_mha.low_rank import low_rank, own_heads
 from two_level_mha.mesh import Grid, place_on
 from two_level_mha.operators import ops as _ops
 from two_level_mha.profile import Profile, resolve_profile
@@ -378,7 +378,7 @@ class GridAttention(HoldsStock):
         return local_blocks([p[name] if name in p else getattr(self, name) for name in SHARDED_DIMS])
 
     def spread(self, x: Tensor, dim: int) -> Tensor:
-        """x, whose entries along `dim` are the columns of a head of values, as the pass has heads of values."""
+        """x, whose entries along `dim` are the columns of a head of a projection, as the pass has heads."""
         return x
 
     def _with_after(
@@ -403,13 +403,13 @@ class GridAttention(HoldsStock):
                 if shift is not None:
                     d = self.head_dim
                     all_hd = aside.shared[-1].unsqueeze(1).expand(-1, d)
-                    own = own + Cut(self.place, d).of(all_hd, 0, q.shape[1], d).unsqueeze(1)
+                    own = own + own_heads(all_hd, self.place, 0, q.shape[1], d).unsqueeze(1)
                     aside = aside._replace(shared=aside.shared[:-1])
                 after.append(self.gate_function(own))
             if gate is not None:
                 d = self.head_dim
                 all_BLhd = self.gate_function(aside.q_rows[-1]).squeeze(1).unsqueeze(3).expand(-1, -1, -1, d)
-                after.append(Cut(self.place, d).of(all_BLhd, 2, q.shape[1], d).transpose(1, 2))
+                after.append(own_heads(all_BLhd, self.place, 2, q.shape[1], d).transpose(1, 2))
                 aside = aside._replace(q_rows=aside.q_rows[:-1], k_rows=aside.k_rows[:-1])
             if sinks is not None:
                 after.append(aside.shared[-1])

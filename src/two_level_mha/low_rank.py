@@ -22,7 +22,7 @@ from two_level_mha.mesh import Place
 if TYPE_CHECKING:
     from two_level_mha.layer import Aside, Between, GridAttention
 
-_INPUTS = ("q", "k", "v", "qkv")  # projections of an input, by letters of what they give
+_INPUTS = ("q", "k", "v", "qkv", "kv")  # projections of an input, by letters of what they give
 
 
 class Term(NamedTuple):
@@ -82,25 +82,17 @@ def features_of(module: nn.Module) -> tuple[int, int]:
     return inside, outside
 
 
-class Cut(NamedTuple):
-    """Which heads, and which entries of each, a tensor of this rank has of all."""
-
-    place: Place
-    head_dim: int
-
-    def of(self, x: Tensor, dim: int, heads: int, width: int) -> Tensor:
-        """The part with `heads` heads along `dim` and `width` entries along the next, of x with all of both."""
-        start = 0 if width == self.head_dim else dealt(self.head_dim, self.place.grid.slices, self.place.slice)[0]
-        return self.of_heads(x, dim, heads).narrow(dim + 1, start, width)
-
-    def of_heads(self, x: Tensor, dim: int, heads: int) -> Tensor:
-        """The part with `heads` heads along `dim`, of x with all of them."""
-        place, total = self.place, x.shape[dim]
-        share = total // place.grid.head_groups
-        first = 0 if heads == total else place.head_group * share
-        if heads < share:
-            first += place.slice * share // place.grid.slices
-        return x.narrow(dim, first, heads)
+def own_heads(x: Tensor, place: Place, dim: int, heads: int, width: int | None = None) -> Tensor:
+    """This rank's of x, which has all heads along `dim`, and all entries of each along the next: so many of both."""
+    total = x.shape[dim]
+    share = total // place.grid.head_groups
+    first = 0 if heads == total else place.head_group * share
+    if heads < share:
+        first += place.slice * share // place.grid.slices
+    x = x.narrow(dim, first, heads)
+    if width is None or width == x.shape[dim + 1]:
+        return x
+    return x.narrow(dim + 1, dealt(x.shape[dim + 1], place.grid.slices, place.slice)[0], width)
 
 
 class LowRank:
@@ -108,9 +100,8 @@ class LowRank:
 
     def __init__(self, layer: "GridAttention", terms: dict[str, list[Term]]) -> None:
         self.layer, self.terms = layer, terms
-        self.cut = Cut(layer.place, layer.head_dim)
         self.outs = terms.get("o", [])
-        if any(term.dropout.training and getattr(term.dropout, "p", 0.0) > 0.0 for term in self.outs):
+        if any(map(_drops, self.outs)):
             raise UsageRuntimeError(
                 "lora_dropout > 0 on the output projection of a split attention is not supported in training: no rank "
                 "has all of that projection's input; set it to 0, or leave that projection out of target_modules"
@@ -134,7 +125,7 @@ class LowRank:
                 own.append((a if batch_first else a.transpose(0, 1)).unsqueeze(1))  # (B, 1, L, r)
                 for letter in letters:
                     b = self.layer.stock_names[f"{letter}_weight"].features(term.b)
-                    weights.append(self.layer.spread(b, 1) if letter == "v" else b)
+                    weights.append(self.layer.spread(b, 1))
                 targets += [("qkv".index(letter), len(rows) + len(own) - 1) for letter in letters]
 
         def add(q: Tensor, k: Tensor, v: Tensor, aside: "Aside") -> tuple[Tensor, ...]:
@@ -155,22 +146,44 @@ class LowRank:
         (h, d, rows) with so many heads and entries.
         """
         found = []
-        for term in (term for letters in _INPUTS if letter in letters for term in self.terms.get(letters, ())):
+        for term in self._of_input(letter):
             a = linear(term.dropout(x).to(term.a.dtype), term.a) * term.scale
             a, b = self._everywhere([a, self.layer.stock_names[f"{letter}_weight"].features(term.b)])
-            found.append(self.cut.of(b, 0, heads, width) @ a.t())
+            found.append(own_heads(b, self.layer.place, 0, heads, width) @ a.t())
         return found
 
-    def widened(self, out_weight: Tensor, out_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The output projection with the terms' A as further rows; out_weight (D, heads, width) of this rank."""
+    def own(self, letter: str, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """For who projects outside of the pass: of each term of q, k or v A (r, in), and scale * B (heads, width, r) of
+        this rank, whose weight is (heads, width, in).
+        """
+        found = []
+        for term in self._of_input(letter):
+            if _drops(term):
+                raise UsageRuntimeError(
+                    "lora_dropout > 0 in training is not supported in a call with earlier tokens in a cache by "
+                    "position, which keeps latents as no adapter was given them: call with use_cache=False, or take "
+                    'cache="batch"'
+                )
+            a, b = self._everywhere([term.a, term.b])
+            all_hdr = self.layer.stock_names[f"{letter}_weight"].features(b)
+            found.append((a, own_heads(all_hdr, self.layer.place, 0, *weight.shape[:2]) * term.scale))
+        return found
+
+    def widened(
+        self, out_weight: Tensor, out_bias: Tensor | None, in_pass: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output projection with the terms' A as further rows; out_weight (D, heads, width) of this rank, in_pass:
+        of as many columns as a head has in the pass.
+        """
         if not self.outs:
             return out_weight, out_bias
         heads, width = out_weight.shape[1:]
         wholes = [term.a for term in self.outs]
-        if heads < self.layer.num_heads or width < self.layer.head_dim:
+        if not in_pass or heads < self.layer.num_heads or width < self.layer.head_dim:
             wholes = self._everywhere(wholes)
-        by_heads = [self.layer.spread(a.unflatten(1, (self.layer.num_heads, -1)), 2) for a in wholes]
-        more = [self.cut.of(a, 1, heads, width) for a in by_heads]
+        by_heads = [a.unflatten(1, (self.layer.num_heads, -1)) for a in wholes]
+        by_heads = [self.layer.spread(a, 2) for a in by_heads] if in_pass else by_heads
+        more = [own_heads(a, self.layer.place, 1, heads, width) for a in by_heads]
         weight = torch.cat([out_weight, *(a.to(out_weight.dtype) for a in more)])
         if out_bias is not None:
             out_bias = torch.cat([out_bias, out_bias.new_zeros(weight.shape[0] - out_bias.shape[0])])
@@ -187,15 +200,23 @@ class LowRank:
             found = found + linear(a.to(term.b.dtype), term.b) * term.scale
         return found.to(y.dtype)
 
+    def _of_input(self, letter: str) -> list[Term]:
+        """The terms of q, k or v, of a projection of its own or of one with others."""
+        return [term for letters in _INPUTS if letter in letters for term in self.terms.get(letters, ())]
+
     def _added(self, x: Tensor, a_BLr: Tensor, b: Tensor) -> Tensor:
         """x (B, heads, L, width), this rank's part of q, k or v, with that of b's product; b (heads, d, r)."""
         heads, width = x.shape[1], x.shape[3]
-        own = self.cut.of(b, 0, heads, width)
+        own = own_heads(b, self.layer.place, 0, heads, width)
         y: Tensor = linear(a_BLr.to(own.dtype), own.flatten(0, 1)).unflatten(-1, (heads, width))
         return (x + y.transpose(1, 2)).to(x.dtype)
 
     def _everywhere(self, xs: list[Tensor]) -> list[Tensor]:
         return used_apart(xs, self.layer.place, self.layer.reduce_dtype)
+
+
+def _drops(term: Term) -> bool:
+    return term.dropout.training and getattr(term.dropout, "p", 0.0) > 0.0
 
 
 def low_rank(layer: "GridAttention") -> LowRank | None:

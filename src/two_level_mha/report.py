@@ -23,7 +23,8 @@ class Report:
     whose tensor-parallel plan was applied. parameters, total_bytes: of the model; held_parameters, split_bytes,
     unsplit_bytes: of this rank. unsplit: module, a * for its layer's number -> bytes, the largest first. left_out: what
     looks as if it could be split, or has a rule in a plan -> why it is not. other_ways: modules whose own code goes
-    another way since they are split -> which, and why.
+    another way since they are split -> which, and why. untried: models that were not run on two tokens since they are
+    split -> why.
     """
 
     attentions: int
@@ -39,6 +40,7 @@ class Report:
     gathered: dict[str, str] = field(default_factory=dict)
     states: int = 0
     other_ways: dict[str, str] = field(default_factory=dict)
+    untried: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         kinds = [f"{self.attentions} attention modules"] + [f"{self.states} layers with states"] * (self.states > 0)
@@ -57,6 +59,8 @@ class Report:
             reasons.setdefault((kind, f"has its weights gathered: {why.replace(name, kind)}"), []).append(name)
         for name, how in self.other_ways.items():
             reasons.setdefault((_any_layer(name), how), []).append(name)
+        for name, why in self.untried.items():
+            reasons.setdefault((name, f"was not tried on two tokens: {why}"), []).append(name or "the whole")
         return (
             f"{' and '.join(kinds)} split; parameters per rank {self.held_parameters:,} of {self.parameters:,}, "
             f"{size(self.split_bytes + self.unsplit_bytes)} of {size(self.total_bytes)}: {size(self.split_bytes)} "
@@ -104,6 +108,7 @@ def keep_report(model: nn.Module, attentions: Attentions, rest: Rest) -> Report:
         gathered={name: why for name, (_, why) in attentions.gathered.items()},
         states=len(attentions.states),
         other_ways=rest.other_ways,
+        untried=rest.untried,
     )
     setattr(model, _ATTRIBUTE, made)
     return made

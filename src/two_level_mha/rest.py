@@ -49,6 +49,7 @@ class Rest:
     left_out: dict[str, str] = field(default_factory=dict)  # modules with a rule
     mlps: _Mlps = field(default_factory=dict)
     left_out_mlps: dict[str, str] = field(default_factory=dict)
+    untried: dict[str, str] = field(default_factory=dict)  # models that are not run as a whole, and why
     other_ways: dict[str, str] = field(default_factory=dict)  # modules whose code goes another way since they are split
 
     def splits(self, name: str) -> bool:

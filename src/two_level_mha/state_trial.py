@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-from collections.abc import Iterable
 from types import FunctionType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +14,7 @@ from two_level_mha.integrations.forms import layer_of, parameters_of
 from two_level_mha.integrations.state_forms import Cut, form_of, has_form
 from two_level_mha.low_rank import features_of
 from two_level_mha.mesh import Grid, Place
-from two_level_mha.probe import first_output, has_hooks, is_inside, random_copy, settings
+from two_level_mha.probe import first_output, has_hooks, random_copy, settings
 from two_level_mha.trial import TRIALS
 
 if TYPE_CHECKING:
@@ -43,10 +42,9 @@ class States(NamedTuple):
         return form_of(self.module).gives_pair
 
 
-def take_states(attentions: "Attentions", grid: Grid, adapted: Iterable[str]) -> None:
-    """Moves from those whose weights are gathered the layers that can be split; others get the reason why not.
-
-    adapted: names of LoRA layers, which such a layer does not take. Sends nothing.
+def take_states(attentions: "Attentions", grid: Grid) -> None:
+    """Moves from those whose weights are gathered the layers that can be split; others get the reason why not. Sends
+    nothing.
     """
     tried: dict[tuple[object, ...], bool | str] = {}
     for name, (module, _) in list(attentions.gathered.items()):
@@ -56,9 +54,7 @@ def take_states(attentions: "Attentions", grid: Grid, adapted: Iterable[str]) ->
         if kind not in tried:
             tried[kind] = _agreeing(module, grid)
         found = tried[kind]
-        if any(is_inside(other, (name,)) for other in adapted):
-            found = "it has a LoRA adapter"
-        elif any(has_hooks(part) or "forward" in vars(part) for part in module.modules() if part is not module):
+        if any(has_hooks(part) or "forward" in vars(part) for part in module.modules() if part is not module):
             found = "a part of it has hooks, or its forward was replaced"
         if isinstance(found, str):
             attentions.gathered[name] = module, found

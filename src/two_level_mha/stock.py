@@ -92,7 +92,10 @@ def stored_key(module: nn.Module, key: str) -> str:
     is called base_layer.
     """
     path, _, part = key.rpartition(".")
-    return f"{path}.base_layer.{part}" if hasattr(module._modules.get(path), "base_layer") else key
+    at: nn.Module | None = module
+    for name in path.split("."):
+        at = None if at is None else at._modules.get(name)
+    return f"{path}.base_layer.{part}" if hasattr(at, "base_layer") else key
 
 
 def linear_names(name: str, path: str, linear: nn.Module, head_dim: int) -> dict[str, StockTensor]:

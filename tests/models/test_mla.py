@@ -314,14 +314,3 @@ def dropped(name, grid):
 def test_dropout(pool, name, grid):
     """T. Localises: dropout that depends on the grid, or on a cache, which is kept by batch then."""
     assert max(pool.run(dropped, 4, name, grid, timeout=TIMEOUT)) <= 1e-10
-
-
-@pytest.mark.parametrize("projection", ["q_b_proj", "kv_b_proj", "o_proj", "q_a_proj", "kv_a_proj_with_mqa"])
-def test_adapters(projection):
-    """E. Localises: an adapter around what is split, or before a latent, that is left out without a word."""
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(make("youtu"), peft.LoraConfig(r=2, target_modules=[projection]))
-    with pytest.raises(
-        tlm.GridError, match=f"{projection} has a LoRA adapter, which a split attention of kind 'latent'"
-    ):
-        tlm.parallelize(model, None)

@@ -2,16 +2,15 @@
 
 import copy
 import sys
-from contextlib import contextmanager
 from functools import wraps
-from inspect import isfunction, signature
-from types import ModuleType
+from inspect import signature
 
 import pytest
 import torch
 import transformers
 from harness.calls import mesh, text_of
 from harness.families import build, inputs, stock_gradients
+from harness.wide import in_float64
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -55,31 +54,6 @@ CASES = [
     ("lfm2_moe", (4, 1), DELTA),
     ("lfm3", (4, 1), DELTA),
 ]
-
-
-class Wide(ModuleType):
-    """torch for a model's module, whose float32 is float64."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-
-@contextmanager
-def in_float64(model):
-    """Lets a model compute in float64 what it would in float32."""
-    modules = {sys.modules[kind.__module__] for part in model.modules() for kind in type(part).__mro__}
-    modules = [module for module in modules if module.__name__.startswith("transformers.models.")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        for module in modules:
-            patch.setattr(module, "torch", Wide("torch"))
-        for function in (f for part in model.modules() for f in vars(type(part)).values() if isfunction(f)):
-            if torch.float32 in (function.__defaults__ or ()):
-                wide = [torch.float64 if x is torch.float32 else x for x in function.__defaults__]
-                patch.setattr(function, "__defaults__", tuple(wide))
-        yield
 
 
 def steps(model):
@@ -305,32 +279,11 @@ def test_training_copies_and_attributes(pool):
         assert "2 layers with states" in report
 
 
-def adapted():
-    """What stays gathered under an adapter that was there before, and the error for one that came afterwards."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["in_proj_qkvz"])
-    before = tlm.parallelize(peft.get_peft_model(build("qwen3_next"), config), mesh((2, 2)))
-    model = tlm.parallelize(build("qwen3_next"), mesh((2, 2)))
-
-    def after(**options):
-        with tlm.adaptable(model):
-            peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
-
-    return tlm.report(before).gathered, text_of(lambda: after(target_modules=["in_proj_qkvz"]))
-
-
-def test_adapters(pool):
-    """Localises: an adapter that would see a part of what it is around."""
-    for gathered, error in pool.run(adapted, 4, timeout=120):
-        assert list(gathered.values()) == ["it has a LoRA adapter"]
-        assert error.startswith("in_proj_qkvz is in a TwoLevelQwen3NextGatedDeltaNet, which keeps states and takes no")
-
-
-def adapted_beside_attention():
-    """Whether a model of layers with both gives the unsplit tokens with adapters on its mixers; what is gathered."""
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(5)
-    whole = peft.get_peft_model(build("falcon_h1"), peft.LoraConfig(r=2, target_modules=["in_proj"]))
+def hooked_beside_attention():
+    """Whether a model of layers with both gives the unsplit tokens with hooks in its mixers; what is gathered."""
+    whole = build("falcon_h1")
+    for layer in whole.model.layers:
+        layer.mamba.out_proj.register_forward_hook(lambda *_: None)
     split = tlm.parallelize(copy.deepcopy(whole), mesh((2, 2)))
     options = {**inputs(), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     with torch.no_grad():
@@ -338,9 +291,9 @@ def adapted_beside_attention():
     return torch.equal(*tokens), {name.rpartition(".")[2] for name in tlm.report(split).gathered}
 
 
-def test_adapters_beside_attention(pool):
+def test_attention_beside_a_gathered_mixer(pool):
     """Localises: a layer of a cache whose states are dealt by sequences and whose keys are not."""
-    for same, gathered in pool.run(adapted_beside_attention, 4, timeout=120):
+    for same, gathered in pool.run(hooked_beside_attention, 4, timeout=120):
         assert same and gathered == {"mamba", "self_attn", "feed_forward"}
 
 

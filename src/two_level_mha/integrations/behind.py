@@ -17,7 +17,7 @@ from two_level_mha.errors import GridError
 from two_level_mha.integrations import forms
 from two_level_mha.integrations.decoder import DecoderAttention, decoder_inputs
 from two_level_mha.integrations.projected import Attended
-from two_level_mha.low_rank import Cut
+from two_level_mha.low_rank import own_heads
 from two_level_mha.names import Args, Kwargs
 from two_level_mha.operators import ops as _ops
 
@@ -61,7 +61,7 @@ class BehindAttention(DecoderAttention):
 
     def _own(self, x: Tensor, dim: int, heads: int, width: int) -> Tensor:
         """This rank's of all heads, along `dim`, and of all columns of each, along the next."""
-        return Cut(self.place, self.head_dim).of(x, dim, heads, width)
+        return own_heads(x, self.place, dim, heads, width)
 
 
 class NormedAttention(BehindAttention):

@@ -40,7 +40,7 @@ ANY_PACKING = ("blocks", "groups", "quarters")
 # Of multi-head latent attention: x -> latent and rotary key; latent -> each head's key, not rotated, and value; x, or
 # the latent of LATENT_QUERY -> q; the norms of latents, and what these are multiplied with.
 LATENT, LATENT_QUERY = "kv_a_proj_with_mqa", "q_a_proj"
-LATENT_PATHS = {"q": ("q_b_proj", "q_proj"), "latent": ("kv_b_proj",), "o": ("o_proj",)}
+LATENT_PATHS = {"q": ("q_b_proj", "q_proj"), "kv": ("kv_b_proj",), "o": ("o_proj",)}
 LATENT_NORMS = {LATENT: "kv_a_layernorm", LATENT_QUERY: "q_a_layernorm"}
 LATENT_SCALES = {
     LATENT: ("mla_scale_kv_lora", "kv_lora_scale"),
@@ -49,6 +49,8 @@ LATENT_SCALES = {
 ROTARY_KEY_NORM = "k_rope_only_layernorm"  # of the rotary key, before it is rotated
 INDEXER = "indexer"  # a module of x and the queries' latent, without gradients: which keys of its mask a row sees
 CHOSEN = "prev_topk_indices"  # an argument: what an earlier layer's chose, for one without; it is returned last
+# Children that every rank calls whole, beside projections that are split: an adapter in one is as everywhere.
+CALLED_WHOLE = (LATENT, LATENT_QUERY, INDEXER, *GATES)
 LATENT_DIMS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
 # Rotary functions beside such modules; the last one takes complex numbers.
 ROTARIES = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave", "apply_rotary_emb")
@@ -285,8 +287,8 @@ def latent_sizes(original: nn.Module, projections: dict[str, nn.Module]) -> tupl
     nope, rope, v, rank = (getattr(original, name) for name in LATENT_DIMS)
     h = features_of(projections["o"])[0] // v
     widths = {letter: features_of(linear) for letter, linear in projections.items()}
-    fits = widths["q"][1] == h * (nope + rope) and widths["latent"] == (rank, h * (nope + v)) and h > 0
-    if getattr(projections["latent"], "bias", None) is not None:  # not taken into queries
+    fits = widths["q"][1] == h * (nope + rope) and widths["kv"] == (rank, h * (nope + v)) and h > 0
+    if getattr(projections["kv"], "bias", None) is not None:  # not taken into queries
         raise GridError("the projection from the latent of keys and values has a bias")
     if not (fits and widths["o"][0] == h * v and features_of(getattr(original, LATENT))[1] == rank + rope):
         raise GridError(f"widths of the projections, {widths}, do not fit {h} heads of {nope} + {rope} and {v}")

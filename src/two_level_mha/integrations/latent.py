@@ -75,10 +75,10 @@ class LatentAttention(DecoderAttention):
         names = linear_names("q", paths["q"], projections["q"], self.nope + self.rope)
         names |= linear_names("out", paths["o"], projections["o"], self.v_dim)
         h = self.num_heads
-        for part, p in projections["latent"].named_parameters():
+        for part, p in projections["kv"].named_parameters():
             for letter, width, start in (("k", self.nope, 0), ("v", self.v_dim, self.nope)):
                 own = (h, width, *p.shape[1:])
-                key = f"{paths['latent']}.{part}"
+                key = f"{paths['kv']}.{part}"
                 names[f"{letter}_{part}"] = StockTensor(key, tuple(p.shape), own, start=start, groups=h)
         forms.store_projections(self, projections, paths, names)
 

@@ -16,6 +16,7 @@ from two_level_mha.activations import used_apart
 from two_level_mha.blocks import SHARDED_DIMS, dealt, filled
 from two_level_mha.cache_layer import CachedCall, CacheLayer
 from two_level_mha.layer import GridAttention
+from two_level_mha.low_rank import LowRank, low_rank
 from two_level_mha.operators import ops as _ops
 
 if TYPE_CHECKING:
@@ -54,7 +55,14 @@ def attended_latents(
     own = dict(zip(SHARDED_DIMS, GridAttention.own_blocks(layer), strict=True))
     v_weight, out_weight = own["v_weight"], own["out_weight"]
     assert v_weight is not None and out_weight is not None
-    q_BHLC = _queries(layer, own, query, rows)
+    H, out_bias, adapted = v_weight.shape[0], own["out_bias"], low_rank(layer)
+    if layer.combine == "concat":  # where every rank has all of it
+        (out_weight,) = used_apart([out_weight], place, layer.reduce_dtype)
+        first, count = dealt(layer.v_dim, place.grid.slices, place.slice)
+        out_weight = out_weight.narrow(1, place.head_group * H, H).narrow(2, first, count)
+    if adapted is not None:
+        out_weight, out_bias = adapted.widened(out_weight, out_bias, in_pass=False)
+    q_BHLC = _queries(layer, own, adapted, query, rows)
     q_BhLC = _ops.all_gather(q_BHLC, 1, n, place.groups[1])
     k_B1SC, _ = cache.append(*new, for_gradients=q_BhLC.requires_grad)
     first = (cache.place.slice - call.first_key) % ranks
@@ -66,15 +74,24 @@ def attended_latents(
         q_BhLC, k_B1SC, k_B1SC[..., :rank], mask,
         scale=layer.scaling, causal=seen, softcap=softcap, key_stride=ranks,
     )  # fmt: skip
-    v_BHLE = _merged(layer, out, logsumexp).to(v_weight.dtype) @ v_weight.transpose(1, 2)
-    H = v_BHLE.shape[1]
+    o_BHLR = _merged(layer, out, logsumexp).to(v_weight.dtype)
+    v_BHLE = o_BHLR @ v_weight.transpose(1, 2)
+    for a, b in () if adapted is None else adapted.own("v", v_weight):
+        v_BHLE = v_BHLE + (linear(o_BHLR.to(a.dtype), a) @ b.transpose(1, 2)).to(v_BHLE.dtype)
     if gate is not None:
         (gate,) = used_apart([layer.gate_function(gate)], place, layer.reduce_dtype)
         v_BHLE = v_BHLE * gate.narrow(2, place.head_group * H, H).transpose(1, 2).unsqueeze(3).to(v_BHLE.dtype)
-    return _summed(layer, v_BHLE, out_weight, own["out_bias"])
+    y_BLD = _summed(layer, v_BHLE, out_weight, out_bias)
+    return y_BLD if adapted is None else adapted.finished(y_BLD)
 
 
-def _queries(layer: "LatentAttention", own: dict[str, Tensor | None], query: Tensor, rows: list[Tensor]) -> Tensor:
+def _queries(
+    layer: "LatentAttention",
+    own: dict[str, Tensor | None],
+    adapted: LowRank | None,
+    query: Tensor,
+    rows: list[Tensor],
+) -> Tensor:
     """Queries (B, H, L, C) of this rank's head group on latents and rotary keys, used by each rank for its own keys."""
     place, m, j = layer.place, layer.place.grid.slices, layer.place.slice
     slices, width = place.groups[0], layer.nope + layer.rope
@@ -82,10 +99,15 @@ def _queries(layer: "LatentAttention", own: dict[str, Tensor | None], query: Ten
     weight, bias, k_weight = own["q_weight"], own["q_bias"], own["k_weight"]
     assert weight is not None and k_weight is not None
     q = linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+    for a, b in () if adapted is None else adapted.own("q", weight):
+        q = q + linear(linear(x.to(a.dtype), a), b.flatten(0, 1)).to(q.dtype)
     q_BHLE = q.unflatten(2, weight.shape[:2]).transpose(1, 2)
     q_BHLd = layer.gathered(_ops.all_gather(filled(q_BHLE, 3, -(-width // m)), 3, m, slices), width)
     nope, rope = q_BHLd.split([layer.nope, layer.rope], 3)
-    on_latents = nope.narrow(3, *dealt(layer.nope, m, j)) @ k_weight.to(nope.dtype)
+    nope = nope.narrow(3, *dealt(layer.nope, m, j))
+    on_latents = nope @ k_weight.to(nope.dtype)
+    for a, b in () if adapted is None else adapted.own("k", k_weight):
+        on_latents = on_latents + ((nope.to(b.dtype) @ b) @ a).to(nope.dtype)
     if m > 1:  # each rank uses the sum for its own keys: its gradient is summed too
         (on_latents,) = _ops.replicated([_ops.all_reduce(on_latents, m, slices)], m, slices)
     q_BHLC = torch.cat([on_latents, layer.turned(rope, rows)], 3)
@@ -113,11 +135,7 @@ def _over_parts(both: Tensor, parts: int) -> Tensor:
 
 def _summed(layer: "LatentAttention", v_BHLE: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The output projection of every rank's part, summed over the grid."""
-    place, H = layer.place, v_BHLE.shape[1]
-    if layer.combine == "concat":  # where every rank has all of it
-        (weight,) = used_apart([weight], place, layer.reduce_dtype)
-        first, count = dealt(layer.v_dim, place.grid.slices, place.slice)
-        weight = weight.narrow(1, place.head_group * H, H).narrow(2, first, count)
+    place = layer.place
     y = linear(v_BHLE.transpose(1, 2).flatten(2), weight.flatten(1).to(v_BHLE.dtype))
     y = _ops.all_reduce(y.to(layer.reduce_dtype or y.dtype), place.grid.size, place.groups[2]).to(y.dtype)
     return y if bias is None else y + bias.to(y.dtype)

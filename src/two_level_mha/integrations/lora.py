@@ -17,8 +17,8 @@ from two_level_mha.agreement import digest, same_on_all_ranks
 from two_level_mha.blocks import dealt
 from two_level_mha.class_like import become
 from two_level_mha.errors import GridError, UsageRuntimeError
-from two_level_mha.integrations.forms import keeps_projection
-from two_level_mha.integrations.lora_layers import ADAPTED, PLAIN_ONLY, Adapted, AdaptedProjection
+from two_level_mha.integrations.forms import CALLED_WHOLE, keeps_projection
+from two_level_mha.integrations.lora_layers import ADAPTED, PLAIN_ONLY, STATES, Adapted, AdaptedProjection
 from two_level_mha.low_rank import Projection, blank_like, is_linear
 from two_level_mha.mesh import Place, place_on
 from two_level_mha.names import Model
@@ -30,7 +30,6 @@ _STYLES = {
     "rowwise_split_input": "whole", "rowwise_rep": "whole", "moe_tp_experts": "experts",
     "embedding_rowwise": "embedding", "embedding_colwise": "embedding", "gathered": "whole",
 }  # fmt: skip
-STATES = "states"  # of linears in layers that keep states
 _AS_THEY_ARE = ("experts", "embedding")  # PEFT sees their whole sizes
 
 
@@ -89,7 +88,7 @@ def adaptable(model: Model) -> Iterator[Model]:
     stands = []
     for parent, name, child in list(_split_places(model)):
         module = _inside(child)
-        stand = module if vars(module).get("split_as", (None,))[0] in _AS_THEY_ARE else _stand_in(module, parent)
+        stand = module if vars(module).get("split_as", (None,))[0] in _AS_THEY_ARE else _stand_in(module)
         stands.append((parent, name, stand, module))
         _fill(parent, name, stand)
     refusal: GridError | None = None
@@ -98,12 +97,12 @@ def adaptable(model: Model) -> Iterator[Model]:
         yield model
     finally:
         for parent, name, stand, module in stands:
-            bare = isinstance(module, Projection) or _of_states(module)
-            for own, p in stand.named_parameters() if not bare else ():
-                module.get_parameter(own).requires_grad_(p.requires_grad)  # PEFT freezes what it sees
+            held = dict(module.named_parameters())
+            for own in held.keys() & dict(stand.named_parameters()).keys():
+                held[own].requires_grad_(stand.get_parameter(own).requires_grad)  # PEFT freezes what it sees
             found = getattr(parent, name)
             if found is not stand:
-                refusal = refusal or (_no_adapter(parent, name) if _of_states(module) else _refusal(found, stand))
+                refusal = refusal or _refusal(found, stand)
             _fill(parent, name, module)
             if isinstance(getattr(parent, name), Adapted):
                 adapted.append(getattr(parent, name))
@@ -144,6 +143,9 @@ def refusal_of(layers: dict[str, nn.Module], attentions: list[Any], activations:
                 f"{one.name} is inside a layer of PEFT that is not supported around attention: merge it first"
             )
         known = {id(part) for letter, part in one.projections.items() if is_projection(one.module, one.paths, letter)}
+        children = [one.module._modules.get(name) for name in CALLED_WHOLE]
+        kept = {part for child in children if child is not None for part in child.modules()}
+        known |= {id(part) for part in kept.difference(one.projections.values())}
         parts = [*one.module.modules(), *one.projections.values()]
         if other := next((bases[id(part)] for part in parts if id(part) in bases and id(part) not in known), None):
             return GridError(
@@ -196,6 +198,8 @@ def _fill(parent: nn.Module, name: str, module: nn.Module) -> None:
 def _adapt(layer: Any, module: Any, split: Split | None) -> None:
     if isinstance(module, Projection):
         become(layer, AdaptedProjection)
+    elif split is not None and split.kind == STATES:
+        become(layer, ADAPTED[STATES], within=module.within)
     elif split is not None and split.kind in ADAPTED:
         place = place_on(split.mesh)
         become(layer, ADAPTED[split.kind], place=place)
@@ -221,19 +225,6 @@ def _refusal(layer: nn.Module, stand: nn.Module) -> GridError | None:
         if "lora_" in name and x.isnan().any():
             return GridError(f"an adapter was drawn from weights that are split: {PLAIN_ONLY}")
     return None
-
-
-def _of_states(module: nn.Module) -> bool:
-    """Whether it is a linear whose weights are with the layer that it is in (integrations/states.py)."""
-    split = vars(module).get("split_as")
-    return split is not None and split.kind == STATES
-
-
-def _no_adapter(parent: nn.Module, name: str) -> GridError:
-    return GridError(
-        f"{name} is in a {type(parent).__name__}, which keeps states and takes no adapter where it is split: put it "
-        "there before parallelize, which leaves that layer its own code then, or leave those modules out"
-    )
 
 
 def _not_split(activations: str) -> str:
@@ -273,27 +264,28 @@ def _split_places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]
             split = vars(child).get("split_as")
             if isinstance(child, Projection | AdaptedProjection) and not isinstance(parent, Adapted):
                 yield parent, name, child
-            elif split is not None and split.kind in (*ADAPTED, STATES) and not isinstance(parent, Adapted):
+            elif split is not None and split.kind in ADAPTED and not isinstance(parent, Adapted):
+                if split.kind == STATES and (stream := vars(_inside(child))["within"].layer.stream) is not None:
+                    raise GridError(_not_split(stream.activations))
                 if split.kind in _AS_THEY_ARE or is_linear(_inside(child)):
                     yield parent, name, child
 
 
-def _stand_in(module: nn.Module, parent: nn.Module) -> nn.Module:
+def _stand_in(module: Any) -> nn.Module:
     """A linear of whole features without numbers, on the device and of the dtype of what it stands for."""
     made: nn.Module
     like: Any
     if isinstance(module, Projection):
         layer, letters = module.whose
         made, like = module.whole(), layer._parameters["out_weight" if letters == "o" else f"{letters[0]}_weight"]
-    elif _of_states(module):
-        made, like = blank_like(module), next(parent.parameters())
+    elif (within := vars(module).get("within")) is not None and module in within.layer.stored:
+        made, like = blank_like(module), within.layer.get_parameter(within.layer.stored[module]["weight"][0])
     else:
         made, like = blank_like(module), module.weight
     nan = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
+    held = dict(module.named_parameters())
     for name, p in list(made.named_parameters()):
-        bare = isinstance(module, Projection) or _of_states(module)
-        trained = p.requires_grad if bare else module.get_parameter(name).requires_grad
-        made.register_parameter(name, nn.Parameter(nan.expand(p.shape), trained))
+        made.register_parameter(name, nn.Parameter(nan.expand(p.shape), held.get(name, p).requires_grad))
     return made
 
 

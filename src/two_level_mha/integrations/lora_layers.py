@@ -15,11 +15,13 @@ from torch.nn.functional import linear
 
 from two_level_mha.activations import used_apart
 from two_level_mha.errors import UsageRuntimeError
-from two_level_mha.low_rank import Cut, Term
+from two_level_mha.integrations.state_forms import ALL
+from two_level_mha.low_rank import Term, own_heads
 from two_level_mha.mesh import Place
 from two_level_mha.operators import ops as _ops
 from two_level_mha.probe import has_hooks
 
+STATES = "states"  # the kind of linears in layers that keep states
 PLAIN_ONLY = (
     "only plain LoRA is supported on what is split (no DoRA or other variant, no lora_bias, no init_lora_weights that "
     "reads the weights, no modules_to_save): merge it before parallelize, or leave those modules out"
@@ -119,15 +121,16 @@ class AdaptedProjection(Adapted):
 
     def add(self, term: Term, scale: float) -> None:
         layer, letters = self.base_layer.whose
-        cut, d = Cut(layer.place, layer.head_dim), layer.head_dim
         if letters == "o":
             own = _local(layer.out_weight)  # (D, heads, width)
-            a = cut.of(term.a.unflatten(1, (-1, d)), 1, *own.shape[1:])
+            all_rhd = term.a.unflatten(1, (layer.num_heads, -1))
+            a = own_heads(all_rhd, layer.place, 1, *own.shape[1:])
             own.add_(torch.einsum("or,rhd->ohd", term.b.to(own.dtype), a.to(own.dtype)), alpha=scale)
             return
         for letter in letters:
             own = _local(getattr(layer, f"{letter}_weight"))  # (heads, width, D)
-            b = cut.of(layer.stock_names[f"{letter}_weight"].features(term.b), 0, *own.shape[:2])
+            all_hdr = layer.stock_names[f"{letter}_weight"].features(term.b)
+            b = own_heads(all_hdr, layer.place, 0, *own.shape[:2])
             own.add_(torch.einsum("hdr,ri->hdi", b.to(own.dtype), term.a.to(own.dtype)), alpha=scale)
 
 
@@ -175,17 +178,36 @@ class AdaptedRows(AdaptedLinear):
 
     def product(self, x: Tensor, term: Term) -> Tensor:
         (a,) = used_apart([term.a], self.place)
-        inner = linear(self._dropped(x, term).to(a.dtype), a.narrow(1, *self.own[1]))
+        x = _dropped(x, term, lambda kept: kept.narrow(-1, *self.own[1]))
+        inner = linear(x.to(a.dtype), a.narrow(1, *self.own[1]))
         return linear(_ops.all_reduce(inner, self.place.grid.size, self.place.groups[2]), term.b)
 
-    def _dropped(self, x: Tensor, term: Term) -> Tensor:
-        """x without the elements that would be dropped of the whole."""
-        p = getattr(term.dropout, "p", 0.0)
-        if not term.dropout.training or p == 0.0:
-            return x
-        kept = torch.empty((*x.shape[:-1], term.a.shape[1]), dtype=torch.bool, device=x.device).bernoulli_(1.0 - p)
-        scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
-        return x * kept.narrow(-1, *self.own[1]).to(x.dtype).mul_(scale)
+
+class AdaptedStates(AdaptedLinear):
+    """Of a linear in a layer that keeps states."""
+
+    within: Any  # of integrations.states
+
+    def product(self, x: Tensor, term: Term) -> Tensor:
+        layer, text, dim = self.within
+        if dim == 1:  # takes this rank's columns, gives the sum
+            apart = self.base_layer.apart
+            (a,) = layer.exchange.apart([term.a], ALL)
+            x = _dropped(x, term, lambda kept: layer.cut.take(kept, text, kept.dim() - 1))
+            inner = layer.exchange.sum(linear(x.to(a.dtype), layer.cut.take(a, text, 1)), ALL, apart)
+            return linear(inner, *(layer.exchange.apart([term.b], ALL) if apart else [term.b]))
+        a, b = layer.exchange.apart([term.a, term.b], ALL)
+        return linear(linear(term.dropout(x).to(a.dtype), a), layer.cut.take(b, text, 0))
+
+    def add(self, term: Term, scale: float) -> None:
+        layer, delta = self.within.layer, term.b @ term.a
+        stored = layer.stored.get(self.base_layer)
+        if stored is None:  # every rank has it whole
+            self.base_layer.weight.add_(delta.to(self.base_layer.weight.dtype), alpha=scale)
+            return
+        for name in stored["weight"]:
+            own = _local(layer.get_parameter(name))
+            own.add_(_local(layer.block(layer.stock_names[name].read(delta), name)).to(own.dtype), alpha=scale)
 
 
 class AdaptedEmbedding(AdaptedRest):
@@ -253,6 +275,16 @@ class AdaptedExperts(AdaptedRest):
         return first, second.index_select(2, _entries(stored, layout))
 
 
+def _dropped(x: Tensor, term: Term, part: Callable[[Tensor], Tensor]) -> Tensor:
+    """x, this rank's part of what is whole, without the elements that would be dropped of the whole."""
+    p = getattr(term.dropout, "p", 0.0)
+    if not term.dropout.training or p == 0.0:
+        return x
+    kept = torch.empty((*x.shape[:-1], term.a.shape[1]), dtype=torch.bool, device=x.device).bernoulli_(1.0 - p)
+    scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
+    return x * part(kept).to(x.dtype).mul_(scale)
+
+
 def _entries(stored: DTensor, layout: Any) -> Tensor:
     """Which entries of the split dim this rank has."""
     size = stored.shape[layout.dim]
@@ -269,5 +301,5 @@ def _local(p: Tensor) -> Tensor:
 
 ADAPTED = {
     "columns": AdaptedColumns, "rows": AdaptedRows, "whole": AdaptedLinear, "embedding": AdaptedEmbedding,
-    "experts": AdaptedExperts,
+    "experts": AdaptedExperts, STATES: AdaptedStates,
 }  # fmt: skip

@@ -29,7 +29,7 @@ from two_level_mha.integrations.forms import (
     tuning_of,
 )
 from two_level_mha.layer import Aside, GridAttention
-from two_level_mha.low_rank import Cut
+from two_level_mha.low_rank import own_heads
 from two_level_mha.operators import ops as _ops
 
 PER_HEAD = "norms"  # a norm's list of one for each head
@@ -170,16 +170,17 @@ class Positioned(GridAttention):
 
     def _of_heads(self, x_BHLd: Tensor, letter: str, norm: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
         heads, d = self._heads(letter), self.head_dim
-        shape, cut = _weight_shape(norm), Cut(self.place, d)
+        shape = _weight_shape(norm)
         if (each := getattr(norm, PER_HEAD, None)) is not None:
             weights_hd = torch.stack(list(parameters.values()))
             ones = {"weight": torch.ones_like(weights_hd[0])}
             unweighted: Tensor = torch.func.functional_call(each[0], ones, (x_BHLd,))
-            return unweighted * cut.of(weights_hd, 0, x_BHLd.shape[1], d).unsqueeze(1)
+            return unweighted * own_heads(weights_hd, self.place, 0, x_BHLd.shape[1], d).unsqueeze(1)
         if shape in (None, (d,)):
             normed: Tensor = torch.func.functional_call(norm, parameters, (x_BHLd,))
             return normed
-        parameters = {own: cut.of(p.view(heads, d), 0, x_BHLd.shape[1], d) for own, p in parameters.items()}
+        own = {part: p.view(heads, d) for part, p in parameters.items()}
+        parameters = {part: own_heads(p, self.place, 0, x_BHLd.shape[1], d) for part, p in own.items()}
         if shape == (heads, d):
             normed = torch.func.functional_call(norm, parameters, (x_BHLd.transpose(1, 2),))
             return normed.transpose(1, 2)

@@ -151,10 +151,10 @@ class ProjectedAttention(Positioned, GridAttention):
         return list(blocks.values())
 
     def spread(self, x: Tensor, dim: int) -> Tensor:
-        d, m = self.head_dim, self.place.grid.slices
-        if self.v_dim == d:
+        d, m, width = self.head_dim, self.place.grid.slices, x.shape[dim]
+        if width == d:
             return x
-        parts = [x.narrow(dim, *dealt(self.v_dim, m, j)) for j in range(m)]
+        parts = [x.narrow(dim, *dealt(width, m, j)) for j in range(m)]
         return torch.cat([filled(part, dim, dealt(d, m, j)[1]) for j, part in enumerate(parts)], dim)
 
     def _blocks(self) -> list[Tensor | None]:

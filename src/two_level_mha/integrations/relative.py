@@ -23,7 +23,7 @@ from two_level_mha.errors import GridError, UsageRuntimeError
 from two_level_mha.integrations import forms
 from two_level_mha.integrations.projected import Attended, ProjectedAttention, additive, mask_for
 from two_level_mha.layer import Aside
-from two_level_mha.low_rank import Cut, features_of, is_linear, low_rank
+from two_level_mha.low_rank import features_of, is_linear, low_rank, own_heads
 from two_level_mha.names import Args, Kwargs
 from two_level_mha.operators import ops as _ops
 from two_level_mha.probe import settings
@@ -115,18 +115,18 @@ class RelativeAttention(ProjectedAttention):
 
     def scored(self, q_BHLd: Tensor, k_BHSd: Tensor, v: Tensor, own: Relative) -> tuple[Tensor, ...]:
         """q, k, v and what is added to their scores; own: with the indices of this rank's rows."""
-        cut, (H, d) = Cut(self.place, self.head_dim), q_BHLd.shape[1::2]
+        place, H = self.place, q_BHLd.shape[1]
         if own.sees is not None:
             q_BHLd = q_BHLd.masked_fill(~own.sees, 0.0)
         to_keys = q_BHLd
         added: list[Tensor] = []
         if own.biases is not None:
-            q_BHLd, to_keys = (q_BHLd + cut.of(x, 0, H, d).unsqueeze(1) for x in own.biases)
+            q_BHLd, to_keys = (q_BHLd + own_heads(x, place, 0, H).unsqueeze(1) for x in own.biases)
         if own.keys is not None and own.key_index is not None:
-            scores_BHLR = to_keys @ cut.of(own.keys, 0, H, d)
+            scores_BHLR = to_keys @ own_heads(own.keys, place, 0, H)
             added.append(scores_BHLR.gather(3, own.key_index.expand(*scores_BHLR.shape[:3], -1)))
         if own.queries is not None and own.query_index is not None:
-            scores_BHRS = (k_BHSd @ cut.of(own.queries, 0, H, d)).transpose(2, 3)
+            scores_BHRS = (k_BHSd @ own_heads(own.queries, place, 0, H)).transpose(2, 3)
             index = own.query_index.expand(*scores_BHRS.shape[:2], -1, -1)
             scores = scores_BHRS.gather(2, index)
             added.append(scores if own.sees is None else scores.masked_fill(~own.sees, 0.0))
@@ -308,8 +308,7 @@ class GatedBiasAttention(ProjectedAttention):
         rows = used_apart([given["gate"], bias_BLhS], self.place, self.reduce_dtype)
 
         def between(q: Tensor, k: Tensor, v: Tensor, aside: Aside) -> tuple[Tensor, ...]:
-            cut, H = Cut(self.place, self.head_dim), q.shape[1]
-            gate, bias = (cut.of_heads(x.squeeze(1), 2, H).transpose(1, 2) for x in aside.q_rows)
+            gate, bias = (own_heads(x.squeeze(1), self.place, 2, q.shape[1]).transpose(1, 2) for x in aside.q_rows)
             return q, k, v, gate.unsqueeze(3) * bias
 
         return {"rows": [x.unsqueeze(1) for x in rows], "between": between}

@@ -269,10 +269,11 @@ class Cut:
         widths = [math.prod([self.whole[letter] for letter in part]) for part in parts]
         pieces = []
         for part, piece in zip(parts, x.split(widths, last), strict=True):
-            piece = piece.unflatten(last, [self.whole[letter] for letter in part])
+            inner = [self.whole[letter] for letter in part] or [1]
+            piece = piece.unflatten(last, inner)
             for i, letter in enumerate(outer + part):
                 piece = piece.narrow(dim + i, *self.own[letter]) if letter in self.own else piece
-            pieces.append(piece.flatten(last, last + len(part) - 1))
+            pieces.append(piece.flatten(last, last + len(inner) - 1))
         return (torch.cat(pieces, last) if len(pieces) > 1 else pieces[0]).flatten(dim, last)
 
     def stock(

@@ -21,8 +21,10 @@ from two_level_mha.blocks import laid_out, local_blocks, own_part
 from two_level_mha.class_like import become
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.forms import layer_of, parameters_of
-from two_level_mha.integrations.lora import STATES, mark
+from two_level_mha.integrations.lora import mark
+from two_level_mha.integrations.lora_layers import STATES
 from two_level_mha.integrations.state_forms import ALL, HEADS, SLICES, Cut, form_of, owner_of
+from two_level_mha.low_rank import is_linear
 from two_level_mha.mesh import Place, mesh_of, place_on
 from two_level_mha.names import Args, Kwargs
 from two_level_mha.operators import ops as _ops
@@ -135,6 +137,14 @@ class SlicedNorm(nn.Module):
         squares = self.exchange.sum(x.pow(2).sum(-1, keepdim=True), self.axis, apart=True)
         x = (x * torch.rsqrt(squares / whole + self.variance_epsilon)).flatten(-2) * self.weight.to(x.dtype)
         return (x if factor is None or self.gate_first else x * factor).to(dtype)
+
+
+class Within(NamedTuple):
+    """Of a linear the layer with states that it is in, and what of its weight's dim `dim` a rank has; "": all."""
+
+    layer: "SplitStates"
+    text: str
+    dim: int
 
 
 class SplitStates(HoldsStock):
@@ -273,7 +283,12 @@ def split_states(module: nn.Module, mesh: DeviceMesh, gate_first: bool, reduce_d
     cut = Cut(module, form, place.grid, place.head_group, place.slice)
     become_split(module, cut, Exchange(place, reduce_dtype), own_mesh, gate_first)
     take_stock_keys(module)
-    mark(module, dict.fromkeys([*form.rows, *(path for path, _ in form.columns)], STATES), mesh)
+    assert isinstance(module, SplitStates)
+    cuts = {path: (text, 0) for path, text in form.rows.items()} | {path: (text, 1) for path, text in form.columns}
+    linears = {path: part for path, part in module.named_modules() if is_linear(part)}
+    for path, part in linears.items():
+        vars(part)["within"] = Within(module, *cuts.get(path, ("", 0)))
+    mark(module, dict.fromkeys(linears, STATES), mesh)
 
 
 def become_split(module: nn.Module, cut: Cut, exchange: Exchange, mesh: DeviceMesh | None, gate_first: bool) -> None:
