@@ -170,8 +170,7 @@ class _Taken:
         self.found, self.name = found, name
 
     def __call__(self, p: Tensor) -> None:
-        assert p.grad is not None
-        if self.name is not None:
+        if self.name is not None and p.grad is not None:  # which is None where a backward pass found none
             self.found[self.name] = p.grad
         p.grad = None
 

@@ -24,7 +24,7 @@ CASES = {
                                                 "kv_b_proj", "o_proj")),
     "two heads of 64 columns": ("bamba", {"mamba_n_heads": 2, "mamba_d_head": 64, "mamba_proj_bias": True},
                                 ("in_proj", "out_proj", "q_proj")),
-    "sums inside": ("jamba", DELTA, ("in_proj", "x_proj", "dt_proj", "out_proj")),
+    "sums inside": ("jamba", DELTA, ("in_proj", "x_proj", "out_proj")),
     "two numbers of each": ("zamba", {"n_mamba_heads": 2}, ("in_proj", "out_proj")),
     "lightning": ("minimax", DELTA | {"num_attention_heads": 8}, ("qkv_proj", "output_gate", "out_proj")),
     "whole heads": ("recurrent_gemma", {}, ("linear_x", "linear_y", "linear_out")),
