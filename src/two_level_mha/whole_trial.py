@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 IDS = "input_ids"
 OUTPUT = "its output"
+RESCALED = "layers_are_rescaled"  # of RWKV: whether it has divided its output projections in place
 
 
 @dataclass
@@ -113,6 +114,8 @@ def _problem(model: "PreTrainedModel", mesh: DeviceMesh) -> str | None:
     """Why nobody knows what two tokens are to a model, or what it gives for them; or None."""
     if model.main_input_name != IDS:
         return f"its input is {model.main_input_name}, not {IDS}"
+    if any(hasattr(part, RESCALED) for part in model.modules()):
+        return "it changes its weights in its first call"
     for name, p in model.named_parameters():
         if p.requires_grad and not _is_plain(p):
             return f"{name} is a trained {type(p).__name__}"

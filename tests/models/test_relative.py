@@ -20,7 +20,8 @@ from two_level_mha.layer import SCHEMES
 TIGHT = 1e-10
 DISENTANGLED = [name for name in CASES if name.startswith("deberta")]
 OF_EACH = ["deberta", "deberta-v3", "wavlm", "conformer", "bert of sound"]
-FEW = [pytest.param(name, marks=() if name in ("deberta-v3", "wavlm") else pytest.mark.slow) for name in OF_EACH]
+FAST = ("deberta-v3", "wavlm")  # in test_grids; other tests on ranks take long
+FEW = [pytest.param(name, marks=pytest.mark.slow) for name in OF_EACH]
 EXACT = [scheme for scheme in SCHEMES if scheme != "independent"]
 
 
@@ -39,7 +40,7 @@ def test_one_process(name):
     assert off(name, None) <= TIGHT
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES])
 def test_grids(pool, name):
     """T. Localises: which heads, and which slices of relative positions' projections, a rank's are; a gradient that is
     one rank's or summed twice; MLPs split and whole, both ways to combine.
@@ -47,7 +48,7 @@ def test_grids(pool, name):
     check(pool, 4, name, [(2, 2), (1, 4), (4, 1)], [{}, {"rest": False, "combine": "concat"}])
 
 
-@pytest.mark.parametrize("name", OF_EACH)
+@pytest.mark.parametrize("name", FEW)
 def test_schemes(pool, name):
     """T. Localises: the rows that scores are of, in a layout where they are elsewhere, or whole heads."""
     check(pool, 4, name, [(2, 2), (1, 4)], [{"scheme": scheme, "rest": False} for scheme in EXACT])
@@ -153,6 +154,7 @@ def stored(name: str, folder: str, scheme: str) -> bool:
     return not state or (state.keys() == expected.keys() and all(torch.equal(state[k], x) for k, x in expected.items()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "scheme"), [*((name, "auto") for name in CASES), ("deberta", "heads"), ("deberta-v3", "heads")]
 )
@@ -169,6 +171,7 @@ def compiled(name: str) -> float:
         return (stock(**inputs(name))[0] - run(**inputs(name))[0]).abs().max().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deberta-v3", "bert of sound"])
 def test_compiled(pool, name):
     """T. Localises: what a graph cannot hold of a call's relative positions."""
@@ -189,6 +192,7 @@ def lora_off(name: str, targets: list[str], scheme: str, dropout: float = 0.0) -
     return farthest(*found), tlm.report(ours).gathered
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["auto", "sequence", "heads"])
 @pytest.mark.parametrize(
     ("name", "targets"),

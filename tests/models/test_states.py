@@ -373,6 +373,7 @@ def compiled(family, sizes):
     return max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.slow
 def test_compiled(pool):
     """Of a family whose unsplit layer can be. Localises: what of a call torch.compile cannot trace."""
     assert max(pool.run(compiled, 4, "mamba2", {"n_groups": 1}, timeout=120)) < 1e-5
@@ -423,6 +424,7 @@ def seen():
     return max(found).item(), grids, [k for k, why in tlm.report(split).gathered.items() if why != NO_PLAN]
 
 
+@pytest.mark.slow
 def test_attention_of_images(pool):
     """Localises: heads of a fused projection, tables of distances that all heads share, of a form without states."""
     for off, grids, gathered in pool.run(seen, 4, timeout=120):
