@@ -35,7 +35,7 @@ class Leaving {
   const Context context_;
   const Chunking chunks_;
   const Attend attend_;
-  std::vector<Tensor> masks_;  // of the chunks, where the sequences have masks of their own
+  const std::vector<std::optional<Tensor>> masks_;  // of the chunks
   std::vector<Later<Tensor>> moving_, combining_;
 };
 

@@ -116,16 +116,15 @@ Leaving::Leaving(const Attend& attend, const OutWeights& out, const std::optiona
       sinks_(sinks),
       context_(sealed(context, attend, out)),
       chunks_(context.leave_chunks()),
-      attend_(with_whole_mask(attend, context)) {
-  if (attend_.mask && attend_.mask->sym_size(0) != 1) masks_ = in_chunks(*attend_.mask, 0, chunks_);
-}
+      attend_(with_whole_mask(attend, context)),
+      masks_(of_chunks(attend_.mask, chunks_)) {}
 
 void Leaving::operator()(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& gate,
                          const std::optional<Tensor>& scores) {
   const int64_t c = moving_.size();
   const Context chunk = context_.of_chunk(chunks_, c);
   Attend options = attend_;
-  if (!masks_.empty()) options.mask = masks_[c];
+  options.mask = masks_[c];
   auto [o, logsumexp] = attend_local(q, k, v, options, scores, chunk, partial_attention);
   add_sinks(o, logsumexp, sinks_);
   moving_.push_back(begin_move_out(with_gate(o, gate, context_), chunk));

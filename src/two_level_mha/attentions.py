@@ -59,7 +59,7 @@ _BECOMING = dict.fromkeys(
     ("BigBirdBlockSparseAttention", "BigBirdPegasusBlockSparseAttention"), "in short calls it becomes another"
 )
 
-# Classes whose parts are used apart from their calls.
+# Classes whose weights cannot be gathered for a call, and why.
 _NOT_GATHERED = {
     "XmodOutput": "its parts are used apart from its calls",
     "Qwen4ExpTextAttention": "its layer of a cache also has states of a module that runs before it",

@@ -137,7 +137,7 @@ class Kept:
         if p._version != version:
             raise RuntimeError("a weight that a gradient needs was changed in place since the forward pass")
         whole = self.wholes.get(p)  # without it: the gradient came past the call's output
-        whole = p.detach().full_tensor() if whole is None else whole
+        whole = full_tensor(p.detach()) if whole is None else whole
         return whole.as_strided(*view)
 
 

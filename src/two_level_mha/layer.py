@@ -401,15 +401,13 @@ class GridAttention(HoldsStock):
             if self.gated:
                 q, own = q.unflatten(1, (-1, 2)).unbind(2)
                 if shift is not None:
-                    d = self.head_dim
-                    all_hd = aside.shared[-1].unsqueeze(1).expand(-1, d)
-                    own = own + own_heads(all_hd, self.place, 0, q.shape[1], d).unsqueeze(1)
+                    own = own + own_heads(aside.shared[-1], self.place, 0, q.shape[1]).view(-1, 1, 1)
                     aside = aside._replace(shared=aside.shared[:-1])
                 after.append(self.gate_function(own))
             if gate is not None:
-                d = self.head_dim
-                all_BLhd = self.gate_function(aside.q_rows[-1]).squeeze(1).unsqueeze(3).expand(-1, -1, -1, d)
-                after.append(own_heads(all_BLhd, self.place, 2, q.shape[1], d).transpose(1, 2))
+                all_BLh = self.gate_function(aside.q_rows[-1]).squeeze(1)
+                own_BHL = own_heads(all_BLh, self.place, 2, q.shape[1]).transpose(1, 2)
+                after.append(own_BHL.unsqueeze(3).expand(-1, -1, -1, self.head_dim))
                 aside = aside._replace(q_rows=aside.q_rows[:-1], k_rows=aside.k_rows[:-1])
             if sinks is not None:
                 after.append(aside.shared[-1])

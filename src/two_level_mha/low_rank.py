@@ -33,6 +33,10 @@ class Term(NamedTuple):
     scale: float
     dropout: nn.Module
 
+    @property
+    def drops(self) -> bool:
+        return self.dropout.training and getattr(self.dropout, "p", 0.0) > 0.0
+
 
 class Projection(nn.Module):
     """Stands where the original had a projection, so that adapters find it; the attention has its weights.
@@ -101,7 +105,7 @@ class LowRank:
     def __init__(self, layer: "GridAttention", terms: dict[str, list[Term]]) -> None:
         self.layer, self.terms = layer, terms
         self.outs = terms.get("o", [])
-        if any(map(_drops, self.outs)):
+        if any(term.drops for term in self.outs):
             raise UsageRuntimeError(
                 "lora_dropout > 0 on the output projection of a split attention is not supported in training: no rank "
                 "has all of that projection's input; set it to 0, or leave that projection out of target_modules"
@@ -158,7 +162,7 @@ class LowRank:
         """
         found = []
         for term in self._of_input(letter):
-            if _drops(term):
+            if term.drops:
                 raise UsageRuntimeError(
                     "lora_dropout > 0 in training is not supported in a call with earlier tokens in a cache by "
                     "position, which keeps latents as no adapter was given them: call with use_cache=False, or take "
@@ -213,10 +217,6 @@ class LowRank:
 
     def _everywhere(self, xs: list[Tensor]) -> list[Tensor]:
         return used_apart(xs, self.layer.place, self.layer.reduce_dtype)
-
-
-def _drops(term: Term) -> bool:
-    return term.dropout.training and getattr(term.dropout, "p", 0.0) > 0.0
 
 
 def low_rank(layer: "GridAttention") -> LowRank | None:

@@ -277,9 +277,9 @@ class AdaptedExperts(AdaptedRest):
 
 def _dropped(x: Tensor, term: Term, part: Callable[[Tensor], Tensor]) -> Tensor:
     """x, this rank's part of what is whole, without the elements that would be dropped of the whole."""
-    p = getattr(term.dropout, "p", 0.0)
-    if not term.dropout.training or p == 0.0:
+    if not term.drops:
         return x
+    p: Any = term.dropout.p
     kept = torch.empty((*x.shape[:-1], term.a.shape[1]), dtype=torch.bool, device=x.device).bernoulli_(1.0 - p)
     scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
     return x * part(kept).to(x.dtype).mul_(scale)

@@ -175,12 +175,12 @@ class Positioned(GridAttention):
             weights_hd = torch.stack(list(parameters.values()))
             ones = {"weight": torch.ones_like(weights_hd[0])}
             unweighted: Tensor = torch.func.functional_call(each[0], ones, (x_BHLd,))
-            return unweighted * own_heads(weights_hd, self.place, 0, x_BHLd.shape[1], d).unsqueeze(1)
+            return unweighted * own_heads(weights_hd, self.place, 0, x_BHLd.shape[1]).unsqueeze(1)
         if shape in (None, (d,)):
             normed: Tensor = torch.func.functional_call(norm, parameters, (x_BHLd,))
             return normed
-        own = {part: p.view(heads, d) for part, p in parameters.items()}
-        parameters = {part: own_heads(p, self.place, 0, x_BHLd.shape[1], d) for part, p in own.items()}
+        held = x_BHLd.shape[1]
+        parameters = {part: own_heads(p.view(heads, d), self.place, 0, held) for part, p in parameters.items()}
         if shape == (heads, d):
             normed = torch.func.functional_call(norm, parameters, (x_BHLd.transpose(1, 2),))
             return normed.transpose(1, 2)

@@ -102,10 +102,14 @@ class ProjectedAttention(Positioned, GridAttention):
         self.biases = [name for name in forms.BIASES if name in known]
         if self.makes_bias:
             self.add_module(forms.BIAS_TABLE, getattr(original, forms.BIAS_TABLE))
-            for name, value in settings(original):  # of which its compute_bias, which is this class's too, makes it
-                vars(self).setdefault(name, value)
+            self.take_settings(original)  # of which its compute_bias, which is this class's too, makes it
         self.clip = forms.clip_of(original) if clips else None
         self.use_positions(original, rotates, norms_last)
+
+    def take_settings(self, original: nn.Module) -> None:
+        """Has the original's attributes too, where it has none of their names."""
+        for name, value in settings(original):
+            vars(self).setdefault(name, value)
 
     def sizes_of(self, original: nn.Module, projections: dict[str, nn.Module]) -> tuple[int, int, int, bool]:
         """Heads, key/value heads, head_dim, and whether every query head has a gate."""

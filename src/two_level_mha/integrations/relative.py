@@ -26,7 +26,6 @@ from two_level_mha.layer import Aside
 from two_level_mha.low_rank import features_of, is_linear, low_rank, own_heads
 from two_level_mha.names import Args, Kwargs
 from two_level_mha.operators import ops as _ops
-from two_level_mha.probe import settings
 from two_level_mha.stock import StockTensor, linear_names
 
 # Where projections are, by letter: of DeBERTa-v2 and SEW-D, of DeBERTa, of the conformers.
@@ -76,8 +75,7 @@ class RelativeAttention(ProjectedAttention):
         super().__init__(original, *args, **options)
         if self.scheme == "independent":
             raise GridError("scheme 'independent' takes no relative positions: they need the whole head_dim")
-        for name, value in settings(original):
-            vars(self).setdefault(name, value)
+        self.take_settings(original)
         for name in ("pos_dropout", DISTANCES):
             if isinstance(getattr(original, name, None), nn.Module):
                 self.add_module(name, getattr(original, name))
@@ -272,8 +270,7 @@ class GatedBiasAttention(ProjectedAttention):
         self.gives_bias = False  # between the output and the weights
         if self.scheme == "independent":
             raise GridError("scheme 'independent' takes no bias of the scores of whole heads")
-        for name, value in settings(original):  # of which compute_bias, which is this class's too, makes it
-            vars(self).setdefault(name, value)
+        self.take_settings(original)  # of which compute_bias, which is this class's too, makes it
         self.register_parameter(GATE_RATE, getattr(original, GATE_RATE))
         for name in (forms.BIAS_GATE, BIAS_TABLE):
             if hasattr(original, name):
