@@ -82,6 +82,9 @@ def measured(options: Options) -> Profile:
         numbers |= {"link": int(1 / times[0].item()), "latency_ns": int(times[1].item()), "node_ranks": ranks}
     else:
         assumed = "network, link, latency_ns and node_ranks"
+    # Prices count whole FLOPs for each byte, and a CPU's bfloat16 may be slower than its caches.
+    for name in ("memory", "link", "network"):
+        numbers[name] = min(numbers.get(name, getattr(known, name)), numbers["flops"])
     of = f"{ranks} x {gpu_name() if options.device == 'cuda' else 'CPU'}, commit {commit()}"
     source = f"measured by benchmarks/gpu/rates.py: {of}; {assumed} of profile {known.name}"
     return replace(known, name=f"{known.name}-measured", source=source, **numbers)
