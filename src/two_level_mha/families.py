@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.adapters import Adapter
 from two_level_mha.integrations import forms, relative, titan
+from two_level_mha.integrations.packed import packed_inputs, packed_like, packed_variants
 from two_level_mha.integrations.projected import probe_inputs, projected_like
 from two_level_mha.mesh import Grid
 from two_level_mha.multihead import TwoLevelMultiheadAttention
@@ -140,6 +141,16 @@ FAMILIES = (
         relative.gated_bias_like,
         relative.gated_bias_inputs,
         relative.GATED_BIAS_PARTS,
+    ),
+    Adapter(
+        "packed",
+        forms.is_packed,
+        forms.paths_of,
+        packed_like,
+        packed_inputs,
+        _PARTS,
+        variants=packed_variants,
+        problem=forms.packed_problem,
     ),
     Adapter(
         "encoder",

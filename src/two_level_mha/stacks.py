@@ -17,7 +17,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from two_level_mha.adapters import Adapter
 from two_level_mha.class_like import become
 from two_level_mha.families import later
-from two_level_mha.integrations.forms import keeps_projection, takes_shared
+from two_level_mha.integrations.forms import is_packed, keeps_projection, takes_shared
 from two_level_mha.integrations.head import head_of, split_head
 from two_level_mha.integrations.lora import mark
 from two_level_mha.integrations.private import pretrained_models
@@ -93,6 +93,15 @@ class Stack:
         return found | {self.head[1]} if self.head is not None and self.split_head else found
 
     @property
+    def recording(self) -> list[nn.Module]:
+        """What may give the hidden states between the layers: the owner, and what is around it up to the innermost
+        model of transformers, which records them.
+        """
+        models = pretrained_models(self.around[0]).values()
+        innermost = [i for i, module in enumerate(self.around) if any(module is one for one in models)]
+        return self.around[innermost[-1] :] if innermost else [self.owner]
+
+    @property
     def last(self) -> nn.Module:
         """What is called last with parts."""
         children = list(self.owner._modules.items())
@@ -134,6 +143,8 @@ def find_stacks(
             problem = f"{crossing[0]} is cross-attention, of states that are whole"
         if together := [one.name for one in inside if not keeps_projection(one.module, "o")]:
             problem = f"in {together[0]} something acts on all heads together"
+        if packed := [one.name for one in inside if is_packed(one.module)]:
+            problem = f"{packed[0]} attends to sequences that are packed one after the other"
         if taking := [one.name for one in inside if takes_shared(one.module)]:
             problem = f"{taking[0]} attends to keys of another layer"
         if not problem:
@@ -344,10 +355,10 @@ def split_stack(stack: Stack, mesh: DeviceMesh, activations: str, reduce_dtype: 
     for layer in stack.layers if isinstance(stack.layers[0], nn.TransformerDecoderLayer) else ():
         layer.register_forward_pre_hook(stream.enter_memory, with_kwargs=True)
     stack.last.register_forward_hook(stream.leave)
-    for module in stack.around:
-        module.register_forward_pre_hook(stream.refuse, with_kwargs=True)
     stack.owner.register_forward_pre_hook(stream.begin)
     stack.owner.register_forward_hook(stream.end, always_call=True)
+    for module in stack.recording:
+        module.register_forward_hook(stream.make_whole)
     if stack.head is not None:
         model, head = stack.head
         if stack.split_head:

@@ -37,20 +37,42 @@ class Stream:
         self.splits = True
         self.to_loss = False  # in a call that computes a loss of parts
         self.passes = False  # then the head is given what leaves the layers as it is, so that this can stay split
-        self._open = self._left = self._trains = False
+        self._open = self._left = self._trains = self._was_split = False
         self._sizes: tuple[int, ...] = ()  # along dim, of the wholes of the call under way: hidden states, memory
         self._seen: set[tuple[int, ...]] = set()  # those of calls whose layers may be run again in backward
         self._memory: tuple[Tensor, Tensor] | None = None  # whole and part
 
-    def refuse(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        """Pre-hook of every module around the layers: what it would record of them are parts."""
-        if kwargs.get("output_hidden_states") or getattr(
-            getattr(module, "config", None), "output_hidden_states", False
-        ):
+    def make_whole(self, module: nn.Module, args: Args, output: object) -> object:
+        """Hook of what may give hidden states that were recorded between the layers: they become whole."""
+        if not self._was_split:
+            return output
+        if isinstance(output, dict):
+            states: Any = output.get("hidden_states")
+            if _recorded(states):
+                output["hidden_states"] = self._wholes(states)
+            return output
+        if type(output) is tuple:
+            return tuple(self._wholes(one) if _recorded(one) else one for one in output)
+        return output
+
+    def _wholes(self, states: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Of hidden states, and what else there is, those of the last call that are parts made whole; a collective."""
+        if torch.compiler.is_compiling():
             raise UsageRuntimeError(
-                f"output_hidden_states is not available with activations={self.activations!r}: between the layers each "
-                'rank has its part of them; parallelize with activations="replicated"'
+                f"output_hidden_states is not available in a graph with activations={self.activations!r}: between the "
+                'layers each rank has its part of them; parallelize with activations="replicated"'
             )
+        assert self.place.control is not None  # of several ranks
+        size, grid = self._sizes[0], self.place.grid
+        mine = [None if x is None else x.shape[self.dim] for x in states]
+        everyone = self.place.control.gather(mine, "looking for parts among the hidden states that were recorded")
+        of_parts = list(_C.split_sizes(size, grid.head_groups, grid.slices, self.rows))
+        return tuple(
+            gather_part(x, size, self.activations, self.place, self.batch_first)
+            if x is not None and [of_rank[i] for of_rank in everyone] == of_parts
+            else x
+            for i, x in enumerate(states)
+        )
 
     def begin(self, owner: nn.Module, args: Args) -> None:
         """Pre-hook of the module whose forward runs the layers."""
@@ -60,7 +82,7 @@ class Stream:
     def end(self, owner: nn.Module, args: Args, output: object) -> None:
         """Hook of the same, which is called after an error too."""
         split, self.splits = self.splits, True
-        self._open, self._memory = False, None
+        self._open, self._memory, self._was_split = False, None, split and bool(self._sizes)
         if output is not None and self._sizes and split and not self._left:
             raise UsageRuntimeError(
                 f"{type(owner).__name__} has not called the norm behind its layers, where split hidden states become "
@@ -186,6 +208,14 @@ class Stream:
                 f"{expected}, but a layer was given {shape}: the model changes them between its layers; parallelize "
                 'with activations="replicated"'
             )
+
+
+def _recorded(entry: object) -> bool:
+    """Whether an entry of an output is hidden states, one after the other, some of which may be left out."""
+    if not isinstance(entry, (tuple, list)):
+        return False
+    tensors = [x for x in entry if x is not None]
+    return bool(tensors) and all(isinstance(x, Tensor) and x.dim() == 3 for x in tensors)
 
 
 def _first(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs, Tensor]:

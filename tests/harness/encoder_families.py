@@ -2,9 +2,9 @@
 
     PYTHONPATH=tests python -m harness.encoder_families [--ranks 4] [--kinds masked] [--only bert t5] [--json FILE]
 
-Masked language models, encoder-decoders, image and audio classifiers, of each family of transformers' mappings one with
-random weights. Right: the outputs that carry a loss and the gradient of every parameter are the unsplit model's, and
-where it is an encoder-decoder 6 greedy tokens with a cache too.
+Masked language models, encoder-decoders, image and audio classifiers, models of images and text, of each family of
+transformers' mappings one with random weights. Right: the outputs that carry a loss and the gradient of every parameter
+are the unsplit model's, and where it generates 6 greedy tokens with a cache too.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers.models.auto import modeling_auto
 
 import two_level_mha as tlm
-from harness import families
+from harness import families, image_text
 from harness.calls import mesh
 from harness.pool import Pool, RankFailure
 from two_level_mha.attentions import NO_PLAN
@@ -130,11 +130,19 @@ KINDS = {
         modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
         audio,
     ),
+    "image-text": Kind(
+        "model of images and text",
+        transformers.AutoModelForImageTextToText,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        image_text.inputs,
+    ),
 }
 
 
 def configured(kind: str, family: str) -> transformers.PretrainedConfig:
     """A small configuration."""
+    if kind == "image-text":
+        return image_text.configured(family)
     default, own = transformers.AutoConfig.for_model(family), MORE.get(family, {})
     options = families.sizes_of(default)
     for name, part in vars(default).items():
@@ -160,14 +168,15 @@ def answers(kind: str, model: nn.Module) -> tuple[Tensor, dict[str, Tensor], Ten
     """Outputs, gradients by name, tokens."""
     torch.manual_seed(1)
     given = KINDS[kind].inputs(model)
-    logits = model(**given)[0]
+    output = model(**{name: x.clone() for name, x in given.items()})  # BLIP writes to its tokens
+    logits = output.logits if kind == "image-text" else output[0]
     mask = given.get("attention_mask")
     if mask is not None and logits.shape[:2] == mask.shape:
         logits = logits[mask.bool()]
     (logits.float() ** 2).mean().backward()
     tokens = None
-    if kind == "seq2seq":
-        del given["decoder_input_ids"]
+    if kind in ("seq2seq", "image-text"):
+        given.pop("decoder_input_ids", None)
         with torch.no_grad():
             tokens = model.generate(**given, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
     held = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -242,8 +251,8 @@ def summary(made: dict) -> str:
     right = [one for one in found if one["verdict"] == "right"]
     of = len(found) - verdicts.count("not built") - verdicts.count("has none")
     return (
-        f"Of its {of} encoders, encoder-decoders, image and audio classifiers with attention of which a small one can "
-        f"be made, {len(right)} are right in outputs and gradients, "
+        f"Of its {of} encoders, encoder-decoders, image and audio classifiers and models of images and text with "
+        f"attention of which a small one can be made, {len(right)} are right in outputs and gradients, "
         f"{sum(not one['gathered'] for one in right)} of them all split ([the table](docs/encoders.md))."
     )
 
@@ -270,13 +279,13 @@ def page(made: dict) -> str:
                 none.append(family)
             else:
                 rows.append(f"| {KINDS[kind].called} | {family} | {one['verdict']} | {families.how(one)} |")
-    return f"""# Encoders and encoder-decoders
+    return f"""# Encoders, encoder-decoders, models of images and text
 
 Made by `make models` on {made["date"]}, torch {made["torch"]}, transformers {made["transformers"]}.
 
 Families of transformers other than [causal language models](models.md), small and with random weights, on
 {made["ranks"]} Gloo ranks in a grid of 2 head groups. Right: the outputs that carry a loss and the gradient of every
-parameter are the unsplit model's, and of an encoder-decoder {TOKENS} greedy tokens with a cache too. {sentence(made)}
+parameter are the unsplit model's, and where it generates {TOKENS} greedy tokens with a cache too. {sentence(made)}
 
 Where attention is not split it runs its own code, with weights that are stored split and gathered for each call.
 

@@ -15,6 +15,9 @@ from two_level_mha.integrations.gathered import Gathered
         ("masked", "flaubert", 2),  # masks of a number for each token
         ("seq2seq", "led", 4),  # gives its cache back
         ("seq2seq", "fsmt", 0),  # is called with (L, B, D)
+        ("image-text", "mistral3", 4),  # angles of one sequence for all
+        ("image-text", "internvl", 4),  # an output projection that is called otherwise
+        ("image-text", "mllama", 1),  # cross-attention without an encoder's cache
     ],
 )
 def test_family(pool, kind, family, attentions):

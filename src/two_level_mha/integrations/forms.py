@@ -25,7 +25,20 @@ PROJECTIONS = {
     "k": ("k_proj", "key", "k_lin", "k", "Wk", "project_k"),
     "v": ("v_proj", "value", "v_lin", "v", "Wv", "project_v"),
     "qkv": ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "qkv"),
-    "o": ("o_proj", "out_proj", "dense", "c_proj", "out_lin", "Wo", "o", "attention_out", "../output.dense"),
+    "o": (
+        "o_proj",
+        "out_proj",
+        "dense",
+        "c_proj",
+        "out_lin",
+        "Wo",
+        "o",
+        "attention_out",
+        "proj",
+        "projection",
+        "projection_layer",
+        "../output.dense",
+    ),
 }
 INNER = "linear"  # of a module around one, such as MoshiLinear
 # Of gates of attention's output: a projection as wide as q's, or a linear of one number for each head; and what the
@@ -85,7 +98,7 @@ WINDOWS = {"local": "window_size"}  # attention_type -> where the config has how
 
 # Dropout of attention weights: an nn.Dropout or a probability; and of the output: an nn.Dropout.
 WEIGHTS_DROPOUT = ("dropout", "attention_dropout", "attn_dropout", "attn_dropout_p")
-OUTPUT_DROPOUT = ("resid_dropout", "out_drop", "output_dropout")
+OUTPUT_DROPOUT = ("resid_dropout", "out_drop", "output_dropout", "projection_dropout")
 OUTPUT_NORM = "LayerNorm"  # of the output and the module's input, added
 HEADS_NORMS = ("attn_sub_norm",)  # modules of all heads' outputs together, before the output projection
 # Of the difference of two softmaxes: vectors of a head's width, of which its rate is made; a number; the norm of that.
@@ -115,6 +128,10 @@ LISTING = ("modeling_openai.Attention",)
 ALONE = ("modeling_phi4_multimodal.Phi4MultimodalAudioAttention", "modeling_mobilevit.MobileViTSelfAttention")
 WITH_CACHE = ("modeling_led.LEDDecoderAttention",)
 FLAT = ("modeling_xlm.MultiHeadAttention", "modeling_flaubert.MultiHeadAttention", "modeling_cpmant.CpmAntAttention")
+# Classes whose position_embeddings are of one sequence, (L, r), for all.
+OF_ONE = ("modeling_pixtral.PixtralAttention",)
+# Arguments of attention to sequences that are packed one after the other: where each begins; how long the longest is.
+PACKED, LONGEST = "cu_seqlens", "max_seqlen"
 # Arguments that mean something to a call, and those that a call without them goes like; no others are known.
 MASKS = ("attention_mask", "mask")
 SLOT = "cycle_offset"  # how many layers of a KV cache its own is behind the module's number
@@ -361,6 +378,17 @@ def is_cross_attention(module: nn.Module, parent: nn.Module | None) -> bool:
 def is_encoder(module: nn.Module, parent: nn.Module | None) -> bool:
     """Whether a module is attention that can be called without one; asked after is_decoder."""
     return _looks_like(module, parent)
+
+
+def is_packed(module: nn.Module, parent: nn.Module | None = None) -> bool:
+    """Whether a module is attention to sequences that are packed one after the other."""
+    return PACKED in parameters_of(module) and _looks_like(module, parent)
+
+
+def packed_problem(module: nn.Module) -> str | None:
+    """Why it may be called with what is not known here, or None."""
+    unknown = parameters_of(module).keys() - {INPUTS[0], MASKS[0], PACKED, LONGEST, "position_embeddings"}
+    return f"it takes an argument that is not known: {min(unknown)}" if unknown else None
 
 
 def is_called_with_cache(module: nn.Module, generates: bool) -> bool:

@@ -17,6 +17,7 @@ from two_level_mha.integrations.forms import (
     LATENT_DIMS,
     NORMS,
     OWN_ROTARY,
+    PACKED,
     QUERY_SCALES,
     ROTATED,
     SINUSOIDS,
@@ -84,7 +85,7 @@ class Positioned(GridAttention):
             angles = angles.real, angles.imag
         rows: list[Tensor] = []
         if self.rotary is not None and angles is not None:  # a model may leave them out by its config
-            rows = [x.unsqueeze(1) for x in angles]
+            rows = [x.reshape(-1, 1, *x.shape[-2:]) for x in angles]
         if self.temperature is not None:
             parameters = self.config.rope_parameters
             names = "llama_4_scaling_beta", "original_max_position_embeddings"
@@ -278,6 +279,14 @@ def _rotary(original: nn.Module) -> Callable[..., Any]:
         kind: Any = type(original)
         turn = kind.apply_rotary_position_embeddings
         return lambda q, k, cos, sin: turn(torch.cat([sin, cos], -1).unsqueeze(1), q, k)
+    if PACKED in parameters_of(original):  # of both (T, heads, r)
+        of_tokens: Callable[..., Any] = module.apply_rotary_pos_emb_vision
+
+        def of_packed(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+            found = of_tokens(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k)), cos.flatten(0, 1), sin.flatten(0, 1))
+            return [x.unflatten(0, (q.shape[0], -1)).transpose(1, 2) for x in found]
+
+        return of_packed
     found: Callable[..., Any] | None = getattr(module, "apply_rotary_pos_emb", None)
     if found is None and takes_complex(original):  # of both (B, L, heads, r), neither of them empty
         rotate: Callable[..., Any] = module.apply_rotary_emb

@@ -390,6 +390,8 @@ def random_arguments(original: nn.Module, rows: int, dtype: torch.dtype) -> dict
         given["position_embeddings"] = random_angles(original, d, rows, dtype)
         if takes_complex(original):
             given["position_embeddings"] = torch.complex(*given["position_embeddings"])
+        if forms.is_of(original, forms.OF_ONE):
+            given["position_embeddings"] = tuple(x[0] for x in given["position_embeddings"])
     if forms.SINUSOIDS in named:
         given[forms.SINUSOIDS] = torch.randn(1, 1, rows, d, dtype=dtype)
     if "alibi" in named:  # where it is a choice of the config, angles are given all the same
