@@ -20,7 +20,7 @@ from two_level_mha.families import later
 from two_level_mha.integrations.forms import is_packed, keeps_projection, takes_shared
 from two_level_mha.integrations.head import head_of, split_head
 from two_level_mha.integrations.lora import mark
-from two_level_mha.integrations.private import pretrained_models
+from two_level_mha.integrations.private import is_pretrained, pretrained_models
 from two_level_mha.layer import GridAttention
 from two_level_mha.mesh import grid_mesh
 from two_level_mha.probe import first_output, random_copy
@@ -97,9 +97,8 @@ class Stack:
         """What may give the hidden states between the layers: the owner, and what is around it up to the innermost
         model of transformers, which records them.
         """
-        models = pretrained_models(self.around[0]).values()
-        innermost = [i for i, module in enumerate(self.around) if any(module is one for one in models)]
-        return self.around[innermost[-1] :] if innermost else [self.owner]
+        models = [i for i, module in enumerate(self.around) if is_pretrained(module)]
+        return self.around[models[-1] if models else -1 :]
 
     @property
     def last(self) -> nn.Module:

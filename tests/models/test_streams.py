@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import transformers
-from harness import encoders
+from harness import encoders, image_text
 from harness.calls import mesh
 from harness.decoders import MODELS, full_gradients, make, pair, prompt
+from harness.encoder_families import build
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.tensor import DTensor
@@ -310,6 +311,11 @@ def recorded_off(activations: str) -> dict[str, float]:
         got = call(ids, output_hidden_states=True).hidden_states
         found[name] = max((a - b).abs().max().item() for a, b in zip(expected, got, strict=True))
     torch.compiler.reset()
+    both = build("image-text", "internvl").double()  # which asks its tower for them too
+    ours = tlm.parallelize(copy.deepcopy(both), mesh((2, 2)), activations=activations)
+    given = {name: x.double() if x.is_floating_point() else x for name, x in image_text.inputs(both).items()}
+    states = [model(**given, output_hidden_states=True).hidden_states for model in (both, ours)]
+    found["beside a tower"] = max((a - b).abs().max().item() for a, b in zip(*states, strict=True))
     return found
 
 

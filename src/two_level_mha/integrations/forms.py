@@ -25,21 +25,9 @@ PROJECTIONS = {
     "k": ("k_proj", "key", "k_lin", "k", "Wk", "project_k"),
     "v": ("v_proj", "value", "v_lin", "v", "Wv", "project_v"),
     "qkv": ("qkv_proj", "query_key_value", "Wqkv", "c_attn", "qkv"),
-    "o": (
-        "o_proj",
-        "out_proj",
-        "dense",
-        "c_proj",
-        "out_lin",
-        "Wo",
-        "o",
-        "attention_out",
-        "proj",
-        "projection",
-        "projection_layer",
-        "../output.dense",
-    ),
-}
+    "o": ("o_proj", "out_proj", "dense", "c_proj", "out_lin", "Wo", "o", "attention_out", "proj", "projection",
+          "projection_layer", "../output.dense"),
+}  # fmt: skip
 INNER = "linear"  # of a module around one, such as MoshiLinear
 # Of gates of attention's output: a projection as wide as q's, or a linear of one number for each head; and what the
 # output may be multiplied with of them, the likelier first.

@@ -51,18 +51,21 @@ def private_method(model: "PreTrainedModel | type[PreTrainedModel]", name: str) 
     return method
 
 
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers."""
+    modeling = sys.modules.get("transformers.modeling_utils")  # where it was not imported, no model is of it
+    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
+
+
 def pretrained_models(model: nn.Module) -> "dict[str, PreTrainedModel]":
     """The outermost transformers models in `model`, by name; {"": model} if it is one itself.
 
     Raises GridError if there is one and transformers is too old.
     """
-    modeling = sys.modules.get("transformers.modeling_utils")  # where it was not imported, no model is of it
-    if modeling is None:
-        return {}
     found: dict[str, PreTrainedModel] = {}
     for name, module in model.named_modules():
         inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, modeling.PreTrainedModel) and not inside:
+        if is_pretrained(module) and not inside:
             found[name] = module
     if found:
         check_version(sys.modules["transformers"].__version__)
