@@ -2,6 +2,7 @@
 that all of them run on (harness/device.py).
 """
 
+import time
 import zlib
 
 import pytest
@@ -9,12 +10,16 @@ import torch
 from harness import Pool
 from harness.device import DEVICE, problem, use_device
 
+BEGUN = pytest.StashKey[float]()
+
 
 def pytest_addoption(parser):
     parser.addoption("--part", metavar="K/N", help="only the K-th of N parts of the tests, by their names; K from 0")
+    parser.addoption("--seconds", type=float, help="tests that would begin later are skipped")
 
 
 def pytest_configure(config):
+    config.stash[BEGUN] = time.monotonic()
     if text := problem():
         raise pytest.UsageError(text)
     use_device()
@@ -30,6 +35,13 @@ def pytest_collection_modifyitems(config, items):
     for item in items if DEVICE != "cpu" else ():
         if mark := item.get_closest_marker("cpu_only"):
             item.add_marker(pytest.mark.skip(reason=f"of the CPU alone: {mark.args[0]}"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    seconds = item.config.getoption("--seconds")
+    if seconds is not None and time.monotonic() - item.config.stash[BEGUN] > seconds:
+        pytest.skip("there was no time for it")
 
 
 @pytest.fixture(autouse=True)
