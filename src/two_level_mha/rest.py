@@ -1,5 +1,5 @@
 """What is not attention, split over the flattened grid: a transformers model by its own tensor-parallel plan, where it
-has one; in all others MLPs of two linears, by torch's tensor-parallel styles.
+has one; where no plan goes, MLPs of two linears or three, by torch's tensor-parallel styles.
 
 Of an MLP structure proposes, a probe decides: the split is exact only if what is between the linears leaves columns
 apart.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.lora import mark
@@ -28,16 +28,18 @@ from two_level_mha.stock import take_full_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Paths of the two linears inside the module that is called with (B, L, D).
+# Paths of the linears inside the module that is called with (B, L, D): all but the last by columns, that one by rows.
 _MLPS = (
     ("linear1", "linear2"),  # nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
     ("intermediate.dense", "output.dense"),  # BERT, RoBERTa
     ("fc1", "fc2"),  # ViT
+    ("linear_fc1", "linear_fc2"),  # the tower of Qwen3-VL
+    ("gate_proj", "up_proj", "down_proj"),  # that of Qwen2.5-VL
 )
 
 PLAN_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; others 0.1
 
-_Mlps: TypeAlias = dict[str, tuple[nn.Module, tuple[str, str], tuple[str, ...]]]  # and what is between the linears
+_Mlps: TypeAlias = dict[str, tuple[nn.Module, tuple[str, ...], tuple[str, ...]]]  # and what is between the linears
 
 
 @dataclass
@@ -82,10 +84,15 @@ def find_rest(
         if (found := find_tp_plan(part, ranks, inside, owners)) is not None:
             rest.tp_plans[name] = (part, found[0])
             rest.left_out |= {prefix + owner: why for owner, why in found[1].items()}
-    planned = {module for part, _ in rest.tp_plans.values() for module in part.modules()}
-    planned |= {module for name, module in model.named_modules() if skips(name)}
-    _find_mlps(model, ranks, owners, planned, rest)
+    rules = {f"{name}.{rule}" if name else rule for name, (_, found) in rest.tp_plans.items() for rule in found}
+    _find_mlps(model, ranks, owners, rest, lambda name: skips(name) or _is_taken(name, replaced, rules, rest))
     return rest
+
+
+def _is_taken(name: str, replaced: set[str], rules: set[str], rest: Rest) -> bool:
+    """Whether a module is inside what is replaced, or a plan has a word in it."""
+    planned = {*rules, *rest.left_out}
+    return is_inside(name, (*replaced, *planned)) or any(is_inside(rule, (name,)) for rule in planned)
 
 
 @dataclass
@@ -168,21 +175,27 @@ def split_rest(rest: Rest, mesh: DeviceMesh, taken: Collection[nn.Module] = ()) 
     for module, paths, _ in rest.mlps.values():
         if module.get_submodule(paths[0]) in taken:
             continue
-        styles = (ColwiseParallel(), RowwiseParallel())
-        parallelize_module(module, grid, dict(zip(paths, styles, strict=True)), src_data_rank=None)
+        *columns, rows = paths
+        styles: dict[str, ParallelStyle] = {path: ColwiseParallel() for path in columns}
+        parallelize_module(module, grid, styles | {rows: RowwiseParallel()}, src_data_rank=None)
         for path in paths:
             take_full_tensors(module.get_submodule(path))
-        mark(module, dict(zip(paths, ("colwise", "rowwise"), strict=True)), mesh)
+        mark(module, dict.fromkeys(columns, "colwise") | {rows: "rowwise"}, mesh)
 
 
-def _find_mlps(model: nn.Module, ranks: int, owners: dict[int, int], planned: set[nn.Module], rest: Rest) -> None:
-    """Adds the MLPs outside `planned` to `rest`."""
+def _find_mlps(
+    model: nn.Module, ranks: int, owners: dict[int, int], rest: Rest, is_taken: Callable[[str], bool]
+) -> None:
+    """Adds the MLPs to `rest`, but for those of which `is_taken` says so by name."""
     probed: dict[tuple[object, ...], str | tuple[str, ...]] = {}
+    lists = {id(module) for part in model.modules() if isinstance(part, nn.ModuleList) for module in part}
     for name, module in model.named_modules():
-        for paths in () if module in planned else _MLPS:
+        for paths in _MLPS:
             try:
                 linears = [module.get_submodule(path) for path in paths]
             except AttributeError:
+                continue
+            if is_taken(name) or (len(paths) > 2 and id(module) in lists):  # experts, which not every token goes to
                 continue
             between: tuple[str, ...] = ()
             problem = _problem(linears, paths, owners, ranks)
@@ -202,14 +215,17 @@ def _find_mlps(model: nn.Module, ranks: int, owners: dict[int, int], planned: se
                 rest.mlps[name] = (module, paths, between)
 
 
-def _linears(module: nn.Module, paths: tuple[str, str]) -> tuple[nn.Linear, nn.Linear]:
-    first, second = (module.get_submodule(path) for path in paths)
-    assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
-    return first, second
+def _linears(module: nn.Module, paths: tuple[str, ...]) -> list[nn.Linear]:
+    found = []
+    for path in paths:
+        linear = module.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        found.append(linear)
+    return found
 
 
-def _problem(linears: list[nn.Module], paths: tuple[str, str], owners: dict[int, int], ranks: int) -> str | None:
-    """Why two modules are not the linears of an MLP that can be split, or None."""
+def _problem(linears: list[nn.Module], paths: tuple[str, ...], owners: dict[int, int], ranks: int) -> str | None:
+    """Why modules are not the linears of an MLP that can be split, or None."""
     for path, linear in zip(paths, linears, strict=True):
         if type(linear) is not nn.Linear:
             return f"{path} is a {type(linear).__name__}, not a plain nn.Linear"
@@ -217,12 +233,13 @@ def _problem(linears: list[nn.Module], paths: tuple[str, str], owners: dict[int,
             return f"{path} has hooks"
         if any(owners[id(p)] > 1 for p in linear.parameters()):
             return f"{path} shares a parameter"
-    first, second = linears
-    assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
-    width = first.out_features
-    if width != second.in_features:
-        return f"{paths[0]} gives {width} features and {paths[1]} takes {second.in_features}"
-    return f"{ranks} does not divide its width {width}" if width % ranks else None
+    widths = [linear.out_features for linear in linears[:-1] if isinstance(linear, nn.Linear)]
+    last = linears[-1]
+    assert isinstance(last, nn.Linear)
+    for path, width in zip(paths, widths, strict=False):
+        if width != last.in_features:
+            return f"{path} gives {width} features and {paths[-1]} takes {last.in_features}"
+    return f"{ranks} does not divide its width {last.in_features}" if last.in_features % ranks else None
 
 
 def _kind(module: nn.Module) -> tuple[object, ...]:
@@ -230,7 +247,7 @@ def _kind(module: nn.Module) -> tuple[object, ...]:
     return parts, tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
 
 
-def _probe(module: nn.Module, paths: tuple[str, str], share: int) -> str | tuple[str, ...]:
+def _probe(module: nn.Module, paths: tuple[str, ...], share: int) -> str | tuple[str, ...]:
     """Does by hand, on a random copy, what the split does: one rank with `share` columns, one with all others.
 
     Why the numbers would not be the module's, or the paths of the modules that would see a part of the columns.
@@ -239,33 +256,32 @@ def _probe(module: nn.Module, paths: tuple[str, str], share: int) -> str | tuple
         torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of GPUs too
         try:
             (original,) = random_copy([module])
-            first, second = _linears(original, paths)
+            first, *_, last = _linears(original, paths)
             x_BLD = torch.randn(2, 3, first.in_features, dtype=torch.float64)
             args = (x_BLD, x_BLD) if isinstance(module, nn.TransformerDecoderLayer) else (x_BLD,)
             expected = first_output(original(*args))
             parts = [_Part(original, paths, columns) for columns in (slice(0, share), slice(share, None))]
             total = parts[0].run(args) + parts[1].run(args)
-            total = total if second.bias is None else total + second.bias
+            total = total if last.bias is None else total + last.bias
             got = parts[0].run(args, total)
             trained = _parameters_between(original, paths, args)
         except Exception as error:
             return f"it cannot be called like an MLP, or not with a part of its columns: {error!r}"
     difference = (expected - got).abs().max().item() if expected.shape == got.shape else float("inf")
     if not difference <= 1e-6 * expected.abs().max().item():
-        return f"its numbers differ by {difference:.1e} from {paths[1]}(activation({paths[0]}(x))) on a small input"
+        columns = ", ".join(f"{path}(x)" for path in paths[:-1])
+        return f"its numbers differ by {difference:.1e} from {paths[-1]}(activation({columns})) on a small input"
     if trained:
         return f"the gradient of {trained[0]}, which acts between them, would be that of a part of the columns"
     return parts[0].between
 
 
-def _parameters_between(module: nn.Module, paths: tuple[str, str], args: Args) -> list[str]:
-    """Names of the parameters that act on what the first linear gives before the second takes it."""
-    first, second = (module.get_submodule(path) for path in paths)
+def _parameters_between(module: nn.Module, paths: tuple[str, ...], args: Args) -> list[str]:
+    """Names of the parameters that act on what the linears by columns give before the last one takes it."""
+    *columns, last = _linears(module, paths)
     taken = []
-    hooks = [
-        first.register_forward_hook(lambda module, args, y: y.detach().requires_grad_()),
-        second.register_forward_pre_hook(lambda module, args: taken.append(args[0])),
-    ]
+    hooks = [linear.register_forward_hook(lambda module, args, y: y.detach().requires_grad_()) for linear in columns]
+    hooks.append(last.register_forward_pre_hook(lambda module, args: taken.append(args[0])))
     names, parameters = zip(*module.requires_grad_().named_parameters(), strict=True)
     module(*args)
     for hook in hooks:
@@ -277,29 +293,30 @@ def _parameters_between(module: nn.Module, paths: tuple[str, str], args: Args) -
 class _Part:
     """A rank's part of an MLP: some columns of what is between the linears."""
 
-    def __init__(self, original: nn.Module, paths: tuple[str, str], columns: slice) -> None:
+    def __init__(self, original: nn.Module, paths: tuple[str, ...], columns: slice) -> None:
         self.module = copy.deepcopy(original)
-        first, second = _linears(self.module, paths)
-        first.weight = nn.Parameter(first.weight.detach()[columns])
-        if first.bias is not None:
-            first.bias = nn.Parameter(first.bias.detach()[columns])
-        second.weight = nn.Parameter(second.weight.detach()[:, columns])
-        second.register_parameter("bias", None)
+        *by_columns, last = _linears(self.module, paths)
+        for linear in by_columns:
+            linear.weight = nn.Parameter(linear.weight.detach()[columns])
+            if linear.bias is not None:
+                linear.bias = nn.Parameter(linear.bias.detach()[columns])
+        last.weight = nn.Parameter(last.weight.detach()[:, columns])
+        last.register_parameter("bias", None)
         self.calls: list[tuple[str, str]] = []  # begin or end, path
         for path, part in self.module.named_modules():
             part.register_forward_pre_hook(lambda *_, path=path: self.calls.append(("begin", path)))
             part.register_forward_hook(lambda *_, path=path: self.calls.append(("end", path)))
-        self.paths, self.second = paths, second
+        self.paths, self.last = paths, last
 
     def run(self, args: Args, total: Tensor | None = None) -> Tensor:
-        """This part's product with the second linear; or the module's output, given the sum of all parts'."""
+        """This part's product with the last linear; or the module's output, given the sum of all parts'."""
         products: list[Tensor] = []
 
         def exchange(module: nn.Module, args: Args, y: Tensor) -> Tensor | None:
             products.append(y)
             return total
 
-        hook = self.second.register_forward_hook(exchange)
+        hook = self.last.register_forward_hook(exchange)
         output = first_output(self.module(*args))
         hook.remove()
         (product,) = products
@@ -308,5 +325,5 @@ class _Part:
     @property
     def between(self) -> tuple[str, ...]:
         """Paths of the modules that got or gave what is between the linears."""
-        begin, end = self.calls.index(("end", self.paths[0])), self.calls.index(("begin", self.paths[1]))
-        return tuple(dict.fromkeys(path for _, path in self.calls[begin + 1 : end]))
+        begin, end = self.calls.index(("end", self.paths[0])), self.calls.index(("begin", self.paths[-1]))
+        return tuple(dict.fromkeys(path for _, path in self.calls[begin + 1 : end] if path not in self.paths))

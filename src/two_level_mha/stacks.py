@@ -179,7 +179,7 @@ def _take_mlps(stack: Stack, rest: Rest) -> None:
     inside = {module for layer in stack.layers for module in layer.modules()}
     for module, paths, between in rest.mlps.values():
         if module in inside:
-            stack.mlps.append(MLP(module, (paths[0],), paths[1], False))
+            stack.mlps.append(MLP(module, paths[:-1], paths[-1], False))
             stack.between |= {module.get_submodule(path) for path in between}
     for name, (_, tp_plan) in rest.tp_plans.items():
         prefix = f"{name}." if name else ""

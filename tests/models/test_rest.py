@@ -63,6 +63,15 @@ class MLP(nn.Module):
         return nn.functional.gelu(x)
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x):
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
 class Softmax(MLP):
     def between(self, x):
         return x.softmax(-1)
@@ -165,6 +174,7 @@ def widen(module: nn.Module) -> None:
 
 SPLIT = {
     "ViT's shape": MLP,
+    "gated": Gated,
     "encoder layer": layer,
     "norm_first": lambda: layer(norm_first=True),
     "without biases": lambda: layer(bias=False),
@@ -217,6 +227,12 @@ def test_stays_unsplit(case):
     assert reason in rest.left_out_mlps["bad"]
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_experts():
+    """Localises: experts of a list, which not all tokens go to, each with a sum over the ranks."""
+    rest = find_rest(nn.ModuleDict({"experts": nn.ModuleList([Gated(), Gated()]), "shared": Gated()}), 4, set())
+    assert list(rest.mlps) == ["shared"]
 
 
 def test_width():

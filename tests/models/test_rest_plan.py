@@ -9,6 +9,7 @@ import torch
 import transformers
 from harness.decoders import full_gradients, make
 from harness.device import DEVICE
+from harness.encoder_families import build
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -199,6 +200,16 @@ def test_a_part_of_a_model():
     rest = find_rest(nn.ModuleDict({"decoder": make("llama"), "encoder": mlp}), 4, {"decoder.model.layers.0.self_attn"})
     assert list(rest.tp_plans) == ["decoder"] and list(rest.mlps) == ["encoder"]
     assert not any("layers.0.self_attn" in name for name in [*rest.tp_plans["decoder"][1], *rest.left_out])
+
+
+def test_beside_a_plan():
+    """Localises: a tower that its model's plan has no word of, whose MLPs are not split by their structure; one that it
+    has, by both.
+    """
+    model = build("image-text", "qwen2_5_vl")
+    rest = find_rest(model, 4, attentions(model))
+    assert list(rest.mlps) == [f"model.visual.blocks.{layer}.mlp" for layer in range(2)]
+    assert list(rest.tp_plans) == [""] and any("language_model.layers.0.mlp" in name for name in rest.tp_plans[""][1])
 
 
 def test_without_a_plan():
