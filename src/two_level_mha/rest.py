@@ -6,6 +6,7 @@ apart.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
@@ -30,11 +31,20 @@ if TYPE_CHECKING:
 
 # Paths of the linears inside the module that is called with (B, L, D): all but the last by columns, that one by rows.
 _MLPS = (
+    ("gate_proj", "up_proj", "down_proj"),  # StableLM, the tower of Qwen2.5-VL
+    ("w1", "w3", "w2"),  # LFM2
     ("linear1", "linear2"),  # nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
     ("intermediate.dense", "output.dense"),  # BERT, RoBERTa
-    ("fc1", "fc2"),  # ViT
+    ("fc1", "fc2"),  # ViT, BART, Whisper
     ("linear_fc1", "linear_fc2"),  # the tower of Qwen3-VL
-    ("gate_proj", "up_proj", "down_proj"),  # that of Qwen2.5-VL
+    ("intermediate_dense", "output_dense"),  # wav2vec2
+    ("dense_h_to_4h", "dense_4h_to_h"),  # Bloom
+    ("fc_in", "fc_out"),  # GPT-J
+    ("c_fc", "c_proj"),  # GPT-Neo
+    ("up_proj", "down_proj"),  # MPT
+    ("lin1", "lin2"),  # DistilBERT
+    ("ffn", "ffn_output"),  # ALBERT
+    ("linear_1", "linear_2"),  # projectors of towers
 )
 
 PLAN_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; others 0.1
@@ -190,29 +200,35 @@ def _find_mlps(
     probed: dict[tuple[object, ...], str | tuple[str, ...]] = {}
     lists = {id(module) for part in model.modules() if isinstance(part, nn.ModuleList) for module in part}
     for name, module in model.named_modules():
-        for paths in _MLPS:
-            try:
-                linears = [module.get_submodule(path) for path in paths]
-            except AttributeError:
-                continue
-            if is_taken(name) or (len(paths) > 2 and id(module) in lists):  # experts, which not every token goes to
-                continue
-            between: tuple[str, ...] = ()
-            problem = _problem(linears, paths, owners, ranks)
-            if not problem:
-                if (kind := _kind(module)) not in probed:
-                    probed[kind] = _probe(module, paths, _linears(module, paths)[0].out_features // ranks)
-                found = probed[kind]
-                if isinstance(found, str):
-                    problem = found
-                else:
-                    between = found
-                    hooked = [path for path in between if has_hooks(module.get_submodule(path))]
-                    problem = f"{hooked[0]} has hooks" if hooked else None
-            if problem:
-                rest.left_out_mlps[name] = problem
+        paths = next((paths for paths in _MLPS if all(_has(module, path) for path in paths)), None)
+        if paths is None or is_taken(name):
+            continue
+        if len(paths) > 2 and id(module) in lists:  # experts, which not every token goes to
+            continue
+        between: tuple[str, ...] = ()
+        problem = _problem([module.get_submodule(path) for path in paths], paths, owners, ranks)
+        if not problem:
+            if (kind := _kind(module)) not in probed:
+                probed[kind] = _probe(module, paths, _linears(module, paths)[0].out_features // ranks)
+            found = probed[kind]
+            if isinstance(found, str):
+                problem = found
             else:
-                rest.mlps[name] = (module, paths, between)
+                between = found
+                hooked = [path for path in between if has_hooks(module.get_submodule(path))]
+                problem = f"{hooked[0]} has hooks" if hooked else None
+        if problem:
+            rest.left_out_mlps[name] = problem
+        else:
+            rest.mlps[name] = (module, paths, between)
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _linears(module: nn.Module, paths: tuple[str, ...]) -> list[nn.Linear]:
@@ -258,7 +274,7 @@ def _probe(module: nn.Module, paths: tuple[str, ...], share: int) -> str | tuple
             (original,) = random_copy([module])
             first, *_, last = _linears(original, paths)
             x_BLD = torch.randn(2, 3, first.in_features, dtype=torch.float64)
-            args = (x_BLD, x_BLD) if isinstance(module, nn.TransformerDecoderLayer) else (x_BLD,)
+            args = (x_BLD, *_others(original, x_BLD))
             expected = first_output(original(*args))
             parts = [_Part(original, paths, columns) for columns in (slice(0, share), slice(share, None))]
             total = parts[0].run(args) + parts[1].run(args)
@@ -274,6 +290,13 @@ def _probe(module: nn.Module, paths: tuple[str, ...], share: int) -> str | tuple
     if trained:
         return f"the gradient of {trained[0]}, which acts between them, would be that of a part of the columns"
     return parts[0].between
+
+
+def _others(module: nn.Module, x_BLD: Tensor) -> list[Tensor | None]:
+    """What a module must be given besides hidden states: such states, or no mask."""
+    named = list(inspect.signature(module.forward).parameters.values())[1:]
+    required = [p.name for p in named if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return [None if "mask" in name or "position" in name else x_BLD for name in required]
 
 
 def _parameters_between(module: nn.Module, paths: tuple[str, ...], args: Args) -> list[str]:

@@ -127,7 +127,7 @@ class Reader(MLP):
 
 
 class Pair(MLP):
-    """Wants a second argument."""
+    """Adds what the layer gives it besides."""
 
     def forward(self, x, y):
         return super().forward(x) + y
@@ -175,6 +175,7 @@ def widen(module: nn.Module) -> None:
 SPLIT = {
     "ViT's shape": MLP,
     "gated": Gated,
+    "residual": Pair,
     "encoder layer": layer,
     "norm_first": lambda: layer(norm_first=True),
     "without biases": lambda: layer(bias=False),
@@ -192,7 +193,6 @@ WHOLE = {
     "fixed width": (Wide, "not with a part of its columns: RuntimeError"),
     "used twice": (Twice, "its numbers differ by"),
     "linears passed by": (Reader, "cannot be called like an MLP"),
-    "two arguments": (Pair, "cannot be called like an MLP"),
     "another forward": (lambda: layer(Other), "its numbers differ by"),
     "hooked linear": (lambda: with_(hook("fc1"), MLP()), "fc1 has hooks"),
     "hook between": (lambda: with_(hook("intermediate"), bert_layer()), "intermediate has hooks"),
