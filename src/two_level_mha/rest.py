@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from two_level_mha.class_like import become
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.lora import mark
 from two_level_mha.integrations.private import pretrained_models
@@ -25,6 +26,7 @@ from two_level_mha.mesh import grid_mesh
 from two_level_mha.names import Args
 from two_level_mha.probe import first_output, has_hooks, in_eval, is_inside, named_layers, random_copy, settings
 from two_level_mha.stock import take_full_tensors
+from two_level_mha.stream import DropoutOnColumns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -182,7 +184,8 @@ def split_rest(rest: Rest, mesh: DeviceMesh, taken: Collection[nn.Module] = ()) 
         rest.other_ways |= {f"{model}.{name}" if model else name: why for name, why in changed.items()}
         mark(part, others, mesh)
     grid = grid_mesh(mesh)
-    for module, paths, _ in rest.mlps.values():
+    for module, paths, between in rest.mlps.values():
+        _drop_columns(module, paths, between, grid)
         if module.get_submodule(paths[0]) in taken:
             continue
         *columns, rows = paths
@@ -191,6 +194,15 @@ def split_rest(rest: Rest, mesh: DeviceMesh, taken: Collection[nn.Module] = ()) 
         for path in paths:
             take_full_tensors(module.get_submodule(path))
         mark(module, dict.fromkeys(columns, "colwise") | {rows: "rowwise"}, mesh)
+
+
+def _drop_columns(module: nn.Module, paths: tuple[str, ...], between: tuple[str, ...], grid: DeviceMesh) -> None:
+    """Makes dropout between the linears of an MLP know its columns; before these are split."""
+    width = _linears(module, paths)[-1].in_features
+    share = width // grid.size()
+    for path in between:
+        if isinstance(part := module.get_submodule(path), nn.Dropout):
+            become(part, DropoutOnColumns, width=width, first=share * grid.get_local_rank())
 
 
 def _find_mlps(
@@ -281,12 +293,15 @@ def _probe(module: nn.Module, paths: tuple[str, ...], share: int) -> str | tuple
             total = total if last.bias is None else total + last.bias
             got = parts[0].run(args, total)
             trained = _parameters_between(original, paths, args)
+            drops = _drops_between(original, paths, args)
         except Exception as error:
             return f"it cannot be called like an MLP, or not with a part of its columns: {error!r}"
     difference = (expected - got).abs().max().item() if expected.shape == got.shape else float("inf")
     if not difference <= 1e-6 * expected.abs().max().item():
         columns = ", ".join(f"{path}(x)" for path in paths[:-1])
         return f"its numbers differ by {difference:.1e} from {paths[-1]}(activation({columns})) on a small input"
+    if drops:
+        return "something drops columns between them that is no nn.Dropout"
     if trained:
         return f"the gradient of {trained[0]}, which acts between them, would be that of a part of the columns"
     return parts[0].between
@@ -311,6 +326,22 @@ def _parameters_between(module: nn.Module, paths: tuple[str, ...], args: Args) -
         hook.remove()
     gradients = torch.autograd.grad(taken[0].sum(), parameters, allow_unused=True)
     return [name for name, gradient in zip(names, gradients, strict=True) if gradient is not None]
+
+
+def _drops_between(module: nn.Module, paths: tuple[str, ...], args: Args) -> bool:
+    """Whether in training something but an nn.Dropout draws random numbers between the linears."""
+    *columns, last = _linears(module, paths)
+    for part in module.train().modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    first: dict[nn.Module, Tensor] = {}
+    taken = []
+    for linear in columns:
+        linear.register_forward_hook(lambda module, args, y: first.setdefault(module, y.detach()))
+    last.register_forward_pre_hook(lambda module, args: taken.append(args[0].detach()))
+    for _ in range(2):
+        module(*args)
+    return not torch.equal(*taken)
 
 
 class _Part:

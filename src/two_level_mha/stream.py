@@ -311,6 +311,26 @@ class DropoutOnParts(InStream, nn.Dropout):
             return super().forward(x)
         (size,) = self.stream.whole_sizes([tuple(x.shape)])
         shape = (*x.shape[: self.stream.dim], size, *x.shape[self.stream.dim + 1 :])
-        kept = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - self.p)
-        scale = 0.0 if self.p == 1.0 else 1.0 / (1.0 - self.p)
-        return x * self.stream.keep(kept).to(x.dtype).mul_(scale)
+        return _dropped(x, self.p, shape, self.stream.keep)
+
+
+class DropoutOnColumns(nn.Dropout):
+    """Between the linears of a split MLP: of `width` columns, of which this rank has those from `first` on, drops the
+    elements that it would drop of all.
+    """
+
+    width: int
+    first: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.p > 0.0):
+            return super().forward(x)
+        own = slice(self.first, self.first + x.shape[-1])
+        return _dropped(x, self.p, (*x.shape[:-1], self.width), lambda kept: kept[..., own])
+
+
+def _dropped(x: Tensor, p: float, shape: tuple[int, ...], own: Callable[[Tensor], Tensor]) -> Tensor:
+    """x without what dropout takes of the whole, whose shape is given; own: gives x's part of it."""
+    kept = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - p)
+    scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
+    return x * own(kept).to(x.dtype).mul_(scale)

@@ -7,13 +7,14 @@ import copy
 
 import pytest
 import torch
+from harness.calls import mesh
 from harness.device import DEVICE
 from harness.encoders import check, errors, inputs, make
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 import two_level_mha as tlm
-from two_level_mha.rest import find_rest
+from two_level_mha.rest import find_rest, split_rest
 
 
 def local_shapes(rest: bool, width: int) -> tuple:
@@ -84,6 +85,20 @@ class Normed(MLP):
 
     def between(self, x):
         return self.norm(x)
+
+
+class Dropping(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.4)
+
+    def between(self, x):
+        return self.dropout(super().between(x))
+
+
+class DroppingItself(MLP):
+    def between(self, x):
+        return nn.functional.dropout(super().between(x), 0.4, self.training)
 
 
 class Scaled(MLP):
@@ -189,6 +204,7 @@ WHOLE = {
     "norm": (Normed, "not with a part of its columns: RuntimeError"),
     "scale": (Scaled, "the gradient of scale, which acts between them"),
     "trained activation": (lambda: layer(activation=nn.PReLU()), "the gradient of activation.weight, which acts"),
+    "functional dropout": (DroppingItself, "something drops columns between them that is no nn.Dropout"),
     "moved columns": (Mixed, "its numbers differ by"),
     "fixed width": (Wide, "not with a part of its columns: RuntimeError"),
     "used twice": (Twice, "its numbers differ by"),
@@ -227,6 +243,26 @@ def test_stays_unsplit(case):
     assert reason in rest.left_out_mlps["bad"]
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert torch.equal(torch.rand(1), expected)
+
+
+def dropped_off() -> float:
+    torch.manual_seed(0)
+    whole = nn.ModuleDict({"one": Dropping().double()})
+    split = copy.deepcopy(whole)
+    split_rest(find_rest(split, 4, set()), mesh((2, 2)))
+    x, found = torch.randn(3, 5, 16, dtype=torch.float64), []
+    for model in (whole, split):
+        torch.manual_seed(7)
+        given = x.clone().requires_grad_()
+        y = model.train()["one"](given)
+        y.square().sum().backward()
+        found.append((y.detach(), given.grad))
+    return max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
+
+
+def test_dropout_of_columns(pool):
+    """T. Localises: elements that are dropped by their place among a rank's columns, not among all."""
+    assert max(pool.run(dropped_off, 4)) <= 1e-10
 
 
 def test_experts():
