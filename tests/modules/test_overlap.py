@@ -238,11 +238,11 @@ def compiled(grid, scheme: str, overlap: int, dynamic: bool | None) -> tuple[int
     return compiled_over_lengths(layer, 32, dynamic, lengths=(4, 8, 12, 24))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme, dynamic",
-    [("sequence", None), *(pytest.param(*case, marks=pytest.mark.slow)
-                           for case in (("slices", None), ("slices", True), ("sequence", True)))],
-)  # fmt: skip
+    [("sequence", None), ("slices", None), ("slices", True), ("sequence", True)],
+)
 def test_compiled(pool, scheme, dynamic):
     """E. Localises: chunks that cannot be traced, or that make graphs of their own."""
     without = pool.run(compiled, 4, (2, 2), scheme, 1, dynamic, timeout=180)

@@ -16,7 +16,7 @@ from harness.two_level_attention import HALF, PAIRS, Decoder
 import two_level_mha as tlm
 from two_level_mha.blocks import full_tensor
 
-GRIDS = [(1, 3), (2, 3), (1, 7)]
+GRIDS = [(1, 3), pytest.param((2, 3), marks=pytest.mark.slow), (1, 7)]
 
 # head_dim is 4: on 3 slices 2 2 0, on 7 four of one column and three empty ones
 CALLS = {
