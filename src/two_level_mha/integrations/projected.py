@@ -342,7 +342,10 @@ class ProjectedAttention(Positioned, GridAttention):
             p = self.hidden_dropout if self.training else 0.0
             return residual + nn.functional.dropout(y_BLD, p)
         for name in self.after:
-            y_BLD = getattr(self, name)(given["hidden_states"] + y_BLD if name == forms.OUTPUT_NORM else y_BLD)
+            if name == forms.OUTPUT_NORM:
+                y_BLD = self.of_rows(name, given["hidden_states"] + y_BLD)
+            else:
+                y_BLD = getattr(self, name)(y_BLD)
         return y_BLD
 
     def causal_without_mask(self, given: dict[str, Any], length: int) -> bool:
