@@ -34,7 +34,7 @@ from two_level_mha.layer import GridAttention
 from two_level_mha.stock import StockTensor, put
 
 ONE_GROUP = ("falcon 7b", "bigcode")  # of one key/value head
-IN_FLOAT32 = ("bloom", "granite swa", "xglm", "mpt")  # stock's masks of float64 overflow, or give NaN
+IN_FLOAT32 = ("bloom", "granite swa", "xglm", "mpt", "mpt clipped")  # stock's masks of float64 overflow, or give NaN
 LIMITS = dict.fromkeys(FORMS, 1e-10) | {
     "bloom": 5e-5,
     "granite swa": 5e-5,
@@ -45,6 +45,7 @@ LIMITS = dict.fromkeys(FORMS, 1e-10) | {
     "codegen": 1e-5,
     "gpt neo": 1e-5,
     "mpt": 5e-5,
+    "mpt clipped": 5e-5,
     "llama4": 1e-5,  # which rotates and norms in float32
 }
 GROUPED = [name for name in FORMS if name not in ONE_GROUP]

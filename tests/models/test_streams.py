@@ -101,6 +101,25 @@ def test_encoders(pool, activations):
             assert max(one.values()) <= 1e-10, (name, one)
 
 
+def normed_off(activations: str) -> float:
+    stock = build("masked", "albert").double()
+    ours = tlm.parallelize(copy.deepcopy(stock), mesh((2, 2)), activations=activations)
+    assert not [what for what in tlm.report(ours).left_out if "hidden states" in what]
+    ids, outputs = torch.arange(26).view(2, 13) % 11 + 3, []
+    for model in (stock, ours):
+        outputs.append(model(ids).logits)
+        outputs[-1].square().mean().backward()
+    grads = full_gradients(ours)
+    errors = [(grads[name] - p.grad).abs().max().item() for name, p in stock.named_parameters() if p.grad is not None]
+    return max((outputs[0] - outputs[1]).abs().max().item(), *errors)
+
+
+@pytest.mark.parametrize("activations", ["sequence", "batch"])
+def test_a_norm_behind_attention(pool, activations):
+    """T. Localises: the gradient of a norm that is part of the attention, of a rank's part alone."""
+    assert max(pool.run(normed_off, 4, activations, timeout=240)) <= 1e-10
+
+
 def exact_loss(logits, labels, vocab_size, num_items_in_batch=None, **_):
     """transformers' loss without its rounding to float32."""
     target = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
