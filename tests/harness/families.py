@@ -360,7 +360,7 @@ where the family lets one choose, on {ranks} Gloo ranks in a grid of {made["kv_h
 Of {len(built(made))} families {made["counts"]["right"]} are right: logits of a padded batch, the gradient of every
 parameter and {TOKENS} greedy tokens with a cache are the unsplit model's. Of those, {split} have all of their attention
 split, or the layers that keep states in its place; in the others some or all keeps its own code, with weights that are
-stored split and gathered for each call, as MLPs do that no tensor-parallel plan of transformers splits.
+stored split and gathered for each call, as MLPs do that neither a plan of transformers nor their structure splits.
 Under transformers' own tensor parallelism, on as many ranks, {made["counts"][STOCK]} of them are right in logits and
 tokens.
 
