@@ -3,7 +3,7 @@
 The order is csrc/comm/split.h's: rank (i, j) has part j * n + i; of rows two chunks, which balances causal attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -73,6 +73,13 @@ def used_apart(xs: Sequence[Tensor], place: Place, reduce_dtype: torch.dtype | N
     if place.grid.size == 1 or not xs:
         return list(xs)
     return _ops.replicated(xs, place.grid.size, place.groups[2], reduce_dtype)
+
+
+def dropped(x: Tensor, p: float, shape: tuple[int, ...], own: Callable[[Tensor], Tensor]) -> Tensor:
+    """x without what dropout takes of the whole, whose shape is given; own: gives x's part of it."""
+    kept = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - p)
+    scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
+    return x * own(kept).to(x.dtype).mul_(scale)
 
 
 def whole_sizes(shapes: list[tuple[int, ...]], activations: str, place: Place, dim: int) -> list[int]:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha.adapters import Adapter
 from two_level_mha.integrations import forms, relative, titan
-from two_level_mha.integrations.packed import packed_inputs, packed_like, packed_variants
+from two_level_mha.integrations.packed import is_packed, packed_inputs, packed_like, packed_problem, packed_variants
 from two_level_mha.integrations.projected import probe_inputs, projected_like
 from two_level_mha.mesh import Grid
 from two_level_mha.multihead import TwoLevelMultiheadAttention
@@ -144,13 +144,13 @@ FAMILIES = (
     ),
     Adapter(
         "packed",
-        forms.is_packed,
+        is_packed,
         forms.paths_of,
         packed_like,
         packed_inputs,
         _PARTS,
         variants=packed_variants,
-        problem=forms.packed_problem,
+        problem=packed_problem,
     ),
     Adapter(
         "encoder",

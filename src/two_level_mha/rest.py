@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from two_level_mha.class_like import become
 from two_level_mha.errors import GridError
+from two_level_mha.integrations.forms import at
 from two_level_mha.integrations.lora import mark
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.tp_plan import apply_tp_plan, find_tp_plan
@@ -97,14 +98,15 @@ def find_rest(
             rest.tp_plans[name] = (part, found[0])
             rest.left_out |= {prefix + owner: why for owner, why in found[1].items()}
     rules = {f"{name}.{rule}" if name else rule for name, (_, found) in rest.tp_plans.items() for rule in found}
-    _find_mlps(model, ranks, owners, rest, lambda name: skips(name) or _is_taken(name, replaced, rules, rest))
-    return rest
-
-
-def _is_taken(name: str, replaced: set[str], rules: set[str], rest: Rest) -> bool:
-    """Whether a module is inside what is replaced, or a plan has a word in it."""
     planned = {*rules, *rest.left_out}
-    return is_inside(name, (*replaced, *planned)) or any(is_inside(rule, (name,)) for rule in planned)
+    taken = {*replaced, *planned}
+
+    def is_taken(name: str) -> bool:
+        """Whether a module is inside what is replaced, or a plan has a word in it."""
+        return skips(name) or is_inside(name, taken) or any(is_inside(rule, (name,)) for rule in planned)
+
+    _find_mlps(model, ranks, owners, rest, is_taken)
+    return rest
 
 
 @dataclass
@@ -212,13 +214,14 @@ def _find_mlps(
     probed: dict[tuple[object, ...], str | tuple[str, ...]] = {}
     lists = {id(module) for part in model.modules() if isinstance(part, nn.ModuleList) for module in part}
     for name, module in model.named_modules():
-        paths = next((paths for paths in _MLPS if all(_has(module, path) for path in paths)), None)
+        known = (paths for paths in _MLPS if all(isinstance(at(module, None, path), nn.Module) for path in paths))
+        paths = next(known, None)
         if paths is None or is_taken(name):
             continue
         if len(paths) > 2 and id(module) in lists:  # experts, which not every token goes to
             continue
         between: tuple[str, ...] = ()
-        problem = _problem([module.get_submodule(path) for path in paths], paths, owners, ranks)
+        problem = _problem(module, paths, owners, ranks)
         if not problem:
             if (kind := _kind(module)) not in probed:
                 probed[kind] = _probe(module, paths, _linears(module, paths)[0].out_features // ranks)
@@ -235,14 +238,6 @@ def _find_mlps(
             rest.mlps[name] = (module, paths, between)
 
 
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
 def _linears(module: nn.Module, paths: tuple[str, ...]) -> list[nn.Linear]:
     found = []
     for path in paths:
@@ -252,22 +247,22 @@ def _linears(module: nn.Module, paths: tuple[str, ...]) -> list[nn.Linear]:
     return found
 
 
-def _problem(linears: list[nn.Module], paths: tuple[str, ...], owners: dict[int, int], ranks: int) -> str | None:
-    """Why modules are not the linears of an MLP that can be split, or None."""
-    for path, linear in zip(paths, linears, strict=True):
+def _problem(module: nn.Module, paths: tuple[str, ...], owners: dict[int, int], ranks: int) -> str | None:
+    """Why what is at these paths are not the linears of an MLP that can be split, or None."""
+    for path in paths:
+        linear = module.get_submodule(path)
         if type(linear) is not nn.Linear:
             return f"{path} is a {type(linear).__name__}, not a plain nn.Linear"
         if has_hooks(linear):
             return f"{path} has hooks"
         if any(owners[id(p)] > 1 for p in linear.parameters()):
             return f"{path} shares a parameter"
-    widths = [linear.out_features for linear in linears[:-1] if isinstance(linear, nn.Linear)]
-    last = linears[-1]
-    assert isinstance(last, nn.Linear)
-    for path, width in zip(paths, widths, strict=False):
-        if width != last.in_features:
-            return f"{path} gives {width} features and {paths[-1]} takes {last.in_features}"
-    return f"{ranks} does not divide its width {last.in_features}" if last.in_features % ranks else None
+    *columns, last = _linears(module, paths)
+    width = last.in_features
+    for path, linear in zip(paths[:-1], columns, strict=True):
+        if linear.out_features != width:
+            return f"{path} gives {linear.out_features} features and {paths[-1]} takes {width}"
+    return f"{ranks} does not divide its width {width}" if width % ranks else None
 
 
 def _kind(module: nn.Module) -> tuple[object, ...]:

@@ -17,9 +17,10 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from two_level_mha.adapters import Adapter
 from two_level_mha.class_like import become
 from two_level_mha.families import later
-from two_level_mha.integrations.forms import is_packed, keeps_projection, takes_shared
+from two_level_mha.integrations.forms import keeps_projection, takes_shared
 from two_level_mha.integrations.head import head_of, split_head
 from two_level_mha.integrations.lora import mark
+from two_level_mha.integrations.packed import is_packed
 from two_level_mha.integrations.private import is_pretrained, pretrained_models
 from two_level_mha.layer import GridAttention
 from two_level_mha.mesh import grid_mesh

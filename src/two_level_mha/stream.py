@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from two_level_mha import _C
-from two_level_mha.activations import gather_part, keep_part, used_apart, whole_sizes
+from two_level_mha.activations import dropped, gather_part, keep_part, used_apart, whole_sizes
 from two_level_mha.blocks import local_blocks
 from two_level_mha.context import cast
 from two_level_mha.errors import GridError, UsageRuntimeError
@@ -311,7 +311,7 @@ class DropoutOnParts(InStream, nn.Dropout):
             return super().forward(x)
         (size,) = self.stream.whole_sizes([tuple(x.shape)])
         shape = (*x.shape[: self.stream.dim], size, *x.shape[self.stream.dim + 1 :])
-        return _dropped(x, self.p, shape, self.stream.keep)
+        return dropped(x, self.p, shape, self.stream.keep)
 
 
 class DropoutOnColumns(nn.Dropout):
@@ -326,11 +326,4 @@ class DropoutOnColumns(nn.Dropout):
         if not (self.training and self.p > 0.0):
             return super().forward(x)
         own = slice(self.first, self.first + x.shape[-1])
-        return _dropped(x, self.p, (*x.shape[:-1], self.width), lambda kept: kept[..., own])
-
-
-def _dropped(x: Tensor, p: float, shape: tuple[int, ...], own: Callable[[Tensor], Tensor]) -> Tensor:
-    """x without what dropout takes of the whole, whose shape is given; own: gives x's part of it."""
-    kept = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - p)
-    scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
-    return x * own(kept).to(x.dtype).mul_(scale)
+        return dropped(x, self.p, (*x.shape[:-1], self.width), lambda kept: kept[..., own])

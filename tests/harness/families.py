@@ -115,7 +115,7 @@ def small(family: str, kv_heads: int = SIZES[KV_HEADS[0]]) -> transformers.Pretr
 
 
 def sizes_of(config: transformers.PretrainedConfig) -> dict:
-    options = {name: size for name, size in SIZES.items() if _has(config, name)}
+    options = {name: size for name, size in SIZES.items() if has(config, name)}
     if options.keys() >= {"kv_lora_rank", "head_dim"}:  # there it is the width of what is rotated
         options["head_dim"] = options["qk_rope_head_dim"]
         options |= {"num_key_value_heads": 4} if "num_key_value_heads" in options else {}
@@ -125,7 +125,7 @@ def sizes_of(config: transformers.PretrainedConfig) -> dict:
     return options
 
 
-def _has(config: transformers.PretrainedConfig, name: str) -> bool:
+def has(config: transformers.PretrainedConfig, name: str) -> bool:
     own = getattr(type(config), name, None)
     if isinstance(own, property) and own.fset is None:
         return False

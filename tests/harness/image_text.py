@@ -81,7 +81,7 @@ def configured(family: str) -> transformers.PretrainedConfig:
 
 
 def _small(config: transformers.PretrainedConfig) -> dict:
-    options = families.sizes_of(config) | {name: x for name, x in SIZES.items() if families._has(config, name)}
+    options = families.sizes_of(config) | {name: x for name, x in SIZES.items() if families.has(config, name)}
     options = {name: x for name, x in options.items() if isinstance(x, list) or not _is_list(config, name)}
     parts = {name: _small(x) for name, x in vars(config).items() if isinstance(x, transformers.PretrainedConfig)}
     return options | parts | ({"vocab_size": SIZES["vocab_size"]} if "vocab_size" in options else {})

@@ -368,17 +368,6 @@ def is_encoder(module: nn.Module, parent: nn.Module | None) -> bool:
     return _looks_like(module, parent)
 
 
-def is_packed(module: nn.Module, parent: nn.Module | None = None) -> bool:
-    """Whether a module is attention to sequences that are packed one after the other."""
-    return PACKED in parameters_of(module) and _looks_like(module, parent)
-
-
-def packed_problem(module: nn.Module) -> str | None:
-    """Why it may be called with what is not known here, or None."""
-    unknown = parameters_of(module).keys() - {INPUTS[0], MASKS[0], PACKED, LONGEST, "position_embeddings"}
-    return f"it takes an argument that is not known: {min(unknown)}" if unknown else None
-
-
 def is_called_with_cache(module: nn.Module, generates: bool) -> bool:
     """Whether attention that takes a KV cache may be given one: in a model that generates, or if it is causal."""
     return generates or getattr(module, "is_causal", True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.functional import linear
 
-from two_level_mha.activations import used_apart
+from two_level_mha.activations import dropped, used_apart
 from two_level_mha.errors import UsageRuntimeError
 from two_level_mha.integrations.state_forms import ALL
 from two_level_mha.low_rank import Term, own_heads
@@ -280,9 +280,7 @@ def _dropped(x: Tensor, term: Term, part: Callable[[Tensor], Tensor]) -> Tensor:
     if not term.drops:
         return x
     p: Any = term.dropout.p
-    kept = torch.empty((*x.shape[:-1], term.a.shape[1]), dtype=torch.bool, device=x.device).bernoulli_(1.0 - p)
-    scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
-    return x * part(kept).to(x.dtype).mul_(scale)
+    return dropped(x, p, (*x.shape[:-1], term.a.shape[1]), part)
 
 
 def _entries(stored: DTensor, layout: Any) -> Tensor:

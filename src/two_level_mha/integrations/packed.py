@@ -20,6 +20,7 @@ from two_level_mha.errors import UsageRuntimeError
 from two_level_mha.integrations import forms
 from two_level_mha.integrations.projected import Attended, ProjectedAttention, random_arguments
 from two_level_mha.names import Args, Kwargs
+from two_level_mha.probe import first_output
 
 
 class PackedAttention(ProjectedAttention):
@@ -55,8 +56,7 @@ class PackedAttention(ProjectedAttention):
             counts = torch.tensor(lengths, device=x.device).unsqueeze(1)
             own = torch.arange(x_BLD.shape[1], device=x.device) < counts
             mask = own[:, None, None]
-        output = self.attended(batch, x_BLD, [x_BLD, x_BLD], mask, None)
-        y_BLD: Tensor = output if isinstance(output, Tensor) else output[0]
+        y_BLD = first_output(self.attended(batch, x_BLD, [x_BLD, x_BLD], mask, None))
         y = (y_BLD.flatten(0, 1) if own is None else y_BLD[own]).view(x.shape)
         return y if self.gives_alone else (y, None)
 
@@ -66,6 +66,18 @@ def as_batch(x: Tensor, lengths: list[int]) -> Tensor:
     equal = min(lengths) == max(lengths)
     batch: Tensor = x.unflatten(0, (len(lengths), -1)) if equal else pad_sequence(x.split(lengths), batch_first=True)
     return batch
+
+
+def is_packed(module: nn.Module, parent: nn.Module | None = None) -> bool:
+    """Whether a module is attention to sequences that are packed one after the other."""
+    return forms.PACKED in forms.parameters_of(module) and forms.is_encoder(module, parent)
+
+
+def packed_problem(module: nn.Module) -> str | None:
+    """Why it may be called with what is not known here, or None."""
+    known = {forms.INPUTS[0], forms.MASKS[0], forms.PACKED, forms.LONGEST, "position_embeddings"}
+    unknown = forms.parameters_of(module).keys() - known
+    return f"it takes an argument that is not known: {min(unknown)}" if unknown else None
 
 
 def packed_like(original: nn.Module, *args: Any, **options: Any) -> PackedAttention:
