@@ -63,25 +63,25 @@ class Projection(nn.Module):
 
 def is_linear(module: object) -> TypeGuard[nn.Module]:
     """Whether it is an nn.Linear, or transformers' Conv1D, which stores (in, out)."""
-    return isinstance(module, nn.Linear) or _is_conv(module)
+    return isinstance(module, nn.Linear) or is_conv(module)
 
 
 def blank_like(module: nn.Module) -> nn.Module:
     """A linear, or Conv1D, of the same features, on "meta"."""
     inside, outside = features_of(module)
     with torch.device("meta"):
-        if _is_conv(module):
+        if is_conv(module):
             return type(module)(outside, inside)
         return nn.Linear(inside, outside, module.bias is not None)
 
 
-def _is_conv(module: object) -> bool:
+def is_conv(module: object) -> bool:
     return hasattr(module, "nx") and hasattr(module, "nf")
 
 
 def features_of(module: nn.Module) -> tuple[int, int]:
     """In and out, of an nn.Linear or a Conv1D."""
-    names = ("nx", "nf") if _is_conv(module) else ("in_features", "out_features")
+    names = ("nx", "nf") if is_conv(module) else ("in_features", "out_features")
     inside, outside = (getattr(module, name) for name in names)
     return inside, outside
 

@@ -9,7 +9,7 @@ import copy
 import inspect
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from two_level_mha.class_like import become
 from two_level_mha.errors import GridError
-from two_level_mha.integrations.forms import at
+from two_level_mha.integrations.conv import ConvParallel
+from two_level_mha.integrations.forms import at, is_known_linear
 from two_level_mha.integrations.lora import mark
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.tp_plan import apply_tp_plan, find_tp_plan
+from two_level_mha.low_rank import features_of, is_conv
 from two_level_mha.mesh import grid_mesh
 from two_level_mha.names import Args
 from two_level_mha.probe import first_output, has_hooks, in_eval, is_inside, named_layers, random_copy, settings
@@ -47,6 +49,7 @@ _MLPS = (
     ("up_proj", "down_proj"),  # MPT
     ("lin1", "lin2"),  # DistilBERT
     ("ffn", "ffn_output"),  # ALBERT
+    ("0", "2"),  # CTRL, an nn.Sequential
     ("linear_1", "linear_2"),  # projectors of towers
 )
 
@@ -191,16 +194,28 @@ def split_rest(rest: Rest, mesh: DeviceMesh, taken: Collection[nn.Module] = ()) 
         if module.get_submodule(paths[0]) in taken:
             continue
         *columns, rows = paths
-        styles: dict[str, ParallelStyle] = {path: ColwiseParallel() for path in columns}
-        parallelize_module(module, grid, styles | {rows: RowwiseParallel()}, src_data_rank=None)
+        styles = {path: _style(module.get_submodule(path), by_columns=path in columns) for path in paths}
+        parallelize_module(module, grid, styles, src_data_rank=None)
+        module.get_submodule(rows).register_forward_hook(_writable)
         for path in paths:
             take_full_tensors(module.get_submodule(path))
         mark(module, dict.fromkeys(columns, "colwise") | {rows: "rowwise"}, mesh)
 
 
+def _writable(module: nn.Module, args: Args, y: Tensor) -> Tensor:
+    """What styles give is a view, which autograd lets nobody write to, as Falcon's layers do."""
+    return y.clone() if y.requires_grad else y
+
+
+def _style(linear: nn.Module, by_columns: bool) -> ParallelStyle:
+    if is_conv(linear):
+        return ConvParallel(by_columns)
+    return ColwiseParallel() if by_columns else RowwiseParallel()
+
+
 def _drop_columns(module: nn.Module, paths: tuple[str, ...], between: tuple[str, ...], grid: DeviceMesh) -> None:
     """Makes dropout between the linears of an MLP know its columns; before these are split."""
-    width = _linears(module, paths)[-1].in_features
+    width, _ = features_of(module.get_submodule(paths[-1]))
     share = width // grid.size()
     for path in between:
         if isinstance(part := module.get_submodule(path), nn.Dropout):
@@ -216,7 +231,7 @@ def _find_mlps(
     for name, module in model.named_modules():
         known = (paths for paths in _MLPS if all(isinstance(at(module, None, path), nn.Module) for path in paths))
         paths = next(known, None)
-        if paths is None or is_taken(name):
+        if paths is None or is_taken(name) or isinstance(module, nn.ModuleList):
             continue
         if len(paths) > 2 and id(module) in lists:  # experts, which not every token goes to
             continue
@@ -224,7 +239,7 @@ def _find_mlps(
         problem = _problem(module, paths, owners, ranks)
         if not problem:
             if (kind := _kind(module)) not in probed:
-                probed[kind] = _probe(module, paths, _linears(module, paths)[0].out_features // ranks)
+                probed[kind] = _probe(module, paths, features_of(module.get_submodule(paths[-1]))[0] // ranks)
             found = probed[kind]
             if isinstance(found, str):
                 problem = found
@@ -238,30 +253,20 @@ def _find_mlps(
             rest.mlps[name] = (module, paths, between)
 
 
-def _linears(module: nn.Module, paths: tuple[str, ...]) -> list[nn.Linear]:
-    found = []
-    for path in paths:
-        linear = module.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        found.append(linear)
-    return found
-
-
 def _problem(module: nn.Module, paths: tuple[str, ...], owners: dict[int, int], ranks: int) -> str | None:
     """Why what is at these paths are not the linears of an MLP that can be split, or None."""
     for path in paths:
         linear = module.get_submodule(path)
-        if type(linear) is not nn.Linear:
+        if not is_known_linear(linear):
             return f"{path} is a {type(linear).__name__}, not a plain nn.Linear"
         if has_hooks(linear):
             return f"{path} has hooks"
         if any(owners[id(p)] > 1 for p in linear.parameters()):
             return f"{path} shares a parameter"
-    *columns, last = _linears(module, paths)
-    width = last.in_features
-    for path, linear in zip(paths[:-1], columns, strict=True):
-        if linear.out_features != width:
-            return f"{path} gives {linear.out_features} features and {paths[-1]} takes {width}"
+    width, _ = features_of(module.get_submodule(paths[-1]))
+    for path in paths[:-1]:
+        if (given := features_of(module.get_submodule(path))[1]) != width:
+            return f"{path} gives {given} features and {paths[-1]} takes {width}"
     return f"{ranks} does not divide its width {width}" if width % ranks else None
 
 
@@ -279,12 +284,12 @@ def _probe(module: nn.Module, paths: tuple[str, ...], share: int) -> str | tuple
         torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of GPUs too
         try:
             (original,) = random_copy([module])
-            first, *_, last = _linears(original, paths)
-            x_BLD = torch.randn(2, 3, first.in_features, dtype=torch.float64)
+            x_BLD = torch.randn(2, 3, features_of(original.get_submodule(paths[0]))[0], dtype=torch.float64)
             args = (x_BLD, *_others(original, x_BLD))
             expected = first_output(original(*args))
             parts = [_Part(original, paths, columns) for columns in (slice(0, share), slice(share, None))]
             total = parts[0].run(args) + parts[1].run(args)
+            last: Any = original.get_submodule(paths[-1])
             total = total if last.bias is None else total + last.bias
             got = parts[0].run(args, total)
             trained = _parameters_between(original, paths, args)
@@ -311,7 +316,7 @@ def _others(module: nn.Module, x_BLD: Tensor) -> list[Tensor | None]:
 
 def _parameters_between(module: nn.Module, paths: tuple[str, ...], args: Args) -> list[str]:
     """Names of the parameters that act on what the linears by columns give before the last one takes it."""
-    *columns, last = _linears(module, paths)
+    *columns, last = map(module.get_submodule, paths)
     taken = []
     hooks = [linear.register_forward_hook(lambda module, args, y: y.detach().requires_grad_()) for linear in columns]
     hooks.append(last.register_forward_pre_hook(lambda module, args: taken.append(args[0])))
@@ -325,7 +330,7 @@ def _parameters_between(module: nn.Module, paths: tuple[str, ...], args: Args) -
 
 def _drops_between(module: nn.Module, paths: tuple[str, ...], args: Args) -> bool:
     """Whether in training something but an nn.Dropout draws random numbers between the linears."""
-    *columns, last = _linears(module, paths)
+    *columns, last = map(module.get_submodule, paths)
     for part in module.train().modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
@@ -339,18 +344,26 @@ def _drops_between(module: nn.Module, paths: tuple[str, ...], args: Args) -> boo
     return not torch.equal(*taken)
 
 
+def _take(linear: Any, dim: int, own: slice) -> None:
+    """Leaves a linear `own` of its outputs (dim 0), or of its inputs, without what must be added once."""
+    weight, bias = linear.weight.detach(), linear.bias
+    transposed = is_conv(linear)
+    linear.weight = nn.Parameter(weight[(slice(None), own) if dim != transposed else (own,)])
+    if bias is not None:
+        linear.bias = nn.Parameter(torch.zeros_like(bias) if dim else bias.detach()[own])
+    if transposed:
+        linear.nf = linear.weight.shape[1]
+
+
 class _Part:
     """A rank's part of an MLP: some columns of what is between the linears."""
 
     def __init__(self, original: nn.Module, paths: tuple[str, ...], columns: slice) -> None:
         self.module = copy.deepcopy(original)
-        *by_columns, last = _linears(self.module, paths)
+        *by_columns, last = map(self.module.get_submodule, paths)
         for linear in by_columns:
-            linear.weight = nn.Parameter(linear.weight.detach()[columns])
-            if linear.bias is not None:
-                linear.bias = nn.Parameter(linear.bias.detach()[columns])
-        last.weight = nn.Parameter(last.weight.detach()[:, columns])
-        last.register_parameter("bias", None)
+            _take(linear, 0, columns)
+        _take(last, 1, columns)
         self.calls: list[tuple[str, str]] = []  # begin or end, path
         for path, part in self.module.named_modules():
             part.register_forward_pre_hook(lambda *_, path=path: self.calls.append(("begin", path)))

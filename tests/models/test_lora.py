@@ -55,6 +55,7 @@ CASES = {
     "latents, none of queries": ("deepseek v3 without q's", {"targets": ("q_proj", "kv_b_proj"), "rest": False}),
     "latents, dropout": ("youtu", {"targets": (LATENTS[0], *LATENTS[2:4]), "lora": {"lora_dropout": 0.3}}),
     "GPT-2": ("gpt2", {"targets": r".*\.attn\.c_(attn|proj)", "lora": {"fan_in_fan_out": True}}),
+    "GPT-2's MLP": ("gpt2", {"targets": r".*\.mlp\.c_(fc|proj)", "lora": {"fan_in_fan_out": True}}),
 }
 
 

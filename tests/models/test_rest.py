@@ -12,6 +12,7 @@ from harness.device import DEVICE
 from harness.encoders import check, errors, inputs, make
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 import two_level_mha as tlm
 from two_level_mha.rest import find_rest, split_rest
@@ -148,6 +149,19 @@ class Pair(MLP):
         return super().forward(x) + y
 
 
+class Conv(nn.Module):
+    """GPT-2's shape: linears that store (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj = Conv1D(24, 16), Conv1D(16, 24)
+        for linear in (self.c_fc, self.c_proj):
+            nn.init.normal_(linear.bias)
+
+    def forward(self, x):
+        return self.c_proj(nn.functional.gelu(self.c_fc(x)))
+
+
 class Plain(nn.TransformerEncoderLayer):
     pass
 
@@ -190,6 +204,8 @@ def widen(module: nn.Module) -> None:
 SPLIT = {
     "ViT's shape": MLP,
     "gated": Gated,
+    "Conv1D": Conv,
+    "sequential": lambda: nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)),
     "residual": Pair,
     "encoder layer": layer,
     "norm_first": lambda: layer(norm_first=True),
@@ -263,6 +279,30 @@ def dropped_off() -> float:
 def test_dropout_of_columns(pool):
     """T. Localises: elements that are dropped by their place among a rank's columns, not among all."""
     assert max(pool.run(dropped_off, 4)) <= 1e-10
+
+
+def written_to(build) -> tuple[bool, float]:
+    torch.manual_seed(0)
+    whole = nn.ModuleDict({"one": build().double()})
+    split = copy.deepcopy(whole)
+    split_rest(find_rest(split, 4, set()), mesh((2, 2)))
+    x, found = torch.randn(3, 5, 16, dtype=torch.float64), []
+    for model in (whole, split):
+        given = x.clone().requires_grad_()
+        y = model["one"](given)
+        y += given
+        y.square().sum().backward()
+        weights = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+        found.append((y.detach(), given.grad, *weights))
+    parts = all(p.to_local().numel() < p.numel() for p in split.parameters() if p.dim() > 1)
+    return parts, max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("build", [MLP, Conv])
+def test_an_output_that_is_written_to(pool, build):
+    """Localises: an output that autograd lets nobody write to; of a Conv1D rows for columns, or a bias added twice."""
+    for parts, off in pool.run(written_to, 4, build):
+        assert parts and off <= 1e-10
 
 
 def test_experts():

@@ -164,13 +164,19 @@ class AdaptedLinear(AdaptedRest):
         first, second = (delta[1].t(), delta[0].t()) if self.fan_in_fan_out else delta
         own.add_(first.narrow(0, *self.own[0]) @ second.narrow(1, *self.own[1]), alpha=scale)
 
+    @property
+    def own_features(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of its outputs and of its inputs: first, count."""
+        rows, columns = self.own
+        return (columns, rows) if self.fan_in_fan_out else (rows, columns)
+
 
 class AdaptedColumns(AdaptedLinear):
     """Gives this rank's columns."""
 
     def product(self, x: Tensor, term: Term) -> Tensor:
         a, b = used_apart([linear(term.dropout(x).to(term.a.dtype), term.a), term.b], self.place)
-        return linear(a, b.narrow(0, *self.own[0]))
+        return linear(a, b.narrow(0, *self.own_features[0]))
 
 
 class AdaptedRows(AdaptedLinear):
@@ -178,8 +184,9 @@ class AdaptedRows(AdaptedLinear):
 
     def product(self, x: Tensor, term: Term) -> Tensor:
         (a,) = used_apart([term.a], self.place)
-        x = _dropped(x, term, lambda kept: kept.narrow(-1, *self.own[1]))
-        inner = linear(x.to(a.dtype), a.narrow(1, *self.own[1]))
+        own = self.own_features[1]
+        x = _dropped(x, term, lambda kept: kept.narrow(-1, *own))
+        inner = linear(x.to(a.dtype), a.narrow(1, *own))
         return linear(_ops.all_reduce(inner, self.place.grid.size, self.place.groups[2]), term.b)
 
 
