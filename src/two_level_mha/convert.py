@@ -60,9 +60,10 @@ def parallelize(
     BERT, ViT, CLIP and many others), model.generate() included. A replacement must give the original's numbers on a
     small random input, once per class and configuration.
     rest: also split over the flattened grid what is not attention: a transformers model by its own tensor-parallel plan
-    and transformers' code (MLPs, experts, embeddings unless tied, head); what no plan has a word of, MLPs whose linears
-    are called as in rest.py (nn.TransformerEncoderLayer / DecoderLayer, BERT, ViT, BART, towers), by torch's
-    ColwiseParallel and RowwiseParallel, where P divides the width and a copy, run in parts, gives its numbers.
+    and transformers' code (MLPs, experts, embeddings, head); a weight that embeddings and heads share; what no plan has
+    a word of, MLPs whose linears are called as in rest.py (nn.TransformerEncoderLayer / DecoderLayer, BERT, ViT, BART,
+    towers), by torch's ColwiseParallel and RowwiseParallel, where P divides the width and a copy, run in parts, gives
+    its numbers.
     Attention of a transformers model that no replacement reproduces keeps its own code: its weights are stored split
     over all ranks and gathered for each call, in which every rank runs its sequences of the batch, and caches theirs.
     Attention with one key/value head, which head groups cannot share, is split over the grid's ranks as one of (1, P);
@@ -176,6 +177,7 @@ def _parallelize(
         check_same_weights(model, mesh, drops(model))
         kinds: dict[str, object] = {
             "which MLPs can be split": list(others.mlps),
+            "which embeddings and heads share a split weight": [sorted(one.names()) for one in others.vocabularies],
             "the tensor-parallel plan": [rules for _, rules in others.tp_plans.values()],
             "which hidden states can stay split": [stack.name for stack in stacks],
             "what attention does": [(one.adapter.name, one.variant) for one in attentions.found],

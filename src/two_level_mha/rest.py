@@ -30,6 +30,7 @@ from two_level_mha.names import Args
 from two_level_mha.probe import first_output, has_hooks, in_eval, is_inside, named_layers, random_copy, settings
 from two_level_mha.stock import take_full_tensors
 from two_level_mha.stream import DropoutOnColumns
+from two_level_mha.vocabulary import Vocabulary, find_vocabularies, split_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -67,6 +68,7 @@ class Rest:
     left_out: dict[str, str] = field(default_factory=dict)  # modules with a rule
     mlps: _Mlps = field(default_factory=dict)
     left_out_mlps: dict[str, str] = field(default_factory=dict)
+    vocabularies: list[Vocabulary] = field(default_factory=list)
     untried: dict[str, str] = field(default_factory=dict)  # models that are not run as a whole, and why
     other_ways: dict[str, str] = field(default_factory=dict)  # modules whose code goes another way since they are split
 
@@ -76,7 +78,8 @@ class Rest:
             f"{model}.{rule}" if model else rule for model, (_, rules) in self.tp_plans.items() for rule in rules
         )
         mlps = (f"{mlp}.{path}" for mlp, (_, paths, _) in self.mlps.items() for path in paths)
-        return is_inside(name, (*planned, *mlps))
+        shared = {owner for one in self.vocabularies for owner in one.names()}
+        return is_inside(name, (*planned, *mlps, *shared))
 
 
 def find_rest(
@@ -101,6 +104,11 @@ def find_rest(
             rest.tp_plans[name] = (part, found[0])
             rest.left_out |= {prefix + owner: why for owner, why in found[1].items()}
     rules = {f"{name}.{rule}" if name else rule for name, (_, found) in rest.tp_plans.items() for rule in found}
+    rest.vocabularies, problems = find_vocabularies(
+        model, ranks, lambda name: skips(name) or is_inside(name, {*replaced, *rules})
+    )
+    shared = {name for one in rest.vocabularies for name in one.names()}
+    rest.left_out = {name: why for name, why in (rest.left_out | problems).items() if name not in shared}
     planned = {*rules, *rest.left_out}
     taken = {*replaced, *planned}
 
@@ -188,6 +196,8 @@ def split_rest(rest: Rest, mesh: DeviceMesh, taken: Collection[nn.Module] = ()) 
         changed = apply_tp_plan(part, others, mesh)
         rest.other_ways |= {f"{model}.{name}" if model else name: why for name, why in changed.items()}
         mark(part, others, mesh)
+    for vocabulary in rest.vocabularies:
+        split_vocabulary(vocabulary, mesh)
     grid = grid_mesh(mesh)
     for module, paths, between in rest.mlps.values():
         _drop_columns(module, paths, between, grid)
@@ -204,7 +214,7 @@ def split_rest(rest: Rest, mesh: DeviceMesh, taken: Collection[nn.Module] = ()) 
 
 def _writable(module: nn.Module, args: Args, y: Tensor) -> Tensor:
     """What styles give is a view, which autograd lets nobody write to, as Falcon's layers do."""
-    return y.clone() if y.requires_grad else y
+    return y.clone() if torch.is_grad_enabled() else y
 
 
 def _style(linear: nn.Module, by_columns: bool) -> ParallelStyle:

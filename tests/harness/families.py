@@ -369,7 +369,7 @@ head group (made on {past["date"]}), {past["counts"]["right"]} of {len(built(pas
 them by split attention alone. "As is" there: as on {ranks} ranks.
 
 Kept is the share of all parameters that the first rank holds: 1/{ranks} is {1 / ranks:.2f}. Small models have large
-embeddings, which stay whole where they are tied.
+norms, and embeddings that stay whole where no plan has a word of them and no head shares their weight.
 
 | family | here | attention | kept | {past["ranks"]} ranks, 1 KV head | transformers' own |
 |---|---|---|---|---|---|

@@ -281,27 +281,29 @@ def test_dropout_of_columns(pool):
     assert max(pool.run(dropped_off, 4)) <= 1e-10
 
 
-def written_to(build) -> tuple[bool, float]:
+def written_to(build, frozen: bool) -> tuple[bool, float]:
     torch.manual_seed(0)
-    whole = nn.ModuleDict({"one": build().double()})
+    whole = nn.ModuleDict({"one": build().double()}).requires_grad_(not frozen)
     split = copy.deepcopy(whole)
     split_rest(find_rest(split, 4, set()), mesh((2, 2)))
     x, found = torch.randn(3, 5, 16, dtype=torch.float64), []
     for model in (whole, split):
         given = x.clone().requires_grad_()
-        y = model["one"](given)
+        y = model["one"](x if frozen else given)
         y += given
         y.square().sum().backward()
-        weights = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        weights = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
         found.append((y.detach(), given.grad, *weights))
     parts = all(p.to_local().numel() < p.numel() for p in split.parameters() if p.dim() > 1)
     return parts, max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("build", [MLP, Conv])
-def test_an_output_that_is_written_to(pool, build):
+def test_an_output_that_is_written_to(pool, build, frozen):
     """Localises: an output that autograd lets nobody write to; of a Conv1D rows for columns, or a bias added twice."""
-    for parts, off in pool.run(written_to, 4, build):
+    for parts, off in pool.run(written_to, 4, build, frozen):
         assert parts and off <= 1e-10
 
 

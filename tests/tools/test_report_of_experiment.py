@@ -38,8 +38,8 @@ def test_the_pictures_are_made_of_the_results(results, tmp_path):
 
 
 def numbered(svg: str) -> str:
-    """With the names of its parts by their order: Matplotlib makes them of coordinates to the last bit, which depends on
-    the CPU.
+    """With the names of its parts by their order: Matplotlib makes them of coordinates to the last bit, which a CPU may
+    round in another way.
     """
     names: dict[str, str] = {}
     return re.sub(r"\b[a-z][0-9a-f]{10}\b", lambda found: names.setdefault(found[0], f"part {len(names)}"), svg)

@@ -11,49 +11,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import loss_parallel
 
-from two_level_mha.blocks import dealt
 from two_level_mha.class_like import become
 from two_level_mha.mesh import grid_mesh
 from two_level_mha.stream import InStream, Stream
+from two_level_mha.vocabulary import ColumnHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class SplitHead(InStream, nn.Linear):
-    """A head (D -> vocabulary) whose weight is split by columns, or whole where it is the embedding's too."""
-
-    mesh: DeviceMesh  # of the grid as one axis
+class SplitHead(InStream, ColumnHead):
+    """A head whose weight is split by columns, or whole."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias: Tensor | None
         if self.stream.to_loss:
-            weight, bias = self._own(self.weight), None if self.bias is None else self._own(self.bias)
+            weight, bias = self.own(self.weight), None if self.bias is None else self.own(self.bias)
             x = x if self.stream.passes else self.stream.keep(x)
-            return self._sharded(self.stream.project_by(x, [weight], [bias])[0])
+            return self.sharded(self.stream.project_by(x, [weight], [bias])[0])
         if not isinstance(self.weight, DTensor):
-            return super().forward(x)
-        if torch.is_grad_enabled():
-            (x,) = self.stream.summed([x])
-        bias = None if self.bias is None else self._own(self.bias)
-        logits = self._sharded(nn.functional.linear(x, self.weight.to_local(), bias))
-        return logits.redistribute(placements=[Replicate()]).to_local()
+            return nn.Linear.forward(self, x)
+        return super().forward(x)
 
-    def _own(self, p: Tensor) -> Tensor:
-        """This rank's columns."""
-        if isinstance(p, DTensor):
-            return p.to_local()
-        first, count = dealt(self.out_features, self.mesh.size(), self.mesh.get_local_rank())
-        return self.stream.summed([p])[0][first : first + count]
-
-    def _sharded(self, logits: Tensor) -> DTensor:
-        shape = torch.Size((*logits.shape[:-1], self.out_features))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(logits, self.mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride)
+    def summed(self, xs: list[Tensor]) -> list[Tensor]:
+        return self.stream.summed(xs)
 
 
 class SplitLoss:
@@ -109,7 +93,7 @@ def _names_in(module: nn.Module) -> tuple[str, ...]:
 def split_head(model: "PreTrainedModel", head: nn.Linear, owner: nn.Module, stream: Stream, mesh: DeviceMesh) -> None:
     """Lets calls of a model with labels compute the loss on vocabulary shards; owner: the module with the layers."""
     stream.passes = {"view", "reshape"}.isdisjoint(_names_in(owner))  # to a shape of the whole
-    become(head, SplitHead, stream=stream, mesh=grid_mesh(mesh))
+    become(head, SplitHead, stream=stream, mesh=grid_mesh(mesh), place=stream.place)
     model.loss_function = SplitLoss(model.loss_function)
     model.register_forward_pre_hook(stream.begin_model, with_kwargs=True)
     model.register_forward_hook(stream.end_model, always_call=True)
