@@ -11,6 +11,7 @@ from harness import Pool
 from harness.device import DEVICE, problem, use_device
 
 BEGUN = pytest.StashKey[float]()
+FOLDERS = ("ops", "grid", "modules", "training", "faults", "tools", "models")  # what stands on others later
 
 
 def pytest_addoption(parser):
@@ -26,7 +27,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what can only be told of the CPU, where the suite runs on another device; and other parts."""
+    """Orders folders. Leaves out what can only be told of the CPU, where the suite runs on another device; other parts."""
+    items.sort(key=lambda item: FOLDERS.index(item.path.parent.name))
     if part := config.getoption("--part"):
         number, count = map(int, part.split("/"))
         chosen = {item for item in items if zlib.crc32(item.nodeid.encode()) % count == number}

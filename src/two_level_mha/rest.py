@@ -24,7 +24,7 @@ from two_level_mha.integrations.forms import at, is_known_linear
 from two_level_mha.integrations.lora import mark
 from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.tp_plan import apply_tp_plan, find_tp_plan
-from two_level_mha.low_rank import features_of, is_conv
+from two_level_mha.low_rank import features_of, is_conv, is_linear
 from two_level_mha.mesh import grid_mesh
 from two_level_mha.names import Args
 from two_level_mha.probe import first_output, has_hooks, in_eval, is_inside, named_layers, random_copy, settings
@@ -241,7 +241,9 @@ def _find_mlps(
     for name, module in model.named_modules():
         known = (paths for paths in _MLPS if all(isinstance(at(module, None, path), nn.Module) for path in paths))
         paths = next(known, None)
-        if paths is None or is_taken(name) or isinstance(module, nn.ModuleList):
+        if paths is None or is_taken(name):
+            continue
+        if paths[0] == "0" and not all(is_linear(at(module, None, path)) for path in paths):  # a list of other things
             continue
         if len(paths) > 2 and id(module) in lists:  # experts, which not every token goes to
             continue
