@@ -27,7 +27,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Orders folders. Leaves out what can only be told of the CPU, where the suite runs on another device; other parts."""
+    """Orders folders; leaves out other parts, and on another device what can only be told of the CPU."""
     items.sort(key=lambda item: FOLDERS.index(item.path.parent.name))
     if part := config.getoption("--part"):
         number, count = map(int, part.split("/"))
