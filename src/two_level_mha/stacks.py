@@ -23,6 +23,7 @@ from two_level_mha.integrations.lora import mark
 from two_level_mha.integrations.packed import is_packed
 from two_level_mha.integrations.private import is_pretrained, pretrained_models
 from two_level_mha.layer import GridAttention
+from two_level_mha.low_rank import is_conv
 from two_level_mha.mesh import grid_mesh
 from two_level_mha.probe import first_output, random_copy
 from two_level_mha.rest import Rest
@@ -75,7 +76,7 @@ class Stack:
     attentions: list[nn.Module] = field(default_factory=list)
     states: list[States] = field(default_factory=list)
     mlps: list[MLP] = field(default_factory=list)
-    whole: list[nn.Module] = field(default_factory=list)  # take all rows, by a plan of theirs
+    whole: list[nn.Module] = field(default_factory=list)  # take all rows: split by a plan, or of Conv1D
     between: set[nn.Module] = field(default_factory=set)  # act on columns, between linears
     head: "tuple[PreTrainedModel, nn.Linear] | None" = (
         None  # a model that computes its loss of these hidden states, its head
@@ -179,7 +180,11 @@ def _take_mlps(stack: Stack, rest: Rest) -> None:
     """Notes which modules of the layers take all rows, and how."""
     inside = {module for layer in stack.layers for module in layer.modules()}
     for module, paths, between in rest.mlps.values():
-        if module in inside:
+        if module not in inside:
+            continue
+        if any(is_conv(module.get_submodule(path)) for path in paths):
+            stack.whole.append(module)
+        else:
             stack.mlps.append(MLP(module, paths[:-1], paths[-1], False))
             stack.between |= {module.get_submodule(path) for path in between}
     for name, (_, tp_plan) in rest.tp_plans.items():
