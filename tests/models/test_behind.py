@@ -44,7 +44,16 @@ def test_gradients(pool, use_cache):
     compare(pool, gradients_off, list(BEHIND), (2, 2), use_cache, {})
 
 
-@pytest.mark.parametrize("scheme", ["slices", "sequence", "batch", "heads", "weights"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "slices",
+        "sequence",
+        pytest.param("batch", marks=pytest.mark.slow),
+        "heads",
+        pytest.param("weights", marks=pytest.mark.slow),
+    ],
+)
 def test_schemes(pool, scheme):
     """T. Localises: the same, where heads and rows are elsewhere."""
     names = BEHIND.keys() - {"beam"} - ({"diffllama"} if scheme == "heads" else set())  # which gathers that

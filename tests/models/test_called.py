@@ -62,7 +62,16 @@ def test_gradients(pool, use_cache):
     compare(pool, gradients_off, list(CALLED), (2, 2), use_cache, {})
 
 
-@pytest.mark.parametrize("scheme", ["slices", "sequence", "batch", "heads", "weights"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "slices",
+        "sequence",
+        "batch",
+        pytest.param("heads", marks=pytest.mark.slow),
+        pytest.param("weights", marks=pytest.mark.slow),
+    ],
+)
 def test_narrow_values(pool, scheme):
     """T. Localises: where the columns of values are after each move, and in the whole output projection."""
     for combine in ("reduce", "concat"):
@@ -130,7 +139,7 @@ def tokens_off(names, cache):
     return [name for name, two in models.items() if not torch.equal(*(m.generate(ids, **given) for m in two))]
 
 
-@pytest.mark.parametrize("cache", ["position", "batch"])
+@pytest.mark.parametrize("cache", ["position", pytest.param("batch", marks=pytest.mark.slow)])
 def test_greedy(pool, cache):
     """E. Localises: one query at a time: the slot of a layer that runs again, narrower values of a cache."""
     assert pool.run(tokens_off, 4, list(CALLED), cache, timeout=TIMEOUT) == [[]] * 4

@@ -103,7 +103,10 @@ def compiled_off(name, grid, scheme):
     return [difference(*logits, keep), *gradient_differences(stock, ours)]
 
 
-@pytest.mark.parametrize("name, grid, scheme", [("youtu", (2, 2), "auto"), ("6 heads", (2, 2), "sequence")])
+@pytest.mark.parametrize(
+    "name, grid, scheme",
+    [pytest.param("youtu", (2, 2), "auto", marks=pytest.mark.slow), ("6 heads", (2, 2), "sequence")],
+)
 def test_compiled(pool, name, grid, scheme):
     """T. Localises: what a graph cannot hold of latent attention: children that every rank has, slices filled up."""
     for found in pool.run(compiled_off, 4, name, grid, scheme, timeout=TIMEOUT):
@@ -130,7 +133,7 @@ def tokens_off(names, grid, options, generate):
     return wrong
 
 
-@pytest.mark.parametrize("cache", ["position", "batch"])
+@pytest.mark.parametrize("cache", ["position", pytest.param("batch", marks=pytest.mark.slow)])
 def test_greedy(pool, cache):
     """E. Localises: one query at a time against a cache, also of six heads on four ranks; beams that move in it."""
     assert pool.run(tokens_off, 4, list(LATENT), (2, 2), {"cache": cache}, {}, timeout=TIMEOUT) == [[]] * 4

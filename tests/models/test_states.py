@@ -132,7 +132,9 @@ def test_split_as_unsplit(pool, family, own, sizes):
     [
         (8, (2, 4), (2, 4), "qwen3_next", DELTA | {"linear_num_key_heads": 2, "linear_num_value_heads": 2}),
         (8, (2, 4), (1, 8), "mamba2", {"n_groups": 1}),
-        (16, (2, 8), (4, 4), "qwen3_5_text", DELTA | {"linear_num_key_heads": 4}),
+        pytest.param(
+            *(16, (2, 8), (4, 4), "qwen3_5_text", DELTA | {"linear_num_key_heads": 4}), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_more_ranks(pool, ranks, grid, own, family, sizes):

@@ -58,7 +58,7 @@ def test_decoders(pool, activations, rest):
         assert not found
 
 
-@pytest.mark.parametrize("grid", [(2, 2), (1, 4), (2, 4)])
+@pytest.mark.parametrize("grid", [(2, 2), (1, 4), pytest.param((2, 4), marks=pytest.mark.slow)])
 def test_families(pool, grid):
     """T. Localises: a family whose layers hold what does not act on single rows, or whose head takes parts."""
     names = [name for name in SDPA if name not in ("llama", "qwen3 moe")]
@@ -93,7 +93,7 @@ def encoders_off(grid, activations) -> dict[str, dict]:
     return found
 
 
-@pytest.mark.parametrize("activations", ["sequence", "batch"])
+@pytest.mark.parametrize("activations", ["sequence", pytest.param("batch", marks=pytest.mark.slow)])
 def test_encoders(pool, activations):
     """T. Localises: cross-attention's memory, batch_first, an MLP whose linears are the layer's own."""
     for per_rank in pool.run(encoders_off, 4, (2, 2), activations, timeout=240):
@@ -262,7 +262,7 @@ def generated(grid, activations) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("activations", ["sequence", "batch"])
+@pytest.mark.parametrize("activations", ["sequence", pytest.param("batch", marks=pytest.mark.slow)])
 def test_generate(pool, activations):
     """E. Localises: a prefill whose parts are not those of the cache, steps that are not replicated."""
     assert pool.run(generated, 4, (2, 2), activations, timeout=240) == [[]] * 4
@@ -338,7 +338,7 @@ def recorded_off(activations: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("activations", ["sequence", "batch"])
+@pytest.mark.parametrize("activations", ["sequence", pytest.param("batch", marks=pytest.mark.slow)])
 def test_hidden_states_between_layers(pool, activations):
     """T. Localises: parts that a user would take for whole, and the gradient of them."""
     for found in pool.run(recorded_off, 4, activations, timeout=240):

@@ -35,7 +35,7 @@ def everything(grid, rest: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("rest", [False, True])
+@pytest.mark.parametrize("rest", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_decoders(pool, grid, rest):
     """Logits, gradients, a cache, generate(). rest: transformers' own split of MLPs and head on as many ranks."""
     for failed in pool.run(everything, grid[0] * grid[1], grid, rest, timeout=240):
