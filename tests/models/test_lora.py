@@ -38,6 +38,7 @@ CASES = {
     "concat": ("llama", {"targets": ATTENTION, "rest": False, "combine": "concat"}),
     "dropout": ("llama", {"targets": tuple(t for t in ALL if t != "o_proj"), "lora": {"lora_dropout": 0.3}}),
     "embedding": ("llama", {"targets": ("embed_tokens", "q_proj")}),
+    "a shared vocabulary": ("gemma3", {"targets": ("embed_tokens", "lm_head", "q_proj")}),
     "widths that 4 does not divide": ("28 heads", {"lora": {"use_rslora": True}}),
     "gathered weights": ("doge", {"targets": ("q_proj", "v_proj", "o_proj", "down_proj")}),
     "blocks of one projection": ("phi3", {"targets": ("qkv_proj", "o_proj", "down_proj")}),
