@@ -101,6 +101,6 @@ def replicas(hit: str) -> tuple[str, list[str], bool]:
 @pytest.mark.parametrize("hit", ["attentions.0.q_weight", "head.weight"])
 def test_replicas_of_fsdp_mend_blocks(pool, hit):
     """Localises: who holds the same on meshes of more axes; ids and random states, which are those of a grid."""
-    found = pool.run(replicas, 4, hit)
+    found = pool.run(replicas, 4, hit, timeout=240)
     assert alike([text for text, *_ in found]).startswith(f"before step 4: rank 2: {hit} changed without")
     assert [rest for _, *rest in found] == [[[f"{hit} of rank 0 on rank 2"], True]] * 4
