@@ -27,7 +27,7 @@ from two_level_mha.integrations.private import pretrained_models
 from two_level_mha.integrations.projected import IMPLEMENTATIONS
 from two_level_mha.integrations.relative import POSITION_PROJECTIONS
 from two_level_mha.mesh import Grid
-from two_level_mha.probe import changed_linear, has_hooks, is_inside, layer_settings, named_layers, settings
+from two_level_mha.probe import changed_linear, has_hooks, is_inside, layer_settings, named_layers, owners_of, settings
 from two_level_mha.state_trial import States
 from two_level_mha.stock import HoldsStock, resolve
 from two_level_mha.trial import Unlike, agreeing
@@ -200,7 +200,7 @@ def add_whole(
     """Adds to those whose weights are gathered what else stays whole in layers of transformers' models: MLPs without a
     plan. split: whether the parameter of a name is split otherwise.
     """
-    owners, inside = _owners(model), attentions.names()
+    owners, inside = owners_of(model), attentions.names()
     names = {module: name for name, module in model.named_modules()}  # of what is in several places its first
     for prefix, part in pretrained_models(model).items():
         for name, layer in named_layers(part, prefix):
@@ -227,20 +227,11 @@ def _add_whole_module(
         attentions.gathered[name] = module, NO_PLAN
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Parameter -> modules that own it; a module used in several places is one."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for p in module._parameters.values():
-            owners.setdefault(id(p), []).append(name)
-    return owners
-
-
 def _find(
     model: nn.Module, gathers: Container[nn.Module], generates: set[nn.Module], skips: Callable[[str], bool]
 ) -> Attentions:
     """Every attention by its structure alone. generates: modules of models that generate."""
-    owners = _owners(model)
+    owners = owners_of(model)
     uses: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     adapters = adapters_with(FAMILIES)
     supported = "supported: " + ", ".join(adapter.name for adapter in adapters)

@@ -32,6 +32,16 @@ def named_layers(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module
             yield f"{name}.{number}", layer
 
 
+def owners_of(model: nn.Module) -> dict[int, list[str]]:
+    """Parameter -> modules that own it; a module used in several places is one."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for p in module._parameters.values():
+            if p is not None:
+                owners.setdefault(id(p), []).append(name)
+    return owners
+
+
 def random_copy(modules: list[nn.Module], gain: float = 1.0, dtype: torch.dtype = torch.float64) -> list[nn.Module]:
     """Copies to probe, with what they share: on the CPU, in eval mode, without hooks.
 

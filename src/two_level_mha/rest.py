@@ -27,7 +27,16 @@ from two_level_mha.integrations.tp_plan import apply_tp_plan, find_tp_plan
 from two_level_mha.low_rank import features_of, is_conv, is_linear
 from two_level_mha.mesh import grid_mesh
 from two_level_mha.names import Args
-from two_level_mha.probe import first_output, has_hooks, in_eval, is_inside, named_layers, random_copy, settings
+from two_level_mha.probe import (
+    first_output,
+    has_hooks,
+    in_eval,
+    is_inside,
+    named_layers,
+    owners_of,
+    random_copy,
+    settings,
+)
 from two_level_mha.stock import take_full_tensors
 from two_level_mha.stream import DropoutOnColumns
 from two_level_mha.vocabulary import Vocabulary, find_vocabularies, split_vocabulary
@@ -78,8 +87,11 @@ class Rest:
             f"{model}.{rule}" if model else rule for model, (_, rules) in self.tp_plans.items() for rule in rules
         )
         mlps = (f"{mlp}.{path}" for mlp, (_, paths, _) in self.mlps.items() for path in paths)
-        shared = {owner for one in self.vocabularies for owner in one.names()}
-        return is_inside(name, (*planned, *mlps, *shared))
+        return is_inside(name, (*planned, *mlps, *self.shared()))
+
+    def shared(self) -> set[str]:
+        """Names of the embeddings and heads whose weight will be split."""
+        return {name for one in self.vocabularies for name in one.names()}
 
 
 def find_rest(
@@ -91,10 +103,7 @@ def find_rest(
     Runs a copy of one of each kind of MLP, before the model is changed; sends nothing. Raises GridError where a
     transformers model's plan cannot be applied.
     """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for p in module._parameters.values():
-            owners[id(p)] = owners.get(id(p), 0) + 1
+    owners = owners_of(model)
     rest = Rest()
     for name, part in pretrained_models(model).items():
         prefix = f"{name}." if name else ""
@@ -105,9 +114,9 @@ def find_rest(
             rest.left_out |= {prefix + owner: why for owner, why in found[1].items()}
     rules = {f"{name}.{rule}" if name else rule for name, (_, found) in rest.tp_plans.items() for rule in found}
     rest.vocabularies, problems = find_vocabularies(
-        model, ranks, lambda name: skips(name) or is_inside(name, {*replaced, *rules})
+        model, ranks, owners, lambda name: skips(name) or is_inside(name, {*replaced, *rules})
     )
-    shared = {name for one in rest.vocabularies for name in one.names()}
+    shared = rest.shared()
     rest.left_out = {name: why for name, why in (rest.left_out | problems).items() if name not in shared}
     planned = {*rules, *rest.left_out}
     taken = {*replaced, *planned}
@@ -233,7 +242,7 @@ def _drop_columns(module: nn.Module, paths: tuple[str, ...], between: tuple[str,
 
 
 def _find_mlps(
-    model: nn.Module, ranks: int, owners: dict[int, int], rest: Rest, is_taken: Callable[[str], bool]
+    model: nn.Module, ranks: int, owners: dict[int, list[str]], rest: Rest, is_taken: Callable[[str], bool]
 ) -> None:
     """Adds the MLPs to `rest`, but for those of which `is_taken` says so by name."""
     probed: dict[tuple[object, ...], str | tuple[str, ...]] = {}
@@ -265,7 +274,7 @@ def _find_mlps(
             rest.mlps[name] = (module, paths, between)
 
 
-def _problem(module: nn.Module, paths: tuple[str, ...], owners: dict[int, int], ranks: int) -> str | None:
+def _problem(module: nn.Module, paths: tuple[str, ...], owners: dict[int, list[str]], ranks: int) -> str | None:
     """Why what is at these paths are not the linears of an MLP that can be split, or None."""
     for path in paths:
         linear = module.get_submodule(path)
@@ -273,7 +282,7 @@ def _problem(module: nn.Module, paths: tuple[str, ...], owners: dict[int, int], 
             return f"{path} is a {type(linear).__name__}, not a plain nn.Linear"
         if has_hooks(linear):
             return f"{path} has hooks"
-        if any(owners[id(p)] > 1 for p in linear.parameters()):
+        if any(len(owners[id(p)]) > 1 for p in linear.parameters()):
             return f"{path} shares a parameter"
     width, _ = features_of(module.get_submodule(paths[-1]))
     for path in paths[:-1]:

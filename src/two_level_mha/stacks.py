@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from two_level_mha.adapters import Adapter
 from two_level_mha.class_like import become
@@ -28,7 +28,7 @@ from two_level_mha.mesh import grid_mesh
 from two_level_mha.probe import first_output, random_copy
 from two_level_mha.rest import Rest
 from two_level_mha.state_trial import States
-from two_level_mha.stock import take_full_tensors
+from two_level_mha.stock import split_parameters, take_full_tensors
 from two_level_mha.stream import DropoutOnParts, OnParts, SplitColumns, SplitMLP, SplitRows, Stream
 
 if TYPE_CHECKING:
@@ -387,7 +387,5 @@ def _split_mlp(mlp: MLP, mesh: DeviceMesh, stream: Stream) -> None:
 
 def _distribute(linear: nn.Module, mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
     """Over the flattened grid; load_state_dict takes full tensors."""
-    for name, p in list(linear.named_parameters(recurse=False)):
-        kept = distribute_tensor(p.detach(), grid_mesh(mesh), [placements[name]], src_data_rank=None)
-        linear.register_parameter(name, nn.Parameter(kept, p.requires_grad))
+    split_parameters(linear, grid_mesh(mesh), placements)
     take_full_tensors(linear)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
 from two_level_mha.errors import GridError
 from two_level_mha.mesh import Place
@@ -206,6 +206,13 @@ def _take(
     for key in taken:
         del state[key]
     state.update(found)
+
+
+def split_parameters(module: nn.Module, grid: DeviceMesh, placements: dict[str, Placement]) -> None:
+    """Makes DTensors of the module's own parameters, which are the same on every rank."""
+    for name, p in list(module.named_parameters(recurse=False)):
+        kept = distribute_tensor(p.detach(), grid, [placements[name]], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(kept, p.requires_grad))
 
 
 def take_full_tensors(module: nn.Module) -> None:

@@ -93,20 +93,16 @@ class Vocabulary:
 
 
 def find_vocabularies(
-    model: nn.Module, ranks: int, is_taken: Callable[[str], bool]
+    model: nn.Module, ranks: int, owners: dict[int, list[str]], is_taken: Callable[[str], bool]
 ) -> tuple[list[Vocabulary], dict[str, str]]:
     """The weights that embeddings and heads share and that can be split over `ranks`; of others why not, by name.
 
-    is_taken: whether a module of a name stays whole, or is split in another way.
+    owners: of all its parameters. is_taken: whether a module of a name stays whole, or is split in another way.
     """
-    owners: dict[int, dict[str, nn.Module]] = {}
-    for name, module in model.named_modules():
-        for p in module._parameters.values():
-            if p is not None:
-                owners.setdefault(id(p), {})[name] = module
     found: list[Vocabulary] = []
     left_out: dict[str, str] = {}
-    for modules in owners.values():
+    for names in owners.values():
+        modules = {name: model.get_submodule(name) for name in names} if len(names) > 1 else {}
         embeddings = {name: module for name, module in modules.items() if isinstance(module, nn.Embedding)}
         heads = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
         if not embeddings or not heads or len(embeddings) + len(heads) < len(modules):
@@ -114,7 +110,7 @@ def find_vocabularies(
         if any(map(is_taken, modules)):
             continue
         problem = next((text for module in modules.values() if (text := _problem(module, ranks))), None)
-        problem = problem or _read_otherwise(model, {name.rpartition(".")[2] for name in modules})
+        problem = problem or _read_otherwise(model, {name.rpartition(".")[2] for name in names})
         if problem is None:
             found.append(Vocabulary(model, embeddings, heads))
         else:
@@ -201,7 +197,7 @@ def _embedding_problem(module: nn.Embedding) -> str | None:
 
 def _problem(module: nn.Module, ranks: int) -> str | None:
     """Why an owner of a shared weight cannot be split, or None."""
-    weight = module._parameters["weight"] if "weight" in module._parameters else None
+    weight = module._parameters.get("weight")
     if isinstance(module, nn.Linear):
         if type(module) is not nn.Linear:
             return f"its weight is shared with a {type(module).__name__}, not a plain nn.Linear"

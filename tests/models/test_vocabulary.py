@@ -12,9 +12,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import two_level_mha as tlm
+from two_level_mha.probe import owners_of
 from two_level_mha.vocabulary import find_vocabularies
 
 EXACT = 1e-10
+
+
+def found_in(model, ranks, is_taken):
+    return find_vocabularies(model, ranks, owners_of(model), is_taken)
 
 
 class Scaled(nn.Embedding):
@@ -164,7 +169,7 @@ WHOLE = {
 def test_stays_whole(case):
     """Localises: a weight that is split although its owners' numbers would be others."""
     options, why = WHOLE[case]
-    found, left_out = find_vocabularies(Model(**options), 4, lambda name: False)
+    found, left_out = found_in(Model(**options), 4, lambda name: False)
     assert not found and left_out.keys() == {"embed", "head"}
     assert all(why in text for text in left_out.values())
 
@@ -172,15 +177,15 @@ def test_stays_whole(case):
 def test_whose_weight():
     """Localises: what is taken for a vocabulary: on "meta", alone, in a third module, skipped, or of a subclass."""
     with torch.device("meta"):
-        (one,), left_out = find_vocabularies(Model(cls=Scaled), 4, lambda name: False)
+        (one,), left_out = found_in(Model(cls=Scaled), 4, lambda name: False)
     assert one.names() == {"embed", "head"} and not left_out
     alone = Model()
     alone.head.weight = nn.Parameter(alone.head.weight.detach().clone())
     third = Model()
     third.register_parameter("weight", third.embed.weight)
     for model in (alone, third):
-        assert find_vocabularies(model, 4, lambda name: False) == ([], {})
-    assert find_vocabularies(Model(), 4, lambda name: name == "head") == ([], {})
+        assert found_in(model, 4, lambda name: False) == ([], {})
+    assert found_in(Model(), 4, lambda name: name == "head") == ([], {})
     sub = Model()
     sub.head.__class__ = type("Sub", (nn.Linear,), {})
-    assert "is shared with a Sub, not a plain" in find_vocabularies(sub, 4, lambda name: False)[1]["head"]
+    assert "is shared with a Sub, not a plain" in found_in(sub, 4, lambda name: False)[1]["head"]

@@ -4,8 +4,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ParallelStyle
+
+from two_level_mha.stock import split_parameters
 
 
 class ConvParallel(ParallelStyle):
@@ -28,9 +30,7 @@ class ConvParallel(ParallelStyle):
         return distribute_module(module, device_mesh, self._partition, enter, leave)
 
     def _partition(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-        for own, p in list(module.named_parameters(recurse=False)):
-            part = distribute_tensor(p, mesh, [self.held[own]], src_data_rank=None)
-            module.register_parameter(own, nn.Parameter(part, p.requires_grad))
+        split_parameters(module, mesh, self.held)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], mesh: DeviceMesh) -> DTensor:
         return DTensor.from_local(args[0], mesh, [self.takes], run_check=False)

@@ -35,7 +35,7 @@ _ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")  # in the name of a
 
 
 def find_tp_plan(
-    model: "PreTrainedModel", ranks: int, replaced: set[str], owners: dict[int, int]
+    model: "PreTrainedModel", ranks: int, replaced: set[str], owners: dict[int, list[str]]
 ) -> tuple[dict[str, str], dict[str, str]] | None:
     """The rules to apply, name -> style, and what stays unsplit, name -> why. None if the model has no plan.
 
@@ -67,7 +67,9 @@ def find_tp_plan(
     return {name: style for name, style in tp_plan.items() if not is_inside(name, set(left_out))}, left_out
 
 
-def _problem(module: nn.Module, owner: str, name: str, tp_plan: dict[str, str], owners: dict[int, int]) -> str | None:
+def _problem(
+    module: nn.Module, owner: str, name: str, tp_plan: dict[str, str], owners: dict[int, list[str]]
+) -> str | None:
     """Why a rule, for the module called `owner` or a parameter of it, cannot be applied, or None."""
     if _ATTENTION.search(owner) and tp_plan[name] not in _ALONE:
         return "it belongs to an attention that is not replaced"
@@ -78,7 +80,7 @@ def _problem(module: nn.Module, owner: str, name: str, tp_plan: dict[str, str], 
     for own, p in module.named_parameters():
         if isinstance(p, DTensor):
             return f"its {own} is a DTensor already"
-        if owners[id(p)] > 1:
+        if len(owners[id(p)]) > 1:
             return f"its {own} is tied to another module's"
         if name == owner and f"{owner}.{own}" not in tp_plan:
             return f"the plan has no rule for its {own}: it is not the module that transformers knows"
