@@ -252,7 +252,9 @@ def _find_mlps(
         paths = next(known, None)
         if paths is None or is_taken(name):
             continue
-        if paths[0] == "0" and not all(is_linear(at(module, None, path)) for path in paths):  # a list of other things
+        if paths[0] == "0" and not isinstance(module, nn.Sequential):  # a list
+            continue
+        if paths[0] == "0" and not all(is_linear(at(module, None, path)) for path in paths):  # of other things
             continue
         if len(paths) > 2 and id(module) in lists:  # experts, which not every token goes to
             continue

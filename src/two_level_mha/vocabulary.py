@@ -1,10 +1,12 @@
-"""Embeddings and heads that share a weight (vocabulary, D), split by the vocabulary over the flattened grid.
+"""Weights of embeddings and heads (vocabulary, D), split by the vocabulary over the flattened grid: what both share, and
+what a transformers model has for which its tensor-parallel plan has no rule, or that has no plan.
 
 A rank looks up the tokens whose rows it has, and the sum over the ranks is every token's row, as it is stored. As a
 head's, the rows are columns of the logits, which are gathered. Tensor-parallel plans have rules for one owner of a
 parameter, torch's styles make of each owner's a parameter of its own.
 """
 
+import contextlib
 import copy
 import dis
 import inspect
@@ -20,6 +22,7 @@ from two_level_mha.activations import used_apart
 from two_level_mha.blocks import dealt, laid_out
 from two_level_mha.class_like import become, class_like
 from two_level_mha.integrations.lora import mark
+from two_level_mha.integrations.private import is_pretrained
 from two_level_mha.mesh import Place, grid_mesh, place_on
 from two_level_mha.operators import ops as _ops
 from two_level_mha.stock import take_full_tensors
@@ -95,17 +98,22 @@ class Vocabulary:
 def find_vocabularies(
     model: nn.Module, ranks: int, owners: dict[int, list[str]], is_taken: Callable[[str], bool]
 ) -> tuple[list[Vocabulary], dict[str, str]]:
-    """The weights that embeddings and heads share and that can be split over `ranks`; of others why not, by name.
+    """The weights of embeddings and heads that can be split over `ranks`; of others why not, by name.
 
     owners: of all its parameters. is_taken: whether a module of a name stays whole, or is split in another way.
     """
     found: list[Vocabulary] = []
     left_out: dict[str, str] = {}
-    for names in owners.values():
-        modules = {name: model.get_submodule(name) for name in names} if len(names) > 1 else {}
+    large = _large(model)
+    for key, names in owners.items():
+        modules = {name: model.get_submodule(name) for name in names}
         embeddings = {name: module for name, module in modules.items() if isinstance(module, nn.Embedding)}
         heads = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-        if not embeddings or not heads or len(embeddings) + len(heads) < len(modules):
+        if any(id(module._parameters.get("weight")) != key for module in modules.values()):
+            continue
+        if len(embeddings) + len(heads) < len(modules):
+            continue
+        if not (embeddings and heads) and key not in large:
             continue
         if any(map(is_taken, modules)):
             continue
@@ -116,6 +124,25 @@ def find_vocabularies(
         else:
             left_out |= dict.fromkeys(modules, problem)
     return found, left_out
+
+
+def _large(model: nn.Module) -> set[int]:
+    """Ids of the weights of transformers models' input embeddings and heads, and of embeddings as large as these."""
+    large = set()
+    for part in model.modules():
+        if not is_pretrained(part):
+            continue
+        if getattr(part.config.get_text_config(), "vocab_size", None) is None:  # of images or sound
+            continue
+        with contextlib.suppress(NotImplementedError, AttributeError):  # of models that have none
+            taken = part.get_input_embeddings()
+            if isinstance(taken, nn.Embedding):
+                tables = [module for module in part.modules() if isinstance(module, nn.Embedding)]
+                large |= {id(one.weight) for one in tables if one.weight.numel() >= taken.weight.numel()}
+            given = part.get_output_embeddings()
+            if isinstance(given, nn.Linear):
+                large.add(id(given.weight))
+    return large
 
 
 def split_vocabulary(one: Vocabulary, mesh: DeviceMesh) -> None:
@@ -172,7 +199,7 @@ def _embedding_problem(module: nn.Embedding) -> str | None:
     which may change what it looked up, and may not use its weight besides.
     """
     if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
-        return "max_norm, scale_grad_by_freq and sparse are not supported of an embedding that shares its weight"
+        return "max_norm, scale_grad_by_freq and sparse are not supported of an embedding that is split"
     if type(module) is nn.Embedding:
         return None
     one = copy.copy(module)
@@ -196,11 +223,13 @@ def _embedding_problem(module: nn.Embedding) -> str | None:
 
 
 def _problem(module: nn.Module, ranks: int) -> str | None:
-    """Why an owner of a shared weight cannot be split, or None."""
+    """Why an owner of a weight cannot be split, or None."""
     weight = module._parameters.get("weight")
+    if "forward" in vars(module):
+        return "its forward was replaced"
     if isinstance(module, nn.Linear):
         if type(module) is not nn.Linear:
-            return f"its weight is shared with a {type(module).__name__}, not a plain nn.Linear"
+            return f"its weight is that of a {type(module).__name__}, not a plain nn.Linear"
     elif isinstance(module, nn.Embedding) and (problem := _embedding_problem(module)):
         return problem
     if weight is None or isinstance(weight, DTensor):

@@ -162,11 +162,16 @@ def test_refused(case):
 
 
 def test_left_out():
-    """What takes and gives full activations stays unsplit alone; so does an attention that nobody replaced."""
+    """What takes and gives full activations stays unsplit alone; so does an attention that nobody replaced. Hooks of a
+    head see all columns where it is split without the plan.
+    """
     model = make("qwen3 moe")
     hook(model.lm_head)
     rest = find_rest(model, 4, {"model.layers.0.self_attn"})
-    assert "it has hooks" in rest.left_out.pop("lm_head")
+    assert rest.shared() == {"lm_head"}
+    replaced = make("qwen3 moe")
+    hook(replaced.lm_head).forward = replaced.lm_head.forward
+    assert find_rest(replaced, 4, attentions(replaced)).left_out == {"lm_head": "its forward was replaced"}
     assert set(rest.left_out) == {
         f"model.layers.{layer}.self_attn.{name}"
         for layer in (1, 2)

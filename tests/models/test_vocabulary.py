@@ -1,4 +1,4 @@
-"""Weights that embeddings and heads share, split by the vocabulary over the grid, in float64.
+"""Weights of embeddings and heads, shared or a transformers model's own, split by the vocabulary, in float64.
 
 A failure here with test_rest green is in vocabulary.py: whose weight is split, the lookup, or the columns of logits.
 """
@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from harness.calls import mesh
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -174,6 +175,62 @@ def test_stays_whole(case):
     assert all(why in text for text in left_out.values())
 
 
+def untied(**sizes) -> transformers.GPTJForCausalLM:
+    """A head with a bias, no plan, and tables that nobody shares."""
+    torch.manual_seed(0)
+    config = transformers.GPTJConfig(
+        vocab_size=97, n_embd=16, n_layer=1, n_head=4, rotary_dim=4, n_positions=128, n_inner=24, **sizes
+    )
+    return transformers.GPTJForCausalLM(config).double().eval()
+
+
+def answers(model: nn.Module) -> dict[str, torch.Tensor]:
+    logits = model(tokens()).logits
+    logits.square().mean().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return {"": logits.detach()} | {
+        name: grads[name].full_tensor() if isinstance(grads[name], DTensor) else grads[name]
+        for name in ("transformer.wte.weight", "lm_head.weight", "lm_head.bias")
+    }
+
+
+def errors_untied() -> tuple[dict[str, float], dict[str, tuple[int, ...]]]:
+    whole = untied()
+    split = tlm.parallelize(copy.deepcopy(whole), mesh((2, 2)))
+    expected, got = answers(whole), answers(split)
+    found = {name: (x - got[name]).abs().max().item() for name, x in expected.items()}
+    shapes = {name: tuple(split.get_parameter(name).to_local().shape) for name in expected if name.endswith("weight")}
+    return found, shapes
+
+
+def test_tables_of_their_own(pool):
+    """Localises: embeddings and heads without a plan's rule that every rank holds, or a gradient of their rows."""
+    for (found, shapes), rows in zip(pool.run(errors_untied, 4), [25, 25, 25, 22], strict=True):
+        assert max(found.values()) <= EXACT, found
+        assert set(shapes.values()) == {(rows, 16)}
+
+
+def test_which_tables():
+    """Localises: tables of positions, or of a model without words, that are taken for a vocabulary; a plan's own."""
+    found, left_out = found_in(untied(), 4, lambda name: False)
+    assert [one.names() for one in found] == [{"transformer.wte"}, {"lm_head"}] and not left_out
+    found, left_out = found_in(untied(), 4, lambda name: name == "lm_head")
+    assert [one.names() for one in found] == [{"transformer.wte"}]
+    read = untied()
+    cls = type("Reads", (type(read),), {"bigger": lambda self: self.transformer.wte.weight.sum()})
+    read.__class__ = cls
+    found, left_out = found_in(read, 4, lambda name: False)
+    assert [one.names() for one in found] == [{"lm_head"}] and "reads wte.weight" in left_out["transformer.wte"]
+    tables = untied()
+    tables.transformer.more, tables.transformer.few = nn.Embedding(97, 64), nn.Embedding(97, 8)
+    found, _ = found_in(tables, 4, lambda name: False)
+    assert {name for one in found for name in one.names()} == {"transformer.wte", "transformer.more", "lm_head"}
+    images = transformers.ViTModel(
+        transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24)
+    )
+    assert found_in(images, 4, lambda name: False) == ([], {})
+
+
 def test_whose_weight():
     """Localises: what is taken for a vocabulary: on "meta", alone, in a third module, skipped, or of a subclass."""
     with torch.device("meta"):
@@ -188,4 +245,4 @@ def test_whose_weight():
     assert found_in(Model(), 4, lambda name: name == "head") == ([], {})
     sub = Model()
     sub.head.__class__ = type("Sub", (nn.Linear,), {})
-    assert "is shared with a Sub, not a plain" in found_in(sub, 4, lambda name: False)[1]["head"]
+    assert "is that of a Sub, not a plain" in found_in(sub, 4, lambda name: False)[1]["head"]

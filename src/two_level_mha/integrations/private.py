@@ -3,7 +3,7 @@
 import importlib
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import nn
 
@@ -51,7 +51,7 @@ def private_method(model: "PreTrainedModel | type[PreTrainedModel]", name: str) 
     return method
 
 
-def is_pretrained(module: nn.Module) -> bool:
+def is_pretrained(module: nn.Module) -> "TypeGuard[PreTrainedModel]":
     """Whether a module is a model of transformers."""
     modeling = sys.modules.get("transformers.modeling_utils")  # where it was not imported, no model is of it
     return modeling is not None and isinstance(module, modeling.PreTrainedModel)
