@@ -1,5 +1,6 @@
-"""Weights of embeddings and heads (vocabulary, D), split by the vocabulary over the flattened grid: what both share, and
-what a transformers model has for which its tensor-parallel plan has no rule, or that has no plan.
+"""Weights of embeddings and heads (vocabulary, D), split by the vocabulary over the flattened grid.
+
+Those that both share, and of a transformers model those that its tensor-parallel plan has no rule for, if it has one.
 
 A rank looks up the tokens whose rows it has, and the sum over the ranks is every token's row, as it is stored. As a
 head's, the rows are columns of the logits, which are gathered. Tensor-parallel plans have rules for one owner of a
