@@ -182,6 +182,7 @@ std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads
                                   int64_t embed_dim, int64_t B, int64_t L, int64_t S, int64_t element_size,
                                   bool cached, bool causal, bool concat, bool bias, bool gated,
                                   int64_t activations, int64_t overlap, const std::array<int64_t, 5>& latent,
+                                  const std::map<std::pair<int64_t, int64_t>, std::vector<int64_t>>& shares,
                                   const Rates::Numbers& profile) {
   const Rates rates = Rates::from_numbers(profile);
   PlanRequest request{ranks, {{heads, kv_heads, head_dim}, embed_dim}, {B, L, S}, cached};
@@ -203,6 +204,7 @@ std::pair<py::list, int64_t> plan(int64_t ranks, int64_t heads, int64_t kv_heads
   request.layer.overlap = overlap;
   request.call.position = cached ? S - L : 0;
   request.call.in_halves = cached;
+  for (const auto& [grid, of_ranks] : shares) request.cycles[grid] = cycle_of(of_ranks);
   request.call.element_size = element_size;
   request.call.causal = causal;
   const auto options = plan_options(request, rates);
@@ -257,6 +259,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("ranked_grids", &ranked, "Valid (n, m) for a number of ranks, the fastest in a typical call first.");
   m.def("grid_choices", &grid_choices, "A sentence with the valid grids for a number of ranks, and near it.");
   m.attr("most_chunks") = kMostChunks;
+  m.attr("most_shares") = kMostShares;
   m.def("schemes", &schemes, "(name, exact, storage) of every scheme.");
   m.def(
       "constant_fields", [] { return names_of(kConstants); }, "Names of the constants of a call, in order.");
@@ -277,7 +280,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan, "Every valid grid with every scheme, and the index of the pick.", py::kw_only(),
         "ranks"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "embed_dim"_a, "B"_a, "L"_a, "S"_a,
         "element_size"_a, "cached"_a, "causal"_a, "concat"_a, "bias"_a, "gated"_a, "activations"_a,
-        "overlap"_a, "latent"_a, "profile"_a);
+        "overlap"_a, "latent"_a, "shares"_a, "profile"_a);
 
   bind_kernels(m);
 
@@ -295,6 +298,14 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("whole_heads", &Call::whole_heads)
       .def_readwrite("gated", &Call::gated)
       .def_readwrite("position", &Call::position)
+      .def_property(
+          "cycle",
+          [](const Call& call) {
+            return std::array<int64_t, 2>{call.cycle.length, call.cycle.most};
+          },
+          [](Call& call, const std::array<int64_t, 2>& sizes) {
+            call.cycle = {sizes[0], sizes[1]};
+          })
       .def_readwrite("reduce_size", &Call::reduce_size)
       .def_readwrite("key_dim", &Call::key_dim)
       .def_readwrite("value_dim", &Call::value_dim)

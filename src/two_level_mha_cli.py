@@ -44,7 +44,10 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=int, help="default: embed dim / heads")
     for name in LATENT:
         parser.add_argument(f"--{name}", type=int, help="of latent attention, in place of the two above")
-    parser.add_argument("--ranks", "--devices", dest="ranks", type=int, required=True, help="number of ranks")
+    parser.add_argument("--ranks", "--devices", dest="ranks", type=int, help="number of ranks")
+    parser.add_argument(
+        "--memory", metavar="GB,GB,..", type=sizes, help="of each rank, where they differ: finds shares of the KV cache"
+    )
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--seq", type=int, required=True, help="tokens; with --decode those of the context")
     parser.add_argument("--decode", action="store_true", help="one new token for each sequence, with a KV cache")
@@ -62,6 +65,16 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="a picture of the predictions too: .png, .svg or .pdf")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=later("two_level_mha.commands", "plan"))
+
+
+def sizes(text: str) -> list[float]:
+    """Numbers with commas between them."""
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"a number of GB for each rank, with commas between them, got {text!r}"
+        ) from None
 
 
 def later(module: str, name: str) -> Callable[..., object]:

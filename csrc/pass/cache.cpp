@@ -35,6 +35,10 @@ void CacheLayer::check() const {
   const int64_t m = constant(n.slices), j = constant(n.slice);
   TORCH_CHECK_VALUE(1 <= m && m <= kMaxRanks && 0 <= j && j < m,
                     "a cache must be of slice j of m with 0 <= j < m <= ", kMaxRanks, ", got ", j, " of ", m);
+  const int64_t cycle = constant(n.cycle), first = constant(n.first), run = constant(n.run);
+  TORCH_CHECK_VALUE(0 <= cycle && cycle <= kMostShares && 0 <= first && 0 <= run && run <= cycle - first,
+                    "the part of a cycle of at most ", kMostShares, " positions must lie in it, got ", first,
+                    " to ", first, " + ", run, " of ", cycle);
   for (const auto* count : {&n.window, &n.max_length, &n.batch, &n.length, &n.oldest}) {
     const auto number = count->maybe_as_int();
     TORCH_CHECK_VALUE(!number || *number >= 0, "counts of a cache must not be negative, got ", *number);
@@ -49,12 +53,11 @@ c10::SymInt CacheLayer::first_key() const {
   return numbers.length - numbers.window + 1;
 }
 
-// How many of the tokens at positions first, ..., end - 1 are this rank's.
-c10::SymInt CacheLayer::own(const c10::SymInt& first, const c10::SymInt& end) const {
-  const bool by_position = constant(numbers.by_position) != 0;
-  const int64_t stride = by_position ? constant(numbers.slices) : 1;
-  const int64_t before = by_position ? stride - 1 - constant(numbers.slice) : 0;
-  return (end + before) / stride - (first + before) / stride;
+Turn CacheLayer::turn() const {
+  if (constant(numbers.by_position) == 0) return {};
+  const int64_t cycle = constant(numbers.cycle);
+  if (cycle == 0) return {constant(numbers.slices), constant(numbers.slice), 1};
+  return {cycle, constant(numbers.first), constant(numbers.run)};
 }
 
 bool CacheLayer::fits(const Tensor& k) const {
@@ -83,9 +86,9 @@ void CacheLayer::write(const c10::SymInt& slot, const std::vector<Tensor>& parts
 
 // Tokens to allocate for when `capacity` does not do.
 c10::SymInt CacheLayer::roomy(const c10::SymInt& capacity) const {
-  const int64_t stride = constant(numbers.by_position) != 0 ? constant(numbers.slices) : 1;
-  auto room = numbers.max_length != 0 ? ceil_div(numbers.max_length, stride) : capacity * 2;
-  const auto sliding = ceil_div(numbers.window, stride) * 2;  // moved to the front once in a window
+  const Turn own = turn();
+  auto room = numbers.max_length != 0 ? own.room(numbers.max_length) : capacity * 2;
+  const auto sliding = own.room(numbers.window) * 2;  // moved to the front once in a window
   return numbers.window != 0 && sliding < room ? sliding : room;
 }
 

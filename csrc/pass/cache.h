@@ -2,7 +2,7 @@
 // d whole, and of the tokens or sequences what is slice j's.
 //
 //   layout      a rank keeps
-//   position    token p where p % m == j, of all sequences
+//   position    token p where p % m == j, or whose turn is j's, of all sequences
 //   batch       sequences j * ceil(B / m) ..., all their tokens
 //
 // All counts of tokens and sequences are those of the whole call.
@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "../plan/turn.h"
 #include "numbers.h"
 
 namespace two_level_mha {
@@ -26,6 +27,8 @@ struct CacheNumbers {
   c10::SymInt window;       // tokens that a row sees, itself among them; 0: all
   c10::SymInt max_length;   // of all tokens, allocated at once; 0: memory grows by at most doubling
   c10::SymInt recording;    // keeps tokens that a window has passed too, so that they can come back
+  c10::SymInt cycle;        // of positions, which are dealt unequally: plan/turn.h; 0: m of them
+  c10::SymInt first, run;   // this rank's part of a cycle
   c10::SymInt batch;        // B
   c10::SymInt length;       // tokens seen
   c10::SymInt oldest;       // position of the first token in memory
@@ -40,6 +43,9 @@ inline constexpr Field<CacheNumbers, c10::SymInt> kCacheFields[] = {
     {"window", &CacheNumbers::window},
     {"max_length", &CacheNumbers::max_length},
     {"recording", &CacheNumbers::recording},
+    {"cycle", &CacheNumbers::cycle},
+    {"first", &CacheNumbers::first},
+    {"run", &CacheNumbers::run},
     {"batch", &CacheNumbers::batch},
     {"length", &CacheNumbers::length},
     {"oldest", &CacheNumbers::oldest},
@@ -75,7 +81,11 @@ struct CacheLayer {
 
  private:
   void check() const;  // raises ValueError for what is no layer of a cache
-  c10::SymInt own(const c10::SymInt& first, const c10::SymInt& end) const;
+  Turn turn() const;   // of tokens; each is this rank's where they are not dealt
+  // How many of the tokens at positions first, ..., end - 1 are this rank's.
+  c10::SymInt own(const c10::SymInt& first, const c10::SymInt& end) const {
+    return turn().between(first, end);
+  }
   c10::SymInt slot(const c10::SymInt& position) const { return numbers.base + own(0, position); }
   bool fits(const at::Tensor& k) const;
   bool writable() const;

@@ -5,6 +5,7 @@
 #include <array>
 #include <charconv>
 #include <iterator>
+#include <sstream>
 
 #include "../base/sizes.h"
 
@@ -46,6 +47,14 @@ Scheme checked_scheme(int64_t number, const CallSizes<c10::SymInt>& sizes) {
   TORCH_CHECK_VALUE(false, "scheme must be the number of one of ", scheme_names(), ", got ", number);
 }
 
+std::vector<int64_t> checked_shares(const std::string& text, int64_t m) {
+  std::istringstream words(text);
+  const std::vector<int64_t> shares{std::istream_iterator<int64_t>(words), {}};
+  TORCH_CHECK_VALUE(words.eof() && valid_shares(shares, m), "shares must be ", m,
+                    " integers, none negative, with a sum from 1 to ", kMostShares, ", got '", text, "'");
+  return shares;
+}
+
 }  // namespace
 
 void check_place(const Grid& grid, int64_t i, int64_t j) {
@@ -85,7 +94,7 @@ Context context_of(const Constants& constants, const std::vector<std::string>& n
   const Heads heads{c.num_heads, c.num_kv_heads, c.head_dim};
   check_place(grid, c.head_group, c.slice);
   TORCH_CHECK_VALUE(grid.valid(heads), grid.problem(heads));
-  TORCH_CHECK_VALUE(names.size() == 3 || names.size() == 4,
+  TORCH_CHECK_VALUE(3 <= names.size() && names.size() <= 5,
                     "groups must name those of the slice axis, the head axis and the grid, got ",
                     names.size(), " names");
   TORCH_CHECK_VALUE(!c.whole_heads || whole_heads_fit(c.num_heads / grid.head_groups,
@@ -106,7 +115,9 @@ Context context_of(const Constants& constants, const std::vector<std::string>& n
   context.grid = grid;
   context.head_group = c.head_group;
   context.slice = c.slice;
-  const std::string layer = names.size() == 4 ? names[3] : "";
+  if (names.size() == 5) context.shares = checked_shares(names[4], c.slices);
+  context.turn = turn_of(context.shares, c.slices, c.slice);
+  const std::string layer = names.size() > 3 ? names[3] : "";
   context.groups = {{names[0], c.slices, c.slice, layer, "slice axis"},
                     {names[1], c.head_groups, c.head_group, layer, "head axis"},
                     {names[2], context.grid.size(), context.grid.rank(c.head_group, c.slice), layer, "grid"},
@@ -124,6 +135,7 @@ Context context_of(const Constants& constants, const std::vector<std::string>& n
   shape.element_size = c.element_size;
   shape.causal = c.causal != 0;
   shape.in_halves = c.in_halves != 0;
+  shape.cycle = cycle_of(context.shares);
   context.sizes = call_sizes(layer_sizes(c, context.reduce_dtype), context.grid, shape);
 
   const Rates rates{c.flops,
@@ -175,16 +187,11 @@ std::vector<std::pair<c10::SymInt, c10::SymInt>> Context::runs(const c10::SymInt
   return {{chunk * slice, chunk}, {chunk * (2 * m - 1 - slice), chunk}};
 }
 
-c10::SymInt Context::first_cyclic(const c10::SymInt& first) const {
-  return (slice + sizes.m - first % sizes.m) % sizes.m;
-}
-
 void check_layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Context& context) {
   const CallSizes<c10::SymInt>& s = context.sizes;
   const Local<c10::SymInt> local = local_sizes(context.row, s);
-  auto keys = s.S - context.first_key;
-  if (context.row.k == Move::cyclic)
-    keys = (keys - context.first_cyclic(context.first_key) + (s.m - 1)) / s.m;
+  const auto keys =
+      context.row.k == Move::cyclic ? context.turn.between(context.first_key, s.S) : s.S - context.first_key;
   auto batch = local.batch, rows = local.rows;
   auto check = [&](const char* name, const at::Tensor& x, const std::array<c10::SymInt, 4>& sizes) {
     bool fits = x.dim() == 4 && fixed_size(x, 1) == sizes[1] && fixed_size(x, 3) == sizes[3];

@@ -112,6 +112,8 @@ inline constexpr Field<Sizes, c10::SymInt> kSizes[] = {
 struct Context {
   Grid grid;
   int64_t head_group = 0, slice = 0;  // (i, j)
+  Turn turn;                          // this rank's of the slice group, of keys in a cache by position
+  std::vector<int64_t> shares;        // of all ranks of the group; empty: equal
   Groups groups;
   CallSizes<c10::SymInt> sizes;
   SchemeRow row;  // of the scheme that the call runs with, its moves those of these sizes
@@ -149,12 +151,11 @@ struct Context {
   Split head_split() const { return {groups.head, grid.head_groups, 1, head_group, 0, sizes.activations}; }
   // What this rank holds along a sharded dim of `size`: (first, count), the last may reach beyond the whole.
   std::vector<std::pair<c10::SymInt, c10::SymInt>> runs(const c10::SymInt& size) const;
-  // Position of this rank's first key at or after `first`, less `first`; its keys are m apart.
-  c10::SymInt first_cyclic(const c10::SymInt& first) const;
 };
 
-// names: those of the groups of the slice axis, of the head axis and of the grid, and of the layer, which may be
-// left out; a group of one needs none.
+// names: those of the groups of the slice axis, of the head axis and of the grid, then of the layer, and the shares of
+// the slice group's ranks in a cache by position, with blanks between; either may be empty or left out. A group of one
+// needs no name.
 // Raises ValueError for numbers that are no call: too few of them, a rank outside its grid, a
 // scheme that the storage of the query side does not run.
 Context context_of(const Constants& constants, const std::vector<std::string>& names, const Sizes& sizes);

@@ -84,7 +84,8 @@ void shard_token_rows(const std::vector<Tensor>& xs, const Context& context, Ent
   for (const Tensor& x : xs) {
     const bool one_for_all = context.sharded_dim() == 0 && x.sym_size(0) == 1;
     entered.q_rows.push_back(one_for_all ? x : shard(x, context));
-    entered.k_rows.push_back(context.row.k == Move::cyclic                  ? shard_cyclic(x, context)
+    entered.k_rows.push_back(context.row.k == Move::cyclic
+                                 ? own_positions(x, 2, context.sizes.position, context)
                              : context.row.k == Move::batch && !one_for_all ? shard(x, context)
                                                                             : x);
   }

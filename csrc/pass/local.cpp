@@ -3,9 +3,11 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/stack.h>
 
 #include <limits>
 
+#include "../attend/merge.h"
 #include "../base/sizes.h"
 #include "../comm/replicated.h"
 #include "move.h"
@@ -27,11 +29,10 @@ void check_mask(const Tensor& mask, const c10::SymInt& heads, const c10::SymInt&
 }
 
 // The heads, sequences and keys of the mask that this rank attends to; its rows stay whole.
-Tensor local_mask(Tensor mask, const c10::SymInt& first_head, int64_t heads, const c10::SymInt& first_cyclic,
-                  const Context& context) {
+Tensor local_mask(Tensor mask, const c10::SymInt& first_head, int64_t heads, const Context& context) {
   if (fixed_size(mask, 1) != 1) mask = mask.narrow_symint(1, first_head, heads);
   if (context.row.k == Move::cyclic && context.sizes.m > 1 && mask.sym_size(3) != 1)
-    mask = mask.slice_symint(3, first_cyclic, std::nullopt, context.sizes.m);
+    mask = own_positions(mask, 3, context.first_key, context);
   const int64_t dim = context.sharded_dim();
   if (dim < 0 || mask.sym_size(dim) == 1) return mask;
   // True = attend: a padded row that saw no key would send NaN into the gradients
@@ -57,6 +58,40 @@ Tensor with_scores(const Tensor& scores, const std::optional<Tensor>& mask, cons
   return scores.masked_fill(mask->logical_not(), -std::numeric_limits<double>::infinity());
 }
 
+// Whether the call has one row, which sees every key that it is given.
+bool sees_all(const Attend& attend, const Context& context) {
+  if (!attend.causal) return true;
+  if (known(context.sizes.L) != 1 || *attend.causal + 1 < context.sizes.S) return false;
+  return !attend.window || !(context.first_key + *attend.window < *attend.causal + 1);
+}
+
+// Of keys that are this rank's turn those at one place of a run are a cycle apart, as a kernel takes them: the places are
+// attended to one after the other, and merged.
+std::tuple<Tensor, Tensor> attend_in_turn(const Tensor& q, const Tensor& k, const Tensor& v, Attend attend,
+                                          const Context& context, const Core& core) {
+  const Turn& turn = context.turn;
+  attend.key_stride = turn.cycle;
+  if (turn.run == 0 || (turn.run > 1 && sees_all(attend, context))) {
+    attend.causal = attend.window = std::nullopt;
+    return core(q, k, v, attend);
+  }
+  const auto number = turn.before(context.first_key);
+  std::vector<Tensor> outs, logsumexps;
+  for (int64_t place = 0; place < turn.run; ++place) {
+    auto of_place = [&](const Tensor& x, int64_t dim) {
+      return turn.run == 1 ? x : x.slice_symint(dim, place, std::nullopt, turn.run);
+    };
+    Attend here = attend;
+    if (here.causal) here.causal = *here.causal - turn.position<c10::SymInt>(number + place);
+    if (here.mask && here.mask->sym_size(3) != 1) here.mask = of_place(*here.mask, 3);
+    auto [out, logsumexp] = core(q, of_place(k, 2), of_place(v, 2), here);
+    outs.push_back(out);
+    logsumexps.push_back(logsumexp);
+  }
+  if (turn.run == 1) return {outs[0], logsumexps[0]};
+  return merge_partials(at::stack(outs), at::stack(logsumexps));
+}
+
 }  // namespace
 
 Tensor whole_mask(Tensor mask, const Context& context) {
@@ -77,16 +112,14 @@ std::tuple<Tensor, Tensor> attend_local(const Tensor& q, const Tensor& k, const 
   const CallSizes<c10::SymInt>& s = context.sizes;
   attend = in_range(attend);
   const int64_t H = fixed_size(q, 1);  // of this rank
-  const bool cyclic = context.row.k == Move::cyclic;
-  const auto first_cyclic = cyclic ? context.first_cyclic(context.first_key) : c10::SymInt(0);
   attend.origin[1] = first_head(H, context);
-  if (attend.mask) attend.mask = local_mask(*attend.mask, attend.origin[1], H, first_cyclic, context);
+  if (attend.mask) attend.mask = local_mask(*attend.mask, attend.origin[1], H, context);
   if (scores) attend.mask = with_scores(*scores, attend.mask, q, k);
-  if (attend.causal) attend.causal = *attend.causal - context.first_key - first_cyclic;
-  if (cyclic) attend.key_stride = s.m;
   const int64_t dim = context.sharded_dim();
   attend.origin[0] = context.first_sequence;
   if (dim == 0) attend.origin[0] = attend.origin[0] + context.runs(s.B)[0].first;
+  if (context.row.k == Move::cyclic) return attend_in_turn(q, k, v, attend, context, core);
+  if (attend.causal) attend.causal = *attend.causal - context.first_key;
   if (dim != 2) return core(q, k, v, attend);
   std::vector<Tensor> outs, seconds;
   c10::SymInt at_row(0);

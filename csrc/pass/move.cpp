@@ -1,8 +1,11 @@
 #include "move.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/zeros.h>
 
 #include "../attend/merge.h"
 #include "../base/sizes.h"
@@ -21,11 +24,42 @@ Tensor shard(const Tensor& x, const Context& context, double fill) {
   return parts.size() == 1 ? parts[0] : at::cat(parts, dim);
 }
 
-Tensor shard_cyclic(const Tensor& x, const Context& context) {
-  return x.slice_symint(2, context.first_cyclic(context.sizes.position), std::nullopt, context.sizes.m);
+namespace {
+
+// Where the tokens first, ..., first + count - 1 of a turn are among the positions from `begin` on.
+Tensor places_of(const Turn& turn, const c10::SymInt& first, const c10::SymInt& count,
+                 const c10::SymInt& begin, const Tensor& like) {
+  const Tensor number =
+      at::arange(c10::Scalar(first), c10::Scalar(first + count), like.options().dtype(at::kLong));
+  return number.div(turn.run, "floor") * turn.cycle + number.remainder(turn.run) +
+         c10::Scalar(turn.first - begin);
+}
+
+}  // namespace
+
+Tensor own_positions(const Tensor& x, int64_t dim, const c10::SymInt& first, const Context& context) {
+  const Turn& turn = context.turn;
+  if (turn.run == 1)
+    return x.slice_symint(dim, turn.position(turn.before(first)) - first, std::nullopt, turn.cycle);
+  if (turn.run == 0) return x.narrow(dim, 0, 0);
+  const auto end = first + x.sym_size(dim);
+  return x.index_select(dim, places_of(turn, turn.before(first), turn.between(first, end), first, x));
 }
 
 namespace {
+
+// The same as by_owner for shares that are not equal: as many rows for each rank, those that it has no use for repeated.
+Tensor by_share(const Tensor& x, const c10::SymInt& position, const Context& context) {
+  const auto& s = context.sizes;
+  const auto length = x.sym_size(2), rows = s.cycle.rows(position, length, s.m);
+  std::vector<Tensor> places;
+  for (int64_t rank = 0; rank < s.m; ++rank) {
+    const Turn turn = turn_of(context.shares, s.m, rank);
+    places.push_back(turn.run == 0 ? at::zeros_symint({rows}, x.options().dtype(at::kLong))
+                                   : places_of(turn, turn.before(position), rows, position, x));
+  }
+  return x.index_select(2, at::cat(places).clamp_max(c10::Scalar(length - 1)));
+}
 
 // Rows in the order that makes those of rank t a chunk: position
 // % m, then position / m; zeros where a rank has a row less.
@@ -36,12 +70,11 @@ Tensor by_owner(const Tensor& x, const c10::SymInt& position, int64_t m) {
   return padded.unflatten_symint(2, {rows, c10::SymInt(m)}).transpose(2, 3).flatten(2, 3);
 }
 
-// What `by_owner` made this rank receive, without the padding.
+// What these made this rank receive, without the padding.
 Tensor without_padding(const Tensor& x, const Context& context) {
   const auto& s = context.sizes;
-  const bool skip = (s.position % s.m) > context.slice;
-  const auto rows = (s.moved_keys() - context.first_cyclic(s.position) + (s.m - 1)) / s.m;
-  return x.narrow_symint(2, int64_t(skip), rows);
+  const bool skip = context.shares.empty() && (s.position % s.m) > context.slice;
+  return x.narrow_symint(2, int64_t(skip), context.turn.between(s.position, s.position + s.moved_keys()));
 }
 
 int64_t pack_dim(Move move) {
@@ -86,7 +119,9 @@ Later<std::vector<Tensor>> begin_move_in(const std::vector<Tensor>& qkv, const C
     dims.push_back(pack_dim(moves[i]));
     gathered.push_back(i == 0 ? context.split_dim() : 3);
     const Tensor x = gathered.back() == 3 ? filled(xs[i], 3, context) : xs[i];
-    moving.push_back(moves[i] == Move::cyclic ? by_owner(x, context.sizes.position, m) : x);
+    moving.push_back(moves[i] != Move::cyclic ? x
+                     : context.shares.empty() ? by_owner(x, context.sizes.position, m)
+                                              : by_share(x, context.sizes.position, context));
     all_replicated &= pack_dim(moves[i]) < 0;
   }
   if (moving.empty()) return [=] { return xs; };

@@ -11,8 +11,8 @@ using at::Tensor;
 // This rank's part of x, which has the whole of sharded_dim,
 // with `fill` beyond its end; x if nothing is sharded.
 Tensor shard(const Tensor& x, const Context& context, double fill = 0.0);
-// Rows of x (.., length, ..) along dim 2 whose position is this rank's.
-Tensor shard_cyclic(const Tensor& x, const Context& context);
+// Of x, whose `dim` has positions from `first` on, those that are this rank's turn.
+Tensor own_positions(const Tensor& x, int64_t dim, const c10::SymInt& first, const Context& context);
 
 // Columns of heads, `dim`, of this rank's slice, filled up to the widest one, as exchanges send them.
 Tensor filled(const Tensor& x, int64_t dim, const Context& context);

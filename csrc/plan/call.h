@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "grid.h"
+#include "turn.h"
 
 namespace two_level_mha {
 
@@ -60,6 +61,7 @@ struct CallShape {
   int64_t element_size = 4;  // of the dtype that the projections compute in
   bool causal = false;
   bool in_halves = false;  // what comes in is all waited for before anything is attended to
+  Cycle cycle = {};        // of a cache's positions
 };
 
 // One call on one rank of a grid.
@@ -75,6 +77,7 @@ struct CallSizes {
   bool gated = false;
   bool in_halves = false;
   I position = 0;
+  Cycle cycle = {};
 
   int64_t reduce_size = 0;
   int64_t key_dim = 0, value_dim = 0, out_dim = 0;
@@ -125,6 +128,7 @@ CallSizes<I> call_sizes(const LayerSizes& layer, const Grid& grid, const CallSha
   s.whole_heads = layer.whole_heads;
   s.gated = layer.gated;
   s.position = call.position;
+  s.cycle = call.cycle;
   s.reduce_size = layer.reduce_size;
   s.key_dim = layer.key_dim;
   s.value_dim = layer.value_dim;

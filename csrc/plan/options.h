@@ -2,6 +2,8 @@
 // user's, so that numbers are Checked: what does not fit throws std::overflow_error. No torch.
 #pragma once
 
+#include <map>
+
 #include "../base/checked.h"
 #include "price.h"
 
@@ -54,7 +56,7 @@ inline Memory memory_of(Scheme scheme, const CallSizes<Checked>& s) {
   const bool by_batch = row.cached == Cached::may;  // of the two layouts of a cache; position is the default
   const Checked batch = by_batch ? ceil_div(s.B, s.m) : s.B;
   if (s.latent.rank > 0) kept = kept + s.B * s.L * (s.ydim() + s.latent.rope);  // X and the rotary key
-  const Checked positions = by_batch ? s.S : ceil_div(s.S, s.latent.rank > 0 ? s.n * s.m : s.m);
+  const Checked positions = by_batch ? s.S : s.cycle.share(s.S, s.latent.rank > 0 ? s.n * s.m : s.m);
   const bool latents = s.latent.rank > 0 && !by_batch;
   const Checked cache = batch * positions * (latents ? s.latent.rank + s.latent.rope : 2 * s.K * s.d);
   const Checked logsumexp = queries * std::max<int64_t>(4, s.element_size);
@@ -68,6 +70,8 @@ struct PlanRequest {
   LayerSizes layer;
   CallShape<Checked> call;
   bool cached = false;  // the L queries are the last of S positions, the others' keys are kept
+  std::map<std::pair<int64_t, int64_t>, Cycle>
+      cycles;  // of a cache by position, where shares are not equal, by (n, m)
 };
 
 // One line of a plan.
@@ -90,6 +94,8 @@ inline Option option_of(const PlanRequest& request, const Grid& grid, Scheme sch
   if (layer.latent.rank > 0) layer.heads.head_dim = layer.latent.head_dim(grid.slices);
   layer.node = rates.node;
   CallSizes<Checked> s = call_sizes(layer, grid, request.call);
+  const auto cycle = request.cycles.find({grid.head_groups, grid.slices});
+  if (cycle != request.cycles.end()) s.cycle = cycle->second;
   if (layer.latent.rank > 0) s.inputs = 2;  // what queries, and what keys and values are projected from
   const Price<Checked> priced = price(scheme, s, rates);
   s.overlap = priced.chunks;

@@ -30,7 +30,7 @@ Local<I> local_sizes(const SchemeRow& row, const CallSizes<I>& s) {
   Local<I> local{s.B, s.L, s.S, s.H, s.K, s.d, s.d};
   if (row.q == Move::batch) local.batch = ceil_div(s.B, s.m);
   if (row.q == Move::rows) local.rows = shard_rows(s.L, s.m, zigzag_rows(row, s.causal));
-  if (row.k == Move::cyclic) local.keys = ceil_div(s.S, s.m);
+  if (row.k == Move::cyclic) local.keys = s.cycle.share(s.S, s.m);
   // queries that stay where they are projected: whole heads of this rank, or slices as heads
   if (row.q == Move::keep && row.storage == Storage::whole_heads) local.heads = s.H / s.m;
   if (row.q == Move::keep && row.storage == Storage::slices) local.qk_width = s.width();
@@ -38,7 +38,7 @@ Local<I> local_sizes(const SchemeRow& row, const CallSizes<I>& s) {
   if (row.k == Move::one_head) local.kv_heads = 1;
   if (row.v == Move::keep) local.v_width = s.width();
   if (traffic::on_latents(row.scheme, s)) {  // all heads against one, of latents that are values too
-    local.keys = ceil_div(s.S, s.n * s.m);
+    local.keys = s.cycle.share(s.S, s.n * s.m);
     local.heads = s.n * s.H;
     local.kv_heads = 1;
     local.qk_width = s.latent.rank + s.latent.rope;
@@ -72,8 +72,8 @@ Work<I> forward_work(Scheme scheme, const CallSizes<I>& s) {
                 (into + out + s.ydim() * latent.whole()) * s.element_size;
     return work;
   }
-  const I seen =
-      s.causal ? local.keys - ceil_div(s.S - s.position, 2 * (row.k == Move::cyclic ? s.m : 1)) : local.keys;
+  const I added = row.k == Move::cyclic ? s.cycle.share(s.S - s.position, s.m) : s.S - s.position;
+  const I seen = s.causal ? local.keys - ceil_div(added, 2) : local.keys;
   work.attention = local.batch * local.rows * seen * (2 * local.heads * (local.qk_width + local.v_width));
   work.out = traffic::tokens(row.y, s.L, s) * (2 * s.ydim() * out_width);
   work.projections = traffic::tokens(row.x, s.L, s) * (2 * s.D * q_width) +

@@ -27,7 +27,7 @@ enum class Move : int64_t {
   heads,      // heads / m whole heads
   one_head,   // all of it is sent, and the one head is kept that this rank's query heads read
   rows,       // length / m rows, in balanced pairs of chunks if causal
-  cyclic,     // the rows whose position is j modulo m
+  cyclic,     // the rows whose positions are its own: turn.h
   shared,     // heads if m divides them, else one_head
   tokens,     // batch if m divides B, else rows
   merge,      // of O only: all of it, over this rank's keys; the ranks' results are merged by their logsumexp
@@ -158,15 +158,6 @@ SchemeRow concrete_row(Scheme scheme, const CallSizes<I>& s) {
 template <class I>
 bool takes_parts(const SchemeRow& concrete, const CallSizes<I>& s) {
   return concrete.x != Move::replicate && whole_chunks(s);
-}
-
-// The value of an integer that is known while tracing; a guard on a symbolic one would cost a graph per side.
-template <class I>
-std::optional<int64_t> known(const I& x) {
-  if constexpr (std::is_integral_v<I>)
-    return x;
-  else
-    return x.maybe_as_int();
 }
 
 // Of a call that asks for them: beyond it exchanges are all latency.

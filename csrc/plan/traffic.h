@@ -88,7 +88,7 @@ I part(Move move, int64_t width, const I& length, const CallSizes<I>& s, bool zi
     case Move::rows:
       return s.B * shard_rows(length, s.m, zigzag) * width;
     case Move::cyclic:
-      return s.B * ceil_div(s.position % s.m + length, s.m) * width;
+      return s.B * s.cycle.rows(s.position, length, s.m) * width;
     default:
       throw std::logic_error("a move that depends on the call");
   }

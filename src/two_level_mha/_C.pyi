@@ -2,13 +2,14 @@
 file with the library that was built.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 most_chunks: int
+most_shares: int
 
 def build_info() -> dict[str, str]: ...
 def progress() -> tuple[str, str, bool, bool]: ...
@@ -56,6 +57,7 @@ def plan(
     activations: int,
     overlap: int,
     latent: Sequence[int],
+    shares: Mapping[tuple[int, int], Sequence[int]],
     profile: Sequence[int],
 ) -> tuple[list[dict[str, Any]], int]: ...
 def kernels() -> list[dict[str, Any]]: ...
@@ -72,6 +74,7 @@ class Call:
     whole_heads: bool
     gated: bool
     position: int
+    cycle: list[int]
     reduce_size: int
     key_dim: int
     value_dim: int

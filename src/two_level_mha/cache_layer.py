@@ -4,6 +4,7 @@ Rank (i, j) keeps the KV heads of head group i, d whole, and of the tokens or se
 
     layout       a rank keeps                                    bytes sent by a decode step
     "position"   token p where p % m == j, of all sequences      independent of the context: partial results are merged
+                 (or whose turn is j's, for unequal shares)
     "batch"      sequences j*ceil(B/m) ..., all their tokens     independent of the context: sequences move, keys do not
 
 Letters: B batch, K KV heads of a group, L new tokens, d head_dim, m slices.
@@ -54,6 +55,11 @@ class CacheLayer:
         for name, value in (("max_length", max_length), ("window", window)):
             if value is not None and value < 1:
                 raise GridError(f"{name} must be positive, got {value}")
+        if layout == "batch" and place.cache_shares:
+            raise GridError(
+                f"layout 'batch' deals sequences equally, the mesh has cache_shares={list(place.cache_shares)} for "
+                "tokens: use layout 'position', or a mesh without cache_shares"
+            )
         self.place, self.layout, self.max_length, self.window = place, layout, max_length, window
         self.length = 0  # tokens seen
         self.batch = 0  # B, of all ranks
@@ -67,8 +73,8 @@ class CacheLayer:
         """The layer but for its memory, as the operators take it: csrc/pass/cache.h says what each one is."""
         return [
             self.place.grid.slices, self.place.slice, int(self.layout == "position"), self.window or 0,
-            self.max_length or 0, int(self.recording), self.batch, self.length, self._oldest, self._base,
-            int(self._attached),
+            self.max_length or 0, int(self.recording), *(self.place.turn if self.place.shares else (0, 0, 0)),
+            self.batch, self.length, self._oldest, self._base, int(self._attached),
         ]  # fmt: skip
 
     def keep(self, memory: list[Tensor], numbers: list[int]) -> None:

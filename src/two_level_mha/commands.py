@@ -15,12 +15,13 @@ from two_level_mha import _C, _load
 from two_level_mha.facts import version_of
 from two_level_mha.model_plan import ModelPlan, plan_model
 from two_level_mha.plan_plot import plot
-from two_level_mha.planner import LATENT
+from two_level_mha.plan_text import LATENT
 from two_level_mha.served import table_of
 
 LAYER = ("embed_dim", "num_heads", "num_kv_heads", "head_dim", *LATENT)  # options of plan
 CALL = (
     "ranks",
+    "memory",
     "batch",
     "seq",
     "decode",

@@ -53,6 +53,7 @@ def constants(
     layer: list[int],
     groups: tuple[str, str, str],
     *,
+    shares: tuple[int, ...] = (),
     scheme: str,
     causal: bool,
     element_size: int,
@@ -61,9 +62,10 @@ def constants(
     in_halves: bool = False,
     name: str = "",
 ) -> str:
-    """The constants of a call as the operators take them: the layer's numbers, how it runs, groups, its name."""
+    """The constants of a call as the operators take them: the layer's numbers, how it runs, groups, name, shares."""
     how = (SCHEME_NUMBERS[scheme], int(causal), element_size, int(zero_key), int(batch_first), int(in_halves))
-    return "\n".join((" ".join(map(str, (*layer, *how))), *groups, *([name] if name else ())))
+    dealt = (name, " ".join(map(str, shares))) if shares else (name,) if name else ()
+    return "\n".join((" ".join(map(str, (*layer, *how))), *groups, *dealt))
 
 
 def size_numbers(*, batch: int, length: int, keys: int, position: int = 0, first_key: int = 0) -> list[int]:

@@ -14,7 +14,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -91,6 +91,16 @@ class _Freed:
     meshes: list["weakref.ref[DeviceMesh]"] = field(default_factory=list)
 
 
+class MeshKey(NamedTuple):
+    """What tells the meshes of the same ranks apart."""
+
+    made: str  # "own": of init_mesh
+    device_type: str
+    head_groups: int
+    slices: int
+    shares: tuple[int, ...]  # of a KV cache, as init_mesh has them
+
+
 class Inputs:
     """What a model was given, name -> shape and digest, and a number that is the same on ranks that were given it.
 
@@ -111,7 +121,7 @@ class Control:
         self._freed: list[_Freed] = []
         self._job_group: GroupName | None = None  # the name of `job_group`
         self._roots: list[weakref.ref[DeviceMesh]] = []  # of those meshes
-        self.meshes: dict[tuple[object, ...], DeviceMesh] = {}  # (device type, n, m) -> the one of init_mesh
+        self.meshes: dict[MeshKey, DeviceMesh] = {}
         self.layers = 0  # that were made on it
         self.deferred = Deferred(ranks, self.gather)
         self.call, self.inputs = 0, Inputs({})  # of the model whose call is under way

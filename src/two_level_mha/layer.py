@@ -457,7 +457,9 @@ class GridAttention(HoldsStock):
         key = (*how.values(), activations)
         if key not in self._texts:
             name = "" if self.calls is None else self.calls.name
-            self._texts[key] = constants(self._numbers[activations], self.place.groups, **how, name=name)
+            self._texts[key] = constants(
+                self._numbers[activations], self.place.groups, shares=self.place.shares, **how, name=name
+            )
         return self._texts[key]
 
     def extra_repr(self) -> str:

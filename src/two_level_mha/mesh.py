@@ -6,7 +6,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from two_level_mha import _C
-from two_level_mha.control import Control, control_of, controls, default_timeout, same_in, set_timeout
+from two_level_mha.control import Control, MeshKey, control_of, controls, default_timeout, same_in, set_timeout
 from two_level_mha.errors import GridError
 from two_level_mha.facts import facts_alike
 from two_level_mha.profile import Profile, resolve_profile
+from two_level_mha.turn import Turn, checked_shares, of_group, turn_of
 
 AXES = ("head", "slice")
 
@@ -115,6 +116,7 @@ def init_mesh(
     head_dim: int | None = None,
     profile: Profile | str | os.PathLike[str] | None = None,
     timeout: float | datetime.timedelta | None = None,
+    cache_shares: Sequence[int] | None = None,
 ) -> DeviceMesh:
     """A DeviceMesh over all ranks with axes ("head", "slice"), and the flattened axis "grid".
 
@@ -122,9 +124,14 @@ def init_mesh(
     the first of Grid.candidates, which takes profile.
     timeout: how long an exchange of this mesh waits for a rank, seconds or a timedelta; None: as long as the job's
     process group. Then every rank raises RankFailure, which says who is missed and where, and the mesh is closed.
-    A collective of all ranks. Meshes of one shape are one, with the last timeout that was given; `close` frees it.
+    cache_shares: what each rank, in order, keeps of a KV cache's tokens, [2, 1, 1] for twice as many on the first:
+    integers in proportion, for layout "position"; None: equal. They count among the ranks of a head group, which alone
+    keep its heads. Weights stay equal; `plan(memory=..)` finds shares for ranks of unequal memory.
+    A collective of all ranks. Meshes of one shape and shares are one, with the last timeout that was given; `close`
+    frees it.
     Raises GridError, on every rank, if the process group is not initialised, if grid is no pair of positive integers,
-    if the world size is not n * m, if no grid fits, for a timeout that is not positive, for "cuda" where Gloo serves it
+    if the world size is not n * m, if no grid fits, for a timeout that is not positive, for cache_shares that are none
+    of n * m ranks, add up to more than 1024 or leave a head group nothing, for "cuda" where Gloo serves it
     or the current device is not LOCAL_RANK's, and if the ranks differ in these arguments, in versions or builds of
     torch and of this package, in CPU capability, or in a variable TLM_*.
     """
@@ -132,20 +139,25 @@ def init_mesh(
         raise GridError("init_mesh needs an initialised process group: call torch.distributed.init_process_group first")
     limit: datetime.timedelta | None = None
     shape: tuple[int, int] | None = None
+    shares: tuple[int, ...] = ()
     refusal: GridError | None = None
     try:
         _check_device(device_type)
         limit = _checked_timeout(timeout)
         shape = _shape(device_type, grid, num_heads, num_kv_heads, head_dim, profile)
+        shares = checked_shares(cache_shares, dist.get_world_size())
+        for head_group in range(shape[0]):
+            of_group(shares, shape[1], head_group)
     except GridError as error:
         refusal = error
     control = control_of(tuple(range(dist.get_world_size())), limit)
     fields: dict[str, object] = {"refusal": refusal, "device_type": device_type, "grid": shape, "timeout": str(limit)}
+    fields["cache_shares"] = shares
     same_in(control, fields | facts_alike(), "start every rank alike")
     assert shape is not None  # or there was a refusal
-    key = (device_type, *shape)
+    key = MeshKey("own", device_type, *shape, shares)
     if key not in control.meshes:
-        control.meshes[key] = _new_mesh(*key)
+        control.meshes[key] = _new_mesh(device_type, *shape)
         control.adopt(control.meshes[key], _groups(control.meshes[key]))
     mesh = control.meshes[key]
     if limit is not None:
@@ -308,11 +320,16 @@ class Place:
     slice: int = 0  # j
     groups: tuple[str, str, str] = ("", "", "")  # names of the slice, head and grid groups
     control: Control | None = field(default=None, compare=False)  # None: one rank
+    cache_shares: tuple[int, ...] = ()  # of every rank of the grid, as init_mesh has them; empty: equal
+    shares: tuple[int, ...] = field(init=False, compare=False)  # those of the slice axis; empty: equal
+    turn: Turn = field(init=False, compare=False)  # which tokens of a KV cache by position this rank keeps
     args: tuple[list[int], str, str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         numbers = [self.grid.head_groups, self.grid.slices, self.head_group, self.slice]
         object.__setattr__(self, "args", (numbers, *self.groups))
+        object.__setattr__(self, "shares", of_group(self.cache_shares, self.grid.slices, self.head_group))
+        object.__setattr__(self, "turn", turn_of(self.shares, self.grid.slices, self.slice))
 
 
 def place_on(mesh: DeviceMesh | None) -> Place:
@@ -346,7 +363,7 @@ def place_on(mesh: DeviceMesh | None) -> Place:
     (n, m), coordinate = mesh.shape, mesh.get_coordinate()
     assert coordinate is not None  # grid_group refuses a rank outside the mesh
     (i, j), (slices, heads, grid) = coordinate, [group.group_name for group in _groups(mesh)]
-    return Place(Grid(n, m), i, j, (slices, heads, grid), control_on(mesh))
+    return Place(Grid(n, m), i, j, (slices, heads, grid), control_on(mesh), _shares_on(mesh))
 
 
 class NoMesh(enum.Enum):
@@ -421,7 +438,7 @@ def mesh_of(mesh: DeviceMesh | None, choose: Callable[[Grid], Grid]) -> DeviceMe
     """
     if mesh is None or (grid := choose(own := Grid(*mesh.shape))) == own:
         return mesh
-    return _known_grid(control_on(mesh), grid_mesh(mesh), grid)
+    return _known_grid(control_on(mesh), grid_mesh(mesh), grid, _shares_on(mesh))
 
 
 def grid_of_axis(axis: DeviceMesh, grid: Grid) -> DeviceMesh:
@@ -434,8 +451,15 @@ def grid_of_axis(axis: DeviceMesh, grid: Grid) -> DeviceMesh:
     return _known_grid(control_of(tuple(sorted(axis.mesh.tolist()))), axis, grid)
 
 
-def _known_grid(control: Control, axis: DeviceMesh, grid: Grid) -> DeviceMesh:
-    key = ("of one axis", axis.device_type, grid.head_groups, grid.slices)
+def _shares_on(mesh: DeviceMesh) -> tuple[int, ...]:
+    """What init_mesh was told of a mesh's ranks, or of those that it was made of."""
+    control = controls().get(_ranks(mesh))
+    known = {} if control is None else control.meshes
+    return next((key.shares for key, made in known.items() if made is mesh), ())
+
+
+def _known_grid(control: Control, axis: DeviceMesh, grid: Grid, shares: tuple[int, ...] = ()) -> DeviceMesh:
+    key = MeshKey("of one axis", axis.device_type, grid.head_groups, grid.slices, shares)
     if key not in control.meshes:
         made = axis._unflatten(0, (grid.head_groups, grid.slices), AXES)
         _limit(made, default_timeout())

@@ -4,10 +4,11 @@ Read from its config.json, of which the model is made without memory; nothing of
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -17,8 +18,10 @@ from two_level_mha.attentions import Found, by_structure
 from two_level_mha.errors import GridError
 from two_level_mha.integrations.forms import is_gated, is_latent, layer_of
 from two_level_mha.integrations.state_forms import has_form
+from two_level_mha.memory_shares import checked_memory
 from two_level_mha.mesh import Grid
-from two_level_mha.planner import LATENT, UNITS, Option, Plan, plan
+from two_level_mha.plan_text import LATENT, UNITS
+from two_level_mha.planner import Option, Plan, plan, with_memory
 from two_level_mha.pretrained import on_meta
 from two_level_mha.state_trial import held_by_first
 
@@ -75,16 +78,18 @@ class ModelPlan:
 def plan_model(
     folder: str | os.PathLike[str],
     *,
-    ranks: int,
+    ranks: int | None = None,
     batch: int,
     seq: int,
     decode: bool = False,
     dtype: torch.dtype | None = None,
+    memory: Sequence[float] | None = None,
     **options: Any,
 ) -> ModelPlan:
     """Prices the transformers model of a folder with a config.json on `ranks` ranks: see plan, whose options it takes.
 
     dtype: of weights, activations and cache; None: as config.json says, of the weights before they were quantised.
+    memory: as plan has it, for weights, states and cache of the whole model.
     Layers with a sliding window keep so much, those that reuse another's keys none. Multi-head latent attention is
     priced by the sizes that its config has, its cache as one of latents; layers that keep a state by what they keep in
     a call.
@@ -92,6 +97,8 @@ def plan_model(
     structure, for one whose layers are not all latent attention alike, or keep states elsewhere than in a
     cache of transformers, and as plan does.
     """
+    if memory is not None and not decode:
+        raise GridError("memory is shared out by the tokens of a KV cache: plan a call with decode=True (--decode)")
     model = on_meta(Path(folder), dtype, quantised=True)
     config = model.config.get_text_config()
     layers: int = getattr(config, "num_hidden_layers", 0)
@@ -105,42 +112,74 @@ def plan_model(
             "by its sizes, without --model"
         )
     call: dict[str, Any] = {
-        "embed_dim": config.hidden_size, "ranks": ranks, "batch": batch, "decode": decode, "dtype": model.dtype,
-        **options,
+        "embed_dim": config.hidden_size, "ranks": checked_memory(memory, ranks), "batch": batch, "decode": decode,
+        "dtype": model.dtype, **options,
     }  # fmt: skip
     sizes = [_sizes(one, config, latent) for one in attentions]
     of_layer = dict(zip([layer_of(one.module) for one in attentions], sizes, strict=True))
     usual = max(sizes, key=sizes.count)
     found = plan(seq=seq, **call | dict(usual))
-
-    @cache
-    def priced(own: _Sizes, length: int) -> Option:
-        """A layer of other sizes, or that keeps fewer tokens, on the same grid with the same scheme."""
-        same = found.pick.grid, found.pick.scheme
-        return next(one for one in plan(seq=length, **call | dict(own)).options if (one.grid, one.scheme) == same)
-
-    kept = [
-        priced(of_layer.get(index, usual), min(getattr(layer, "sliding_window", None) or seq, seq)).cache_bytes
+    windows = [
+        (of_layer.get(index, usual), min(getattr(layer, "sliding_window", None) or seq, seq))
         for index, layer in enumerate(DynamicCache(config=config).layers)
         if isinstance(layer, DynamicLayer) and model.can_generate()
     ]
-    costs = [priced(own, seq) for own in sizes]
     states = [module for module in model.modules() if has_form(module)]
-    state_weights, state_bytes = held_by_first(states, Grid(*found.pick.grid), batch)
     parameters = sum(p.numel() for p in model.parameters())
     inside = sum(p.numel() for module in (*states, *(one.module for one in attentions)) for p in module.parameters())
+
+    @cache
+    def priced(own: _Sizes, length: int) -> tuple[Option, ...]:
+        """A layer of other sizes, or that keeps fewer tokens."""
+        return plan(seq=length, **call | dict(own)).options
+
+    def held(pick: Option) -> _Held:
+        """On the same grid with the same scheme."""
+
+        def same(options: tuple[Option, ...]) -> Option:
+            return next(one for one in options if (one.grid, one.scheme) == (pick.grid, pick.scheme))
+
+        costs = [same(priced(own, seq)) for own in sizes]
+        state_weights, state_bytes = held_by_first(states, Grid(*pick.grid), batch)
+        return _Held(
+            attention_bytes=sum(cost.weight_bytes for cost in costs) + state_weights,
+            other_bytes=(parameters - inside) * model.dtype.itemsize // found.call["devices"],
+            cache_bytes=sum(same(priced(own, length)).cache_bytes for own, length in windows),
+            state_bytes=state_bytes,
+            activation_bytes=sum(cost.activation_bytes for cost in costs),
+        )
+
+    ours = held(found.pick)
+    if memory is not None:
+        of_grids = {option.grid: held(option) for option in found.kept()}
+        shares = {o.grid: found.shared(memory, o, *of_grids[o.grid].equal_and_dealt()) for o in found.kept()}
+        found = with_memory(found, shares)
+        ours = of_grids[found.pick.grid]
+        assert found.shares is not None
+        most = max(found.shares.rank_bytes) - ours.equal_and_dealt()[0]
+        ours = ours._replace(cache_bytes=most)
     return ModelPlan(
         name=type(model).__name__,
         layers=layers,
         parameters=parameters,
         layer=found,
-        attention_bytes=sum(cost.weight_bytes for cost in costs) + state_weights,
-        other_bytes=(parameters - inside) * model.dtype.itemsize // ranks,
-        cache_bytes=sum(kept),
-        state_bytes=state_bytes,
         logits_bytes=batch * (1 if decode else seq) * getattr(config, "vocab_size", 0) * model.dtype.itemsize,
-        activation_bytes=sum(cost.activation_bytes for cost in costs),
+        **ours._asdict(),
     )
+
+
+class _Held(NamedTuple):
+    """Of ModelPlan what depends on the grid."""
+
+    attention_bytes: int
+    other_bytes: int
+    cache_bytes: int
+    state_bytes: int
+    activation_bytes: int
+
+    def equal_and_dealt(self) -> tuple[int, int]:
+        """What every rank has alike for decoding, and a cache's tokens."""
+        return self.attention_bytes + self.other_bytes + self.state_bytes, self.cache_bytes
 
 
 def _sizes(one: Found, config: PreTrainedConfig, latent: bool) -> _Sizes:

@@ -6,20 +6,21 @@ printed.
 
 import math
 import os
-import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from two_level_mha import _C
 from two_level_mha.activations import check_activations
-from two_level_mha.blocks import COMBINES, dealt
+from two_level_mha.blocks import COMBINES
 from two_level_mha.context import ACTIVATIONS
 from two_level_mha.errors import GridError
 from two_level_mha.layer import check_overlap
+from two_level_mha.memory_shares import MemoryShares, checked_memory, share_memory
 from two_level_mha.names import Activations, CacheLayout, Combine, Scheme
+from two_level_mha.plan_text import LATENT, UNITS, duration, number, slices_text, text, why_text
 from two_level_mha.profile import Profile, resolve_profile
 
 
@@ -75,12 +76,13 @@ class Option:
 class Plan:
     """Every valid grid with every scheme, most head groups first. str(plan) is a table of 90 columns."""
 
-    layer: dict[str, object]
-    call: dict[str, object]
+    layer: dict[str, Any]
+    call: dict[str, Any]
     profile: Profile  # the rates behind the predictions
     options: tuple[Option, ...]
     pick: Option
     why: str
+    shares: MemoryShares | None = None  # of a cache, for ranks of unequal memory; bytes are those of the most
 
     def to_dict(self) -> dict[str, object]:
         """All of it as numbers, strings, lists and dicts, for JSON."""
@@ -100,10 +102,20 @@ class Plan:
             "options": options,
             "pick": {"grid": self.pick.grid, "scheme": self.pick.scheme},
             "why": self.why,
+            "shares": None if self.shares is None else asdict(self.shares),
         }
 
+    def kept(self) -> list[Option]:
+        """The options that have a cache by position."""
+        return [option for option in self.options if option.scheme == "position"]
+
+    def shared(self, memory: Sequence[float], option: Option, weights: int, cache: int) -> MemoryShares:
+        """Shares of such a cache, of which each rank would have `cache` bytes if they were equal, beside weights."""
+        n, m = (1, len(memory)) if self.layer["latent"] else option.grid
+        return share_memory(memory, n, weights, cache * m)
+
     def __str__(self) -> str:
-        return _text(self)
+        return text(self)
 
 
 def plan(
@@ -131,6 +143,7 @@ def plan(
     overlap: int | None = None,
     device_type: str = "cuda",
     profile: Profile | str | os.PathLike[str] | None = None,
+    memory: Sequence[float] | None = None,
 ) -> Plan:
     """Prices one call of an attention layer on every valid grid of `ranks` ranks with every scheme.
 
@@ -146,13 +159,20 @@ def plan(
     activations: how X and Y lie over the ranks, as TwoLevelMultiheadAttention has it.
     overlap: chunks of the batch, as it has it; None: for each grid and scheme the number that is predicted fastest.
     profile: the hardware to predict for, a Profile, its name or its JSON file; None: that of device_type.
+    memory: what each rank has of it, in one unit, in the order of ranks, whose number it says too; where they differ.
+    With decode it finds the shares of a KV cache by position with which the ranks hold weights and cache in proportion
+    to it: init_mesh takes them as cache_shares. Bytes and seconds are then those of the rank that keeps the most.
     Where ranks shares no factor with the key/value heads, so that all are slices of one head group, `why` says what the
     nearest numbers of ranks that do would take.
     Raises GridError if an argument does not fit.
     """
     asked = dict(locals())
+    if devices is None:
+        ranks = checked_memory(memory, ranks)
     if (ranks is None) == (devices is None):
         raise GridError("plan needs the number of ranks, once: ranks=16")
+    if memory is not None and not decode:
+        raise GridError("memory is shared out by the tokens of a KV cache: plan a call with decode=True (--decode)")
     devices = devices if ranks is None else ranks
     assert devices is not None
     sizes = {
@@ -189,13 +209,48 @@ def plan(
         raise GridError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
     if not _C.has_grid(devices, num_heads, kv_heads, head_dim):
         raise GridError(_C.grid_choices(devices, num_heads, kv_heads, head_dim))
+    layer: dict[str, Any] = {
+        "embed_dim": embed_dim,
+        "num_heads": num_heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "latent": latent,
+        "bias": bias,
+        "gated": gated,
+        "dtype": str(dtype).removeprefix("torch."),
+        "combine": combine,
+        "activations": activations,
+        "overlap": overlap,
+    }
+    call: dict[str, Any] = {
+        "devices": devices,
+        "device_type": device_type,
+        "batch": batch,
+        "seq": seq,
+        "decode": decode,
+        "causal": causal,
+    }
+    options, pick = _priced(layer, call, hardware, {})
+    why = why_text(options, pick, decode, overlap is None) + ("" if latent else slices_text(pick.grid, head_dim))
+    found = Plan(layer, call, hardware, options, pick, why + _nearby_text(asked, devices, kv_heads))
+    if memory is None:
+        return found
+    return with_memory(found, {o.grid: found.shared(memory, o, o.weight_bytes, o.cache_bytes) for o in found.kept()})
+
+
+def _priced(
+    layer: dict[str, Any], call: dict[str, Any], hardware: Profile, cycles: dict[tuple[int, int], list[int]]
+) -> tuple[tuple[Option, ...], Option]:
+    """The options of a layer's call, and the pick. cycles: shares of a cache, by the grid, where they are not equal."""
+    devices, batch, seq, decode, overlap = (*(call[k] for k in ("devices", "batch", "seq", "decode")), layer["overlap"])
     try:
         rows, picked = _C.plan(
-            ranks=devices, heads=num_heads, kv_heads=kv_heads, head_dim=head_dim, embed_dim=embed_dim, B=batch,
-            L=1 if decode else seq, S=seq, element_size=dtype.itemsize, cached=decode, causal=causal and not decode,
-            concat=combine == "concat", bias=bias, gated=gated, activations=ACTIVATIONS.index(activations),
-            overlap=0 if overlap is None else overlap, latent=[latent.get(name) or 0 for name in LATENT],
-            profile=hardware.numbers,
+            ranks=devices, heads=layer["num_heads"], kv_heads=layer["num_kv_heads"], head_dim=layer["head_dim"],
+            embed_dim=layer["embed_dim"], B=batch, L=1 if decode else seq, S=seq,
+            element_size=getattr(torch, layer["dtype"]).itemsize, cached=decode, causal=call["causal"] and not decode,
+            concat=layer["combine"] == "concat", bias=layer["bias"], gated=layer["gated"],
+            activations=ACTIVATIONS.index(layer["activations"]), overlap=0 if overlap is None else overlap,
+            latent=[layer["latent"].get(name) or 0 for name in LATENT], shares=cycles, profile=hardware.numbers,
         )  # fmt: skip
     except OverflowError:
         raise GridError(
@@ -208,39 +263,32 @@ def plan(
         for direction in ("forward", "backward"):
             row[direction] = tuple(Sent(**sent) for sent in row[direction])
     options = tuple(Option(**row) for row in rows)
-    return Plan(
-        layer={
-            "embed_dim": embed_dim,
-            "num_heads": num_heads,
-            "num_kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "latent": latent,
-            "bias": bias,
-            "gated": gated,
-            "dtype": str(dtype).removeprefix("torch."),
-            "combine": combine,
-            "activations": activations,
-            "overlap": overlap,
-        },
-        call={
-            "devices": devices,
-            "device_type": device_type,
-            "batch": batch,
-            "seq": seq,
-            "decode": decode,
-            "causal": causal,
-        },
-        profile=hardware,
-        options=options,
-        pick=options[picked],
-        why=_why(options, options[picked], decode, overlap is None)
-        + ("" if latent else _slices_text(options[picked].grid, head_dim))
-        + _nearby_text(asked, devices, kv_heads),
-    )
+    return options, options[picked]
 
 
-# Sizes of multi-head latent attention, in the order of csrc/plan/call.h; the last may be None.
-LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank")
+def with_memory(p: Plan, shares: dict[tuple[int, int], MemoryShares]) -> Plan:
+    """The plan with a cache by position dealt in these shares: of the grids on which ranks then hold in proportion to
+    their memory the fastest, else the one that comes nearest to it.
+    """
+    groups = {grid: found.of_groups(1 if p.layer["latent"] else grid[0]) for grid, found in shares.items()}
+    options, _ = _priced(p.layer, p.call, p.profile, {grid: max(each, key=max) for grid, each in groups.items()})
+    kept = [option for option in options if option.scheme == "position"]
+    near = [option for option in kept if shares[option.grid].in_proportion]
+    near = near or [min(kept, key=lambda option: shares[option.grid].off)]
+    pick = min(near, key=lambda option: option.predicted_seconds["total"])
+    found = shares[pick.grid]
+    why = why_text(near, pick, True, p.layer["overlap"] is None, " of those with a cache by position")
+    why += f" cache_shares={list(found.cache_shares)} deals its tokens so that the ranks hold "
+    why += f"{', '.join(number(size / UNITS['B']['GB']) for size in found.rank_bytes)} GB of weights and cache, "
+    if found.in_proportion:
+        why += f"within {found.off:.1%} of the proportion of their memory."
+        why += " Other grids are further from it." if len(near) < len(kept) else ""
+    else:
+        why += (
+            f"up to {found.off:.1%} off the proportion of their memory, the nearest that there is: weights are equal, "
+        )
+        why += "and a head group's ranks alone keep its heads."
+    return replace(p, options=options, pick=pick, why=why, shares=found)
 
 
 def _latent(asked: dict[str, Any]) -> dict[str, int | None]:
@@ -255,44 +303,6 @@ def _latent(asked: dict[str, Any]) -> dict[str, int | None]:
     return given
 
 
-def _why(options: tuple[Option, ...], pick: Option, decode: bool, chosen: bool) -> str:
-    seconds = pick.predicted_seconds
-    parts = {"computing": "compute", "reading memory": "memory", "sending": "sending", "latency": "latency"}
-    busy = seconds["total"] + seconds["hidden"]
-    shares = ", ".join(f"{seconds[key] / busy:.0%} {word}" for word, key in parts.items())
-    text = f"{pick.name} is predicted fastest: {_duration(seconds['total'])} ({shares})."
-    if pick.overlap > 1:
-        text += f" {pick.overlap} chunks of the batch overlap, which hides {_duration(seconds['hidden'])} of sending."
-    elif pick.sent_bytes():
-        text += " Nothing overlaps: no number of chunks is predicted to be faster." if chosen else " Nothing overlaps."
-    others = [option for option in options if option.exact and option is not pick]
-    if others:
-        second = min(others, key=lambda option: option.predicted_seconds["total"])
-        slower = second.predicted_seconds["total"] / seconds["total"] - 1
-        text += f" Next is {second.name}, {slower:.1%} slower"
-        if pick.sent_bytes():
-            text += f", which sends {second.sent_bytes() / pick.sent_bytes():.2f} times the bytes"
-        text += "."
-    if not pick.auto:
-        auto = next(option for option in options if option.auto and option.grid == pick.grid)
-        ask = f"a cache of layout {pick.scheme!r}" if decode else f"scheme={pick.scheme!r}"
-        otherwise = "the default layout" if decode else "scheme='auto'"
-        text += f" Ask for it by {ask}: {otherwise} is {auto.scheme!r} there."
-    return text
-
-
-def _slices_text(grid: tuple[int, int], head_dim: int) -> str:
-    """What slices of unequal widths have, if they are."""
-    m = grid[1]
-    if head_dim % m == 0:
-        return ""
-    widths = [dealt(head_dim, m, slice)[1] for slice in range(m)]
-    last, empty = min(width for width in widths if width), widths.count(0)
-    text = f" {m} does not divide head_dim {head_dim}: a slice has {widths[0]} columns"
-    text += f", the last one {last}" if last < widths[0] else ""
-    return text + (f", and {empty} of {m} slices have none." if empty else ".")
-
-
 def _nearby_text(asked: dict[str, Any], ranks: int, kv_heads: int) -> str:
     """Where there is but one head group, what the nearest numbers of ranks with more would take."""
     if ranks == 1 or kv_heads == 1 or math.gcd(ranks, kv_heads) > 1:
@@ -302,103 +312,11 @@ def _nearby_text(asked: dict[str, Any], ranks: int, kv_heads: int) -> str:
     found = []
     for p in filter(None, (below, above)):
         try:
-            pick = plan(**asked | {"ranks": p, "devices": None}).pick
+            pick = plan(**asked | {"ranks": p, "devices": None, "memory": None}).pick
         except GridError:  # on that many the numbers are too large to price
             continue
-        found.append(f"{p} would take {pick.name}, predicted {_duration(pick.predicted_seconds['total'])}")
+        found.append(f"{p} would take {pick.name}, predicted {duration(pick.predicted_seconds['total'])}")
     return (
         f" {ranks} ranks share no factor with {kv_heads} key/value heads, and so are one head group; "
         + "; ".join(found)
     ) + "."
-
-
-UNITS = {"FLOP": {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}, "B": {"GB": 1e9, "MB": 1e6, "KB": 1e3}}
-WIDTH = 90
-TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-
-
-def _duration(seconds: float) -> str:
-    unit, scale = _unit([seconds], TIMES)
-    return f"{_number(seconds / scale)} {unit}"
-
-
-def _unit(values: Sequence[float], units: dict[str, float]) -> tuple[str, float]:
-    """The largest unit in which the smallest value that is not zero has a digit before the point."""
-    smallest = min((value for value in values if value > 0), default=0.0)
-    return next(((unit, scale) for unit, scale in units.items() if smallest >= scale), list(units.items())[-1])
-
-
-def _number(value: float) -> str:
-    return "0" if value == 0 else f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f}"
-
-
-def _text(p: Plan) -> str:
-    layer, call = p.layer, p.call
-    lines = [
-        line
-        for text in (
-            f"layer    embed_dim {layer['embed_dim']}, {_heads_text(layer)}, {layer['dtype']}, "
-            f"combine={layer['combine']!r}",
-            f"call     {_call_text(call)} on {call['devices']} {call['device_type']} ranks; figures are of one rank",
-            f"profile  {p.profile.name!r}, from which seconds are predicted: {p.profile.source}",
-        )
-        for line in _wrap(text, " " * 9)
-    ]
-    lines.append("")
-    columns: list[tuple[str, Sequence[float], dict[str, float] | None]] = [
-        ("work", [option.flops for option in p.options], UNITS["FLOP"]),
-        ("sent", [option.sent_bytes() for option in p.options], UNITS["B"]),
-        ("calls", [option.collectives() for option in p.options], None),
-        ("chunks", [option.overlap for option in p.options], None),
-        ("predicted", [option.predicted_seconds["total"] for option in p.options], TIMES),
-        ("weights", [option.weight_bytes for option in p.options], UNITS["B"]),
-        ("kept", [option.activation_bytes for option in p.options], UNITS["B"]),
-        ("cache", [option.cache_bytes for option in p.options], UNITS["B"]),
-    ]
-    cells, heads = [], []
-    for title, values, units in columns:
-        unit, scale = _unit(values, units) if units else ("", None)
-        heads.append((title, unit))
-        cells.append([str(value) if scale is None else _number(value / scale) for value in values])
-    widths = [max(len(head[0]), len(head[1]), *map(len, column)) for head, column in zip(heads, cells, strict=True)]
-    for at, first in enumerate((f"{'grid':10}{'scheme':13}", " " * 23)):
-        row = "  ".join(head[at].rjust(width) for head, width in zip(heads, widths, strict=True))
-        lines.append(f"  {first}{row}".rstrip())
-    for at, option in enumerate(p.options):
-        scheme = "any" if option.alone else option.scheme
-        marks = ("" if option.exact else " *") + (" auto" if option.auto and not option.alone else "")
-        row = "  ".join(column[at].rjust(width) for column, width in zip(cells, widths, strict=True))
-        mark = ">" if option is p.pick else " "
-        lines.append(f"{mark} {str(option.grid):10}{scheme:13}{row} {marks}".rstrip())
-    lines += ["", *_wrap("> " + p.why)]
-    notes = (
-        "Work, sent and calls, of collectives, are of the forward pass; chunks: of the batch, which overlap; kept: "
-        f"activations for the backward pass; cache: of {'latents, or of ' if layer['latent'] else ''}keys and values."
-    )
-    if any(not option.exact for option in p.options):
-        notes += " *: another model, never picked."
-    if any(option.auto and not option.alone for option in p.options):
-        taken = "the default cache layout" if call["decode"] else "what scheme='auto' takes there"
-        notes += f" auto: {taken}."
-    return "\n".join([*lines, *_wrap("  " + notes)])
-
-
-def _heads_text(layer: dict[str, object]) -> str:
-    latent = layer["latent"]
-    if not latent:
-        return f"{layer['num_heads']} query heads, {layer['num_kv_heads']} key/value heads of {layer['head_dim']}"
-    assert isinstance(latent, dict)
-    rank, nope, rope, value, query = (latent[name] for name in LATENT)
-    latents = f"a latent of {rank}" + (f", one of {query} for queries" if query else "")
-    return f"{layer['num_heads']} heads of {nope} + {rope} and {value} of {latents}"
-
-
-def _call_text(call: dict[str, object]) -> str:
-    if call["decode"]:
-        return f"one new token for each of {call['batch']} sequences of {call['seq']}"
-    mask = "causal" if call["causal"] else "not causal"
-    return f"forward pass of {call['batch']} x {call['seq']} tokens, {mask},"
-
-
-def _wrap(text: str, indent: str = "  ") -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent=indent)

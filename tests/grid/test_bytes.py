@@ -316,9 +316,9 @@ def test_attention_weights_and_other_widths(pool, grid):
             assert shape == ((case.batch, L, S) if average else (case.batch, heads, L, S))
 
 
-def decoded(n, m, cases):
+def decoded(n, m, cases, shares=()):
     """What one call with keys in a cache sends: forward, then forward and backward with gradients."""
-    found, at, ops = [], place(n, m), torch.ops.two_level_mha
+    found, at, ops = [], place(n, m, shares), torch.ops.two_level_mha
     for case, position, cache in cases:
         weights, (x,), _, _, _ = make(case)
         blocks = {name: block(name, w, case, at) for name, w in weights.items()}
@@ -329,7 +329,7 @@ def decoded(n, m, cases):
             with torch.set_grad_enabled(training), record_collectives() as record:
                 weights = (leaf.get(name) for name in ENTER_WEIGHTS)
                 q, k, v, *_ = ops.enter(*[leaf["x"]] * 3, *weights, None, None, *call)
-                held = position if cache == "batch" else max(0, -(-(position - at.slice) // m))
+                held = position if cache == "batch" else at.turn.before(position)
                 old = k.new_zeros(k.shape[0], k.shape[1], held, k.shape[3])
                 y = ops.leave(
                     q, torch.cat([old, k], 2), torch.cat([old, v], 2), leaf["out_weight"], leaf.get("out_bias"), None,
@@ -374,6 +374,27 @@ def test_decode_with_a_cache(pool, grid):
                 moved, merged = r * Fraction(ceil_to(B, m), m) * (2 * rows * L + 2 * d * L), 0
             expected = case.dtype.itemsize * (moved + combined(case, n, m)) + merged
             assert rounded(total(inference[0]), expected, n, m), (case, position, cache)
+
+
+@pytest.mark.parametrize("n, m, shares", [(1, 3, (2, 1, 1)), (2, 2, (3, 1, 3, 1)), (1, 4, (0, 1, 5, 2))])
+def test_decode_with_unequal_shares(pool, n, m, shares):
+    """E. Localises: rows of keys that are sent to each rank, as many as the one with the longest run may take."""
+    cycle, most = sum(shares) // n, max(shares)
+    cases = [
+        (Case(combine=combine, length=length, batch=2, heads=2 * n, kv_heads=n, head_dim=12), position, "position")
+        for combine in ("reduce", "concat")
+        for length, position in ((1, 9), (most, 7), (most + 4, 2))
+    ]
+    for per_case in pool.run(decoded, n * m, n, m, cases, shares, timeout=240):
+        for (case, position, cache), (inference, training) in zip(cases, per_case, strict=True):
+            call = call_of(case, n, m, position, cycle=[cycle, most])
+            assert training == list(table(cache, call, m)), (case, position)
+            L, d, r = case.length, case.head_dim, Fraction(m - 1, m)
+            sent = L if L <= most else -(-(position % cycle + L) // cycle) * most
+            # q of both heads, o and each partial o's logsumexp, k and v of one head
+            moved = r * case.batch * (2 * 2 * d * L + 2 * d * sent) + (m - 1) * case.batch * L * 2
+            expected = case.dtype.itemsize * (moved + combined(case, n, m))
+            assert rounded(total(inference[0]), expected, n, m), (case, position)
 
 
 def gathers(n, m, slices_first):

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 import two_level_mha as tlm
 from two_level_mha import _C
 from two_level_mha.mesh import Grid
-from two_level_mha.planner import LATENT as SIZES
+from two_level_mha.plan_text import LATENT as SIZES
 from two_level_mha.testing import record_collectives
 
 # (model, ranks): one head group for each head, or as many as ranks and heads share; slices that are filled up.

@@ -39,9 +39,9 @@ class Call:
 
 
 @lru_cache
-def mesh(grid: tuple[int, int] | None):
-    """One mesh per grid for the life of a rank."""
-    return None if grid is None else tlm.init_mesh(DEVICE, grid)
+def mesh(grid: tuple | None):
+    """One mesh per grid for the life of a rank: (n, m), or (n, m, the shares of a KV cache)."""
+    return None if grid is None else tlm.init_mesh(DEVICE, grid[:2], cache_shares=grid[2] if len(grid) > 2 else None)
 
 
 def on_ranks(pool, function, grid: tuple[int, int] | None, *args) -> list:

@@ -60,13 +60,15 @@ class Case:
 
 
 @lru_cache
-def place(n: int, m: int) -> Place:
+def place(n: int, m: int, cache_shares: tuple[int, ...] = ()) -> Place:
     """This rank on an (n, m) grid over the whole world."""
     if n * m == 1:
         return Place()
     mesh = init_device_mesh(DEVICE, (n, m), mesh_dim_names=("head", "slice"))
     groups = (mesh.get_group("slice"), mesh.get_group("head"), dist.group.WORLD)
-    return Place(Grid(n, m), *mesh.get_coordinate(), tuple(group.group_name for group in groups))
+    return Place(
+        Grid(n, m), *mesh.get_coordinate(), tuple(group.group_name for group in groups), cache_shares=cache_shares
+    )
 
 
 def grid_arguments(at: Place) -> tuple:
@@ -96,6 +98,7 @@ def decided(case: Case, at: Place, *, scheme: str | None = None, position: int =
     text = constants(
         layer,
         at.groups,
+        shares=at.shares,
         scheme=scheme or case.scheme,
         causal=case.causal is not None,
         element_size=case.dtype.itemsize,

@@ -39,6 +39,7 @@ def right_calls() -> dict[str, dict]:
     text = " ".join(str(constants.get(name, 0)) for name in C.constant_fields()) + "\n\n\n"
     sizes = [{"batch": B, "length": L, "keys": S}.get(name, 0) for name in C.size_fields()]
     cache = [{"slices": 1, "by_position": 1, "batch": B}.get(name, 0) for name in C.cache_fields()]
+    held = [5 if name == "length" else number for name, number in zip(C.cache_fields(), cache, strict=True)]
     q, k, v = torch.randn(B, H, L, d), torch.randn(B, K, S, d), torch.randn(B, K, S, d)
     mask, seed, weight = torch.randn(H, L, S), torch.tensor([3]), torch.randn(D, H, d)
     projection = {
@@ -114,7 +115,7 @@ def right_calls() -> dict[str, dict]:
         },
         "cache_append": {"memory": memory, "cache": cache, "k": k, "v": v, "new_tokens": S},
         "cache_select": {
-            "memory": memory, "cache": [*cache[:7], 5, *cache[8:]], "index": torch.tensor([1, 0]), "slice_group": "",
+            "memory": memory, "cache": held, "index": torch.tensor([1, 0]), "slice_group": "",
         },
         "rotary": {"x": q, "cos": torch.randn(1, 1, L, 4), "sin": torch.randn(1, 1, L, 4)},
         "head_norm": {"x": q, "weight": torch.randn(d), "eps": 1e-6},

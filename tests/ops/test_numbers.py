@@ -39,6 +39,8 @@ def test_constants():
     how = {"causal": True, "element_size": 21, "zero_key": False, "batch_first": True, "in_halves": True}
     numbers, *groups = context.constants(layer, ("a", "b", "c"), scheme="batch", **how).split("\n")
     assert groups == ["a", "b", "c"]
+    named = context.constants(layer, ("a", "b", "c"), shares=(2, 1), scheme="batch", **how, name="d").split("\n")
+    assert named == [numbers, "a", "b", "c", "d", "2 1"]
     found = dict(zip(_C.constant_fields(), map(int, numbers.split(" ")), strict=True))
     widths = [f"attention{kind}_{width}" for kind in ("", "_single") for width in ("128", "256", "wide")]
     rates = ("flops", "memory", "link", "network", "latency", "node", "equal", "flops_single", *widths, "hidden")
@@ -52,12 +54,12 @@ def test_constants():
 
 def test_cache():
     """E. Localises: the same among the numbers of a cache layer."""
-    layer = CacheLayer(Place(Grid(1, 4), 0, 3), "position", max_length=9, window=5)
+    layer = CacheLayer(Place(Grid(1, 4), 0, 3, cache_shares=(1, 3, 2, 4)), "position", max_length=9, window=5)
     layer.recording, layer.batch, layer.length = True, 2, 7
-    layer.keep([], [*layer.numbers()[:6], 2, 7, 4, -1, 1])
+    layer.keep([], [*layer.numbers()[:-5], 2, 7, 4, -1, 1])
     assert dict(zip(_C.cache_fields(), layer.numbers(), strict=True)) == {
-        "slices": 4, "slice": 3, "by_position": 1, "window": 5, "max_length": 9, "recording": 1, "batch": 2,
-        "length": 7, "oldest": 4, "base": -1, "attached": 1,
+        "slices": 4, "slice": 3, "by_position": 1, "window": 5, "max_length": 9, "recording": 1, "cycle": 10,
+        "first": 6, "run": 4, "batch": 2, "length": 7, "oldest": 4, "base": -1, "attached": 1,
     }  # fmt: skip
 
 
@@ -76,6 +78,9 @@ def test_a_call_that_is_none():
         ({"numbers": numbers.rpartition(" ")[0]}, "must begin with 41 integers, .* there is no in_halves in"),
         ({"numbers": numbers.replace(" ", " x", 1)}, "there is no slices in"),
         ({"groups": groups[:2]}, "groups must name those of the slice axis"),
+        ({"groups": [*groups, "", "1 2"]}, "shares must be 1 integers, none negative, .* got '1 2'"),
+        ({"groups": [*groups, "", "x"]}, "shares must be 1 integers"),
+        ({"groups": [*groups, "", "2000"]}, "with a sum from 1 to 1024"),
         ({"sizes": [*sizes, 0]}, "sizes must be a list of 5 numbers, got 6"),
         ({"numbers": _with(numbers, "scheme", 99)}, "scheme must be the number of one of auto, "),
         ({"numbers": _with(numbers, "head_groups", 3)}, "must divide"),

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from harness.layer import Case, decided, place
 
 import two_level_mha  # noqa: F401  registers the operators
+from two_level_mha import _C
 
 ops = torch.ops.two_level_mha
 
@@ -76,7 +77,8 @@ def attention(n: int, m: int, scheme: str) -> tuple:
 
 def cache(memory: list[torch.Tensor], length: int, batch: int = 3) -> tuple:
     """memory and numbers of a cache layer that is not split."""
-    return memory, [1, 0, 1, 0, 0, 0, batch, length, 0, 0, 0]
+    numbers = {"slices": 1, "by_position": 1, "batch": batch, "length": length}
+    return memory, [numbers.get(name, 0) for name in _C.cache_fields()]
 
 
 SIZES = [(B, 4, L, 3), (B, 2, S, 3), (B, 2, S, 1)]

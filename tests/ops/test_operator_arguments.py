@@ -266,12 +266,22 @@ def test_what_would_end_the_process():
     assert "2**62 elements" in refused(lambda: ops.unpack(torch.ones(1, 0), [2**32, 2**32, 1, 1], [0], 1))
     assert "parts must be positive" in refused(lambda: ops.pack([q], [0], 2**63 - 1))
     k = torch.ones(1, 2, 3, 4)
-    for numbers, message in (({"slices": 0}, "slice j of m"), ({"length": -1}, "must not be negative")):
-        cache = [numbers.get(name, {"slices": 1, "by_position": 1}.get(name, 0)) for name in tlm._C.cache_fields()]
-        assert message in refused(lambda c=cache: ops.cache_append([], c, k, k, 3))
-    cache = [{"slices": 1, "by_position": 1}.get(name, 0) for name in tlm._C.cache_fields()]
-    held = [*cache[:7], 2**63 - 1, *cache[8:]]
-    assert "where a cache has tokens" in refused(lambda: ops.cache_append([], held, k, k, 3))
+
+    def cache_with(**numbers: int) -> list[int]:
+        return [numbers.get(name, {"slices": 1, "by_position": 1}.get(name, 0)) for name in tlm._C.cache_fields()]
+
+    cache, held = cache_with(), cache_with(length=2**63 - 1)
+    for wrong, message in (
+        (cache_with(slices=0), "slice j of m"),
+        (cache_with(length=-1), "must not be negative"),
+        (cache_with(cycle=2**40), "a cycle of at most 1024"),
+        (cache_with(cycle=4, first=3, run=2), "must lie in it"),
+        (cache_with(cycle=4, first=-1, run=2), "must lie in it"),
+        (cache_with(cycle=4, run=-1), "must lie in it"),
+        (cache_with(cycle=4, first=2**63 - 1, run=2**63 - 1), "must lie in it"),
+        (held, "where a cache has tokens"),
+    ):
+        assert message in refused(lambda c=wrong: ops.cache_append([], c, k, k, 3))
     assert "keys and values, got 1" in refused(lambda: ops.cache_append([k], cache, k, k, 3))
 
 

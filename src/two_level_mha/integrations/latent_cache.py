@@ -18,6 +18,7 @@ from two_level_mha.cache_layer import CachedCall, CacheLayer
 from two_level_mha.layer import GridAttention
 from two_level_mha.low_rank import LowRank, low_rank
 from two_level_mha.operators import ops as _ops
+from two_level_mha.turn import Turn
 
 if TYPE_CHECKING:
     from two_level_mha.integrations.latent import LatentAttention
@@ -27,8 +28,7 @@ def own_latents(latent_B1LR: Tensor, key_B1LT: Tensor, cache: CacheLayer, positi
     """What this rank keeps of the tokens from `position` on, as the cache takes it: keys (B, 1, L of its own, C), whose
     first R columns are the values too, so values of no width.
     """
-    stride, first = cache.place.grid.slices, cache.place.slice
-    own = torch.cat([latent_B1LR, key_B1LT.to(latent_B1LR.dtype)], 3)[:, :, (first - position) % stride :: stride]
+    own = cache.place.turn.of(torch.cat([latent_B1LR, key_B1LT.to(latent_B1LR.dtype)], 3), 2, position)
     return own, own[..., :0]
 
 
@@ -51,7 +51,7 @@ def attended_latents(
     tokens. gate: as `attend` takes it.
     """
     place, rank = layer.place, layer.rank
-    n, ranks = place.grid.head_groups, place.grid.size
+    n, turn = place.grid.head_groups, cache.place.turn
     own = dict(zip(SHARDED_DIMS, GridAttention.own_blocks(layer), strict=True))
     v_weight, out_weight = own["v_weight"], own["out_weight"]
     assert v_weight is not None and out_weight is not None
@@ -65,15 +65,15 @@ def attended_latents(
     q_BHLC = _queries(layer, own, adapted, query, rows)
     q_BhLC = _ops.all_gather(q_BHLC, 1, n, place.groups[1])
     k_B1SC, _ = cache.append(*new, for_gradients=q_BhLC.requires_grad)
-    first = (cache.place.slice - call.first_key) % ranks
     if mask is not None:
         (mask,) = used_apart([mask], place, layer.reduce_dtype)
-        mask = mask[..., first::ranks] if mask.shape[-1] != 1 else mask
-    seen = None if causal is None else causal - call.first_key - first
-    out, logsumexp = _ops.partial_attention(
-        q_BhLC, k_B1SC, k_B1SC[..., :rank], mask,
-        scale=layer.scaling, causal=seen, softcap=softcap, key_stride=ranks,
-    )  # fmt: skip
+        mask = turn.of(mask, 3, call.first_key) if mask.shape[-1] != 1 else mask
+    if turn.run != 1 and causal is not None and query.shape[1] == 1 and causal >= call.position:
+        causal = None  # one row, which sees all that the cache gives
+    seen = None if causal is None else causal - call.first_key
+    out, logsumexp = _in_turn(
+        q_BhLC, k_B1SC, mask, seen, turn, call.first_key, rank=rank, scale=layer.scaling, softcap=softcap
+    )
     o_BHLR = _merged(layer, out, logsumexp).to(v_weight.dtype)
     v_BHLE = o_BHLR @ v_weight.transpose(1, 2)
     for a, b in () if adapted is None else adapted.own("v", v_weight):
@@ -83,6 +83,29 @@ def attended_latents(
         v_BHLE = v_BHLE * gate.narrow(2, place.head_group * H, H).transpose(1, 2).unsqueeze(3).to(v_BHLE.dtype)
     y_BLD = _summed(layer, v_BHLE, out_weight, out_bias)
     return y_BLD if adapted is None else adapted.finished(y_BLD)
+
+
+def _in_turn(
+    q_BhLC: Tensor, k_B1SC: Tensor, mask: Tensor | None, causal: int | None, turn: Turn, first_key: int, *, rank: int,
+    scale: float, softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Out (B, h, L, R) and logsumexp over the keys from first_key on, where causal counts from, that are this rank's.
+
+    Those at one place of a run are a cycle apart, as a kernel takes them: one after the other, and merged.
+    """
+    places = turn.run if causal is not None and turn.run else 1
+    parts = []
+    for place in range(places):
+        k = k_B1SC if places == 1 else k_B1SC[:, :, place::places]
+        own = mask if mask is None or places == 1 or mask.shape[-1] == 1 else mask[..., place::places]
+        at = turn.position(turn.before(first_key) + place) - first_key if turn.run else 0
+        seen = None if causal is None else causal - at
+        parts.append(
+            _ops.partial_attention(
+                q_BhLC, k, k[..., :rank], own, scale=scale, causal=seen, softcap=softcap, key_stride=turn.cycle
+            )
+        )
+    return parts[0] if places == 1 else _ops.merge_partials(*map(torch.stack, zip(*parts, strict=True)))
 
 
 def _queries(

@@ -1,0 +1,91 @@
+"""Shares of a KV cache for ranks of unequal memory: weights are equal, so the cache's tokens make up for the rest."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from two_level_mha import _C
+from two_level_mha.errors import GridError
+
+IN_PROPORTION = 0.02  # of what a rank should hold
+
+
+@dataclass(frozen=True)
+class MemoryShares:
+    """What init_mesh takes as cache_shares, and what the ranks then hold."""
+
+    memory: tuple[float, ...]  # of each rank, as it was given
+    cache_shares: tuple[int, ...]
+    rank_bytes: tuple[int, ...]  # weights, and the tokens of the cache
+    off: float  # the most that a rank holds more or less than in proportion to its memory, of what it should
+
+    def of_groups(self, head_groups: int) -> list[list[int]]:
+        """Those of each head group's ranks."""
+        slices = len(self.cache_shares) // head_groups
+        return [list(self.cache_shares[i * slices : (i + 1) * slices]) for i in range(head_groups)]
+
+    @property
+    def in_proportion(self) -> bool:
+        return self.off <= IN_PROPORTION
+
+
+def checked_memory(memory: Sequence[float] | None, ranks: int | None) -> int | None:
+    """The number of ranks. Raises GridError for what is no memory of so many."""
+    if memory is None:
+        return ranks
+    if not isinstance(memory, (list, tuple)) or not memory or not all(_is_size(size) for size in memory):
+        raise GridError(f"memory must be a positive number for each rank, all in one unit, got {memory!r}")
+    if ranks is not None and ranks != len(memory):
+        raise GridError(
+            f"memory is that of {len(memory)} ranks, got ranks={ranks}: leave ranks out, or name each rank's"
+        )
+    return len(memory)
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, (int, float)) and not isinstance(size, bool) and math.isfinite(size) and size > 0
+
+
+def share_memory(memory: Sequence[float], head_groups: int, weights: int, cache: int) -> MemoryShares:
+    """Shares for ranks that each have `weights` bytes, and each head group `cache` bytes of all tokens.
+
+    Those of the fewest tokens in a cycle with which all ranks hold within a quarter of IN_PROPORTION of what is best.
+    """
+    if cache == 0:
+        raise GridError("memory is shared out by the tokens of a KV cache, and nothing keeps one here")
+    slices = len(memory) // head_groups
+    groups = [memory[i * slices : (i + 1) * slices] for i in range(head_groups)]
+    wanted = [_fractions(group, weights, cache) for group in groups]
+    should = [size / sum(memory) * (len(memory) * weights + head_groups * cache) for size in memory]
+    most = _C.most_shares // head_groups
+    best: MemoryShares | None = None
+    for cycle in range(1, most + 1):
+        shares = tuple(share for fractions in wanted for share in _rounded(fractions, cycle))
+        held = tuple(weights + round(cache * share / cycle) for share in shares)
+        off = max(abs(have / goal - 1) for have, goal in zip(held, should, strict=True))
+        if best is None or off < best.off:
+            best = MemoryShares(tuple(memory), shares, held, off)
+        if best.off <= IN_PROPORTION / 4:
+            break
+    assert best is not None
+    return best
+
+
+def _fractions(memory: Sequence[float], weights: int, cache: int) -> list[float]:
+    """Of a cache: what fills each rank's weights up to the same part of its memory, nothing where they are more."""
+    fills = set(range(len(memory)))
+    while True:
+        level = (cache + len(fills) * weights) / sum(memory[rank] for rank in fills)
+        if full := {rank for rank in fills if memory[rank] * level < weights}:
+            fills -= full
+            continue
+        return [max(size * level - weights, 0.0) / cache if rank in fills else 0.0 for rank, size in enumerate(memory)]
+
+
+def _rounded(fractions: Sequence[float], cycle: int) -> list[int]:
+    """Integers that add up to cycle, in those proportions as far as they can be."""
+    shares = [int(fraction * cycle) for fraction in fractions]
+    short = sorted(range(len(shares)), key=lambda rank: shares[rank] - fractions[rank] * cycle)
+    for rank in short[: cycle - sum(shares)]:
+        shares[rank] += 1
+    return shares
