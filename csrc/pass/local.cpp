@@ -65,8 +65,8 @@ bool sees_all(const Attend& attend, const Context& context) {
   return !attend.window || !(context.first_key + *attend.window < *attend.causal + 1);
 }
 
-// Of keys that are this rank's turn those at one place of a run are a cycle apart, as a kernel takes them: the places are
-// attended to one after the other, and merged.
+// Of keys that are this rank's turn those at one place of a run are a cycle apart, as a kernel takes them: one place
+// after the other, and what they give is merged.
 std::tuple<Tensor, Tensor> attend_in_turn(const Tensor& q, const Tensor& k, const Tensor& v, Attend attend,
                                           const Context& context, const Core& core) {
   const Turn& turn = context.turn;

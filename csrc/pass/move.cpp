@@ -48,7 +48,8 @@ Tensor own_positions(const Tensor& x, int64_t dim, const c10::SymInt& first, con
 
 namespace {
 
-// The same as by_owner for shares that are not equal: as many rows for each rank, those that it has no use for repeated.
+// The same as by_owner for shares that are not equal: as many rows for each rank, those that it has no use for
+// repeated.
 Tensor by_share(const Tensor& x, const c10::SymInt& position, const Context& context) {
   const auto& s = context.sizes;
   const auto length = x.sym_size(2), rows = s.cycle.rows(position, length, s.m);

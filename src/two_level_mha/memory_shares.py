@@ -49,26 +49,30 @@ def _is_size(size: object) -> bool:
 def share_memory(memory: Sequence[float], head_groups: int, weights: int, cache: int) -> MemoryShares:
     """Shares for ranks that each have `weights` bytes, and each head group `cache` bytes of all tokens.
 
-    Those of the fewest tokens in a cycle with which all ranks hold within a quarter of IN_PROPORTION of what is best.
+    In the shortest cycle with which every rank holds what is best for it within a quarter of IN_PROPORTION.
     """
     if cache == 0:
         raise GridError("memory is shared out by the tokens of a KV cache, and nothing keeps one here")
-    slices = len(memory) // head_groups
+    ranks, slices = len(memory), len(memory) // head_groups
     groups = [memory[i * slices : (i + 1) * slices] for i in range(head_groups)]
     wanted = [_fractions(group, weights, cache) for group in groups]
-    should = [size / sum(memory) * (len(memory) * weights + head_groups * cache) for size in memory]
-    most = _C.most_shares // head_groups
-    best: MemoryShares | None = None
-    for cycle in range(1, most + 1):
-        shares = tuple(share for fractions in wanted for share in _rounded(fractions, cycle))
-        held = tuple(weights + round(cache * share / cycle) for share in shares)
-        off = max(abs(have / goal - 1) for have, goal in zip(held, should, strict=True))
-        if best is None or off < best.off:
-            best = MemoryShares(tuple(memory), shares, held, off)
-        if best.off <= IN_PROPORTION / 4:
-            break
-    assert best is not None
-    return best
+    best = [weights + cache * fraction for fractions in wanted for fraction in fractions]
+    should = [size / sum(memory) * (ranks * weights + head_groups * cache) for size in memory]
+
+    def held(shares: list[int], cycle: int) -> list[int]:
+        return [weights + round(cache * share / cycle) for share in shares]
+
+    def missed(shares: list[int], cycle: int) -> float:
+        return max(abs(have - goal) / goal for have, goal in zip(held(shares, cycle), best, strict=True))
+
+    cycles = range(1, _C.most_shares // head_groups + 1)
+    found = [([share for fractions in wanted for share in _rounded(fractions, cycle)], cycle) for cycle in cycles]
+    near = next((one for one in found if missed(*one) <= IN_PROPORTION / 4), None) or min(
+        found, key=lambda x: missed(*x)
+    )
+    has = held(*near)
+    off = max(abs(have / goal - 1) for have, goal in zip(has, should, strict=True))
+    return MemoryShares(tuple(memory), tuple(near[0]), tuple(has), off)
 
 
 def _fractions(memory: Sequence[float], weights: int, cache: int) -> list[float]:

@@ -21,7 +21,7 @@ from two_level_mha.control import Control, MeshKey, control_of, controls, defaul
 from two_level_mha.errors import GridError
 from two_level_mha.facts import facts_alike
 from two_level_mha.profile import Profile, resolve_profile
-from two_level_mha.turn import Turn, checked_shares, of_group, turn_of
+from two_level_mha.turn import Turn, check_groups, checked_shares, of_group, turn_of
 
 AXES = ("head", "slice")
 
@@ -146,8 +146,7 @@ def init_mesh(
         limit = _checked_timeout(timeout)
         shape = _shape(device_type, grid, num_heads, num_kv_heads, head_dim, profile)
         shares = checked_shares(cache_shares, dist.get_world_size())
-        for head_group in range(shape[0]):
-            of_group(shares, shape[1], head_group)
+        check_groups(shares, *shape)
     except GridError as error:
         refusal = error
     control = control_of(tuple(range(dist.get_world_size())), limit)

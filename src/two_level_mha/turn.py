@@ -72,12 +72,17 @@ def checked_shares(shares: object, ranks: int) -> tuple[int, ...]:
     return () if len(set(smallest)) == 1 else smallest
 
 
+def check_groups(shares: tuple[int, ...], head_groups: int, slices: int) -> None:
+    """Raises GridError where a head group's are all zero: nobody could keep its heads."""
+    for head_group in range(head_groups if shares else 0):
+        if not any(shares[head_group * slices : (head_group + 1) * slices]):
+            raise GridError(
+                f"cache_shares={list(shares)} gives the {slices} ranks of head group {head_group} nothing: only they "
+                "can keep its heads' keys and values"
+            )
+
+
 def of_group(shares: tuple[int, ...], slices: int, head_group: int) -> tuple[int, ...]:
-    """Those of one head group's ranks. Raises GridError where they are all zero: nobody could keep its heads."""
+    """Those of one head group's ranks, in their smallest numbers; empty where they are equal."""
     own = shares[head_group * slices : (head_group + 1) * slices]
-    if own and not any(own):
-        raise GridError(
-            f"cache_shares={list(shares)} gives the {slices} ranks of head group {head_group} nothing: only they can "
-            "keep its heads' keys and values"
-        )
-    return checked_shares(own, slices) if own else ()
+    return checked_shares(own, slices) if any(own) else ()

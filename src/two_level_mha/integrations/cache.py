@@ -219,7 +219,9 @@ def split_layer(cache: Cache, index: int, place_of: Callable[[str], Place], layo
     if isinstance(layer, ModelCacheLayer):
         place = place_of(layer.layout)
         if layer.place != place:
-            raise GridError(f"the KV cache was made for {layer.place.grid}, the attention keeps it on {place.grid}")
+            (made, own), shares = (layer.place.grid, place.grid), (layer.place.cache_shares, place.cache_shares)
+            dealt = [f" with cache_shares={list(s) or None}" if shares[0] != shares[1] else "" for s in shares]
+            raise GridError(f"the KV cache was made for {made}{dealt[0]}, the attention keeps it on {own}{dealt[1]}")
         return layer
     if type(layer) not in REPLACED or cache.offloading:
         kind = type(cache).__name__ if layer is None else f"{type(cache).__name__} with {type(layer).__name__}"

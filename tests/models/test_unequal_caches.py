@@ -1,0 +1,130 @@
+"""Models of transformers whose ranks keep unequal shares of their KV caches: the stock model's logits and tokens."""
+
+import copy
+
+import pytest
+import torch
+from harness.calls import mesh
+from harness.decoders import EXACT, logits_off, pair, prompt
+from torch._dynamo.testing import CompileCounter
+from transformers import T5Config, T5ForConditionalGeneration
+
+import two_level_mha as tlm
+
+GRIDS = [(1, 4, (0, 1, 5, 2)), (2, 2, (2, 1, 1, 3)), (2, 2, (1, 1, 1, 2))]
+# windows, chunks, biases of positions, keys that layers share, a gate, latents, latents with an indexer
+NAMES = ("gemma3", "llama4", "bloom", "gemma3n", "qwen3 next", "deepseek v3", "deepseek v32")
+LIMITS = dict.fromkeys(NAMES, 1e-10) | {"gemma3n": 1e-6, "llama4": 1e-6}  # they round to float32
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_logits(pool, grid):
+    """T. Localises: a family's cache, mask or bias that takes a rank's tokens for every m-th."""
+    for found in pool.run(logits_off, 4, NAMES, grid, {}, EXACT, timeout=240):
+        for name, errors in found.items():
+            assert max(errors) <= LIMITS[name], (name, errors)
+
+
+def tokens(model, ids, keep, **options):
+    return model.generate(ids, attention_mask=keep, do_sample=False, pad_token_id=0, **options)
+
+
+def generated(grid, names):
+    """Whether greedy search, beams and a cache that is allocated once give stock's tokens, by model."""
+    ids, keep = prompt(rows=3)
+    found = {}
+    for name in names:
+        stock, ours = pair(name, grid, tuple(EXACT.items()))
+        ways = [{"max_new_tokens": 24}, {"max_new_tokens": 12, "num_beams": 3}]
+        ways += [] if "deepseek" in name else [{"max_new_tokens": 12, "cache_implementation": "static"}]
+        plain = [{key: x for key, x in way.items() if key != "cache_implementation"} for way in ways]
+        found[name] = [
+            torch.equal(tokens(ours, ids, keep, **way), tokens(stock, ids, keep, **same))
+            for way, same in zip(ways, plain, strict=True)
+        ]
+    return found
+
+
+@pytest.mark.parametrize("grid", GRIDS[:2], ids=str)
+def test_generate(pool, grid):
+    """E. Localises: the turns of single steps, of reordered beams, and in memory that is allocated once."""
+    for found in pool.run(generated, 4, grid, ("qwen2", "gemma3", "deepseek v3"), timeout=240):
+        assert all(all(same) for same in found.values()), found
+
+
+def encoder_decoder(grid):
+    config = T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    stock = T5ForConditionalGeneration(config).double().eval()
+    ours = tlm.parallelize(copy.deepcopy(stock), mesh(grid))
+    ids, keep = prompt(rows=3)
+    return [
+        torch.equal(*(tokens(model, ids, keep, max_new_tokens=14, num_beams=beams) for model in (stock, ours)))
+        for beams in (1, 3)
+    ]
+
+
+@pytest.mark.parametrize("grid", GRIDS[:2], ids=str)
+def test_encoder_decoder(pool, grid):
+    """E. Localises: keys of the encoder, which a later call attends to without new ones, and relative biases."""
+    assert pool.run(encoder_decoder, 4, grid, timeout=120) == [[True, True]] * 4
+
+
+def kept(grid, name):
+    """Bytes of a model's cache after 14 cycles, on this rank."""
+    stock, ours = pair(name, grid, tuple(EXACT.items()))
+    torch.manual_seed(2)
+    ids = torch.randint(2, 64, (2, 14 * sum(grid[2])))
+    cache = tlm.KVCache(ours.config, mesh(grid), max_length=ids.shape[1])
+    with torch.no_grad():
+        ours(ids, past_key_values=cache)
+    return cache.nbytes
+
+
+@pytest.mark.parametrize("name, grid", [("llama", GRIDS[0]), ("deepseek v3", GRIDS[1])])
+def test_bytes_are_in_proportion(pool, name, grid):
+    """T. Localises: tokens that are kept twice; latents, whose shares are those of all ranks."""
+    found, shares = pool.run(kept, 4, grid, name, timeout=120), grid[2]
+    assert found == [sum(found) * share // sum(shares) for share in shares] and sum(found)
+
+
+def others_cache(grid):
+    """What is said of a cache whose ranks keep other shares."""
+    ids, _ = prompt()
+    _, ours = pair("llama", grid)
+    with pytest.raises(tlm.GridError) as error:
+        ours(ids, past_key_values=tlm.KVCache(ours.config, mesh(grid[:2])))
+    return str(error.value)
+
+
+def test_a_cache_of_other_shares(pool):
+    """Localises: a cache that is taken for the model's own, whose tokens would be read as others'."""
+    for text in pool.run(others_cache, 4, GRIDS[1]):
+        grid = "Grid(head_groups=2, slices=2) with cache_shares="
+        assert text == f"the KV cache was made for {grid}None, the attention keeps it on {grid}[2, 1, 1, 3]"
+
+
+def compiled_steps(grid):
+    """Graphs after each of 12 steps of a compiled model, and whether its tokens are stock's."""
+    stock, ours = pair("llama", grid)
+    ids, keep = prompt()
+    cache, counter = tlm.KVCache(ours.config, mesh(grid), max_length=64), CompileCounter()
+    step, counts = torch.compile(ours, fullgraph=True, backend=counter), []
+    with torch.no_grad():
+        logits = ours(ids, past_key_values=cache).logits
+        drawn = [logits[:, -1:].argmax(-1)]
+        for _ in range(12):
+            drawn.append(step(drawn[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+            counts.append(counter.frame_count)
+    return counts, torch.equal(torch.cat([ids, *drawn], 1), tokens(stock, ids, torch.ones_like(ids), max_new_tokens=13))
+
+
+@pytest.mark.slow
+def test_a_compiled_step(pool):
+    """E. Localises: a turn's arithmetic that a graph cannot take as symbolic: each step would be compiled anew."""
+    for counts, same in pool.run(compiled_steps, 2, (1, 2, (3, 1)), timeout=500):
+        assert same
+        assert counts[-1] <= 4 and counts[8:] == [counts[8]] * 4, counts  # none after two cycles
