@@ -13,7 +13,7 @@ import two_level_mha as tlm
 
 GRIDS = [(1, 4, (0, 1, 5, 2)), (2, 2, (2, 1, 1, 3)), (2, 2, (1, 1, 1, 2))]
 # windows, chunks, biases of positions, keys that layers share, a gate, latents, latents with an indexer
-NAMES = ("gemma3", "llama4", "bloom", "gemma3n", "qwen3 next", "deepseek v3", "deepseek v32")
+NAMES = ("gemma3", "llama4", "falcon rw", "gemma3n", "qwen3 next", "deepseek v3", "deepseek v32")
 LIMITS = dict.fromkeys(NAMES, 1e-10) | {"gemma3n": 1e-6, "llama4": 1e-6}  # they round to float32
 
 

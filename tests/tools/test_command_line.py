@@ -48,7 +48,7 @@ def test_help_without_torch():
         )
         assert (shown.returncode, shown.stderr) == (0, "") and shown.stdout.startswith("usage: "), shown
     refused = subprocess.run([*COMMAND, "plan"], capture_output=True, text=True, timeout=200, env=environment())
-    assert refused.returncode == 2 and "required: --ranks/--devices" in refused.stderr
+    assert refused.returncode == 2 and "required: --batch, --seq" in refused.stderr
     assert two_level_mha_cli.ACTIVATIONS == ACTIVATIONS and two_level_mha_cli.COMBINES == COMBINES
     assert sorted(two_level_mha_cli.DEVICE_TYPES) == sorted(set(DEVICE_TYPES))
 
