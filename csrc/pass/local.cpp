@@ -2,12 +2,11 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/stack.h>
 
 #include <limits>
 
-#include "../attend/merge.h"
 #include "../base/sizes.h"
 #include "../comm/replicated.h"
 #include "move.h"
@@ -65,31 +64,58 @@ bool sees_all(const Attend& attend, const Context& context) {
   return !attend.window || !(context.first_key + *attend.window < *attend.causal + 1);
 }
 
-// Of keys that are this rank's turn those at one place of a run are a cycle apart, as a kernel takes them: one place
-// after the other, and what they give is merged.
+// Rows whose keys are told by a mask at a time.
+constexpr int64_t kMaskedRows = 512;
+
+// Which of k's keys, at `positions`, the rows from `first` on see, and what the call's mask (.., L or 1, S or 1) says of
+// them.
+Tensor seen_at(const Tensor& positions, const c10::SymInt& first, const c10::SymInt& rows,
+               const Attend& attend) {
+  const Tensor last =
+      at::arange(c10::Scalar(first), c10::Scalar(first + rows), positions.options()).unsqueeze(1) +
+      c10::Scalar(*attend.causal);
+  Tensor seen = positions <= last;
+  if (attend.window) seen = seen.logical_and(positions > last - c10::Scalar(*attend.window));
+  seen = seen.unsqueeze(0).unsqueeze(0);
+  if (!attend.mask) return seen;
+  Tensor mask = *attend.mask;
+  if (mask.sym_size(2) != 1) mask = mask.narrow_symint(2, first, rows);
+  if (mask.sym_size(3) != 1) mask = mask.narrow_symint(3, 0, positions.sym_size(0));
+  if (mask.scalar_type() == at::kBool) return mask.logical_and(seen);
+  return mask.masked_fill(seen.logical_not(), -std::numeric_limits<double>::infinity());
+}
+
+// Keys that are this rank's turn are as far apart as a cycle is long, as a kernel takes them, or if its run has several
+// not equally far: then a mask says which of them a row sees.
 std::tuple<Tensor, Tensor> attend_in_turn(const Tensor& q, const Tensor& k, const Tensor& v, Attend attend,
                                           const Context& context, const Core& core) {
   const Turn& turn = context.turn;
+  const auto number = turn.before(context.first_key), length = context.sizes.L;
   attend.key_stride = turn.cycle;
-  if (turn.run == 0 || (turn.run > 1 && sees_all(attend, context))) {
-    attend.causal = attend.window = std::nullopt;
+  if (turn.run == 1) {
+    if (attend.causal) attend.causal = *attend.causal - turn.position(number);
     return core(q, k, v, attend);
   }
-  const auto number = turn.before(context.first_key);
+  Attend masked = attend;
+  masked.causal = masked.window = std::nullopt;
+  if (turn.run == 0 || sees_all(attend, context)) return core(q, k, v, masked);
+  const Tensor positions = positions_of(turn, number, k.sym_size(2), k);
+  const int64_t blocks = ceil_div(known(length).value_or(1), kMaskedRows);
   std::vector<Tensor> outs, logsumexps;
-  for (int64_t place = 0; place < turn.run; ++place) {
-    auto of_place = [&](const Tensor& x, int64_t dim) {
-      return turn.run == 1 ? x : x.slice_symint(dim, place, std::nullopt, turn.run);
-    };
-    Attend here = attend;
-    if (here.causal) here.causal = *here.causal - turn.position<c10::SymInt>(number + place);
-    if (here.mask && here.mask->sym_size(3) != 1) here.mask = of_place(*here.mask, 3);
-    auto [out, logsumexp] = core(q, of_place(k, 2), of_place(v, 2), here);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const bool is_last = block + 1 == blocks;
+    const c10::SymInt first = block * kMaskedRows, rows = is_last ? length - first : c10::SymInt(kMaskedRows);
+    // the last row sees what was given to the call; one before it nothing behind its own position
+    const auto until = turn.before(*attend.causal + first + rows) - number;
+    const auto keys = is_last ? k.sym_size(2) : until.max(0).min(k.sym_size(2));
+    masked.mask = seen_at(positions.narrow_symint(0, 0, keys), first, rows, attend);
+    auto [out, logsumexp] = core(q.narrow_symint(2, first, rows), k.narrow_symint(2, 0, keys),
+                                 v.narrow_symint(2, 0, keys), masked);
     outs.push_back(out);
     logsumexps.push_back(logsumexp);
   }
-  if (turn.run == 1) return {outs[0], logsumexps[0]};
-  return merge_partials(at::stack(outs), at::stack(logsumexps));
+  if (blocks == 1) return {outs[0], logsumexps[0]};
+  return {at::cat(outs, 2), at::cat(logsumexps, 2)};
 }
 
 }  // namespace

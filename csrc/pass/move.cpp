@@ -24,18 +24,12 @@ Tensor shard(const Tensor& x, const Context& context, double fill) {
   return parts.size() == 1 ? parts[0] : at::cat(parts, dim);
 }
 
-namespace {
-
-// Where the tokens first, ..., first + count - 1 of a turn are among the positions from `begin` on.
-Tensor places_of(const Turn& turn, const c10::SymInt& first, const c10::SymInt& count,
-                 const c10::SymInt& begin, const Tensor& like) {
+Tensor positions_of(const Turn& turn, const c10::SymInt& first, const c10::SymInt& count,
+                    const Tensor& like) {
   const Tensor number =
       at::arange(c10::Scalar(first), c10::Scalar(first + count), like.options().dtype(at::kLong));
-  return number.div(turn.run, "floor") * turn.cycle + number.remainder(turn.run) +
-         c10::Scalar(turn.first - begin);
+  return number.div(turn.run, "floor") * turn.cycle + number.remainder(turn.run) + turn.first;
 }
-
-}  // namespace
 
 Tensor own_positions(const Tensor& x, int64_t dim, const c10::SymInt& first, const Context& context) {
   const Turn& turn = context.turn;
@@ -43,7 +37,8 @@ Tensor own_positions(const Tensor& x, int64_t dim, const c10::SymInt& first, con
     return x.slice_symint(dim, turn.position(turn.before(first)) - first, std::nullopt, turn.cycle);
   if (turn.run == 0) return x.narrow(dim, 0, 0);
   const auto end = first + x.sym_size(dim);
-  return x.index_select(dim, places_of(turn, turn.before(first), turn.between(first, end), first, x));
+  return x.index_select(
+      dim, positions_of(turn, turn.before(first), turn.between(first, end), x) - c10::Scalar(first));
 }
 
 namespace {
@@ -56,8 +51,9 @@ Tensor by_share(const Tensor& x, const c10::SymInt& position, const Context& con
   std::vector<Tensor> places;
   for (int64_t rank = 0; rank < s.m; ++rank) {
     const Turn turn = turn_of(context.shares, s.m, rank);
-    places.push_back(turn.run == 0 ? at::zeros_symint({rows}, x.options().dtype(at::kLong))
-                                   : places_of(turn, turn.before(position), rows, position, x));
+    places.push_back(turn.run == 0
+                         ? at::zeros_symint({rows}, x.options().dtype(at::kLong))
+                         : positions_of(turn, turn.before(position), rows, x) - c10::Scalar(position));
   }
   return x.index_select(2, at::cat(places).clamp_max(c10::Scalar(length - 1)));
 }

@@ -11,6 +11,8 @@ using at::Tensor;
 // This rank's part of x, which has the whole of sharded_dim,
 // with `fill` beyond its end; x if nothing is sharded.
 Tensor shard(const Tensor& x, const Context& context, double fill = 0.0);
+// Positions of a turn's tokens first, ..., first + count - 1, int64 on the device of `like`; run > 0.
+Tensor positions_of(const Turn& turn, const c10::SymInt& first, const c10::SymInt& count, const Tensor& like);
 // Of x, whose `dim` has positions from `first` on, those that are this rank's turn.
 Tensor own_positions(const Tensor& x, int64_t dim, const c10::SymInt& first, const Context& context);
 

@@ -10,7 +10,7 @@
 
 namespace two_level_mha {
 
-// Of a cycle, and so of a run, whose places attention takes one after the other.
+// Of a cycle: proportions of memory need no finer ones.
 inline constexpr int64_t kMostShares = 1024;
 
 // Positions first, ..., first + run - 1 of every `cycle`.

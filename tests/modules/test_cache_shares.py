@@ -27,6 +27,8 @@ PLANS = {
     "allocated once": Plan((5, 1, 1, 2), max_length=9),
     "window, allocated once": Plan((5, 1, 1, 2, 1, 1, 1, 1), window=3, max_length=24),
     "gathered output": Plan(combine="concat"),
+    "more rows than are masked at once": Plan((3, 1100, 40), batch=1, kv_heads=2, heads=4),
+    "the same with a window": Plan((3, 700), batch=1, heads=4, window=40),
 }
 TRAINED = {"two calls": Plan((9, 3)), "window": Plan((6, 1, 2), window=4), "padding": Plan((6, 2), padding=True)}
 
@@ -37,7 +39,7 @@ def ranks_of(grid: tuple) -> int:
 
 def by_both_storages(plans: dict[str, Plan], grid: tuple) -> list[Plan]:
     """With weights in blocks, and by whole heads where those fit."""
-    schemes = ("slices", "heads") if 8 // grid[0] % grid[1] == 0 else ("slices",)
+    schemes = ("slices", "heads") if 4 // grid[0] % grid[1] == 0 else ("slices",)
     return [replace(plan, scheme=scheme) for plan in plans.values() for scheme in schemes]
 
 
@@ -47,7 +49,7 @@ def run_plans(function, grid, plans):
 
 @pytest.mark.parametrize("grid", SHARED, ids=str)
 def test_calls_with_unequal_shares_are_the_unsplit_layer(pool, grid):
-    """T. Localises: which tokens a rank is sent, which it has in memory, or the places of a run that are merged."""
+    """T. Localises: which tokens a rank is sent, which it has in memory, or which of them a row sees."""
     plans = by_both_storages(PLANS, grid)
     for rank, found in enumerate(pool.run(run_plans, ranks_of(grid), off, grid, plans, timeout=240)):
         for plan, error in zip(plans, found, strict=True):
@@ -56,7 +58,7 @@ def test_calls_with_unequal_shares_are_the_unsplit_layer(pool, grid):
 
 @pytest.mark.parametrize("grid", SHARED[:3], ids=str)
 def test_gradients_pass_through_unequal_shares(pool, grid):
-    """T. Localises: gradients of rows that are sent to ranks which have no use for them, or of merged places."""
+    """T. Localises: gradients of rows that are sent to ranks which have no use for them."""
     plans = by_both_storages(TRAINED, grid)
     for rank, found in enumerate(pool.run(run_plans, ranks_of(grid), gradients_off, grid, plans, timeout=240)):
         for plan, errors in zip(plans, found, strict=True):
@@ -77,7 +79,7 @@ def low_precision_off(grid, plan):
 
 
 def test_low_precision_is_as_good_as_with_equal_shares(pool):
-    """R. Localises: places of a run that are merged from rounded numbers, one rounding more than a rank's own."""
+    """R. Localises: what ranks find of unequal parts, merged from rounded numbers."""
     plan = Plan((17, 1, 5, 1), heads=4, head_dim=32, embed_dim=64, dtype=torch.bfloat16)
     for unequal, equal in pool.run(low_precision_off, 4, (1, 4, (3, 1, 1, 2)), plan):
         assert unequal <= 1.5 * equal, (unequal, equal)

@@ -23,6 +23,8 @@ from two_level_mha.turn import Turn
 if TYPE_CHECKING:
     from two_level_mha.integrations.latent import LatentAttention
 
+MASKED_ROWS = 512  # whose keys are told by a mask at a time
+
 
 def own_latents(latent_B1LR: Tensor, key_B1LT: Tensor, cache: CacheLayer, position: int) -> tuple[Tensor, Tensor]:
     """What this rank keeps of the tokens from `position` on, as the cache takes it: keys (B, 1, L of its own, C), whose
@@ -91,21 +93,27 @@ def _in_turn(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Out (B, h, L, R) and logsumexp over the keys from first_key on, where causal counts from, that are this rank's.
 
-    Those at one place of a run are a cycle apart, as a kernel takes them: one after the other, and merged.
+    They are a cycle apart, as a kernel takes them, or if its run has several not equally far: then a mask says which of
+    them a row sees, of so many rows at a time.
     """
-    places = turn.run if causal is not None and turn.run else 1
-    parts = []
-    for place in range(places):
-        k = k_B1SC if places == 1 else k_B1SC[:, :, place::places]
-        own = mask if mask is None or places == 1 or mask.shape[-1] == 1 else mask[..., place::places]
-        at = turn.position(turn.before(first_key) + place) - first_key if turn.run else 0
-        seen = None if causal is None else causal - at
-        parts.append(
-            _ops.partial_attention(
-                q_BhLC, k, k[..., :rank], own, scale=scale, causal=seen, softcap=softcap, key_stride=turn.cycle
-            )
+    first = turn.before(first_key)
+    if turn.run == 1 or causal is None or not turn.run:
+        seen = None if causal is None or not turn.run else causal - (turn.position(first) - first_key)
+        return _ops.partial_attention(
+            q_BhLC, k_B1SC, k_B1SC[..., :rank], mask, scale=scale, causal=seen, softcap=softcap, key_stride=turn.cycle
         )
-    return parts[0] if places == 1 else _ops.merge_partials(*map(torch.stack, zip(*parts, strict=True)))
+    at_S = turn.position(torch.arange(k_B1SC.shape[2], device=k_B1SC.device) + first) - first_key
+    parts = []
+    for begin in range(0, q_BhLC.shape[2], MASKED_ROWS):
+        q = q_BhLC[:, :, begin : begin + MASKED_ROWS]
+        rows = torch.arange(q.shape[2], device=q.device)[:, None] + begin + causal
+        sees = (at_S <= rows)[None, None]
+        own = mask if mask is None or mask.shape[2] == 1 else mask[:, :, begin : begin + MASKED_ROWS]
+        if own is not None:
+            sees = own & sees if own.dtype is torch.bool else own.masked_fill(~sees, float("-inf"))
+        parts.append(_ops.partial_attention(q, k_B1SC, k_B1SC[..., :rank], sees, scale=scale, softcap=softcap))
+    out, logsumexp = zip(*parts, strict=True)
+    return torch.cat(out, 2), torch.cat(logsumexp, 2)
 
 
 def _queries(
