@@ -214,14 +214,15 @@ def _add_whole_module(
     name: str, module: nn.Module, size: int, attentions: Attentions, split: Callable[[str], bool],
     skips: Callable[[str], bool], owners: dict[int, list[str]],
 ) -> None:  # fmt: skip
-    held = dict(module.named_parameters(prefix=name))
-    if skips(name) or any(is_inside(other, (name,)) for other in attentions.names()):
+    held, others = dict(module.named_parameters(prefix=name)), attentions.names()
+    if skips(name) or is_inside(name, others):
         return
     if sum(p.numel() for p in held.values()) * _LEAST < size or all(p.dim() < 2 for p in held.values()):
         return
-    if any(map(split, held)):
+    has_attention = any(is_inside(other, (name,)) for other in others)
+    if has_attention or any(map(split, held)):
         for child, part in module.named_children():
-            if _OF_LAYERS.search(type(part).__name__):
+            if has_attention or _OF_LAYERS.search(type(part).__name__):
                 _add_whole_module(f"{name}.{child}", part, size, attentions, split, skips, owners)
     elif not _not_gathered(module, owners) and not has_hooks(module):
         attentions.gathered[name] = module, NO_PLAN
