@@ -59,20 +59,17 @@ def share_memory(memory: Sequence[float], head_groups: int, weights: int, cache:
     best = [weights + cache * fraction for fractions in wanted for fraction in fractions]
     should = [size / sum(memory) * (ranks * weights + head_groups * cache) for size in memory]
 
-    def held(shares: list[int], cycle: int) -> list[int]:
-        return [weights + round(cache * share / cycle) for share in shares]
-
-    def missed(shares: list[int], cycle: int) -> float:
-        return max(abs(have - goal) / goal for have, goal in zip(held(shares, cycle), best, strict=True))
-
-    cycles = range(1, _C.most_shares // head_groups + 1)
-    found = [([share for fractions in wanted for share in _rounded(fractions, cycle)], cycle) for cycle in cycles]
-    near = next((one for one in found if missed(*one) <= IN_PROPORTION / 4), None) or min(
-        found, key=lambda x: missed(*x)
-    )
-    has = held(*near)
-    off = max(abs(have / goal - 1) for have, goal in zip(has, should, strict=True))
-    return MemoryShares(tuple(memory), tuple(near[0]), tuple(has), off)
+    missed, shares, held = math.inf, [0], [0]
+    for cycle in range(1, _C.most_shares // head_groups + 1):
+        tried = [share for fractions in wanted for share in _rounded(fractions, cycle)]
+        have = [weights + round(cache * share / cycle) for share in tried]
+        most = max(abs(size - goal) / goal for size, goal in zip(have, best, strict=True))
+        if most < missed:
+            missed, shares, held = most, tried, have
+        if missed <= IN_PROPORTION / 4:
+            break
+    off = max(abs(size / goal - 1) for size, goal in zip(held, should, strict=True))
+    return MemoryShares(tuple(memory), tuple(shares), tuple(held), off)
 
 
 def _fractions(memory: Sequence[float], weights: int, cache: int) -> list[float]:

@@ -166,8 +166,8 @@ def split_vocabulary(one: Vocabulary, mesh: DeviceMesh) -> None:
 
 
 def _read_otherwise(model: nn.Module, names: set[str]) -> str | None:
-    """Where a model's code reads the weight of what it calls by one of these names, or None: as Gemma 4, which puts a
-    row of it where images will be.
+    """Where the code of a model, or of an embedding by the name of self, reads the weight of what it calls by one of
+    these names, or None: as Gemma 4, which puts a row of it where images will be.
     """
     classes = {cls for module in model.modules() for cls in type(module).__mro__ if not _is_base(cls)}
     for cls in sorted(classes, key=lambda cls: cls.__qualname__):
@@ -220,7 +220,9 @@ def _embedding_problem(module: nn.Embedding) -> str | None:
                 found.append(one.forward(ids))
             except Exception as error:
                 return f"its {type(module).__name__} cannot be called with tokens alone: {error!r}"
-        return None if torch.equal(*found) else f"its {type(module).__name__} uses its weight besides"
+        if not torch.equal(*found):
+            return f"its {type(module).__name__} uses its weight besides"
+    return _read_otherwise(module, {"self"})  # where it is given something else than tokens, as Ovis 2's
 
 
 def _problem(module: nn.Module, ranks: int) -> str | None:

@@ -210,6 +210,11 @@ def test_tables_of_their_own(pool):
         assert set(shapes.values()) == {(rows, 16)}
 
 
+def _mixed(self, x):
+    """Rows of tokens, or a mixture of rows: as Ovis 2's table of what is seen."""
+    return x @ self.weight if x.is_floating_point() else nn.functional.embedding(x, self.weight)
+
+
 def test_which_tables():
     """Localises: tables of positions, or of a model without words, that are taken for a vocabulary; a plan's own."""
     found, left_out = found_in(untied(), 4, lambda name: False)
@@ -221,6 +226,11 @@ def test_which_tables():
     read.__class__ = cls
     found, left_out = found_in(read, 4, lambda name: False)
     assert [one.names() for one in found] == [{"lm_head"}] and "reads wte.weight" in left_out["transformer.wte"]
+    own = untied()
+    own.transformer.wte.__class__ = type("Mixes", (nn.Embedding,), {"forward": _mixed})
+    found, left_out = found_in(own, 4, lambda name: False)
+    assert [one.names() for one in found] == [{"lm_head"}]
+    assert left_out["transformer.wte"].endswith("Mixes.forward reads self.weight")
     tables = untied()
     tables.transformer.more, tables.transformer.few = nn.Embedding(97, 64), nn.Embedding(97, 8)
     found, _ = found_in(tables, 4, lambda name: False)
