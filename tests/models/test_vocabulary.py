@@ -210,9 +210,11 @@ def test_tables_of_their_own(pool):
         assert set(shapes.values()) == {(rows, 16)}
 
 
-def _mixed(self, x):
+class Mixes(nn.Embedding):
     """Rows of tokens, or a mixture of rows: as Ovis 2's table of what is seen."""
-    return x @ self.weight if x.is_floating_point() else nn.functional.embedding(x, self.weight)
+
+    def forward(self, x):
+        return x @ self.weight if x.is_floating_point() else super().forward(x)
 
 
 def test_which_tables():
@@ -227,10 +229,10 @@ def test_which_tables():
     found, left_out = found_in(read, 4, lambda name: False)
     assert [one.names() for one in found] == [{"lm_head"}] and "reads wte.weight" in left_out["transformer.wte"]
     own = untied()
-    own.transformer.wte.__class__ = type("Mixes", (nn.Embedding,), {"forward": _mixed})
+    own.transformer.wte.__class__ = Mixes
     found, left_out = found_in(own, 4, lambda name: False)
     assert [one.names() for one in found] == [{"lm_head"}]
-    assert left_out["transformer.wte"].endswith("Mixes.forward reads self.weight")
+    assert left_out["transformer.wte"] == "Mixes.forward reads self.weight"
     tables = untied()
     tables.transformer.more, tables.transformer.few = nn.Embedding(97, 64), nn.Embedding(97, 8)
     found, _ = found_in(tables, 4, lambda name: False)
