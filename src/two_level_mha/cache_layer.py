@@ -39,6 +39,15 @@ class CachedCall(NamedTuple):
 NO_CACHE = CachedCall()
 
 
+def check_shares(layout: str, place: Place) -> None:
+    """Raises GridError for a layout that takes no account of the shares that the mesh was made with."""
+    if layout == "batch" and place.cache_shares:
+        raise GridError(
+            f"layout 'batch' deals sequences equally, the mesh has cache_shares={list(place.cache_shares)} for tokens: "
+            "use layout 'position', or a mesh without cache_shares"
+        )
+
+
 class CacheLayer:
     """Keys and values of one layer, this rank's part. All counts of tokens are those of the whole call, not of a rank.
 
@@ -55,11 +64,6 @@ class CacheLayer:
         for name, value in (("max_length", max_length), ("window", window)):
             if value is not None and value < 1:
                 raise GridError(f"{name} must be positive, got {value}")
-        if layout == "batch" and place.cache_shares:
-            raise GridError(
-                f"layout 'batch' deals sequences equally, the mesh has cache_shares={list(place.cache_shares)} for "
-                "tokens: use layout 'position', or a mesh without cache_shares"
-            )
         self.place, self.layout, self.max_length, self.window = place, layout, max_length, window
         self.length = 0  # tokens seen
         self.batch = 0  # B, of all ranks
@@ -219,6 +223,7 @@ class LayersCache:
         max_length: int | None = None,
     ) -> None:
         place = place_on(mesh)
+        check_shares(layout, place)
         self.layers = [
             self.layer_class(place, layout, max_length=max_length, window=window)
             for window in self.windows_of(config, place)

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from two_level_mha.activations import check_activations
 from two_level_mha.agreement import ModelInputs, NoteOfFailure, check_same_weights, same_on_all_ranks
 from two_level_mha.attentions import Attentions, Found, add_whole, find_attentions, gather_adapted, gather_beside_mixers
-from two_level_mha.cache_layer import CACHE_LAYOUTS
+from two_level_mha.cache_layer import CACHE_LAYOUTS, check_shares
 from two_level_mha.copies import copies_as_one
 from two_level_mha.errors import GridError
 from two_level_mha.families import later
@@ -119,7 +119,8 @@ def _parallelize(
     """parallelize, of a model whose LoRA layers are aside."""
     options: dict[str, Any] = {"scheme": scheme, "combine": combine, "debug": debug, "cache": cache}
     options |= {"reduce_dtype": reduce_dtype, "overlap": overlap}
-    grid = place_on(mesh).grid
+    place = place_on(mesh)
+    grid = place.grid
     attentions, others = Attentions(), Rest()
     pretrained: dict[str, PreTrainedModel] = {}
     stacks: list[Stack] = []
@@ -133,6 +134,7 @@ def _parallelize(
         rates = options["profile"].numbers
         if cache not in CACHE_LAYOUTS:
             raise GridError(f"cache must be one of {', '.join(CACHE_LAYOUTS)}, got {cache!r}")
+        check_shares(cache, place)
         pretrained = pretrained_models(model)
         for part in pretrained.values():
             if part.can_generate():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from harness.calls import mesh
-from harness.decoders import EXACT, logits_off, pair, prompt
+from harness.decoders import EXACT, logits_off, make, pair, prompt
 from torch._dynamo.testing import CompileCounter
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -89,6 +89,44 @@ def test_bytes_are_in_proportion(pool, name, grid):
     """T. Localises: tokens that are kept twice; latents, whose shares are those of all ranks."""
     found, shares = pool.run(kept, 4, grid, name, timeout=120), grid[2]
     assert found == [sum(found) * share // sum(shares) for share in shares] and sum(found)
+
+
+def trained(grid):
+    """Losses in training with attention dropout, where transformers makes a cache, with shares and without."""
+    losses = []
+    for one in (grid, grid[:2]):
+        stock = make("qwen3", attention_dropout=0.3)
+        ours = tlm.parallelize(stock, mesh(one)).train()
+        ids, keep = prompt()
+        torch.manual_seed(4)
+        losses.append(ours(ids, attention_mask=keep, labels=ids, use_cache=True).loss.item())
+    return losses
+
+
+def test_training_with_dropout(pool):
+    """E. Localises: the cache by batch that such a call makes, for which shares are none of its business."""
+    for unequal, equal in pool.run(trained, 4, GRIDS[1]):
+        assert unequal == pytest.approx(equal, abs=1e-12)
+
+
+def by_batch(grid):
+    """What is said of layout "batch"."""
+    _, ours = pair("llama", grid)
+    found = []
+    for call in (
+        lambda: tlm.parallelize(make("llama"), mesh(grid), cache="batch"),
+        lambda: tlm.KVCache(ours.config, mesh(grid), layout="batch"),
+    ):
+        with pytest.raises(tlm.GridError) as error:
+            call()
+        found.append(str(error.value))
+    return found
+
+
+def test_sequences_are_dealt_equally(pool):
+    """Localises: shares that are taken no account of without a word."""
+    for found in pool.run(by_batch, 4, GRIDS[2]):
+        assert all("deals sequences equally, the mesh has cache_shares=[1, 1, 1, 2]" in text for text in found), found
 
 
 def others_cache(grid):
