@@ -451,10 +451,14 @@ def grid_of_axis(axis: DeviceMesh, grid: Grid) -> DeviceMesh:
 
 
 def _shares_on(mesh: DeviceMesh) -> tuple[int, ...]:
-    """What init_mesh was told of a mesh's ranks, or of those that it was made of."""
+    """What init_mesh was told of a mesh's ranks, or of those that it was made of; also of a copy of one."""
+
+    def names(of: DeviceMesh) -> list[str]:
+        return [group.group_name for group in _groups(of)]
+
     control = controls().get(_ranks(mesh))
     known = {} if control is None else control.meshes
-    return next((key.shares for key, made in known.items() if made is mesh), ())
+    return next((key.shares for key, made in known.items() if key.shares and names(made) == names(mesh)), ())
 
 
 def _known_grid(control: Control, axis: DeviceMesh, grid: Grid, shares: tuple[int, ...] = ()) -> DeviceMesh:

@@ -52,6 +52,21 @@ def test_generate(pool, grid):
         assert all(all(same) for same in found.values()), found
 
 
+def copied(grid):
+    """Whether a copy of a split model, with a copy of its mesh, makes caches of the same shares."""
+    stock, ours = pair("llama", grid)
+    ids, keep = prompt()
+    way = {"max_new_tokens": 8}
+    made = tokens(copy.deepcopy(ours), ids, keep, cache_implementation="static", **way)
+    return torch.equal(made, tokens(stock, ids, keep, **way))
+
+
+@pytest.mark.parametrize("grid", GRIDS[:2], ids=str)
+def test_a_copy(pool, grid):
+    """Localises: shares that are looked up by the mesh itself, and not by its groups."""
+    assert all(pool.run(copied, 4, grid))
+
+
 def encoder_decoder(grid):
     config = T5Config(
         vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
