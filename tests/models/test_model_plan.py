@@ -44,7 +44,7 @@ def held(folder, grid, scheme, batch: int, seq: int) -> tuple[int, int, int]:
     model = tlm.parallelize(model.eval(), mesh(grid), scheme=scheme)
     sizes = {name: p.to_local().nbytes for name, p in model.named_parameters() if isinstance(p, DTensor)}
     attention = sum(size for name, size in sizes.items() if ".self_attn." in name)
-    cache = tlm.KVCache(model.config, mesh(grid))
+    cache = tlm.KVCache(model.config, mesh(grid), max_length=seq)
     with torch.no_grad():
         model(input_ids=torch.zeros(batch, seq, dtype=torch.long), past_key_values=cache)
     return attention, sum(sizes.values()) - attention, cache.nbytes
@@ -60,6 +60,21 @@ def test_a_model(pool, tmp_path):
         norms = 7 * 64 * 4  # held whole
         assert others == found.other_bytes - norms // 4
     assert found.logits_bytes == 2 * 16 * 64 * 4
+
+
+def test_unequal_memory(pool, tmp_path):
+    """Localises: shares of a layer in place of those of the model, which is run on such a mesh."""
+    folder = saved(tmp_path)
+    found = plan_model(folder, memory=[4, 2, 2, 3], batch=16, seq=182, decode=True, device_type="cpu")
+    (n, m), shares = found.layer.pick.grid, found.layer.shares
+    assert shares.in_proportion and found.layer.call["devices"] == 4
+    norms, cycle = 7 * 64 * 4, sum(shares.cache_shares) // n
+    grid = (n, m, shares.cache_shares)
+    ran = pool.run(held, 4, str(folder), grid, "auto", 16, 182)
+    for (attention, others, cache), planned, share in zip(ran, shares.rank_bytes, shares.cache_shares, strict=True):
+        assert attention + others + norms // 4 + cache == pytest.approx(planned, rel=0.02)
+        assert cache == pytest.approx(3 * 2 * (2 // n) * 16 * 4 * 16 * 182 * share / cycle, rel=0.15)  # and its room
+    assert found.cache_bytes == max(shares.rank_bytes) - found.attention_bytes - found.other_bytes
 
 
 def test_windows(tmp_path):
