@@ -73,5 +73,6 @@ def test_dropout_of_everything(L, dtype):
     q, k, v = qkv((1, 2, 1, L, 150, 8, 8), dtype)
     out, logsumexp = attend(q, k, v, dropout_p=1.0, seed=torch.tensor([3]))
     assert not out.any()
-    torch.testing.assert_close(logsumexp, attend(q, k, v)[1], rtol=0, atol=1e-5)  # by another kernel, perhaps
+    atol = 1e-4 if dtype.itemsize == 2 else 1e-5  # by another kernel, perhaps, which rounds products elsewhere
+    torch.testing.assert_close(logsumexp, attend(q, k, v)[1], rtol=0, atol=atol)
     assert not any(x.any() for x in torch.autograd.grad(out.sum(), (q, k, v)))
