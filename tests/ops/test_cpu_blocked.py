@@ -40,6 +40,19 @@ def assert_close(tensors, expected, tolerance):
         assert relative(x, y) <= tolerance, name
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("options", [{}, {"causal": 250}, {"causal": 290, "window": 70}, {"causal": -3}], ids=str)
+def test_one_row_of_groups(dtype, options):
+    """R. Localises: heads of a group as rows of one head: their order, and the keys that they are given."""
+    inputs = make_with_gradient((2, 12, 3, 1, 300, 72, 40), dtype)
+    expected = results(ours, *(x.double() for x in inputs), **options)
+    found = results(ours, *inputs, kernel_name="cpu_blocked", **options)
+    if options.get("causal", 0) < 0:  # sees nothing
+        assert not any(x.any() for x in found)
+    else:
+        assert_close(found, expected, TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("causal", [None, 0, 5, -40, 10_000])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("sizes", SIZES)

@@ -130,17 +130,33 @@ class ForwardPass {
   Buffer<C> keys_, values_;  // packed: (B, K, key blocks, block_keys x width)
 };
 
-}  // namespace
-
-Forward blocked_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
+void forward_into(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params,
+                  const Tensor& out, const Tensor& logsumexp) {
   const Problem problem(q, k, v, params);
-  Tensor out = empty_rows(q, problem.B, problem.H, problem.L, problem.Dv);
-  Tensor logsumexp = at::empty({problem.B, problem.H, problem.L}, q.options().dtype(at::kFloat));
-  if (logsumexp.numel() == 0) return {out, logsumexp};
   const Tensor q_rows = with_rows(q), k_rows = with_rows(k), v_rows = with_rows(v);
   by_type(q.scalar_type(), [&](auto element, auto packed) {
     ForwardPass<decltype(element), decltype(packed)>(problem, q_rows, k_rows, v_rows, out, logsumexp).run();
   });
+}
+
+}  // namespace
+
+Forward blocked_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
+  const int64_t B = q.size(0), H = q.size(1), L = q.size(2), K = k.size(1), S = k.size(2);
+  Tensor out = empty_rows(q, B, H, L, v.size(3));
+  Tensor logsumexp = at::empty({B, H, L}, q.options().dtype(at::kFloat));
+  if (logsumexp.numel() == 0) return {out, logsumexp};
+  if (L != 1 || H == K || params.mask.defined() || params.dropout_p > 0.0) {
+    forward_into(q, k, v, params, out, logsumexp);
+  } else {  // of one row the heads of a group are rows of one head, so that products have as many rows
+    auto of_groups = [&](const Tensor& x) { return x.squeeze(2).unflatten(1, {K, H / K}); };
+    const Range seen = params.keys_of(0, S);
+    AttentionParams all = params;
+    all.causal = all.window = std::nullopt;
+    forward_into(of_groups(q), k.narrow(2, seen.begin, seen.end - seen.begin),
+                 v.narrow(2, seen.begin, seen.end - seen.begin), all, of_groups(out),
+                 logsumexp.view({B, K, H / K}));
+  }
   return {out, logsumexp};
 }
 
