@@ -29,8 +29,8 @@ class MemoryShares:
         return self.off <= IN_PROPORTION
 
 
-def checked_memory(memory: Sequence[float] | None, ranks: int | None) -> int | None:
-    """The number of ranks. Raises GridError for what is no memory of so many."""
+def checked_memory(memory: Sequence[float] | None, ranks: int | None, decode: bool) -> int | None:
+    """The number of ranks. Raises GridError for what is no memory of so many, and for a call that keeps no cache."""
     if memory is None:
         return ranks
     if not isinstance(memory, (list, tuple)) or not memory or not all(_is_size(size) for size in memory):
@@ -39,6 +39,8 @@ def checked_memory(memory: Sequence[float] | None, ranks: int | None) -> int | N
         raise GridError(
             f"memory is that of {len(memory)} ranks, got ranks={ranks}: leave ranks out, or name each rank's"
         )
+    if not decode:
+        raise GridError("memory is shared out by the tokens of a KV cache: plan a call with decode=True (--decode)")
     return len(memory)
 
 

@@ -97,8 +97,7 @@ def plan_model(
     structure, for one whose layers are not all latent attention alike, or keep states elsewhere than in a
     cache of transformers, and as plan does.
     """
-    if memory is not None and not decode:
-        raise GridError("memory is shared out by the tokens of a KV cache: plan a call with decode=True (--decode)")
+    ranks = checked_memory(memory, ranks, decode)
     model = on_meta(Path(folder), dtype, quantised=True)
     config = model.config.get_text_config()
     layers: int = getattr(config, "num_hidden_layers", 0)
@@ -112,8 +111,8 @@ def plan_model(
             "by its sizes, without --model"
         )
     call: dict[str, Any] = {
-        "embed_dim": config.hidden_size, "ranks": checked_memory(memory, ranks), "batch": batch, "decode": decode,
-        "dtype": model.dtype, **options,
+        "embed_dim": config.hidden_size, "ranks": ranks, "batch": batch, "decode": decode, "dtype": model.dtype,
+        **options,
     }  # fmt: skip
     sizes = [_sizes(one, config, latent) for one in attentions]
     of_layer = dict(zip([layer_of(one.module) for one in attentions], sizes, strict=True))
@@ -149,8 +148,9 @@ def plan_model(
             activation_bytes=sum(cost.activation_bytes for cost in costs),
         )
 
-    ours = held(found.pick)
-    if memory is not None:
+    if memory is None:
+        ours = held(found.pick)
+    else:
         of_grids = {option.grid: held(option) for option in found.kept()}
         shares = {o.grid: found.shared(memory, o, *of_grids[o.grid].equal_and_dealt()) for o in found.kept()}
         found = with_memory(found, shares)

@@ -168,11 +168,9 @@ def plan(
     """
     asked = dict(locals())
     if devices is None:
-        ranks = checked_memory(memory, ranks)
+        ranks = checked_memory(memory, ranks, decode)
     if (ranks is None) == (devices is None):
         raise GridError("plan needs the number of ranks, once: ranks=16")
-    if memory is not None and not decode:
-        raise GridError("memory is shared out by the tokens of a KV cache: plan a call with decode=True (--decode)")
     devices = devices if ranks is None else ranks
     assert devices is not None
     sizes = {

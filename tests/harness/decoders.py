@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 import transformers
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
 
 import two_level_mha as tlm
@@ -319,6 +320,23 @@ def two_steps(model, ids, mask):
     first = model(ids[:, :6], attention_mask=None if mask is None else mask[:, :6], use_cache=True)
     second = model(ids[:, 6:], attention_mask=mask, past_key_values=first.past_key_values)
     return torch.cat([first.logits, second.logits], 1)
+
+
+def compiled_steps(grid: tuple, layout: str = "position") -> tuple[list[int], bool]:
+    """Graphs after each of 12 steps of a compiled model, and whether its tokens are stock's."""
+    torch._dynamo.reset()  # what this rank compiled before counts against the limit of graphs
+    stock, ours = pair("llama", grid)
+    ids, _ = prompt()
+    cache, counter = tlm.KVCache(ours.config, mesh(grid), layout=layout, max_length=64), CompileCounter()
+    step, counts = torch.compile(ours, fullgraph=True, backend=counter), []
+    with torch.no_grad():
+        logits = ours(ids, past_key_values=cache).logits
+        drawn = [logits[:, -1:].argmax(-1)]
+        for _ in range(12):
+            drawn.append(step(drawn[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+            counts.append(counter.frame_count)
+    expected = stock.generate(ids, attention_mask=None, max_new_tokens=13, do_sample=False, pad_token_id=0)
+    return counts, torch.equal(torch.cat([ids, *drawn], 1), expected)
 
 
 def difference(a, b, mask):

@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 from harness.calls import mesh
-from harness.decoders import MODELS, pair, prompt
-from torch._dynamo.testing import CompileCounter
+from harness.decoders import MODELS, compiled_steps, pair, prompt
 
 import two_level_mha as tlm
 
@@ -279,21 +278,6 @@ def test_a_static_cache(pool, layout):
     for found in pool.run(allocated_once, 4, (2, 2), layout):
         assert [same for same, _ in found] == [True] * 4
         assert found[0][1] == whole // 4
-
-
-def compiled_steps(grid, layout):
-    """Graphs after each of 12 steps of a compiled model, and whether its tokens are stock's."""
-    stock, ours = pair("llama", grid)
-    ids, keep = prompt()
-    cache, counter = tlm.KVCache(ours.config, mesh(grid), layout=layout, max_length=64), CompileCounter()
-    step, counts = torch.compile(ours, fullgraph=True, backend=counter), []
-    with torch.no_grad():
-        logits = ours(ids, past_key_values=cache).logits
-        drawn = [logits[:, -1:].argmax(-1)]
-        for _ in range(12):
-            drawn.append(step(drawn[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
-            counts.append(counter.frame_count)
-    return counts, torch.equal(torch.cat([ids, *drawn], 1), tokens(stock, ids, max_new_tokens=13))
 
 
 @pytest.mark.slow

@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 from harness.calls import mesh
-from harness.decoders import EXACT, logits_off, make, pair, prompt
-from torch._dynamo.testing import CompileCounter
+from harness.decoders import EXACT, compiled_steps, logits_off, make, pair, prompt
 from transformers import T5Config, T5ForConditionalGeneration
 
 import two_level_mha as tlm
@@ -158,21 +157,6 @@ def test_a_cache_of_other_shares(pool):
     for text in pool.run(others_cache, 4, GRIDS[1]):
         grid = "Grid(head_groups=2, slices=2) with cache_shares="
         assert text == f"the KV cache was made for {grid}None, the attention keeps it on {grid}[2, 1, 1, 3]"
-
-
-def compiled_steps(grid):
-    """Graphs after each of 12 steps of a compiled model, and whether its tokens are stock's."""
-    stock, ours = pair("llama", grid)
-    ids, keep = prompt()
-    cache, counter = tlm.KVCache(ours.config, mesh(grid), max_length=64), CompileCounter()
-    step, counts = torch.compile(ours, fullgraph=True, backend=counter), []
-    with torch.no_grad():
-        logits = ours(ids, past_key_values=cache).logits
-        drawn = [logits[:, -1:].argmax(-1)]
-        for _ in range(12):
-            drawn.append(step(drawn[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
-            counts.append(counter.frame_count)
-    return counts, torch.equal(torch.cat([ids, *drawn], 1), tokens(stock, ids, torch.ones_like(ids), max_new_tokens=13))
 
 
 @pytest.mark.slow
