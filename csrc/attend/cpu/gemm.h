@@ -31,12 +31,12 @@ inline void gemm_rows(int64_t M, int64_t N, int64_t K, const float* A, int64_t l
 }
 
 // Calls run(T, C): T is the element type of the tensors, C what the gemms read. The CPU multiplies float16 as
-// float32, and so bfloat16 below AVX512.
+// float32, and so bfloat16 below AVX512-BF16.
 template <class Run>
 auto by_type(at::ScalarType type, const Run& run) {
   if (type == at::kFloat) return run(float{}, float{});
   if (type == at::kHalf) return run(c10::Half{}, float{});
-  if (cpu_level() >= CpuLevel::avx512) return run(c10::BFloat16{}, c10::BFloat16{});
+  if (cpu_level() >= CpuLevel::avx512_bf16) return run(c10::BFloat16{}, c10::BFloat16{});
   return run(c10::BFloat16{}, float{});
 }
 

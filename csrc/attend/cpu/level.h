@@ -5,8 +5,8 @@
 #include <ATen/Version.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
-#include <c10/util/Exception.h>
 
+#include <exception>
 #include <string>
 #include <type_traits>
 
@@ -16,7 +16,8 @@
 namespace two_level_mha {
 
 // Whether brgemm multiplies C, bfloat16 in interleaved pairs. Found by trying: cpublas::could_pack asks for
-// AMX, which brgemm does not need.
+// AMX, which brgemm does not need, and torch lets bfloat16 through to oneDNN from AVX512 on, which then has no
+// kernel for it below AVX512-BF16.
 template <class C>
 bool multiplies() {
   constexpr int64_t n = 16;
@@ -26,7 +27,7 @@ bool multiplies() {
   if (!has_code_memory()) return false;
   try {
     at::native::cpublas::brgemm(1, n, 2, 2, n, n, false, rows, panel, out, kPairs);
-  } catch (const c10::Error&) {
+  } catch (const std::exception&) {  // torch's, or oneDNN's own
     return false;
   }
   at::native::cpublas::brgemm_release(kPairs);
@@ -38,10 +39,11 @@ inline CpuLevel find_cpu_level() {
   const std::string capability = at::get_cpu_capability();
   const bool avx512 = capability == "AVX512";
   if ((!avx512 && capability != "AVX2") || !multiplies<float>()) return CpuLevel::portable;
-  if (!avx512 || !multiplies<c10::BFloat16>()) return CpuLevel::avx2;
+  if (!avx512) return CpuLevel::avx2;
+  if (!multiplies<c10::BFloat16>()) return CpuLevel::avx512;
   if (at::native::cpublas::could_pack(at::kHalf)) return CpuLevel::amx_fp16;
   if (at::native::cpublas::could_pack(at::kBFloat16)) return CpuLevel::amx;
-  return __builtin_cpu_supports("avx512bf16") ? CpuLevel::avx512_bf16 : CpuLevel::avx512;
+  return CpuLevel::avx512_bf16;
 #else
   return CpuLevel::portable;
 #endif
