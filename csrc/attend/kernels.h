@@ -58,13 +58,8 @@ inline const char* without_amx(const Request& r, const Machine& m) {
 // The other kernels read K and V again for each query head of a KV head, whose rows are stacked here.
 inline const char* many_rows(const Request& r, const Machine& m) {
   const int64_t rows = r.L * r.H;
-  const bool half = r.dtype == Dtype::bfloat16 || r.dtype == Dtype::float16;
-  if (half && !without_amx(r, m)) {
-    if (rows > 16 * r.K) return "is slower than AMX with more than 16 rows for a KV head";
-    // what aten_cpu takes; of more heads for a KV head it reads K and V again
-    if (r.L == 1 && r.H == r.K && !(needs(r) & ~uint32_t(kBFloat16 | kFloat16 | kCausal)))
-      return "is slower than AMX with one row where every head has keys of its own";
-  }
+  if (r.dtype == Dtype::float16 && !without_amx(r, m) && rows > 16 * r.K)
+    return "is slower than AMX with more than 16 rows for a KV head in float16";
   if (rows <= (r.L <= 4 ? 512 : 128) * r.K) return nullptr;
   return r.L <= 4 ? "is slower than cpu_blocked with more than 512 rows for a KV head"
                   : "is slower than cpu_blocked with more than 128 rows for a KV head";

@@ -12,6 +12,8 @@ SIZES = {
     "stretches, one row": (1, 2, 2, 1, 2500, 32, 32),
     "stretches, group of 8": (1, 8, 1, 1, 2100, 64, 48),
     "rows and heads": (2, 6, 2, 3, 1300, 33, 17),
+    "one row, registers and a tail": (1, 2, 1, 1, 1100, 80, 47),
+    "panels and a tail": (1, 16, 1, 1, 1100, 96, 80),
     "few keys": (3, 4, 2, 2, 5, 8, 12),
     "one of everything": (1, 1, 1, 1, 1, 1, 1),
 }
@@ -79,6 +81,19 @@ def test_a_cache_is_read_where_it_is(layout, dtype):
         mine = attend(q, *cache, causal=2990)
     assert all(torch.equal(x, y) for x, y in zip(mine, expected, strict=True))
     assert not {event.name for event in profile.events()} & {"aten::contiguous", "aten::clone", "aten::copy_"}
+
+
+@pytest.mark.parametrize("keys", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half(dtype, keys):
+    """R. Localises: a number of 16 bits that becomes another as float: subnormal, of either sign, infinite. Keys
+    alike weigh alike, so the values come back as they are.
+    """
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.float().abs() < 1e37] if dtype == torch.bfloat16 else every[~every.isnan()]
+    q = torch.zeros(1, 1, 1, 4, dtype=dtype)
+    out, _ = attend(q, q.expand(1, 1, keys, 4), every.expand(1, 1, keys, -1))
+    assert torch.equal(out.flatten(), every)
 
 
 def test_threads_give_the_same_bits():

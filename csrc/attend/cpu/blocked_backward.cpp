@@ -197,7 +197,7 @@ class BackwardPass {
     const int64_t wide = packed_width<C>(width), n_padded = padded(n);
     copy_rows(from, n, n_padded, width, rows);
     pack_transposed(rows, n, n_padded, wide, transposed);
-    if (packs_) pack(rows, n_padded, wide, operand);
+    if (packs_) pack({rows, wide}, n_padded, wide, operand);
   }
 
   void load_keys(Scratch& scratch, int64_t batch, int64_t kv_head, int64_t j) {
@@ -288,7 +288,7 @@ class BackwardPass {
     if constexpr (kRows)
       if (!packs_)
         return gemm_rows(width_, r_padded, n_padded, keys, n_padded, grad_scores, r_padded, dq, true);
-    pack(grad_scores, n_padded, r_padded, scratch.grad_packed);
+    pack({grad_scores, r_padded}, n_padded, r_padded, scratch.grad_packed);
     gemm<C>(width_, r_padded, n_padded, keys, scratch.grad_packed, dq, true);
   }
 
@@ -364,7 +364,7 @@ Backward blocked_backward(const Tensor& grad_out_, const Tensor& grad_logsumexp_
                grad_logsumexp_row = grad_logsumexp.defined() ? grad_logsumexp.contiguous() : grad_logsumexp;
   const Tensors tensors{grad_rows, grad_logsumexp_row, q_rows, k_rows, v_rows,
                         out_rows,  logsumexp_row,      dq,     dk,     dv};
-  by_type(q.scalar_type(), [&](auto element, auto packed) {
+  by_type(q.scalar_type(), CpuLevel::avx512_bf16, [&](auto element, auto packed) {
     BackwardPass<decltype(element), decltype(packed)>(problem, tensors).run();
   });
   return {dq, dk, dv, Tensor()};

@@ -70,8 +70,8 @@ class ForwardPass {
     const int64_t batch = head / p_.K, kv_head = head % p_.K;
     copy_rows(head_rows<const T>(k_, batch, kv_head).from(first), n, n_padded, p_.D, rows);
     pack_transposed(rows, n, n_padded, width_, keys_ + task * p_.block_keys * width_);
-    copy_rows(head_rows<const T>(v_, batch, kv_head).from(first), n, n_padded, p_.Dv, rows);
-    pack(rows, n_padded, width_v_, values_ + task * p_.block_keys * width_v_);
+    pack(rows_as(head_rows<const T>(v_, batch, kv_head).from(first), n, n_padded, p_.Dv, rows), n_padded,
+         width_v_, values_ + task * p_.block_keys * width_v_);
   }
 
   void attend(Scratch& scratch, int64_t head, int64_t block) {
@@ -134,7 +134,7 @@ void forward_into(const Tensor& q, const Tensor& k, const Tensor& v, const Atten
                   const Tensor& out, const Tensor& logsumexp) {
   const Problem problem(q, k, v, params);
   const Tensor q_rows = with_rows(q), k_rows = with_rows(k), v_rows = with_rows(v);
-  by_type(q.scalar_type(), [&](auto element, auto packed) {
+  by_type(q.scalar_type(), CpuLevel::avx512_bf16, [&](auto element, auto packed) {
     ForwardPass<decltype(element), decltype(packed)>(problem, q_rows, k_rows, v_rows, out, logsumexp).run();
   });
 }

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../../base/host_device.h"
+
 namespace two_level_mha {
 
 // Uninitialised, aligned memory.
@@ -31,6 +33,13 @@ struct Rows {
   Rows from(int64_t row) const { return {data + row * stride, stride}; }
   T* operator[](int64_t row) const { return data + row * stride; }
 };
+
+// Asks for n elements that are read later, from where no memory needs to be.
+template <class T>
+TLM_HOST_DEVICE void expect(const T* x, int64_t n) {
+  const char* bytes = reinterpret_cast<const char*>(x);
+  for (int64_t i = 0; i < n * int64_t(sizeof(T)); i += 64) __builtin_prefetch(bytes + i);
+}
 
 // Rows of one head of a 4-D tensor.
 template <class T>

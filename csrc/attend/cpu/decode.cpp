@@ -24,9 +24,10 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kFew = 2;  // rows up to which plain loops beat brgemm
 constexpr int64_t kStretch = 1024;
-constexpr int64_t kChunk = 128;  // keys at a time, so that half precision is widened in cache
+constexpr int64_t kChunk = 128;  // keys at a time, so that what is converted or packed stays in cache
 
-template <class T>
+// T is the element type of the tensors, C what brgemm reads: float for the few rows that loops take.
+template <class T, class C>
 class DecodePass {
  public:
   DecodePass(const Problem& problem, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
@@ -38,6 +39,7 @@ class DecodePass {
         out_(out),
         logsumexp_(logsumexp.mutable_data_ptr<float>()),
         rows_(p_.group * p_.L),
+        width_(packed_width<C>(p_.D)),
         seen_(p_.keys_of(Range{0, p_.L})),
         stretches_(ceil_div(seen_.end - seen_.begin, kStretch)),
         outs_(p_.B * p_.K * stretches_ * rows_ * p_.Dv),
@@ -55,15 +57,17 @@ class DecodePass {
 
  private:
   struct Scratch {
-    Buffer<float> query, keys, values, scores_t, scores, weights, mask, slope;
+    Buffer<C> query, query_t, rows, packed, weights;
+    Buffer<float> scores_t, scores, mask, slope;
 
     explicit Scratch(const DecodePass& pass)
-        : query(pass.p_.D * pass.rows_),
-          keys(kChunk * pass.p_.D),
-          values(kChunk * pass.p_.Dv),
+        : query(pass.rows_ * pass.width_),
+          query_t(pass.rows_ * pass.width_),
+          rows(kChunk * std::max(pass.width_, packed_width<C>(pass.p_.Dv))),
+          packed(kChunk * pass.p_.Dv),
+          weights(kChunk * pass.rows_),
           scores_t(kChunk * pass.rows_),
           scores(kChunk * pass.rows_),
-          weights(kChunk * pass.rows_),
           mask(kChunk),
           slope(kChunk) {}
   };
@@ -76,13 +80,15 @@ class DecodePass {
     std::fill_n(out, rows_ * p_.Dv, 0.f);
     std::fill_n(sums, rows_, RunningSoftmax{-kInfinity, 0.f});
 
+    const Rows<const T> keys = head_rows<const T>(k_, batch, kv_head);
+    const Rows<const T> values = head_rows<const T>(v_, batch, kv_head);
     const int64_t first = seen_.begin + stretch * kStretch, end = std::min(first + kStretch, seen_.end);
     for (int64_t key = first; key < end; key += kChunk) {
       const int64_t n = std::min(kChunk, end - key);
       if (p_.mask.defined() && !any_visible(batch, kv_head, key, n)) continue;
-      const Rows<const float> keys = wide_rows(k_, batch, kv_head, key, n, p_.D, scratch.keys);
-      multiply_keys(scratch, keys, n);
+      multiply_keys(scratch, keys.from(key), n);
       for (int64_t r = 0; r < rows_; ++r) {
+        expect_keys(keys.from(key + kChunk), r);
         const int64_t at = r * padded(n);
         const float* bias = p_.mask.defined() ? p_.mask.row(batch, kv_head * p_.group + r / p_.L, r % p_.L,
                                                             key, n, scratch.mask)
@@ -91,55 +97,59 @@ class DecodePass {
                                            sums[r], scratch.weights + at);
         if (factor != 1.f) scale_row(out + r * p_.Dv, p_.Dv, factor, out + r * p_.Dv);
       }
-      const Rows<const float> values = wide_rows(v_, batch, kv_head, key, n, p_.Dv, scratch.values);
-      add_values(scratch, values, n, out);
+      add_values(scratch, values.from(key), n, out);
     }
   }
 
-  void multiply_keys(Scratch& scratch, Rows<const float> keys, int64_t n) {
+  void multiply_keys(Scratch& scratch, Rows<const T> keys, int64_t n) {
     const int64_t n_padded = padded(n);
-    if (rows_ <= kFew) {
-      for (int64_t r = 0; r < rows_; ++r)
-        dot_rows(keys.data, keys.stride, n, p_.D, scratch.query + r * p_.D, scratch.scores + r * n_padded);
-    } else {
-      gemm_rows(n_padded, rows_, p_.D, keys.data, keys.stride, scratch.query, rows_, scratch.scores_t, false);
-      transpose(scratch.scores_t, n_padded, rows_, scratch.scores);
-    }
+    if constexpr (std::is_same_v<C, float>)
+      if (rows_ <= kFew) {
+        for (int64_t r = 0; r < rows_; ++r)
+          dot_rows(keys.data, keys.stride, n, p_.D, scratch.query + r * p_.D, scratch.scores + r * n_padded);
+        return;
+      }
+    const Rows<const C> A = rows_as(keys, n, n_padded, p_.D, scratch.rows.data());
+    gemm<C>(n_padded, rows_, width_, A.data, A.stride, scratch.query_t, scratch.scores_t, false);
+    transpose(scratch.scores_t, n_padded, rows_, scratch.scores);
   }
 
-  void add_values(Scratch& scratch, Rows<const float> values, int64_t n, float* out) {
+  void add_values(Scratch& scratch, Rows<const T> values, int64_t n, float* out) {
     const int64_t n_padded = padded(n);
-    if (rows_ <= kFew) {
-      for (int64_t r = 0; r < rows_; ++r)
-        add_rows(values.data, values.stride, n, p_.Dv, scratch.weights + r * n_padded, out + r * p_.Dv);
+    if constexpr (std::is_same_v<C, float>)
+      if (rows_ <= kFew) {
+        for (int64_t r = 0; r < rows_; ++r)
+          add_rows(values.data, values.stride, n, p_.Dv, scratch.weights + r * n_padded, out + r * p_.Dv);
+        return;
+      }
+    const Rows<const C> B = rows_as(values, n, n_padded, p_.Dv, scratch.rows.data());
+    if constexpr (std::is_same_v<C, float>) {
+      gemm_rows(rows_, p_.Dv, n_padded, scratch.weights, n_padded, B.data, B.stride, out, true);
     } else {
-      gemm_rows(rows_, p_.Dv, n_padded, scratch.weights, n_padded, values.data, values.stride, out, true);
+      pack(B, n_padded, p_.Dv, scratch.packed);
+      gemm<C>(rows_, p_.Dv, n_padded, scratch.weights, scratch.packed, out, true);
     }
   }
 
-  // As rows for the loops, as columns for the gemm.
+  // Asks for row r's share of the next keys: brgemm does not ask ahead.
+  void expect_keys(Rows<const T> next, int64_t r) {
+    if (rows_ <= kFew) return;
+    const int64_t share = ceil_div(kChunk, rows_), begin = std::min(r * share, kChunk);
+    for (int64_t y = begin; y < std::min(begin + share, kChunk); ++y) expect(next[y], p_.D);
+  }
+
+  // As rows for the loops, as panels for the gemm.
   void load_queries(Scratch& scratch, int64_t batch, int64_t kv_head) {
-    for (int64_t r = 0; r < rows_; ++r) {
-      const T* row = head_rows<const T>(q_, batch, kv_head * p_.group + r / p_.L)[r % p_.L];
-      for (int64_t x = 0; x < p_.D; ++x)
-        (rows_ <= kFew ? scratch.query[r * p_.D + x] : scratch.query[x * rows_ + r]) = row[x];
-    }
+    for (int64_t member = 0; member < p_.group; ++member)
+      copy_rows(head_rows<const T>(q_, batch, kv_head * p_.group + member), p_.L, p_.L, p_.D,
+                scratch.query + member * p_.L * width_);
+    if (rows_ > kFew) pack_transposed(scratch.query, rows_, rows_, width_, scratch.query_t);
   }
 
   bool any_visible(int64_t batch, int64_t kv_head, int64_t key, int64_t n) {
     for (int64_t member = 0; member < p_.group; ++member)
       if (p_.mask.any(batch, kv_head * p_.group + member, 0, p_.L, key, n)) return true;
     return false;
-  }
-
-  // n rows of K or V as float, in place if they need neither widening nor padding.
-  Rows<const float> wide_rows(const Tensor& x, int64_t batch, int64_t head, int64_t first, int64_t n,
-                              int64_t width, float* scratch) {
-    const Rows<const T> rows = head_rows<const T>(x, batch, head).from(first);
-    if constexpr (std::is_same_v<T, float>)
-      if (n == padded(n)) return rows;
-    copy_rows(rows, n, padded(n), width, scratch);
-    return {scratch, width};
   }
 
   void merge(int64_t head, int64_t r) {
@@ -163,7 +173,8 @@ class DecodePass {
   const Tensor &q_, &k_, &v_, &out_;
   float* logsumexp_;
   int64_t rows_;  // of all query heads of a KV head
-  Range seen_;    // keys that any row sees
+  int64_t width_;
+  Range seen_;  // keys that any row sees
   int64_t stretches_;
   Buffer<float> outs_;           // (B, K, stretches, rows, Dv)
   Buffer<RunningSoftmax> sums_;  // (B, K, stretches, rows)
@@ -177,8 +188,12 @@ Forward decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
   Tensor logsumexp = at::empty({problem.B, problem.H, problem.L}, q.options().dtype(at::kFloat));
   if (logsumexp.numel() == 0) return {out, logsumexp};
   const Tensor q_rows = with_rows(q), k_rows = with_rows(k), v_rows = with_rows(v);
-  by_type(q.scalar_type(), [&](auto element, auto) {
-    DecodePass<decltype(element)>(problem, q_rows, k_rows, v_rows, out, logsumexp).run();
+  by_type(q.scalar_type(), CpuLevel::amx, [&](auto element, auto packed) {
+    using T = decltype(element);
+    if (problem.group * problem.L <= kFew)
+      DecodePass<T, float>(problem, q_rows, k_rows, v_rows, out, logsumexp).run();
+    else
+      DecodePass<T, decltype(packed)>(problem, q_rows, k_rows, v_rows, out, logsumexp).run();
   });
   return {out, logsumexp};
 }

@@ -12,17 +12,22 @@
 
 namespace two_level_mha {
 
-// C (M, N) (+)= A (M, K) B with B in panels. C has N columns.
+// C (M, N) (+)= A (M, K) B with rows of A ld_a apart and B in panels. C has N columns.
 template <class C>
-void gemm(int64_t M, int64_t N, int64_t K, const C* A, const C* B, float* out, bool add) {
+void gemm(int64_t M, int64_t N, int64_t K, const C* A, int64_t ld_a, const C* B, float* out, bool add) {
   const int64_t columns = panel<C>();
   for (int64_t column = 0; column < N; column += columns) {
     const int64_t width = std::min(columns, N - column);
-    brgemm(M, width, K, K, width, N, add, A, B + column * K, out + column);
+    brgemm(M, width, K, ld_a, width, N, add, A, B + column * K, out + column);
   }
 }
 
-// The same with B as plain rows of float, ld_b apart, and rows of A ld_a apart.
+template <class C>
+void gemm(int64_t M, int64_t N, int64_t K, const C* A, const C* B, float* out, bool add) {
+  gemm(M, N, K, A, K, B, out, add);
+}
+
+// The same with B as plain rows of float, ld_b apart.
 inline void gemm_rows(int64_t M, int64_t N, int64_t K, const float* A, int64_t ld_a, const float* B,
                       int64_t ld_b, float* out, bool add) {
   const int64_t columns = panel<float>();
@@ -31,12 +36,12 @@ inline void gemm_rows(int64_t M, int64_t N, int64_t K, const float* A, int64_t l
 }
 
 // Calls run(T, C): T is the element type of the tensors, C what the gemms read. The CPU multiplies float16 as
-// float32, and so bfloat16 below AVX512-BF16.
+// float32, and so bfloat16 below `pairs`, the level from which its own products are the faster ones.
 template <class Run>
-auto by_type(at::ScalarType type, const Run& run) {
+auto by_type(at::ScalarType type, CpuLevel pairs, const Run& run) {
   if (type == at::kFloat) return run(float{}, float{});
   if (type == at::kHalf) return run(c10::Half{}, float{});
-  if (cpu_level() >= CpuLevel::avx512_bf16) return run(c10::BFloat16{}, c10::BFloat16{});
+  if (cpu_level() >= pairs) return run(c10::BFloat16{}, c10::BFloat16{});
   return run(c10::BFloat16{}, float{});
 }
 

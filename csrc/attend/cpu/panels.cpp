@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "store.h"
 #include "transpose.h"
 #include "vectorised.h"
 
@@ -19,29 +20,19 @@ void transpose(const uint32_t* x, int64_t n, int64_t width, uint32_t* out, int64
   vectorised([=]() TLM_INLINE { transpose_words(x, width, n, width, out, ld); });
 }
 
-void interleave(const uint16_t* even, const uint16_t* odd, int64_t n, uint32_t* out) {
-  vectorised([=]() TLM_INLINE {
-    for (int64_t i = 0; i < n; ++i) out[i] = even[i] | (static_cast<uint32_t>(odd[i]) << 16);
-  });
-}
-
-void convert(const BFloat16* x, int64_t n, float* out) {
-  vectorised([=]() TLM_INLINE {
-    const uint16_t* bits = reinterpret_cast<const uint16_t*>(x);
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t word = static_cast<uint32_t>(bits[i]) << 16;
-      std::memcpy(&out[i], &word, sizeof(word));
-    }
-  });
-}
-
-void convert(const Half* x, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = x[i];
-}
-
 template <class T>
-void convert(const T* x, int64_t n, T* out) {
-  std::memcpy(static_cast<void*>(out), x, n * sizeof(T));
+void convert(const T* x, int64_t n, float* out) {
+  vectorised([=]() TLM_INLINE {
+    for (int64_t i = 0; i < n; ++i) out[i] = load(x, i);
+  });
+}
+
+void convert(const float* x, int64_t n, float* out) {
+  std::memcpy(out, x, n * sizeof(float));
+}
+
+void convert(const BFloat16* x, int64_t n, BFloat16* out) {
+  std::memcpy(static_cast<void*>(out), x, n * sizeof(BFloat16));
 }
 
 // A pair of bfloat16 travels as one word: a column of x^T is a row of words of x.
@@ -80,22 +71,26 @@ void pack_transposed(const BFloat16* x, int64_t n, int64_t n_padded, int64_t wid
   pack_transposed_words(x, n, n_padded, width, out);
 }
 
-void pack(const float* x, int64_t n, int64_t width, float* out) {
+void pack(Rows<const float> x, int64_t n, int64_t width, float* out) {
   for (int64_t c = 0, step = panel<float>(); c < width; c += step) {
     const int64_t columns = std::min(step, width - c);
     for (int64_t row = 0; row < n; ++row)
-      std::memcpy(out + c * n + row * columns, x + row * width + c, columns * sizeof(float));
+      std::memcpy(out + c * n + row * columns, x[row] + c, columns * sizeof(float));
   }
 }
 
-void pack(const BFloat16* x, int64_t n, int64_t width, BFloat16* out) {
-  const uint16_t* bits = reinterpret_cast<const uint16_t*>(x);
-  for (int64_t c = 0, step = panel<BFloat16>(); c < width; c += step) {
-    const int64_t columns = std::min(step, width - c);
+void pack(Rows<const BFloat16> x, int64_t n, int64_t width, BFloat16* out) {
+  vectorised([=]() TLM_INLINE {
+    const int64_t step = panel<BFloat16>();
     for (int64_t row = 0; row < n; row += 2)
-      interleave(bits + row * width + c, bits + (row + 1) * width + c, columns,
-                 reinterpret_cast<uint32_t*>(out + c * n + row * columns));
-  }
+      for (int64_t c = 0; c < width; c += step) {
+        const int64_t columns = std::min(step, width - c);
+        const uint16_t* even = reinterpret_cast<const uint16_t*>(x[row] + c);
+        const uint16_t* odd = reinterpret_cast<const uint16_t*>(x[row + 1] + c);
+        uint32_t* words = reinterpret_cast<uint32_t*>(out + c * n + row * columns);
+        for (int64_t i = 0; i < columns; ++i) words[i] = even[i] | (static_cast<uint32_t>(odd[i]) << 16);
+      }
+  });
 }
 
 void transpose(const float* x, int64_t n, int64_t width, float* out) {

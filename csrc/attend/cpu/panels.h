@@ -37,13 +37,23 @@ int64_t packed_width(int64_t width) {
 template <class T, class C>
 void copy_rows(Rows<const T> x, int64_t n, int64_t n_padded, int64_t width, C* out);
 
+// The same rows, in place where they need neither another type nor padding.
+template <class T, class C>
+Rows<const C> rows_as(Rows<const T> x, int64_t n, int64_t n_padded, int64_t width, C* scratch) {
+  const int64_t wide = packed_width<C>(width);
+  if constexpr (std::is_same_v<T, C>)
+    if (n == n_padded && width == wide) return x;
+  copy_rows(x, n, n_padded, width, scratch);
+  return {scratch, wide};
+}
+
 // x (n, width) contiguous, width already packed: panels of B = x^T, whose columns n .. n_padded are 0.
 void pack_transposed(const float* x, int64_t n, int64_t n_padded, int64_t width, float* out);
 void pack_transposed(const c10::BFloat16* x, int64_t n, int64_t n_padded, int64_t width, c10::BFloat16* out);
 
 // x (n, width): panels of B = x, n even for bfloat16.
-void pack(const float* x, int64_t n, int64_t width, float* out);
-void pack(const c10::BFloat16* x, int64_t n, int64_t width, c10::BFloat16* out);
+void pack(Rows<const float> x, int64_t n, int64_t width, float* out);
+void pack(Rows<const c10::BFloat16> x, int64_t n, int64_t width, c10::BFloat16* out);
 
 // x (n, width) contiguous to out (width, n).
 void transpose(const float* x, int64_t n, int64_t width, float* out);

@@ -1,6 +1,8 @@
 // Loops compiled once for each set of vector instructions that torch compiles its own for. level.h picks.
 #pragma once
 
+#include <type_traits>
+
 #include "level.h"
 
 // vectorised([=]() TLM_INLINE { .. }): the loop in the braces, for this CPU
@@ -35,5 +37,15 @@ auto vectorised(Body body) {
 }
 
 #endif
+
+// The same for loops that are written by registers: body is told how many floats one holds.
+template <class Body>
+auto vectorised_by_lanes(Body body) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (cpu_level() >= CpuLevel::avx512)
+    return run_avx512([=]() TLM_INLINE { return body(std::integral_constant<int, 16>{}); });
+#endif
+  return vectorised([=]() TLM_INLINE { return body(std::integral_constant<int, 8>{}); });
+}
 
 }  // namespace two_level_mha

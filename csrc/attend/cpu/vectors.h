@@ -17,7 +17,11 @@ void add_row(const float* x, int64_t n, float factor, float* out);
 
 // out[i] = dot(x[i], y) and out += sum of factors[i] * x[i], over n rows of x, ld apart.
 void dot_rows(const float* x, int64_t ld, int64_t n, int64_t width, const float* y, float* out);
+void dot_rows(const c10::BFloat16* x, int64_t ld, int64_t n, int64_t width, const float* y, float* out);
+void dot_rows(const c10::Half* x, int64_t ld, int64_t n, int64_t width, const float* y, float* out);
 void add_rows(const float* x, int64_t ld, int64_t n, int64_t width, const float* factors, float* out);
+void add_rows(const c10::BFloat16* x, int64_t ld, int64_t n, int64_t width, const float* factors, float* out);
+void add_rows(const c10::Half* x, int64_t ld, int64_t n, int64_t width, const float* factors, float* out);
 
 float dot(const float* a, const float* b, int64_t n);
 float dot(const c10::BFloat16* a, const c10::BFloat16* b, int64_t n);
